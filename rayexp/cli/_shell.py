@@ -1,0 +1,113 @@
+"""What all commands share: the typer app, consoles, error lines and exit codes."""
+
+from __future__ import annotations
+
+import errno
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode=None,
+    help="Distributed training experiments on Ray: how much faster, is it the same model, which judgements changed.",
+)
+
+RunsOption = Annotated[Path, typer.Option("--runs", help="Folder of run directories.", show_default=True)]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print only JSON on stdout.")]
+RUNS = Path("runs")
+DEBUG = False
+
+
+def version(show: bool) -> None:
+    """`--version`"""
+    if show:
+        from rayexp import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    show_version: Annotated[bool, typer.Option("--version", callback=version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    global DEBUG
+    DEBUG = debug
+
+
+def say(text: str = "") -> None:
+    """One line of progress or advice, on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def print_json(value: Any) -> None:
+    """The whole answer as JSON on stdout."""
+    print(json.dumps(value, indent=2, default=str))
+
+
+def print_table(rows: list[dict[str, Any]], title: str = "") -> None:
+    """A table on stdout; the first row's keys are the columns; numbers are set right."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in rows[0] if rows else ():
+        right = all(isinstance(r[name], int | float) or r[name] in ("", None) for r in rows)
+        table.add_column(name, justify="right" if right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*("" if v is None else f"{v:,.4g}" if isinstance(v, float) else str(v) for v in row.values()), )
+    width = None if sys.stdout.isatty() else 200
+    Console(width=width, highlight=False).print(table)
+
+
+def error_line(text: str) -> None:
+    """One red line on stderr."""
+    line = " ".join(text.split())
+    print(f"\033[31merror: {line}\033[0m" if sys.stderr.isatty() else f"error: {line}", file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """The console script."""
+    from rayexp.errors import RunError, UserError
+
+    try:
+        code = app(standalone_mode=False)
+    except UserError as error:
+        code = _fail(error, 2)
+    except RunError as error:
+        code = _fail(error, 1)
+    except KeyboardInterrupt:
+        code = 130
+    except typer.Abort:
+        code = 130
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+            raise
+        code = _fail(error, 1)
+    except Exception as error:
+        # typer's own usage errors (unknown option, missing argument) are click exceptions with an exit code of 2.
+        shown = getattr(error, "format_message", None)
+        if shown is None:
+            if DEBUG:
+                raise
+            code = _fail(RuntimeError(f"{type(error).__name__}: {error} (--debug shows where)"), 1)
+        else:
+            code = _fail(RuntimeError(shown()), getattr(error, "exit_code", 2))
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(error: BaseException, code: int) -> int:
+    if DEBUG:
+        import traceback
+
+        traceback.print_exception(error)
+    error_line(str(error))
+    return code

@@ -1,0 +1,78 @@
+"""Datasets: fetch, check, pack once, read. One file per dataset; `open_data` is the way in.
+
+What comes out are mapped arrays (shared by all workers of a machine through the page cache), never copies.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rayexp.config import DataConfig
+
+# name -> module with `open_data(config: DataConfig) -> ImageData | TextData`
+DATASETS = {
+    "shapes": "rayexp.data.shapes",
+    "tiny_imagenet": "rayexp.data.tiny_imagenet",
+    "folder": "rayexp.data.folder",
+    "python_docs": "rayexp.data.python_docs",
+    "wikitext2": "rayexp.data.wikitext2",
+    "text": "rayexp.data.text",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSplit:
+    """n images of one split.
+
+    Attributes:
+        images: uint8[n, height, width, 3], mapped.
+        labels: int64[n].
+        names: file names, `val_1008.JPEG`.
+        sha: sha256 over labels, names and pixels of exactly these samples.
+    """
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    names: tuple[str, ...]
+    sha: str
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageData:
+    """Training and validation images; `classes` are (id, words) in label order."""
+
+    train: ImageSplit
+    val: ImageSplit
+    classes: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TextData:
+    """Token streams int32[n], mapped; `vocabulary[id]` is the word.
+
+    Attributes:
+        sha: sha256 over the vocabulary and each split's tokens: keys train, valid, test.
+    """
+
+    train: NDArray[np.int32]
+    valid: NDArray[np.int32]
+    test: NDArray[np.int32]
+    vocabulary: tuple[str, ...]
+    sha: dict[str, str]
+
+
+def open_data(config: DataConfig) -> Any:
+    """The data that a configuration names, packed on first use: ImageData or TextData.
+
+    Raises:
+        UserError: the data is missing, damaged or too small; the line names file and folder.
+    """
+    return importlib.import_module(DATASETS[config.name]).open_data(config)

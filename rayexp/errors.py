@@ -1,0 +1,23 @@
+"""The two ways in which a command ends badly; the command line turns them into exit codes."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """The input was wrong: one line that names the key, the file or the reference, and what is allowed.
+
+    The command line prints it in red and exits with 2. Never retried: the same input fails the same way.
+    """
+
+
+class RunError(Exception):
+    """The run or the check itself failed. The command line prints it and exits with 1."""
+
+
+def nearest(word: str, allowed: Iterable[str]) -> str:
+    """`' (did you mean X?)'` for the closest allowed word, or an empty string where none is close."""
+    close = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]}?)" if close else ""

@@ -1,0 +1,180 @@
+"""The one pen: everything that training writes into a run directory goes through a Recorder.
+
+Its methods take plain values and bytes only, so that the pen can be held by another process than the one that
+trains (on several hosts it is a Ray actor on the driver's host). The order of writing within an epoch is
+predictions, checkpoint, epochs.jsonl: a line in epochs.jsonl means that all of it is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+from rayexp.records import EpochRecord
+from rayexp.runs import Run, broken, epoch_name, step_name, sweep, write_atomic, write_directory, write_json
+
+KEEP_SNAPSHOTS = 2
+
+
+class Recorder:
+    """Writes one run. Use from one process at a time."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self._board: Any = None
+
+    # ------------------------------------------------------------------ reading for a resume
+
+    def resume(self) -> tuple[dict[str, bytes] | None, list[str]]:
+        """The files of the most advanced whole checkpoint, and one line for every damaged one passed over.
+
+        Also mends the run: leftovers of a killed writer go, a record that was lost between checkpoint and
+        epochs.jsonl comes back, records of epochs beyond the checkpoint go.
+        """
+        sweep(self.run.root)
+        sweep(self.run.checkpoints)
+        sweep(self.run.root / "predictions")
+        notes = []
+        for path, state in self.run.resumable():
+            why = broken(path)
+            if why:
+                notes.append(f"{path.name}: passed over, {why}")
+                continue
+            self._mend(int(state["epoch"]))
+            return {file.name: file.read_bytes() for file in path.iterdir()}, notes
+        self._mend(0)
+        return None, notes
+
+    def _mend(self, done: int) -> None:
+        records = {r.epoch: r.to_json() for r in self.run.records() if r.epoch <= done}
+        for path, state in self.run.resumable():
+            record = state.get("record")
+            if record and record["epoch"] <= done and path.name.startswith("epoch_"):
+                records.setdefault(record["epoch"], record)
+        if records or self.run.epochs_path.exists():
+            self._write_records([records[e] for e in sorted(records)])
+
+    # ------------------------------------------------------------------ writing
+
+    def begin(self, meta: Mapping[str, Any], data: Mapping[str, Any] | None = None, graph: bytes | None = None) -> None:
+        """Fields for run.json, the data's description for data.json, and the model graph for TensorBoard."""
+        self.run.update(**meta)
+        if data is not None:
+            write_json(self.run.data_path, data)
+        board = self._tensorboard()
+        if graph:
+            from tensorboardX.proto.graph_pb2 import GraphDef
+            from tensorboardX.proto.step_stats_pb2 import RunMetadata, StepStats
+
+            stats = RunMetadata(step_stats=StepStats(dev_stats=[]))
+            board.file_writer.add_graph((GraphDef.FromString(graph), stats))
+        board.add_text("config", "```yaml\n" + self.run.config_path.read_text() + "```", 0)
+        board.flush()
+
+    def progress(self, fields: Mapping[str, Any]) -> None:
+        """Where the epoch stands, for the driver's progress bar. Not flushed to disk: it is worthless after a crash."""
+        temporary = self.run.progress_path.with_suffix(".tmp")
+        with contextlib.suppress(OSError):
+            temporary.write_text(json.dumps(dict(fields)))
+            temporary.replace(self.run.progress_path)
+
+    def snapshot(self, step: int, files: Mapping[str, bytes]) -> None:
+        """A checkpoint inside an epoch; the newest two are kept."""
+        write_directory(self.run.checkpoints / step_name(step), files)
+        for old in sorted(self.run.checkpoints.glob("step_*"))[:-KEEP_SNAPSHOTS]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def epoch(self, record: Mapping[str, Any], files: Mapping[str, bytes], predictions: bytes) -> None:
+        """A finished epoch: its predictions, its checkpoint and its line."""
+        epoch = int(record["epoch"])
+        write_atomic(self.run.predictions_path(epoch), predictions)
+        write_directory(self.run.checkpoints / epoch_name(epoch), files)
+        rows = [r.to_json() for r in self.run.records() if r.epoch < epoch]
+        self._write_records([*rows, dict(record)])
+        for old in self.run.checkpoints.glob("step_*"):
+            shutil.rmtree(old, ignore_errors=True)
+        self._plot(EpochRecord.from_json(record))
+
+    def end(self, status: str, error: str | None = None, **fields: Any) -> None:
+        """The last word: `done`, `failed` or `stopped`."""
+        from rayexp.runs import now
+
+        if self._board is not None:
+            if status == "done":
+                self._hyperparameters()
+            self._board.close()
+            self._board = None
+        self.run.progress_path.unlink(missing_ok=True)
+        self.run.update(status=status, error=error, finished=now(), **fields)
+
+    def stop_requested(self) -> bool:
+        """Whether someone asked the run to save and stop."""
+        return self.run.stop_path.exists()
+
+    # ------------------------------------------------------------------ TensorBoard
+
+    def _tensorboard(self) -> Any:
+        if self._board is None:
+            from tensorboardX import SummaryWriter
+
+            self._board = SummaryWriter(str(self.run.tb))
+        return self._board
+
+    def _plot(self, record: EpochRecord) -> None:
+        board = self._tensorboard()
+        scalars = {
+            "loss/train": record.train_loss,
+            "loss/val": record.val_loss,
+            "lr": record.lr,
+            "throughput/samples_per_second": record.samples_per_second,
+            **{f"metric/{name}": value for name, value in record.metrics.items()},
+            **{f"seconds/{name}": value for name, value in record.seconds.items()},
+        }
+        for name, value in scalars.items():
+            board.add_scalar(name, value, record.epoch)
+        board.flush()
+
+    def _hyperparameters(self) -> None:
+        records = self.run.records()
+        if not records:
+            return
+        config = self.run.config()
+        words = {
+            "model": config.model.name,
+            "batch_size": config.batch_size,
+            "lr": config.lr,
+            "weight_decay": config.weight_decay,
+            "optimizer": config.optimizer.name,
+            "schedule": config.schedule.name,
+            "epochs": config.epochs,
+            "seed": config.seed,
+            "precision": config.precision,
+            "reduction": config.reduction,
+            "shards": config.shards,
+            "num_workers": str(config.scaling.num_workers),
+        }
+        last = records[-1]
+        self._tensorboard().add_hparams(
+            words, {"hparam/val_loss": last.val_loss, **{f"hparam/{k}": v for k, v in last.metrics.items()}}, name="hparams"
+        )
+
+    def _write_records(self, rows: list[dict[str, Any]]) -> None:
+        write_atomic(self.run.epochs_path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def model_graph(model: Any, inputs: Any) -> bytes | None:
+    """TensorBoard's picture of a model as serialised GraphDef, or None where it cannot be traced.
+
+    Args:
+        model: a torch module; traced as it stands.
+        inputs: a tuple of example inputs.
+    """
+    from tensorboardX.pytorch_graph import graph
+
+    try:
+        return bytes(graph(model, inputs, verbose=False)[0].SerializeToString())
+    except Exception:  # tracing fails in many ways, and a missing picture must not cost a run
+        return None
