@@ -1,0 +1,15 @@
+"""The engine: plain PyTorch, no Ray. The same bits at any number of workers.
+
+The number of workers may decide who computes a shard, never what the shard is, nor in which order shards are added.
+
+    order       which sample comes when, and where every random draw comes from
+    draws       dropout whose mask is drawn per shard
+    flat        a model's tensors as views of one buffer; the layout of what is reduced
+    reduce      the fixed tree, and the exchange between workers
+    optimize    SGD and AdamW on the flat buffers; schedules
+    place       device, threads, lanes, determinism, fingerprint
+    step        one optimizer step: shards on lanes, then the tree, then the update
+    evaluate    validation predictions, cut into streams
+    checkpoint  state to bytes and back, hashes
+    loop        epochs and steps as a generator
+"""

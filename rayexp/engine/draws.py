@@ -1,0 +1,104 @@
+"""Dropout whose masks are drawn per shard from (seed, epoch, step, shard), never from a global generator.
+
+Threads share torch's global CPU generator, and a worker's position in it depends on how many workers there are; so
+every module that draws is replaced by one that takes its generator from a `Draws` set by the engine for each pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class Draws:
+    """The generators of the shards in the present pass. One per model replica; set before each training pass."""
+
+    def __init__(self) -> None:
+        self.generators: tuple[torch.Generator, ...] = ()
+        self.sizes: tuple[int, ...] = ()
+
+    def begin(self, keys: Sequence[int], sizes: Sequence[int], device: torch.device) -> None:
+        """The pass holds shards of these sizes, whose draws start from these keys."""
+        self.generators = tuple(torch.Generator(device).manual_seed(k) for k in keys)
+        self.sizes = tuple(sizes)
+
+    def bernoulli(self, like: Tensor, keep: float, dim: int, shape: Sequence[int] | None = None) -> Tensor:
+        """A 0/1 mask of `like`'s dtype; every shard's slice along `dim` comes from its own generator.
+
+        Args:
+            like: the activation; its size along `dim` is the samples of all shards.
+            keep: probability of a 1.
+            dim: the dimension along which samples lie.
+            shape: the mask's shape where it is smaller than `like` (broadcast), with the same size along `dim`.
+        """
+        shape = list(like.shape if shape is None else shape)
+        if sum(self.sizes) == 0 or shape[dim] % sum(self.sizes):
+            raise RuntimeError("a random layer ran outside a training pass, or on another batch than announced")
+        times = shape[dim] // sum(self.sizes)  # samples may be folded with time or heads
+        parts = []
+        for generator, size in zip(self.generators, self.sizes, strict=True):
+            shape[dim] = size * times
+            parts.append(torch.empty(shape, dtype=like.dtype, device=like.device).bernoulli_(keep, generator=generator))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+class Dropout(nn.Module):
+    """`nn.Dropout` with masks from a `Draws`; `dim` is the dimension along which samples lie."""
+
+    def __init__(self, p: float, dim: int = 0, draws: Draws | None = None) -> None:
+        super().__init__()
+        self.p, self.dim, self.draws = p, dim, draws or Draws()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Zero elements with probability p and scale the rest by 1 / (1 - p); the identity in eval mode."""
+        if not self.training or self.p == 0:
+            return x
+        return x * self.draws.bernoulli(x, 1 - self.p, self.dim).div_(max(1 - self.p, 1e-12))
+
+    def extra_repr(self) -> str:
+        """For print(model)."""
+        return f"p={self.p}"
+
+
+class StochasticDepth(nn.Module):
+    """torchvision's `StochasticDepth` (Huang et al. 2016) with draws from a `Draws`."""
+
+    def __init__(self, p: float, mode: str) -> None:
+        super().__init__()
+        self.p, self.mode, self.draws = p, mode, Draws()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Drop a residual branch, per sample (`row`) or per shard (`batch`)."""
+        if not self.training or self.p == 0:
+            return x
+        shape = [x.shape[0]] + [1] * (x.ndim - 1)
+        mask = self.draws.bernoulli(x, 1 - self.p, 0, shape)
+        if self.mode == "batch":
+            firsts = [part[:1].expand_as(part) for part in mask.split(self.draws.sizes)]
+            mask = torch.cat(firsts)
+        return x * mask / max(1 - self.p, 1e-12)
+
+
+def adopt(model: nn.Module, draws: Draws, dim: int) -> None:
+    """Replace every random layer below `model` by its keyed form, all drawing from `draws`.
+
+    Raises:
+        TypeError: a layer draws by itself and no keyed form of it is known.
+    """
+    for name, child in model.named_children():
+        if isinstance(child, Dropout | StochasticDepth):
+            child.draws = draws
+        elif isinstance(child, nn.Dropout | nn.Dropout1d | nn.Dropout2d | nn.Dropout3d):
+            if type(child) is not nn.Dropout:
+                raise TypeError(f"{name}: {type(child).__name__} has no form with keyed draws")
+            setattr(model, name, Dropout(child.p, dim, draws))
+        elif type(child).__name__ == "StochasticDepth":
+            keyed = StochasticDepth(float(child.p), str(child.mode))
+            keyed.draws = draws
+            setattr(model, name, keyed)
+        elif isinstance(getattr(child, "dropout", None), float) and child.dropout:
+            raise TypeError(f"{name}: {type(child).__name__} draws dropout by itself; set its dropout to 0")
+        else:
+            adopt(child, draws, dim)

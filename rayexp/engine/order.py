@@ -1,0 +1,89 @@
+"""Which sample comes when, and where random numbers come from: pure functions of (seed, purpose, epoch, ...).
+
+Nothing here keeps state or sees the number of workers, so that a resume at step k is arithmetic and not replay.
+All draws come from splitmix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators"), written
+out here in integer arithmetic: they are the same on every machine and with every version of every library.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MIX1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX2 = np.uint64(0x94D049BB133111EB)
+
+
+def key(seed: int, purpose: str, *numbers: int) -> int:
+    """A 63-bit key for one purpose, from the words that name it: `key(seed, "dropout", epoch, step, shard)`."""
+    text = "/".join([str(seed), purpose, *map(str, numbers)])
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The output function of splitmix64, element by element."""
+    with np.errstate(over="ignore"):
+        z = values * _GOLDEN
+        z = (z ^ (z >> np.uint64(30))) * _MIX1
+        z = (z ^ (z >> np.uint64(27))) * _MIX2
+        return z ^ (z >> np.uint64(31))
+
+
+def uniform(key: int, samples: NDArray[np.int64], draws: int) -> NDArray[np.float64]:
+    """`draws` uniform numbers in [0, 1) for each sample: float64[n, draws], a function of (key, sample) alone."""
+    with np.errstate(over="ignore"):
+        start = mix(samples.astype(np.uint64) + np.uint64(1)) ^ mix(np.full(1, key, np.uint64))
+        words = mix(mix(start)[:, None] + np.arange(draws, dtype=np.uint64) + np.uint64(1))
+    return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def permutation(seed: int, epoch: int, n: int) -> NDArray[np.int64]:
+    """The order of the n training samples in an epoch: int64[n]. Sorting random 64-bit words, ties by position."""
+    with np.errstate(over="ignore"):
+        words = mix(mix(np.arange(n, dtype=np.uint64)) ^ mix(np.full(1, key(seed, "order", epoch), np.uint64)))
+    return np.argsort(words, kind="stable")
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How n samples are cut into batches and shards.
+
+    Every sample comes exactly once an epoch. A rest too small to give every shard two samples (batch statistics need
+    two) joins the batch before it; otherwise it is a batch of its own, its shards equal up to one sample.
+    """
+
+    n: int
+    batch_size: int
+    shards: int
+
+    @property
+    def steps(self) -> int:
+        """Batches of an epoch, at least 1."""
+        whole, rest = divmod(self.n, self.batch_size)
+        return max(1, whole + (rest >= 2 * self.shards))
+
+    def batch(self, step: int) -> range:
+        """Positions (in the permuted order) of a step's batch."""
+        last = step == self.steps - 1
+        return range(step * self.batch_size, self.n if last else (step + 1) * self.batch_size)
+
+    def sizes(self, step: int, shards: range) -> tuple[int, ...]:
+        """Samples in each of these shards of a step's batch."""
+        base, extra = divmod(len(self.batch(step)), self.shards)
+        return tuple(base + (shard < extra) for shard in shards)
+
+    def positions(self, step: int, shards: range) -> range:
+        """Positions of consecutive shards of a step's batch: the shards lie in the batch one after another."""
+        start = self.batch(step).start + sum(self.sizes(step, range(shards.start)))
+        return range(start, start + sum(self.sizes(step, shards)))
+
+
+def share(count: int, parts: int, part: int) -> range:
+    """Part `part` of `count` things in `parts` consecutive, nearly equal parts."""
+    base, extra = divmod(count, parts)
+    start = part * base + min(part, extra)
+    return range(start, start + base + (part < extra))
