@@ -27,22 +27,32 @@ DATASETS = {
 
 @dataclass(frozen=True, slots=True)
 class ImageSplit:
-    """n images of one split.
+    """n images of one split, or of a subset of it; `read` gets the pixels.
 
     Attributes:
-        images: uint8[n, height, width, 3], mapped.
+        images: uint8[packed, height, width, 3], mapped: all that is packed, a subset or not.
+        rows: int64[n], rising: the rows of `images` that belong to the subset; None where all do.
         labels: int64[n].
-        names: file names, `val_1008.JPEG`.
-        sha: sha256 over labels, names and pixels of exactly these samples.
+        names: file names, `val_1008.JPEG`; n of them.
+        sha: names labels, names and pixels of exactly these samples. For a whole split see pack.split_sha; for a
+            subset it is made from the whole split's and the subset's size (pack.subset), so no pixel is read again.
     """
 
     images: NDArray[np.uint8]
     labels: NDArray[np.int64]
     names: tuple[str, ...]
     sha: str
+    rows: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def read(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Copy of the samples `indices` (int64[m], each 0 .. n-1): uint8[m, height, width, 3].
+
+        The interpreter lock is free while numpy copies, so threads may read at the same time.
+        """
+        return self.images.take(indices if self.rows is None else self.rows[indices], axis=0)
 
 
 @dataclass(frozen=True, slots=True)
