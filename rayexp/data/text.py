@@ -1,0 +1,220 @@
+"""Word-level text: any folder with train.txt, valid.txt and test.txt; and how every text dataset is packed and read.
+
+A word is what stands between white space; every line ends with `<eos>`. Packed, a text is a folder with train.npy,
+valid.npy and test.npy (int32 word numbers), vocabulary.txt (one word a line, in number order) and meta.json.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rayexp.config import DataConfig
+from rayexp.data import TextData
+from rayexp.data.fetch import cache_dir
+from rayexp.errors import UserError
+from rayexp.runs import write_directory
+
+LAYOUT = 1
+EOS, UNK = "<eos>", "<unk>"
+SPLITS = ("train", "valid", "test")
+
+
+def open_data(config: DataConfig) -> TextData:
+    """The text folder `config.root`, packed on first use into the cache under the hash of its content.
+
+    Raises:
+        UserError: a file is missing, not UTF-8 or empty; the line names it.
+    """
+    folder = _folder(config)
+    if (folder / "meta.json").is_file():
+        return read_packed(folder, config)
+    vocabulary, tokens = _pack_folder(folder)
+    return capped(vocabulary, tokens, config)
+
+
+def info(root: Path) -> dict[str, Any]:
+    """Tokens of each split, vocabulary and hashes of a text folder, packed or plain."""
+    data = open_data(DataConfig(name="text", root=root))
+    tokens = {name: len(getattr(data, name)) for name in SPLITS}
+    return {"kind": "text", "root": str(root), "tokens": tokens, "vocabulary": len(data.vocabulary), "sha": data.sha}
+
+
+# ---------------------------------------------------------------------- words
+
+
+def decode(data: bytes, source: str) -> str:
+    """UTF-8 text with `\\n` line ends; UserError names the file and the offset of the first wrong byte."""
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        byte = data[error.start]
+        raise UserError(f"{source}: not UTF-8 (byte 0x{byte:02x} at offset {error.start})") from None
+    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def words(text: str, source: str) -> list[str]:
+    """The words of a text, `<eos>` after every line.
+
+    Raises:
+        UserError: there is no word in it.
+    """
+    lines = text.removesuffix("\n").split("\n")
+    found = [word for line in lines for word in (*line.split(), EOS)]
+    if len(found) == len(lines):
+        raise UserError(f"{source}: the text is empty")
+    return found
+
+
+def encode(
+    splits: Mapping[str, Sequence[str]], known: Iterable[str] = SPLITS, min_count: int = 1
+) -> tuple[tuple[str, ...], dict[str, NDArray[np.int32]]]:
+    """Number the words in order of first appearance.
+
+    Args:
+        splits: the words of each split.
+        known: the splits whose words make the vocabulary; any other word becomes `<unk>`.
+        min_count: rarer words of these splits become `<unk>` too.
+    """
+    known = tuple(known)
+    counts: Counter[str] = Counter()  # keeps the order of first appearance
+    for name in known:
+        counts.update(splits[name])
+    vocabulary = [word for word, count in counts.items() if count >= min_count or word in (EOS, UNK)]
+    if UNK not in counts and (set(known) != set(splits) or len(vocabulary) < len(counts)):
+        vocabulary.append(UNK)
+    number = {word: n for n, word in enumerate(vocabulary)}
+    unknown = number.get(UNK, -1)
+    tokens = {
+        name: np.fromiter((number.get(word, unknown) for word in split), np.int32, len(split))
+        for name, split in splits.items()
+    }
+    return tuple(vocabulary), tokens
+
+
+def _pack_folder(folder: Path) -> tuple[tuple[str, ...], dict[str, NDArray[np.int32]]]:
+    """Encode a plain folder, or find it in the cache."""
+    raw = {f"{name}.txt": read_file(folder / f"{name}.txt") for name in SPLITS}
+    key = hashlib.sha256(f"text {LAYOUT}".encode())
+    for data in raw.values():
+        key.update(hashlib.sha256(data).digest())
+    cached = cache_dir() / "text" / key.hexdigest()[:32]
+    try:
+        return _load(cached)
+    except UserError:
+        pass  # not there yet, or damaged: made anew
+    splits = {}
+    for file, data in raw.items():
+        source = str(folder / file)
+        splits[file.removesuffix(".txt")] = words(decode(data, source), source)
+    vocabulary, tokens = encode(splits, known=("train",))
+    try:
+        write_directory(cached, packed_files("text", vocabulary, tokens))
+        return _load(cached)
+    except OSError:
+        return vocabulary, tokens  # a cache that cannot be written only costs time
+
+
+def read_file(path: Path) -> bytes:
+    """A file's bytes (UserError where it cannot be read)."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        wanted = ", ".join(f"{name}.txt" for name in SPLITS)
+        raise UserError(f"{path}: cannot be read ({error.strerror}); a text folder holds {wanted}") from None
+
+
+# ---------------------------------------------------------------------- packed
+
+
+def packed_files(
+    name: str, vocabulary: Sequence[str], tokens: Mapping[str, NDArray[np.int32]], **extra: Any
+) -> dict[str, bytes]:
+    """The files of a packed text by name."""
+    meta = {
+        "layout": LAYOUT,
+        "name": name,
+        "tokens": {split: len(array) for split, array in tokens.items()},
+        "vocabulary": len(vocabulary),
+        "sha": hashes(vocabulary, tokens),
+        **extra,
+    }
+    files = {"vocabulary.txt": "".join(f"{word}\n" for word in vocabulary).encode()}
+    for split, array in tokens.items():
+        buffer = io.BytesIO()
+        np.save(buffer, array, allow_pickle=False)
+        files[f"{split}.npy"] = buffer.getvalue()
+    files["meta.json"] = (json.dumps(meta, indent=2) + "\n").encode()
+    return files
+
+
+def check_target(folder: Path) -> None:
+    """Refuse to pack into a folder that holds anything but a packed text, for packing replaces it (UserError)."""
+    own = {"vocabulary.txt", "meta.json", *(f"{name}.npy" for name in SPLITS)}
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--to: {folder} is a file; give a folder")
+    other = sorted(path.name for path in folder.glob("*") if path.name not in own)
+    if other:
+        raise UserError(f"--to: {folder} holds other files ({other[0]}); give an empty or a new folder")
+
+
+def read_packed(folder: Path, config: DataConfig) -> TextData:
+    """A packed text, as much of it as the configuration says.
+
+    Raises:
+        UserError: missing, damaged, or packed by a newer rayexp.
+    """
+    return capped(*_load(folder), config)
+
+
+def capped(vocabulary: Sequence[str], tokens: Mapping[str, NDArray[np.int32]], config: DataConfig) -> TextData:
+    """The first tokens of each split, as many as the configuration allows; the hashes cover exactly these."""
+    caps = {"train": config.max_train_tokens, "valid": config.max_val_tokens, "test": config.max_val_tokens}
+    cut = {name: tokens[name][: caps[name]] for name in SPLITS}
+    return TextData(cut["train"], cut["valid"], cut["test"], tuple(vocabulary), hashes(vocabulary, cut))
+
+
+def hashes(vocabulary: Sequence[str], tokens: Mapping[str, NDArray[np.int32]]) -> dict[str, str]:
+    """sha256 over the vocabulary and each split's tokens."""
+    head = hashlib.sha256("\n".join(vocabulary).encode())
+    found = {}
+    for name in SPLITS:
+        whole = head.copy()
+        whole.update(np.ascontiguousarray(tokens[name], "<i4"))
+        found[name] = whole.hexdigest()
+    return found
+
+
+def _folder(config: DataConfig) -> Path:
+    if config.root is None:  # the configuration sees to it
+        raise UserError(f"data.root: {config.name} needs a folder")
+    if not config.root.is_dir():
+        raise UserError(f"data.root: {config.root} is no folder")
+    return config.root
+
+
+def _load(folder: Path) -> tuple[tuple[str, ...], dict[str, NDArray[np.int32]]]:
+    """The vocabulary and the mapped tokens of a packed text, checked against its hashes."""
+    try:
+        meta = json.loads((folder / "meta.json").read_bytes())
+        layout, sha = meta["layout"], meta["sha"]
+        if layout == LAYOUT:
+            vocabulary = tuple((folder / "vocabulary.txt").read_text(encoding="utf-8").removesuffix("\n").split("\n"))
+            tokens = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in SPLITS}
+    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+        raise UserError(f"{folder}: not a packed text ({error})") from None
+    if layout != LAYOUT:
+        raise UserError(f"{folder}: packed in layout {layout}, this rayexp reads {LAYOUT}; fetch it again")
+    found = hashes(vocabulary, tokens)
+    for name in SPLITS:
+        if found[name] != sha.get(name):
+            raise UserError(f"{folder / name}.npy: damaged (not the tokens that meta.json names); fetch it again")
+    return vocabulary, tokens
