@@ -1,0 +1,116 @@
+"""Reading what `pack` has packed: mapped arrays, checked against meta.json, and balanced subsets of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rayexp.config import DataConfig
+from rayexp.data import ImageData, ImageSplit
+from rayexp.data.pack import FORMAT, SPLITS, split_sha
+from rayexp.errors import UserError
+
+
+def open_packed(root: Path, config: DataConfig) -> ImageData:
+    """The images in a packed folder, cut to `max_train_samples` and `max_val_samples`.
+
+    Raises:
+        UserError: nothing is packed there, it is damaged or of a newer format, or its images have another size than
+            `image_size`.
+    """
+    meta = read_meta(root)
+    if meta["image_size"] != config.image_size:
+        raise UserError(
+            f"data.image_size: {root} is packed at {meta['image_size']} pixels, got {config.image_size}; "
+            f"allowed: {meta['image_size']}"
+        )
+    splits = {}
+    for split, most in zip(SPLITS, (config.max_train_samples, config.max_val_samples), strict=True):
+        whole = _open_split(root, meta, split)
+        splits[split] = whole if most is None else subset(whole, most)
+    return ImageData(splits["train"], splits["val"], tuple((id, words) for id, words in meta["classes"]))
+
+
+def read_meta(root: Path) -> dict[str, Any]:
+    """meta.json of a packed folder (UserError where there is none, or a damaged or newer one)."""
+    path = root / "meta.json"
+    try:
+        meta = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{root}: no packed data there (no meta.json); `rayexp data fetch` makes it") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+    try:
+        if meta["format"] > FORMAT:
+            raise UserError(
+                f"{path}: format {meta['format']} is newer than this rayexp knows ({FORMAT}); upgrade rayexp"
+            )
+        if meta["kind"] != "images":
+            raise UserError(f"{root}: holds {meta['kind']}, not images")
+        if not all(len(meta["names"][split]) == meta["counts"][split] for split in SPLITS):
+            raise ValueError("names and counts differ")
+        meta["sha"], meta["classes"], meta["image_size"]  # noqa: B018
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: damaged ({type(error).__name__}: {error}); remove {root} and fetch again") from error
+    return dict(meta)
+
+
+def subset(split: ImageSplit, most: int) -> ImageSplit:
+    """The first images of each class, taken in turn from class to class until `most` are together; stored order.
+
+    The pixels are not copied. `sha` is the sha256 of `<the whole split's sha> balanced <most>`: the rule is fixed, so
+    these two name exactly these samples. A `most` that leaves nothing out gives the split itself.
+    """
+    if most >= len(split):
+        return split
+    rows = balanced_rows(split.labels, most)
+    sha = hashlib.sha256(f"{split.sha} balanced {most}".encode()).hexdigest()
+    return ImageSplit(split.images, split.labels[rows], tuple(split.names[row] for row in rows), sha, rows)
+
+
+def balanced_rows(labels: NDArray[np.int64], most: int) -> NDArray[np.int64]:
+    """Rising int64[min(most, n)]: the first of each class, then the second of each class, and so on."""
+    order = np.argsort(labels, kind="stable")
+    counts = np.bincount(labels)
+    turn = np.empty(len(labels), np.int64)  # how many of its class stand before it
+    turn[order] = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return np.sort(np.lexsort((labels, turn))[:most])
+
+
+def check(root: Path) -> None:
+    """Read and hash everything (UserError names the array that is not what meta.json says)."""
+    meta = read_meta(root)
+    for split in SPLITS:
+        data = _open_split(root, meta, split)
+        rows = meta["chunk"]
+        chunks = [
+            hashlib.sha256(np.ascontiguousarray(data.images[start : start + rows])).hexdigest()
+            for start in range(0, len(data), rows)
+        ]
+        if split_sha(data.names, data.labels.tolist(), chunks) != meta["sha"][split]:
+            raise UserError(f"{root}: {split} images, labels or names are damaged; remove {root} and fetch again")
+
+
+def _open_split(root: Path, meta: dict[str, Any], split: str) -> ImageSplit:
+    size, count = meta["image_size"], meta["counts"][split]
+    images = _map(root / f"{split}_images.npy", (count, size, size, 3), np.uint8)
+    labels = np.array(_map(root / f"{split}_labels.npy", (count,), np.int64))
+    if count and not 0 <= labels.min() <= labels.max() < len(meta["classes"]):
+        raise UserError(f"{root / f'{split}_labels.npy'}: damaged (labels beyond the classes)")
+    return ImageSplit(images, labels, tuple(meta["names"][split]), meta["sha"][split])
+
+
+def _map(path: Path, shape: tuple[int, ...], dtype: type[Any]) -> NDArray[Any]:
+    """An array on disk, mapped, as a plain ndarray."""
+    try:
+        array = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path}: missing or damaged ({error}); remove {path.parent} and fetch again") from error
+    if array.shape != shape or array.dtype != dtype:
+        raise UserError(f"{path}: is {array.dtype}{list(array.shape)}, meta.json says {np.dtype(dtype)}{list(shape)}")
+    return np.asarray(array)

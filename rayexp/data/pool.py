@@ -1,0 +1,133 @@
+"""A function run by several Python processes: JSON arguments in, bytes out, results in order.
+
+Why not multiprocessing: its children run the caller's main module again (a script or notebook without a guard would
+start itself over), and a fork copies locks that other threads hold. These children import one function and nothing
+of the caller. They leave when the caller does, however it ends: their input closes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import queue
+import signal
+import struct
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from rayexp.errors import RunError, UserError
+
+HEAD = struct.Struct("<cQ")  # R(esult), U(ser error) or F(ailure); bytes that follow
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def ordered(function: str, calls: Iterable[list[Any]], processes: int | None = None) -> Iterator[bytes]:
+    """The results of `module:name` for each list of JSON arguments, in the order of the calls.
+
+    At most two calls per process are under way, so memory stays bounded. Closing the iterator ends the processes.
+
+    Raises:
+        UserError: the function raised it.
+        RunError: the function failed otherwise, or a process died.
+    """
+    idle: queue.SimpleQueue[subprocess.Popen[bytes]] = queue.SimpleQueue()
+    children: list[subprocess.Popen[bytes]] = []
+    processes = processes or cores()
+
+    def call(arguments: list[Any]) -> bytes:
+        child = idle.get()
+        try:
+            return _ask(child, arguments)
+        finally:
+            idle.put(child)
+
+    threads = ThreadPoolExecutor(processes, thread_name_prefix="rayexp-pool")
+    waiting: deque[Future[bytes]] = deque()
+    try:
+        for arguments in calls:
+            if len(children) < processes:
+                children.append(_start(function))
+                idle.put(children[-1])
+            waiting.append(threads.submit(call, arguments))
+            if len(waiting) >= 2 * processes:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for child in children:
+            child.kill()
+        threads.shutdown(cancel_futures=True)
+        for child in children:
+            child.wait()
+            for pipe in (child.stdin, child.stdout):
+                if pipe:
+                    _close(pipe)
+
+
+def _start(function: str) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
+    # A session of its own: Ctrl-C goes to the parent alone, which then ends its children.
+    return subprocess.Popen(
+        [sys.executable, "-c", f"from rayexp.data.pool import serve; serve({function!r})"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environment,
+        start_new_session=True,
+    )
+
+
+def _ask(child: subprocess.Popen[bytes], arguments: list[Any]) -> bytes:
+    """Send one call and wait for its answer."""
+    if child.stdin is None or child.stdout is None:
+        raise RunError("a helper process has no pipes")
+    try:
+        child.stdin.write(json.dumps(arguments).encode() + b"\n")
+        child.stdin.flush()
+    except OSError:
+        pass  # it died; reading says so
+    head = child.stdout.read(HEAD.size)
+    kind, size = HEAD.unpack(head) if len(head) == HEAD.size else (b"", 0)
+    body = child.stdout.read(size)
+    if not kind or len(body) < size:
+        raise RunError(f"a helper process ended early (exit code {child.wait()}; -9 may mean: out of memory)")
+    if kind == b"U":
+        raise UserError(body.decode())
+    if kind == b"F":
+        raise RunError(f"a helper process failed: {body.decode()}")
+    return body
+
+
+def _close(pipe: Any) -> None:
+    try:
+        pipe.close()
+    except OSError:
+        pass  # what was still to be sent goes nowhere
+
+
+def serve(function: str) -> None:
+    """The child: answer calls until the input closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Whatever prints goes to stderr: stdout carries the answers.
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    module, _, name = function.partition(":")
+    target = getattr(importlib.import_module(module), name)
+    for line in sys.stdin.buffer:
+        try:
+            kind, body = b"R", target(*json.loads(line))
+        except UserError as error:
+            kind, body = b"U", str(error).encode("utf-8", "backslashreplace")
+        except Exception as error:
+            kind, body = b"F", f"{type(error).__name__}: {error}".encode("utf-8", "backslashreplace")
+        out.write(HEAD.pack(kind, len(body)))
+        out.write(body)
+        out.flush()

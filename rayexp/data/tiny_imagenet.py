@@ -1,0 +1,128 @@
+"""Tiny-ImageNet-200 in the official layout, checked, relabelled and packed.
+
+    wnids.txt  words.txt  train/<wnid>/images/*.JPEG  val/images/*.JPEG  val/val_annotations.txt   (test/ is ignored)
+
+Label l is the l-th class of wnids.txt in alphabetical order: torchvision's ImageFolder counts like that, and so do
+the files people keep (`val_1008.JPEG 107`); the line numbers of wnids.txt themselves are another order.
+Images are stored by class and number (train) and by number (val).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from pathlib import Path
+
+from rayexp.config import DataConfig
+from rayexp.data import ImageData
+from rayexp.data.fetch import Source, open_source
+from rayexp.data.pack import SUFFIXES, Item, Plan, done, pack
+from rayexp.data.packed import open_packed, read_meta
+from rayexp.errors import UserError
+
+SIZE = 64
+LAYOUT = "tiny-imagenet-200/{wnids.txt,words.txt,train/<wnid>/images/*.JPEG,val/{images/*.JPEG,val_annotations.txt}}"
+
+
+def open_data(config: DataConfig) -> ImageData:
+    """The packed folder `config.root`.
+
+    Raises:
+        UserError: see `open_packed`; for an unpacked folder or archive, the line says how to pack it.
+    """
+    root = config.root or Path("data/tiny_imagenet")
+    if not done(root) and root.exists() and (root.is_file() or any(root.glob("**/wnids.txt"))):
+        raise UserError(
+            f"data.root: {root} is not packed; run `rayexp data fetch tiny_imagenet --from {root} --to DIR`"
+        )
+    return open_packed(root, config)
+
+
+def fetch(source: str | None, to: Path) -> bool:
+    """Pack an archive, a folder or a URL into `to`; False where that was done before.
+
+    Raises:
+        UserError: the source breaks the layout (the line names the file), or `to` holds other data.
+    """
+    found = open_source(source or "", "wnids.txt", layout=LAYOUT)
+    if done(to):
+        meta = read_meta(to)
+        if meta["source_key"] != found.key():
+            raise UserError(f"{to}: holds other data already (from {meta['source']}); choose another folder")
+        return False
+    plan = make_plan(found, "tiny_imagenet")
+    return pack(to, lambda: plan)
+
+
+def make_plan(source: Source, dataset: str, size: int = SIZE) -> Plan:
+    """Read the lists, match them with the files, and settle labels and order (UserError names what does not fit)."""
+    wnids = [line.strip() for line in source.text("wnids.txt").splitlines() if line.strip()]
+    if not wnids:
+        raise UserError(f"{source.where('wnids.txt')}: names no class")
+    if twice := next((wnid for wnid in wnids if wnids.count(wnid) > 1), None):
+        raise UserError(f"{source.where('wnids.txt')}: names {twice} twice")
+    words = {}
+    if "words.txt" in source:
+        lines = (line.partition("\t") for line in source.text("words.txt").splitlines())
+        words = {wnid.strip(): text.strip() for wnid, _, text in lines}
+    order = sorted(wnids)
+    label = {wnid: number for number, wnid in enumerate(order)}
+    return Plan(
+        dataset=dataset,
+        source=source,
+        classes=tuple((wnid, words.get(wnid, wnid)) for wnid in order),
+        splits={"train": _train(source, label), "val": _val(source, label)},
+        size=size,
+        resize=size != SIZE,
+    )
+
+
+def _train(source: Source, label: dict[str, int]) -> list[Item]:
+    images: dict[str, list[str]] = defaultdict(list)
+    for name in source.files:
+        parts = name.split("/")
+        if parts[0] == "train" and len(parts) == 4 and parts[2] == "images" and _is_image(parts[3]):
+            images[parts[1]].append(parts[3])
+    for wnid in label:
+        if not images.get(wnid):
+            raise UserError(f"{source.where(f'train/{wnid}/images')}: class folder missing or without images")
+    if unknown := sorted(images.keys() - label.keys()):
+        raise UserError(f"{source.where(f'train/{unknown[0]}')}: a class that wnids.txt does not name")
+    return [
+        (f"train/{wnid}/images/{name}", name, number)
+        for wnid, number in label.items()
+        for name in sorted(images[wnid], key=natural)
+    ]
+
+
+def _val(source: Source, label: dict[str, int]) -> list[Item]:
+    listed = "val/val_annotations.txt"
+    items: dict[str, Item] = {}
+    for number, line in enumerate(source.text(listed).splitlines(), 1):
+        if not line.strip():
+            continue
+        name, wnid = (*line.split("\t"), "")[:2]
+        where = f"{source.where(listed)} line {number}"
+        if wnid not in label:
+            raise UserError(f"{where}: unknown class {wnid!r}; allowed are those of wnids.txt")
+        if f"val/images/{name}" not in source:
+            raise UserError(f"{where}: there is no image {source.where(f'val/images/{name}')}")
+        if name in items:
+            raise UserError(f"{where}: annotates {name} a second time")
+        items[name] = (f"val/images/{name}", name, label[wnid])
+    for path in source.files:
+        folder, _, name = path.rpartition("/")
+        if folder == "val/images" and _is_image(name) and name not in items:
+            raise UserError(f"{source.where(path)}: has no annotation in {listed}")
+    if not items:
+        raise UserError(f"{source.where(listed)}: annotates no image")
+    return [items[name] for name in sorted(items, key=natural)]
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """Sort key: `val_9` before `val_10`."""
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"([0-9]+)", name)] + [(0, name)]
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
