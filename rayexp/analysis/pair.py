@@ -1,0 +1,104 @@
+"""Two checkpoints that judged the same validation data, read from their run directories."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rayexp.errors import UserError
+from rayexp.records import Predictions
+from rayexp.runs import Run
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A run's epoch with its stored judgements. `weights_sha` is empty where nothing recorded it."""
+
+    run: Run
+    epoch: int
+    predictions: Predictions
+    weights_sha: str
+
+    @property
+    def name(self) -> str:
+        """`20250102T030405Z-resnet-ab12@7`"""
+        return f"{self.run.id}@{self.epoch}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Run, epoch and weights."""
+        return {"run": self.run.id, "epoch": self.epoch, "weights_sha": self.weights_sha}
+
+
+def read(run: Run, epoch: int) -> Checkpoint:
+    """Read one checkpoint's stored predictions.
+
+    Raises:
+        UserError: there are none, or they are damaged.
+    """
+    return Checkpoint(run, epoch, run.predictions(epoch), weights_sha(run, epoch))
+
+
+def read_pair(a: tuple[Run, int], b: tuple[Run, int]) -> tuple[Checkpoint, Checkpoint]:
+    """Read two checkpoints and make sure that they may be compared.
+
+    Raises:
+        UserError: predictions are missing or damaged, one is of images and one of tokens, or they are of different
+            validation data.
+    """
+    first, second = read(*a), read(*b)
+    check(first, second)
+    return first, second
+
+
+def check(a: Checkpoint, b: Checkpoint) -> None:
+    """Refuse what cannot be compared (UserError)."""
+    p, q = a.predictions, b.predictions
+    if p.kind != q.kind:
+        raise UserError(f"{a.name} judged {p.kind} and {b.name} judged {q.kind}: there is nothing to compare")
+    if p.kind not in POSITION:
+        raise UserError(f"{a.name}: predictions of unknown kind {p.kind!r}; allowed: {', '.join(POSITION)}")
+    if p.data_sha != q.data_sha:
+        raise UserError(
+            f"{a.name} and {b.name} judged different validation data "
+            f"(data_sha {p.data_sha[:12]}, n {len(p):,}; {q.data_sha[:12]}, n {len(q):,}); "
+            "compare runs of the same data and the same data.max_val_* and data.image_size"
+        )
+    for checkpoint in (a, b):
+        _check_rows(checkpoint)
+    position = POSITION[p.kind]
+    if not np.array_equal(p[position], q[position]):
+        raise UserError(
+            f"{a.name} and {b.name} judged different parts of the validation data "
+            f"({len(p):,} and {len(q):,} rows); `rayexp evaluate` makes both anew after their files are removed"
+        )
+
+
+POSITION = {"images": "index", "tokens": "offset"}
+COLUMNS = {"images": ("index", "label", "top5", "confidence", "loss"), "tokens": ("offset", "token", "loss")}
+
+
+def _check_rows(checkpoint: Checkpoint) -> None:
+    p = checkpoint.predictions
+    path = checkpoint.run.predictions_path(checkpoint.epoch)
+    missing = [name for name in COLUMNS[p.kind] if name not in p.arrays]
+    if missing:
+        raise UserError(f"{path}: the array {missing[0]!r} is missing; expected {', '.join(COLUMNS[p.kind])}")
+    lengths = {len(p[name]) for name in COLUMNS[p.kind]}
+    if len(lengths) != 1 or 0 in lengths:
+        raise UserError(f"{path}: the arrays are empty or of unequal length ({sorted(lengths)})")
+    if np.any(np.diff(p[POSITION[p.kind]]) <= 0):
+        raise UserError(f"{path}: {POSITION[p.kind]} does not rise strictly")
+
+
+def weights_sha(run: Run, epoch: int) -> str:
+    """The hash of an epoch's weights, from epochs.jsonl or from the checkpoint's state.json."""
+    for record in run.records():
+        if record.epoch == epoch and record.weights_sha:
+            return record.weights_sha
+    try:
+        return str(json.loads((run.checkpoint(epoch) / "state.json").read_bytes())["weights_sha"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""

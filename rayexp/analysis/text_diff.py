@@ -1,0 +1,311 @@
+"""What do two language models think of the same text? Perplexities, words, passages.
+
+There is no right or wrong token; `lost` are the tokens to which B gives less than half of A's probability, `gained`
+those to which it gives more than twice as much, and churn = lost + gained. Inference resamples whole documents,
+because neighbouring tokens are not independent.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rayexp.analysis.pair import Checkpoint, check
+from rayexp.analysis.paired import LEVEL, plain
+from rayexp.errors import UserError
+
+FACTOR = math.log(2)  # nats by which a token's loss must move to count
+DRAWS = 5000
+SEED = 0
+MIN_DOCUMENTS = 10  # with fewer, the text is cut into blocks instead
+MAX_BLOCKS = 200
+LISTED = 1000  # tokens in the report's `flips`
+
+
+@dataclass(frozen=True, slots=True)
+class WordChange:
+    """One word: how often it occurs, its mean loss (nats) in A and B, and `total` = count * (B - A)."""
+
+    word: str
+    count: int
+    loss_a: float
+    loss_b: float
+    total: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenFlip:
+    """One token whose probability more than doubled (`gained`) or halved (`lost`)."""
+
+    offset: int
+    word: str
+    kind: str
+    loss_a: float
+    loss_b: float
+
+
+@dataclass(frozen=True, slots=True)
+class TextReport:
+    """What changed from A to B on n tokens.
+
+    `ppl` and its intervals are perplexities; `ratio` is ppl(B) / ppl(A) with its interval. Intervals are None where
+    the text has fewer than two documents. `words` are by `total`, those that got worse first.
+    """
+
+    a: Checkpoint
+    b: Checkpoint
+    vocabulary: tuple[str, ...]
+    n: int
+    ppl: tuple[float, float]
+    ppl_interval: tuple[tuple[float, float], tuple[float, float]] | None
+    ratio: float
+    ratio_interval: tuple[float, float] | None
+    paired_p: float | None
+    documents: int
+    unit: str
+    gained: int
+    lost: int
+    words: tuple[WordChange, ...]
+    flips: tuple[TokenFlip, ...]
+    max_drop: float | None = None
+
+    @property
+    def churn(self) -> int:
+        """Tokens whose probability more than doubled or halved."""
+        return self.gained + self.lost
+
+    @property
+    def same_model(self) -> bool:
+        """Whether both sides have the same weights, bit for bit."""
+        return bool(self.a.weights_sha) and self.a.weights_sha == self.b.weights_sha
+
+    @property
+    def verdict(self) -> str | None:
+        """May B's perplexity be `max_drop` percent above A's? PASS: the interval of the ratio ends below that.
+        FAIL: it begins above. INCONCLUSIVE: the bound lies inside it, or there is no interval."""
+        if self.max_drop is None:
+            return None
+        if self.ratio_interval is None:
+            return "INCONCLUSIVE"
+        bound = 1 + self.max_drop / 100
+        if self.ratio_interval[1] < bound:
+            return "PASS"
+        return "FAIL" if self.ratio_interval[0] > bound else "INCONCLUSIVE"
+
+    def within(self, max_drop: float | None) -> TextReport:
+        """The same report with a verdict."""
+        return replace(self, max_drop=max_drop)
+
+    def to_json(self) -> dict[str, Any]:
+        """The keys that scripts may rely on: n, ppl, churn, gained, lost, paired_p, flips (the largest 1,000)."""
+        intervals = self.ppl_interval
+        report = {
+            "kind": "tokens",
+            "a": self.a.to_json(),
+            "b": self.b.to_json(),
+            "same_model": self.same_model,
+            "n": self.n,
+            "ppl": {"a": self.ppl[0], "b": self.ppl[1]},
+            "ppl_interval": intervals and {"a": intervals[0], "b": intervals[1]},
+            "ratio": self.ratio,
+            "ratio_interval": self.ratio_interval,
+            "level": LEVEL,
+            "paired_p": self.paired_p,
+            "documents": self.documents,
+            "document_unit": self.unit,
+            "churn": self.churn,
+            "churn_rate": self.churn / self.n,
+            "gained": self.gained,
+            "lost": self.lost,
+            "max_drop": self.max_drop,
+            "verdict": self.verdict,
+            "words": [_fields(w) for w in self.words],
+            "flips": [_fields(f) for f in self.flips],
+        }
+        return dict(plain(report))
+
+    def to_csv(self) -> str:
+        """Every token that moved by more than a factor of two, the worst first."""
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(("offset", "word", "kind", "a_loss", "b_loss"))
+        for f in _flips(self.a, self.b, self.vocabulary, None):
+            writer.writerow((f.offset, f.word, f.kind, f"{f.loss_a:.6f}", f"{f.loss_b:.6f}"))
+        return out.getvalue()
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    return {name: getattr(value, name) for name in value.__slots__}
+
+
+def diff_text(a: Checkpoint, b: Checkpoint) -> TextReport:
+    """Compare two language models' losses on the same tokens.
+
+    Raises:
+        UserError: the text or the vocabulary is not the same.
+    """
+    check(a, b)
+    vocabulary = _vocabulary(a, b)
+    p, q = a.predictions, b.predictions
+    if not np.array_equal(p["token"], q["token"]):
+        raise UserError(f"{a.name} and {b.name} read different tokens; one of them is damaged")
+    losses = np.stack([p["loss"], q["loss"]]).astype(np.float64)
+    n = losses.shape[1]
+    change = losses[1] - losses[0]
+    document, count, unit = documents(p["token"], p["offset"], vocabulary)
+    size = np.bincount(document, minlength=count)
+    sums = np.stack([np.bincount(document, weights=row, minlength=count) for row in losses]).astype(np.float64)
+    intervals = bootstrap(sums, size) if count >= 2 else None
+    return TextReport(
+        a=a,
+        b=b,
+        vocabulary=vocabulary,
+        n=n,
+        ppl=(_exp(losses[0].mean()), _exp(losses[1].mean())),
+        ppl_interval=intervals and (intervals[0], intervals[1]),
+        ratio=_exp(change.mean()),
+        ratio_interval=intervals and intervals[2],
+        paired_p=sign_flip(sums[1] - sums[0]) if count >= 2 else None,
+        documents=count,
+        unit=unit,
+        gained=int((change < -FACTOR).sum()),
+        lost=int((change > FACTOR).sum()),
+        words=_words(p["token"], losses, vocabulary),
+        flips=_flips(a, b, vocabulary, LISTED),
+    )
+
+
+def _exp(x: Any) -> float:
+    with np.errstate(over="ignore"):
+        return float(np.exp(np.float64(x)))
+
+
+def _vocabulary(a: Checkpoint, b: Checkpoint) -> tuple[str, ...]:
+    lists = []
+    for side in (a, b):
+        words = side.run.data().get("vocabulary")
+        if not isinstance(words, list):
+            raise UserError(f"{side.run.data_path}: `vocabulary`, a list of words, is expected")
+        lists.append(tuple(map(str, words)))
+        largest = int(side.predictions["token"].max())
+        if largest >= len(words) or int(side.predictions["token"].min()) < 0:
+            raise UserError(f"{side.run.data_path}: has {len(words):,} words, but {side.name} names word {largest}")
+    if lists[0] != lists[1]:
+        where = next((i for i, (x, y) in enumerate(zip(*lists, strict=False)) if x != y), min(map(len, lists)))
+        raise UserError(
+            f"{a.name} and {b.name} have different vocabularies ({len(lists[0]):,} and {len(lists[1]):,} words, "
+            f"the first difference at word {where}): their perplexities cannot be compared"
+        )
+    return lists[0]
+
+
+def documents(
+    token: NDArray[Any], offset: NDArray[Any], vocabulary: tuple[str, ...]
+) -> tuple[NDArray[np.int64], int, str]:
+    """To which document each token belongs, the number of documents, and what they are: `articles` or `blocks`.
+
+    An article begins at a line ` = Title = ` (one `=` on each side, as WikiText writes them; ` = = Section = = ` is
+    none). Text with fewer than MIN_DOCUMENTS articles is cut into MAX_BLOCKS blocks of equal length, of 50 tokens
+    at least.
+    """
+    ids = {word: i for i, word in enumerate(vocabulary)}
+    starts = np.empty(0, dtype=np.int64)
+    if "=" in ids and "<eos>" in ids:
+        starts = _headings(token, offset, ids["="], ids["<eos>"])
+    if len(starts) >= MIN_DOCUMENTS:
+        belongs = np.maximum(np.searchsorted(starts, np.arange(len(token)), side="right") - 1, 0)
+        return belongs, len(starts), "articles"  # what stands before the first heading counts to the first article
+    n = len(token)
+    count = max(1, min(MAX_BLOCKS, n // 50))
+    return np.arange(n) * count // n, count, "blocks"
+
+
+def _headings(token: NDArray[Any], offset: NDArray[Any], equals: int, eos: int) -> NDArray[np.int64]:
+    """Positions of the first `=` of each title line."""
+    ends = np.flatnonzero(token == eos)
+    begins = np.concatenate([[0], ends[:-1] + 1]) if len(ends) else np.empty(0, dtype=np.int64)
+    # the line's first token may lack a prediction (nothing stands before the text's very first token)
+    whole = (ends - begins >= 3) & (offset[ends] - offset[begins] == ends - begins)
+    begins, ends = begins[whole], ends[whole]
+    title = (token[begins] == equals) & (token[begins + 1] != equals)
+    title &= (token[ends - 1] == equals) & (token[ends - 2] != equals)
+    return np.asarray(begins[title])
+
+
+def bootstrap(
+    sums: NDArray[np.float64], size: NDArray[np.int64], level: float = LEVEL
+) -> tuple[tuple[float, float], tuple[float, float], tuple[float, float]]:
+    """Percentile intervals of ppl(A), ppl(B) and ppl(B) / ppl(A).
+
+    Documents are drawn with replacement, the same for A and B; the mean loss of a draw is its summed loss over its
+    tokens. B. Efron, R. Tibshirani, An Introduction to the Bootstrap (1993), chapter 13; resampling the test set
+    for paired systems: P. Koehn, EMNLP 2004. The seed is fixed, so the same pair gives the same interval.
+
+    Args:
+        sums: float64[2, documents], summed loss of A and of B, in nats.
+        size: int64[documents], tokens.
+        level: of the intervals.
+    """
+    count = len(size)
+    rng = np.random.default_rng(SEED)
+    drawn = rng.multinomial(count, np.full(count, 1 / count), size=DRAWS).astype(np.float64)
+    tokens = drawn @ size
+    first, second = drawn @ sums[0] / tokens, drawn @ sums[1] / tokens
+    tails = [(1 - level) / 2, (1 + level) / 2]
+
+    def interval(values: NDArray[np.float64]) -> tuple[float, float]:
+        low, high = np.quantile(values, tails)
+        return _exp(low), _exp(high)
+
+    return interval(first), interval(second), interval(second - first)
+
+
+def sign_flip(change: NDArray[np.float64]) -> float:
+    """Two-sided p of the paired randomisation test: A and B are alike, so each document's change may as well have
+    had the other sign.
+
+    E. S. Edgington, Randomization Tests (1980); the observed signs count as one draw, (1 + hits) / (1 + draws):
+    B. Phipson, G. K. Smyth, Stat. Appl. Genet. Mol. Biol. 9 (2010) 39. The seed is fixed.
+
+    Args:
+        change: float64[documents], summed loss of B minus that of A.
+    """
+    if not np.isfinite(change).all():
+        return math.nan
+    rng = np.random.default_rng(SEED)
+    signs = rng.integers(0, 2, size=(DRAWS, len(change)), dtype=np.int8) * 2.0 - 1.0
+    seen = abs(change.sum())
+    hits = int((np.abs(signs @ change) >= seen * (1 - 1e-12)).sum())
+    return (1 + hits) / (1 + DRAWS)
+
+
+def _words(token: NDArray[Any], losses: NDArray[np.float64], vocabulary: tuple[str, ...]) -> tuple[WordChange, ...]:
+    """Words whose summed loss moved, the largest rise first, the largest fall last."""
+    count = np.bincount(token, minlength=len(vocabulary))
+    a, b = (np.bincount(token, weights=row, minlength=len(vocabulary)) for row in losses)
+    seen = np.flatnonzero(count)
+    order = seen[np.lexsort((seen, -np.nan_to_num((b - a)[seen], nan=1e30)))]
+    rows = zip(order.tolist(), count[order].tolist(), a[order].tolist(), b[order].tolist(), strict=True)
+    return tuple(WordChange(vocabulary[i], c, x / c, y / c, y - x) for i, c, x, y in rows)
+
+
+def _flips(a: Checkpoint, b: Checkpoint, vocabulary: tuple[str, ...], limit: int | None) -> tuple[TokenFlip, ...]:
+    """Tokens that moved by more than FACTOR, worst first; with a limit, those that moved most."""
+    p, q = a.predictions, b.predictions
+    was, now = p["loss"].astype(np.float64), q["loss"].astype(np.float64)
+    change = np.nan_to_num(now, nan=1e9, posinf=1e9) - np.nan_to_num(was, nan=1e9, posinf=1e9)
+    moved = np.flatnonzero(np.abs(change) > FACTOR)
+    if limit is not None and len(moved) > limit:
+        moved = moved[np.argsort(-np.abs(change[moved]), kind="stable")[:limit]]
+    moved = moved[np.lexsort((moved, -change[moved]))]
+    columns = (p["offset"][moved], p["token"][moved], change[moved], was[moved], now[moved])
+    return tuple(
+        TokenFlip(offset, vocabulary[word], "lost" if rise > 0 else "gained", x, y)
+        for offset, word, rise, x, y in zip(*(c.tolist() for c in columns), strict=True)
+    )

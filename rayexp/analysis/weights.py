@@ -1,0 +1,112 @@
+"""Which layers moved from one checkpoint to the other? Read tensor by tensor, without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rayexp.analysis.paired import plain
+from rayexp.errors import UserError
+from rayexp.runs import Run
+
+PREFIX = "model."  # of the model's tensors in state.safetensors; the optimizer's and the carried state have others
+
+
+@dataclass(frozen=True, slots=True)
+class TensorChange:
+    """One tensor: `norm` = |A|, `moved` = |B - A|, `relative` = |B - A| / |A| (L2; inf where A is all zero and B is
+    not), `largest` = max |B - A|."""
+
+    name: str
+    shape: tuple[int, ...]
+    norm: float
+    moved: float
+    relative: float
+    largest: float
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsReport:
+    """The common tensors by name, and those that only one side has (or has in another shape)."""
+
+    tensors: tuple[TensorChange, ...]
+    only_a: tuple[str, ...]
+    only_b: tuple[str, ...]
+    relative: float
+    """|B - A| / |A| over all common tensors of floating point together."""
+
+    @property
+    def equal(self) -> bool:
+        """Whether nothing moved."""
+        return not self.only_a and not self.only_b and all(t.largest == 0 for t in self.tensors)
+
+    def by_change(self) -> list[TensorChange]:
+        """Those that moved most first."""
+        return sorted(self.tensors, key=lambda t: (-t.relative if t.relative == t.relative else -np.inf, t.name))
+
+    def to_json(self) -> dict[str, Any]:
+        """`relative` over all, and the tensors."""
+        tensors = [{name: getattr(t, name) for name in t.__slots__} for t in self.tensors]
+        head = {"equal": self.equal, "relative": self.relative, "only_a": self.only_a, "only_b": self.only_b}
+        return dict(plain({**head, "tensors": tensors}))
+
+
+def diff_weights(a: tuple[Run, int], b: tuple[Run, int]) -> WeightsReport:
+    """Compare the model tensors of two checkpoints.
+
+    Raises:
+        UserError: a checkpoint is missing or damaged, or the models have no tensor in common.
+    """
+    paths = [run.checkpoint(epoch) / "state.safetensors" for run, epoch in (a, b)]
+    with _open(paths[0]) as first, _open(paths[1]) as second:
+        names = [sorted((n for n in f.keys() if n.startswith(PREFIX)), key=_natural) for f in (first, second)]  # noqa: SIM118
+        for path, found in zip(paths, names, strict=True):
+            if not found:
+                raise UserError(f"{path}: holds no tensor named {PREFIX}*")
+        shapes = [{n: _shape(f, n) for n in found} for f, found in zip((first, second), names, strict=True)]
+        common = [n for n in names[0] if shapes[1].get(n) == shapes[0][n]]
+        if not common:
+            raise UserError(f"{paths[0]} and {paths[1]}: the models have no tensor of one name and shape in common")
+        changes, moved, norm = [], 0.0, 0.0
+        for name in common:
+            x, y = first.get_tensor(name), second.get_tensor(name)
+            changes.append(_change(name.removeprefix(PREFIX), x, y))
+            if np.issubdtype(x.dtype, np.floating):
+                moved += changes[-1].moved ** 2
+                norm += changes[-1].norm ** 2
+    rest = [tuple(n.removeprefix(PREFIX) for n in found if n not in common) for found in names]
+    return WeightsReport(tuple(changes), rest[0], rest[1], _ratio(moved**0.5, norm**0.5))
+
+
+def _open(path: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, framework="numpy")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """`layer.2` before `layer.10`."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
+
+
+def _shape(file: Any, name: str) -> tuple[int, ...]:
+    return tuple(file.get_slice(name).get_shape())
+
+
+def _change(name: str, a: Any, b: Any) -> TensorChange:
+    x, y = a.astype(np.float64).ravel(), b.astype(np.float64).ravel()
+    delta = y - x
+    norm, moved = float(np.linalg.norm(x)), float(np.linalg.norm(delta))
+    return TensorChange(name, tuple(a.shape), norm, moved, _ratio(moved, norm), float(np.abs(delta).max(initial=0)))
+
+
+def _ratio(moved: float, norm: float) -> float:
+    if norm > 0:
+        return moved / norm
+    return 0.0 if moved == 0 else float("inf")
