@@ -1,1 +1,103 @@
-"""Commands."""
+"""`rayexp data fetch`, `rayexp data info`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rayexp.cli._shell import JsonOption, app, print_json, print_table, say
+
+data = typer.Typer(no_args_is_help=True, help="Fetch, check and pack datasets; show what is packed.")
+app.add_typer(data, name="data")
+SHOWN = 10  # classes in the table
+
+
+@data.command()
+def fetch(
+    dataset: Annotated[str, typer.Argument(help="tiny_imagenet or wikitext2.", show_default=False)],
+    source: Annotated[
+        str | None,
+        typer.Option("--from", metavar="ZIP|DIR|URL", help="Where the data is. tiny_imagenet: its home page."),
+    ] = None,
+    to: Annotated[
+        Path | None, typer.Option("--to", metavar="DIR", help="Where to pack it. [default: data/DATASET]")
+    ] = None,
+) -> None:
+    """Check a dataset's files, relabel them, and pack them once into arrays that all workers share.
+
+    Reads a ZIP or a folder in place. Interrupted (Ctrl-C), the same command goes on; finished, it says so at once.
+    """
+    from rayexp.data.describe import describe
+    from rayexp.errors import UserError
+
+    module = _module(dataset)
+    if not hasattr(module, "fetch"):
+        raise UserError(f"{dataset}: nothing to fetch; `rayexp data info` shows it, data.name={dataset} trains on it")
+    if source is None and not hasattr(module, "URL") and dataset != "shapes":
+        raise UserError(f"--from: {dataset} needs a ZIP, a folder or a URL")
+    to = to or Path("data") / dataset
+    try:
+        result = module.fetch(source, to)
+    except KeyboardInterrupt:
+        say("interrupted: the same command goes on from here")
+        raise
+    for note in result.get("notes", ()) if isinstance(result, dict) else ():
+        say(f"note: {note}")
+    print(f"{'already there' if result is False else 'packed'}: {_line(describe(str(to)))} in {to}")
+    print(f"train with data.name={dataset} data.root={to}")
+
+
+@data.command()
+def info(
+    dataset: Annotated[
+        str, typer.Argument(metavar="DATASET|DIR", help="shapes, data/tiny_imagenet, ...", show_default=False)
+    ],
+    check: Annotated[bool, typer.Option("--check", help="Also read every pixel and compare the hashes.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Counts, classes with their words, and hashes of a packed dataset."""
+    from rayexp.data.describe import describe
+
+    summary = describe(dataset, check)
+    if as_json:
+        print_json(summary)
+        return
+    print(_line(summary))
+    for name, value in summary.items():
+        if isinstance(value, dict):
+            for part, inner in value.items():
+                print(f"  {f'{name} {part}':<12} {_number(inner)}")
+        elif name not in ("kind", "name", "train", "val", "classes"):
+            print(f"  {name:<12} {_number(value)}")
+    if check:
+        print("  check        every hash is as it should be")
+    if classes := summary.get("classes"):
+        print()
+        print_table(classes[:SHOWN])
+        if len(classes) > SHOWN:
+            print(f"... and {len(classes) - SHOWN} more classes (--json lists all)")
+
+
+def _line(summary: dict[str, Any]) -> str:
+    """`16,000 train and 10,000 val images of 200 classes`."""
+    if summary["kind"] == "images":
+        return f"{summary['train']:,} train and {summary['val']:,} val images of {len(summary['classes']):,} classes"
+    tokens = ", ".join(f"{count:,} {split}" for split, count in summary["tokens"].items())
+    return f"{tokens} tokens; {summary['vocabulary']:,} words"
+
+
+def _number(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _module(dataset: str) -> Any:
+    import importlib
+
+    from rayexp.data import DATASETS
+    from rayexp.errors import UserError, nearest
+
+    if dataset not in DATASETS:
+        raise UserError(f"unknown dataset {dataset!r}{nearest(dataset, DATASETS)}; allowed: {', '.join(DATASETS)}")
+    return importlib.import_module(DATASETS[dataset])

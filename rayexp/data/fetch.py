@@ -1,4 +1,4 @@
-"""Where raw data comes from: a ZIP, a folder or a URL, read in place.
+"""Where raw data comes from: a ZIP, a folder or a URL (see download.py), read in place.
 
 Nothing is ever extracted, so an archive cannot write anywhere; one that tries to (`..`, absolute paths, links) is
 refused all the same, because what it says is not what it holds.
@@ -6,9 +6,11 @@ refused all the same, because what it says is not what it holds.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
+import re
 import stat
 import zipfile
 import zlib
@@ -16,16 +18,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from rayexp.data.download import cache_dir, download
 from rayexp.errors import UserError
 
+__all__ = ["Source", "cache_dir", "download", "is_url", "list_folder", "open_source", "read"]
+
 LARGEST = 2 << 30  # bytes of one member; more is no picture and no text
-
-
-def cache_dir() -> Path:
-    """The folder for what rayexp makes or downloads by itself: RAYEXP_CACHE, $XDG_CACHE_HOME/rayexp or ~/.cache/rayexp."""
-    if own := os.environ.get("RAYEXP_CACHE"):
-        return Path(own).expanduser().absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "rayexp"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,14 +34,21 @@ class Source:
         path: the ZIP or the folder.
         prefix: what stands before every name inside (`tiny-imagenet-200/`, or nothing).
         files: name without the prefix -> something that changes when the file does (size and CRC, or size and mtime).
+        url: where the archive was downloaded from, if it was.
     """
 
     path: Path
     prefix: str
     files: Mapping[str, tuple[int, int]]
+    url: str | None = None
 
     def __contains__(self, name: str) -> bool:
         return name in self.files
+
+    @property
+    def origin(self) -> str:
+        """The URL or the absolute path."""
+        return self.url or str(self.path.absolute())
 
     def where(self, name: str) -> str:
         """The file as error lines name it: `a.zip:train/x.JPEG` or `folder/train/x.JPEG`."""
@@ -72,6 +77,11 @@ class Source:
         return hashlib.sha256(listing.encode("utf-8", "surrogatepass")).hexdigest()
 
 
+def is_url(source: str | Path) -> bool:
+    """http and https."""
+    return re.match("https?://", str(source), re.IGNORECASE) is not None
+
+
 def open_source(source: str | Path, marker: str, *, layout: str = "") -> Source:
     """List a ZIP or a folder (download a URL first). `marker` is a file name that shows where the data begins: at
     the top, or in a folder below it.
@@ -80,7 +90,7 @@ def open_source(source: str | Path, marker: str, *, layout: str = "") -> Source:
         UserError: there is no such file, it is no ZIP or a truncated one, an entry is unsafe or stands there twice, or
             no `marker` is in it (`layout` then says what was expected).
     """
-    path = Path(source).expanduser()
+    path = download(str(source)) if is_url(source) else Path(source).expanduser()
     if path.is_dir():
         found = [path] if (path / marker).is_file() else sorted(p.parent for p in path.glob(f"*/{marker}"))
         if found:
@@ -91,7 +101,7 @@ def open_source(source: str | Path, marker: str, *, layout: str = "") -> Source:
         if at:
             prefix = min(at, key=lambda name: (name.count("/"), name)).removesuffix(marker)
             inside = {name.removeprefix(prefix): mark for name, mark in files.items() if name.startswith(prefix)}
-            return Source(path, prefix, inside)
+            return Source(path, prefix, inside, str(source) if is_url(source) else None)
     else:
         raise UserError(f"{source}: no such file or folder")
     raise UserError(f"{source}: no {marker} in it{f'; expected {layout}' if layout else ''}")
@@ -118,7 +128,7 @@ def list_folder(root: Path) -> dict[str, tuple[int, int]]:
     files: dict[str, tuple[int, int]] = {}
     seen = set()
     for folder, below, names in os.walk(root, followlinks=True):
-        here = os.stat(folder)
+        here = Path(folder).stat()
         if (here.st_dev, here.st_ino) in seen:
             below.clear()
             continue
@@ -126,11 +136,9 @@ def list_folder(root: Path) -> dict[str, tuple[int, int]]:
         start = Path(folder).relative_to(root).as_posix() + "/"
         start = "" if start == "./" else start
         for name in names:
-            try:
-                info = os.stat(os.path.join(folder, name))  # noqa: PTH118  (a Path for each of 100,000 files is slow)
-            except FileNotFoundError:
-                continue  # a dangling link: whoever needs the file hears that it is missing
-            files[start + name] = (info.st_size, info.st_mtime_ns)
+            with contextlib.suppress(FileNotFoundError):  # a dangling link: who needs the file hears that it is missing
+                info = Path(folder, name).stat()
+                files[start + name] = (info.st_size, info.st_mtime_ns)
     return files
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from rayexp.data import pool
 from rayexp.data.fetch import Source, read
@@ -164,14 +164,14 @@ def _pack(plan: Plan, to: Path, partial: Path) -> None:
             splits[split] = {"count": len(items), "sha": sha, "names": names, "chunks": chunks}
     for name in ours:
         if (partial / name).exists():
-            os.replace(partial / name, to / name)
+            (partial / name).replace(to / name)
     sync_directory(to)
     meta = {
         "format": FORMAT,
         "kind": "images",
         "dataset": plan.dataset,
         "image_size": plan.size,
-        "source": str(plan.source.path),
+        "source": plan.source.origin,
         "source_key": plan.source.key(),
         "packed": now(),
         "counts": {split: part["count"] for split, part in splits.items()},
@@ -203,7 +203,7 @@ def _images(plan: Plan, items: Sequence[Item], path: Path, journal: Path, advanc
     rows = chunk_rows(plan.size)
     starts = range(0, len(items), rows)
     header = _header((len(items), plan.size, plan.size, 3), np.dtype(np.uint8))
-    with open(path, "r+b" if path.exists() else "w+b") as file, open(journal, "a+") as shas:
+    with path.open("r+b" if path.exists() else "w+b") as file, journal.open("a+") as shas:
         shas.seek(0)
         chunks = _whole(file, header, shas.read().split(), rows * plan.size * plan.size * 3, len(starts))
         shas.truncate(0)
@@ -252,7 +252,7 @@ def _header(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bytes:
 
 
 def _write_array(path: Path, array: np.ndarray[Any, Any]) -> None:
-    with open(path, "wb") as file:
+    with path.open("wb") as file:
         np.save(file, array)
         file.flush()
         os.fsync(file.fileno())
@@ -287,12 +287,12 @@ def decode(path: str, prefix: str, names: list[str], size: int, resize: bool) ->
         try:
             image = _rgb(data, size if resize else None)
         except Exception as error:  # Pillow raises nearly anything on broken files
-            why = "no image format that is known here" if isinstance(error, Image.UnidentifiedImageError) else error
+            why = "no image format that is known here" if isinstance(error, UnidentifiedImageError) else error
             raise UserError(f"{source.where(name)}: cannot be decoded ({why})") from error
         if image.size != (size, size):
             raise UserError(f"{source.where(name)}: is {image.width}x{image.height} pixels, expected {size}x{size}")
         pixels[row] = np.asarray(image)
-    return hashlib.sha256(pixels).digest() + pixels.tobytes()
+    return hashlib.sha256(pixels.data).digest() + pixels.tobytes()
 
 
 def _rgb(data: bytes, size: int | None) -> Image.Image:
@@ -310,9 +310,8 @@ def _rgb(data: bytes, size: int | None) -> Image.Image:
     image = image.convert("RGB")
     if size:
         short = min(image.size)
-        image = image.resize(
-            tuple(size if side == short else int(size * side / short) for side in image.size), Image.Resampling.BILINEAR
-        )
+        width, height = (size if side == short else int(size * side / short) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
         left, top = (round((side - size) / 2) for side in image.size)
         image = image.crop((left, top, left + size, top + size))
     return image

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from rayexp.config import DataConfig
 from rayexp.data import ImageData, ImageSplit
@@ -54,7 +55,8 @@ def read_meta(root: Path) -> dict[str, Any]:
             raise UserError(f"{root}: holds {meta['kind']}, not images")
         if not all(len(meta["names"][split]) == meta["counts"][split] for split in SPLITS):
             raise ValueError("names and counts differ")
-        meta["sha"], meta["classes"], meta["image_size"]  # noqa: B018
+        if not {"sha", "classes", "image_size", "source_key"} <= meta.keys():
+            raise KeyError("sha, classes, image_size or source_key")
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: damaged ({type(error).__name__}: {error}); remove {root} and fetch again") from error
     return dict(meta)
@@ -82,6 +84,33 @@ def balanced_rows(labels: NDArray[np.int64], most: int) -> NDArray[np.int64]:
     return np.sort(np.lexsort((labels, turn))[:most])
 
 
+def info(root: Path) -> dict[str, Any]:
+    """What `rayexp data info` prints of a packed folder: counts, classes, hashes, bytes (UserError: see read_meta)."""
+    meta = read_meta(root)
+    labels = {split: _open_split(root, meta, split).labels for split in SPLITS}
+    return {
+        "kind": "images",
+        "name": meta["dataset"],
+        "root": str(root),
+        "source": meta["source"],
+        "packed": meta["packed"],
+        "image_size": meta["image_size"],
+        **meta["counts"],
+        "bytes": sum(path.stat().st_size for path in root.iterdir() if path.is_file()),
+        "sha": meta["sha"],
+        "classes": class_table(meta["classes"], labels),
+    }
+
+
+def class_table(classes: Sequence[Sequence[str]], labels: Mapping[str, ArrayLike]) -> list[dict[str, Any]]:
+    """A row for each class: label, id, words, and its number of images in each split."""
+    counts = {split: np.bincount(np.asarray(of, np.int64), minlength=len(classes)) for split, of in labels.items()}
+    return [
+        {"label": label, "id": id, "words": words, **{split: int(of[label]) for split, of in counts.items()}}
+        for label, (id, words) in enumerate(classes)
+    ]
+
+
 def check(root: Path) -> None:
     """Read and hash everything (UserError names the array that is not what meta.json says)."""
     meta = read_meta(root)
@@ -89,8 +118,7 @@ def check(root: Path) -> None:
         data = _open_split(root, meta, split)
         rows = meta["chunk"]
         chunks = [
-            hashlib.sha256(np.ascontiguousarray(data.images[start : start + rows])).hexdigest()
-            for start in range(0, len(data), rows)
+            hashlib.sha256(data.images[start : start + rows].data).hexdigest() for start in range(0, len(data), rows)
         ]
         if split_sha(data.names, data.labels.tolist(), chunks) != meta["sha"][split]:
             raise UserError(f"{root}: {split} images, labels or names are damaged; remove {root} and fetch again")

@@ -7,6 +7,7 @@ of the caller. They leave when the caller does, however it ends: their input clo
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -16,7 +17,7 @@ import struct
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -30,7 +31,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def ordered(function: str, calls: Iterable[list[Any]], processes: int | None = None) -> Iterator[bytes]:
+def ordered(function: str, calls: Iterable[list[Any]], processes: int | None = None) -> Generator[bytes]:
     """The results of `module:name` for each list of JSON arguments, in the order of the calls.
 
     At most two calls per process are under way, so memory stays bounded. Closing the iterator ends the processes.
@@ -70,7 +71,8 @@ def ordered(function: str, calls: Iterable[list[Any]], processes: int | None = N
             child.wait()
             for pipe in (child.stdin, child.stdout):
                 if pipe:
-                    _close(pipe)
+                    with contextlib.suppress(OSError):  # what was still to be sent goes nowhere
+                        pipe.close()
 
 
 def _start(function: str) -> subprocess.Popen[bytes]:
@@ -89,11 +91,9 @@ def _ask(child: subprocess.Popen[bytes], arguments: list[Any]) -> bytes:
     """Send one call and wait for its answer."""
     if child.stdin is None or child.stdout is None:
         raise RunError("a helper process has no pipes")
-    try:
+    with contextlib.suppress(OSError):  # where it died, reading says so
         child.stdin.write(json.dumps(arguments).encode() + b"\n")
         child.stdin.flush()
-    except OSError:
-        pass  # it died; reading says so
     head = child.stdout.read(HEAD.size)
     kind, size = HEAD.unpack(head) if len(head) == HEAD.size else (b"", 0)
     body = child.stdout.read(size)
@@ -104,13 +104,6 @@ def _ask(child: subprocess.Popen[bytes], arguments: list[Any]) -> bytes:
     if kind == b"F":
         raise RunError(f"a helper process failed: {body.decode()}")
     return body
-
-
-def _close(pipe: Any) -> None:
-    try:
-        pipe.close()
-    except OSError:
-        pass  # what was still to be sent goes nowhere
 
 
 def serve(function: str) -> None:

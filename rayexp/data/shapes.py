@@ -24,9 +24,11 @@ from rayexp.config import DataConfig
 from rayexp.data import ImageData, pool
 from rayexp.data.fetch import cache_dir, open_source
 from rayexp.data.pack import Plan, done, pack
-from rayexp.data.packed import open_packed
+from rayexp.data.packed import info, open_packed
 from rayexp.data.tiny_imagenet import SIZE, make_plan
 from rayexp.runs import TEMPORARY
+
+__all__ = ["draw", "draw_archive", "fetch", "home", "info", "open_data"]
 
 VERSION = 1  # of the drawing; a change gives the cached folder another name
 FORMS = ("circle", "cross", "square", "star", "triangle")
@@ -87,7 +89,7 @@ def draw_archive(path: Path, train: int, val: int, seed: int) -> None:
         archive.writestr(zipfile.ZipInfo(top + "wnids.txt"), "".join(f"{name}\n" for name in CLASSES))
         words = "".join(f"{name}\t{text}\n" for name, text in CLASSES.items())
         archive.writestr(zipfile.ZipInfo(top + "words.txt"), words)
-        for (split, name, count), answer in zip(parts, answers, strict=True):
+        for (split, name, _), answer in zip(parts, answers, strict=True):
             for number, jpeg in enumerate(_unjoin(answer)):
                 file = f"train/{name}/images/{name}_{number}.JPEG"
                 if split == "val":

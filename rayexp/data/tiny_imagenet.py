@@ -15,10 +15,13 @@ from pathlib import Path
 
 from rayexp.config import DataConfig
 from rayexp.data import ImageData
-from rayexp.data.fetch import Source, open_source
+from rayexp.data.download import TINY_IMAGENET as URL
+from rayexp.data.fetch import Source, is_url, open_source
 from rayexp.data.pack import SUFFIXES, Item, Plan, done, pack
-from rayexp.data.packed import open_packed, read_meta
+from rayexp.data.packed import info, open_packed, read_meta
 from rayexp.errors import UserError
+
+__all__ = ["fetch", "info", "make_plan", "open_data"]
 
 SIZE = 64
 LAYOUT = "tiny-imagenet-200/{wnids.txt,words.txt,train/<wnid>/images/*.JPEG,val/{images/*.JPEG,val_annotations.txt}}"
@@ -38,19 +41,20 @@ def open_data(config: DataConfig) -> ImageData:
     return open_packed(root, config)
 
 
-def fetch(source: str | None, to: Path) -> bool:
-    """Pack an archive, a folder or a URL into `to`; False where that was done before.
+def fetch(source: str | Path | None, to: Path) -> bool:
+    """Pack an archive, a folder or a URL (None: the official one) into `to`; False where that was done before.
 
     Raises:
         UserError: the source breaks the layout (the line names the file), or `to` holds other data.
     """
-    found = open_source(source or "", "wnids.txt", layout=LAYOUT)
     if done(to):
         meta = read_meta(to)
-        if meta["source_key"] != found.key():
+        gone = source is None or is_url(source) or not Path(source).expanduser().exists()
+        same = source is None or meta["source"] in (str(source), str(Path(source).expanduser().absolute()))
+        if not (gone and same) and open_source(source or URL, "wnids.txt").key() != meta["source_key"]:
             raise UserError(f"{to}: holds other data already (from {meta['source']}); choose another folder")
         return False
-    plan = make_plan(found, "tiny_imagenet")
+    plan = make_plan(open_source(source or URL, "wnids.txt", layout=LAYOUT), "tiny_imagenet")
     return pack(to, lambda: plan)
 
 

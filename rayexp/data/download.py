@@ -1,0 +1,146 @@
+"""Downloads into the cache: pooch checks and places the file, requests gets it, with resume.
+
+An interrupted download leaves `.tmp-NAME` and goes on there, provided the server named the version of the file
+(ETag or Last-Modified) and still has that version.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from rayexp.errors import UserError
+from rayexp.runs import TEMPORARY
+
+TINY_IMAGENET = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
+# Published checksums; a download from anywhere else is checked by its length (and every file in a ZIP by its CRC).
+KNOWN = {TINY_IMAGENET: "md5:90528d7ca1a48142e341f4ef8d21d0de"}
+ATTEMPTS = 5
+BLOCK = 1 << 20
+TIMEOUT = (15, 60)  # seconds to connect, and between two pieces
+
+
+def cache_dir() -> Path:
+    """Where rayexp keeps what it makes or downloads: RAYEXP_CACHE, $XDG_CACHE_HOME/rayexp or ~/.cache/rayexp."""
+    if own := os.environ.get("RAYEXP_CACHE"):
+        return Path(own).expanduser().absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "rayexp"
+
+
+def download(url: str, known_hash: str | None = None) -> Path:
+    """The file behind an http(s) URL, in `cache_dir()/downloads`; downloaded once.
+
+    Args:
+        url: where it is.
+        known_hash: `sha256:...` or `md5:...`; None looks in KNOWN.
+
+    Raises:
+        UserError: the server cannot be reached or refuses, the checksum differs, or the disk is full.
+    """
+    import pooch
+    import requests
+
+    pooch.get_logger().setLevel("ERROR")
+    folder = cache_dir() / "downloads"
+    name = f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{PurePosixPath(unquote(urlsplit(url).path)).name or 'file'}"
+    part = folder / f"{TEMPORARY}{name}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / f"{TEMPORARY}{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # a second process waits, and then finds the file
+            path = pooch.retrieve(url, known_hash or KNOWN.get(url), name, folder, downloader=_downloader(part))
+    except requests.HTTPError as error:
+        raise UserError(f"{url}: the server refuses ({_reason(error)})") from error
+    except requests.RequestException as error:
+        raise UserError(
+            f"{url}: cannot be downloaded ({_reason(error)}); the same command goes on from here"
+        ) from error
+    except ValueError as error:
+        raise UserError(f"{url}: what came is not the published file (checksum differs); nothing is kept") from error
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            part.unlink(missing_ok=True)
+        raise UserError(f"{folder}: cannot be written ({error.strerror or error})") from error
+    return Path(path)
+
+
+def _downloader(part: Path) -> Callable[[str, str, Any], None]:
+    """pooch's downloader: fetch `url` by way of `part`, which survives interruptions, to `output_file`."""
+
+    def get(url: str, output_file: str, _: Any) -> None:
+        import requests
+
+        for attempt in range(ATTEMPTS):
+            try:
+                _transfer(url, part)
+                break
+            except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError):
+                if attempt == ATTEMPTS - 1:
+                    raise
+                time.sleep(2**attempt / 4)
+        part.replace(output_file)
+
+    return get
+
+
+def _transfer(url: str, part: Path) -> None:
+    """One request; what `part` holds already is not asked for again."""
+    import requests
+
+    version = part.with_name(part.name + ".version")
+    have = part.stat().st_size if part.exists() and version.exists() else 0
+    headers = {"Accept-Encoding": "identity"}
+    if have:
+        headers |= {"Range": f"bytes={have}-", "If-Range": version.read_text()}
+    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as answer:
+        if answer.status_code == 416:  # all of it is here already, or more than there should be
+            version.unlink()
+            return _transfer(url, part)
+        answer.raise_for_status()
+        go_on = answer.status_code == 206
+        have = have if go_on else 0
+        mark = answer.headers.get("ETag") or answer.headers.get("Last-Modified") or ""
+        if not go_on:
+            version.unlink(missing_ok=True)
+        length = answer.headers.get("Content-Length")
+        total = have + int(length) if length else None
+        with (
+            part.open("ab" if go_on else "wb") as file,
+            _bar(part.name.removeprefix(TEMPORARY), total, have) as advance,
+        ):
+            if mark and not mark.startswith("W/"):
+                version.write_text(mark)
+            for block in answer.iter_content(BLOCK):
+                file.write(block)
+                advance(len(block))
+    if total is not None and part.stat().st_size != total:
+        raise requests.ConnectionError(f"{part.stat().st_size:,} of {total:,} bytes came")
+    version.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _bar(name: str, total: int | None, have: int) -> Any:
+    """A progress bar on stderr (nothing where that is no terminal)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn(name), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(name, total=total, completed=have)
+        yield lambda size: bar.advance(task, size)
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause, which is the one that says something."""
+    while error.args and isinstance(error.args[-1], BaseException):
+        error = error.args[-1]
+    return str(getattr(error, "reason", None) or error) or type(error).__name__
