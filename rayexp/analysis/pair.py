@@ -102,3 +102,20 @@ def weights_sha(run: Run, epoch: int) -> str:
         return str(json.loads((run.checkpoint(epoch) / "state.json").read_bytes())["weights_sha"])
     except (OSError, ValueError, KeyError, TypeError):
         return ""
+
+
+def config_changes(a: Checkpoint, b: Checkpoint) -> list[tuple[str, Any, Any]]:
+    """The configuration's dotted keys in which two runs differ, with both values; names and places are left out."""
+    if a.run.root == b.run.root:
+        return []
+    first, second = (_flat(side.run.config().model_dump(mode="json")) for side in (a, b))
+    keys = [*first, *(k for k in second if k not in first)]
+    skipped = ("name", "storage_path", "data.root")
+    return [(k, first.get(k), second.get(k)) for k in keys if k not in skipped and first.get(k) != second.get(k)]
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return leaves

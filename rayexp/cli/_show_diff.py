@@ -115,12 +115,11 @@ def _list(r: DiffReport, limit: int) -> None:
         for f in r.flips[:limit]
     ]
     if rows:
-        rest = (
-            ""
-            if len(rows) == len(r.flips)
-            else f", the first {len(rows)}; --limit N, --csv, --json or --html show more"
-        )
-        print_table(rows, f"{len(r.flips):,} images judged differently, worst first{rest}")
+        print_table(rows, f"{len(r.flips):,} images judged differently, worst first")
+        if len(rows) < len(r.flips):
+            print(
+                f"the first {len(rows):,} of {len(r.flips):,}; --limit N, --csv FILE, --json or --html FILE show more"
+            )
 
 
 def show_text(report: TextReport, limit: int) -> None:
