@@ -188,7 +188,7 @@ def hashes(vocabulary: Sequence[str], tokens: Mapping[str, NDArray[np.int32]]) -
     found = {}
     for name in SPLITS:
         whole = head.copy()
-        whole.update(np.ascontiguousarray(tokens[name], "<i4"))
+        whole.update(np.ascontiguousarray(tokens[name], "<i4").data)
         found[name] = whole.hexdigest()
     return found
 
