@@ -17,6 +17,7 @@ import io
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,13 +121,22 @@ def _alone(to: Path) -> Iterator[Path]:
         except FileNotFoundError:
             continue  # the one before us has just finished and swept up
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            _lock(handle)
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(handle), (partial / "lock").stat()):
                     yield partial
                     return
         finally:
             os.close(handle)
+
+
+def _lock(handle: int) -> None:
+    """Wait for the lock. Some network file systems have none; there, one packing at a time is the user's care."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
 
 
 def _pack(plan: Plan, to: Path, partial: Path) -> None:
@@ -280,6 +290,7 @@ def decode(path: str, prefix: str, names: list[str], size: int, resize: bool) ->
     Raises:
         UserError: a file is damaged, no image, or (without `resize`) of another size.
     """
+    warnings.simplefilter("ignore")  # Pillow's remarks on odd but readable files
     source = Source(Path(path), prefix, {})
     pixels = np.empty((len(names), size, size, 3), np.uint8)
     for row, name in enumerate(names):
@@ -304,7 +315,8 @@ def _rgb(data: bytes, size: int | None) -> Image.Image:
         image.draft(None, (2 * size, 2 * size))
     image.load()
     if size:
-        image = ImageOps.exif_transpose(image)
+        with contextlib.suppress(Exception):  # a broken EXIF tag does not make a broken image
+            image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):  # Pillow would clip 16 bits to 8, not scale them
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     image = image.convert("RGB")

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from rayexp.config import DataConfig
 from rayexp.data import ImageData, ImageSplit
-from rayexp.data.pack import FORMAT, SPLITS, split_sha
+from rayexp.data.pack import FORMAT, PARTIAL, SPLITS, split_sha
 from rayexp.errors import UserError
 
 
@@ -43,7 +43,9 @@ def read_meta(root: Path) -> dict[str, Any]:
     try:
         meta = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise UserError(f"{root}: no packed data there (no meta.json); `rayexp data fetch` makes it") from None
+        half = (root / PARTIAL).exists()
+        why = "packing was interrupted; the same command as before goes on" if half else "`rayexp data fetch` makes it"
+        raise UserError(f"{root}: no packed data there (no meta.json); {why}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
     try:

@@ -121,6 +121,9 @@ def serve(function: str) -> None:
             kind, body = b"U", str(error).encode("utf-8", "backslashreplace")
         except Exception as error:
             kind, body = b"F", f"{type(error).__name__}: {error}".encode("utf-8", "backslashreplace")
-        out.write(HEAD.pack(kind, len(body)))
-        out.write(body)
-        out.flush()
+        try:
+            out.write(HEAD.pack(kind, len(body)))
+            out.write(body)
+            out.flush()
+        except BrokenPipeError:  # the caller is gone, and so is everybody who would want to hear of it
+            os._exit(0)

@@ -126,7 +126,7 @@ def draw(split: str, name: str, number: int, seed: int = 0) -> Image.Image:
     tone, fill, form = name.split("_")
     rng = Random(f"{seed} {split} {name} {number}")
     side = SIZE * FINE
-    corners = np.frombuffer(rng.randbytes(27), np.uint8).reshape(3, 3, 3)
+    corners = np.frombuffer(rng.randbytes(27), np.uint8).reshape(3, 3, 3) // 2 + 64  # duller than the shapes
     canvas = Image.fromarray(corners).resize((side, side), Image.Resampling.BILINEAR)
     for _ in range(2 + int(4 * rng.random())):
         _stray(canvas, rng)
