@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from rayexp.analysis.pair import Checkpoint, check
 from rayexp.analysis.paired import LEVEL, plain
 from rayexp.errors import UserError
+from rayexp.records import Predictions
 
 FACTOR = math.log(2)  # nats by which a token's loss must move to count
 DRAWS = 5000
@@ -51,6 +52,16 @@ class TokenFlip:
 
 
 @dataclass(frozen=True, slots=True)
+class DocumentChange:
+    """One document: its title (blocks: its first offset), its tokens, its perplexities."""
+
+    title: str
+    count: int
+    ppl_a: float
+    ppl_b: float
+
+
+@dataclass(frozen=True, slots=True)
 class TextReport:
     """What changed from A to B on n tokens.
 
@@ -67,7 +78,7 @@ class TextReport:
     ratio: float
     ratio_interval: tuple[float, float] | None
     paired_p: float | None
-    documents: int
+    documents: tuple[DocumentChange, ...]
     unit: str
     gained: int
     lost: int
@@ -117,8 +128,8 @@ class TextReport:
             "ratio_interval": self.ratio_interval,
             "level": LEVEL,
             "paired_p": self.paired_p,
-            "documents": self.documents,
             "document_unit": self.unit,
+            "documents": [_fields(d) for d in self.documents],
             "churn": self.churn,
             "churn_rate": self.churn / self.n,
             "gained": self.gained,
@@ -172,7 +183,7 @@ def diff_text(a: Checkpoint, b: Checkpoint) -> TextReport:
         ratio=_exp(change.mean()),
         ratio_interval=intervals and intervals[2],
         paired_p=sign_flip(sums[1] - sums[0]) if count >= 2 else None,
-        documents=count,
+        documents=_documents(p, document, sums, size, vocabulary, unit),
         unit=unit,
         gained=int((change < -FACTOR).sum()),
         lost=int((change > FACTOR).sum()),
@@ -283,6 +294,28 @@ def sign_flip(change: NDArray[np.float64]) -> float:
     seen = abs(change.sum())
     hits = int((np.abs(signs @ change) >= seen * (1 - 1e-12)).sum())
     return (1 + hits) / (1 + DRAWS)
+
+
+def _documents(
+    p: Predictions,
+    document: NDArray[np.int64],
+    sums: NDArray[np.float64],
+    size: NDArray[np.int64],
+    vocabulary: tuple[str, ...],
+    unit: str,
+) -> tuple[DocumentChange, ...]:
+    begins = np.searchsorted(document, np.arange(len(size)))
+    changes = []
+    for i, first in enumerate(begins.tolist()):
+        title = f"from token {p['offset'][first]:,}"
+        if unit == "articles":
+            words = [vocabulary[t] for t in p["token"][first : first + 40].tolist()]
+            at = words.index("=") if "=" in words else 0
+            line = words[at : words.index("<eos>", at)] if "<eos>" in words[at:] else words
+            title = " ".join(line).strip("= ") or title
+        mean = sums[:, i] / size[i]
+        changes.append(DocumentChange(title, int(size[i]), _exp(mean[0]), _exp(mean[1])))
+    return tuple(changes)
 
 
 def _words(token: NDArray[Any], losses: NDArray[np.float64], vocabulary: tuple[str, ...]) -> tuple[WordChange, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,6 +23,7 @@ RunsOption = Annotated[Path, typer.Option("--runs", help="Folder of run director
 JsonOption = Annotated[bool, typer.Option("--json", help="Print only JSON on stdout.")]
 RUNS = Path("runs")
 DEBUG = False
+NUMBER = r"([-+]?[\d.,]+(e[-+]?\d+)?( ?%)?)?"
 
 
 def version(show: bool) -> None:
@@ -36,7 +38,9 @@ def version(show: bool) -> None:
 @app.callback()
 def _root(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
-    show_version: Annotated[bool, typer.Option("--version", callback=version, is_eager=True, help="Print the version.")] = False,
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     global DEBUG
     DEBUG = debug
@@ -58,14 +62,18 @@ def print_table(rows: list[dict[str, Any]], title: str = "") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in rows[0] if rows else ():
-        right = all(isinstance(r[name], int | float) or r[name] in ("", None) for r in rows)
+        right = all(isinstance(r[name], int | float) or re.fullmatch(NUMBER, str(r[name] or "")) for r in rows)
         table.add_column(name, justify="right" if right else "left", overflow="fold")
     for row in rows:
-        table.add_row(*("" if v is None else f"{v:,.4g}" if isinstance(v, float) else str(v) for v in row.values()), )
+        table.add_row(*("" if v is None else f"{v:,.4g}" if isinstance(v, float) else str(v) for v in row.values()))
     width = None if sys.stdout.isatty() else 200
-    Console(width=width, highlight=False).print(table)
+    # Cells hold file names and words of a text: nothing in them is markup.
+    console = Console(width=width, highlight=False, markup=False, emoji=False)
+    if title:
+        console.print(title, style="italic")
+    console.print(table)
 
 
 def error_line(text: str) -> None:

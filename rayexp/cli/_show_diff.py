@@ -131,7 +131,7 @@ def show_text(report: TextReport, limit: int) -> None:
     for i, (side, checkpoint) in enumerate(zip("AB", (r.a, r.b), strict=True)):
         span = f"{r.ppl_interval[i][0]:.2f} to {r.ppl_interval[i][1]:.2f}" if r.ppl_interval else "none"
         rows.append({"": side, "perplexity": f"{r.ppl[i]:.2f}", "95 % interval": span, "checkpoint": checkpoint.name})
-    print_table(rows, f"{r.n:,} validation tokens in {r.documents:,} {r.unit}")
+    print_table(rows, f"{r.n:,} validation tokens in {len(r.documents):,} {r.unit}")
     line = f"perplexity x {r.ratio:.4f} ({100 * (r.ratio - 1):+.2f} %)"
     if r.ratio_interval and r.paired_p is not None:
         low, high = r.ratio_interval

@@ -107,7 +107,7 @@ def _diff_all(run: Run, html: Path | None, as_json: bool) -> None:
     else:
         view.show_churn(report)
     if html:
-        from rayexp.analysis.html_diff import write_churn_page
+        from rayexp.analysis.html_churn import write_churn_page
 
         write_churn_page(html, report)
         say(f"page: {html}")
