@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rayexp.records import EpochRecord
-from rayexp.runs import Run, broken, epoch_name, step_name, sweep, write_atomic, write_directory, write_json
+from rayexp.runs import Run, broken, epoch_name, now, step_name, sweep, write_atomic, write_directory, write_json
 
 KEEP_SNAPSHOTS = 2
 
@@ -59,20 +59,21 @@ class Recorder:
 
     # ------------------------------------------------------------------ writing
 
-    def begin(self, meta: Mapping[str, Any], data: Mapping[str, Any] | None = None, graph: bytes | None = None) -> None:
-        """Fields for run.json, the data's description for data.json, and the model graph for TensorBoard."""
-        self.run.update(**meta)
-        if data is not None:
-            write_json(self.run.data_path, data)
-        board = self._tensorboard()
-        if graph:
-            from tensorboardX.proto.graph_pb2 import GraphDef
-            from tensorboardX.proto.step_stats_pb2 import RunMetadata, StepStats
+    def note(self, fields: Mapping[str, Any]) -> None:
+        """Fields for run.json."""
+        self.run.update(**fields)
 
-            stats = RunMetadata(step_stats=StepStats(dev_stats=[]))
-            board.file_writer.add_graph((GraphDef.FromString(graph), stats))
+    def begin(self, meta: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+        """Training begins: fields for run.json, and the data's description for data.json."""
+        self.run.update(**meta)
+        write_json(self.run.data_path, data)
+        board = self._tensorboard()
         board.add_text("config", "```yaml\n" + self.run.config_path.read_text() + "```", 0)
         board.flush()
+
+    def graph(self, events: bytes) -> None:
+        """An event file that holds the model graph, beside the run's own."""
+        write_atomic(self.run.tb / "events.out.tfevents.0.graph", events)
 
     def progress(self, fields: Mapping[str, Any]) -> None:
         """Where the epoch stands, for the driver's progress bar. Not flushed to disk: it is worthless after a crash."""
@@ -98,10 +99,19 @@ class Recorder:
             shutil.rmtree(old, ignore_errors=True)
         self._plot(EpochRecord.from_json(record))
 
+    def trace(self, row: Mapping[str, Any]) -> None:
+        """One step's hashes, for `rayexp verify`: a line of trace.jsonl."""
+        with (self.run.root / "trace.jsonl").open("a") as file:
+            file.write(json.dumps(dict(row)) + "\n")
+
+    def log(self, rank: int, text: str) -> None:
+        """A line of logs/rank_<rank>.log."""
+        self.run.logs.mkdir(exist_ok=True)
+        with (self.run.logs / f"rank_{rank}.log").open("a") as file:
+            file.write(f"{now()} {text}\n")
+
     def end(self, status: str, error: str | None = None, **fields: Any) -> None:
         """The last word: `done`, `failed` or `stopped`."""
-        from rayexp.runs import now
-
         if self._board is not None:
             if status == "done":
                 self._hyperparameters()
@@ -158,23 +168,10 @@ class Recorder:
         }
         last = records[-1]
         self._tensorboard().add_hparams(
-            words, {"hparam/val_loss": last.val_loss, **{f"hparam/{k}": v for k, v in last.metrics.items()}}, name="hparams"
+            words,
+            {"hparam/val_loss": last.val_loss, **{f"hparam/{k}": v for k, v in last.metrics.items()}},
+            name="hparams",
         )
 
     def _write_records(self, rows: list[dict[str, Any]]) -> None:
         write_atomic(self.run.epochs_path, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def model_graph(model: Any, inputs: Any) -> bytes | None:
-    """TensorBoard's picture of a model as serialised GraphDef, or None where it cannot be traced.
-
-    Args:
-        model: a torch module; traced as it stands.
-        inputs: a tuple of example inputs.
-    """
-    from tensorboardX.pytorch_graph import graph
-
-    try:
-        return bytes(graph(model, inputs, verbose=False)[0].SerializeToString())
-    except Exception:  # tracing fails in many ways, and a missing picture must not cost a run
-        return None

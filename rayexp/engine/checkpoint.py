@@ -1,0 +1,140 @@
+"""State to bytes and back, and the hashes that say whether two models are the same.
+
+A checkpoint is two files: state.safetensors (tensors named `model.*`, `optimizer.<buffer>.<parameter>`,
+`carry.<shard>.*`) and state.json (epoch, step, schedule, running sums, hashes of tensors and files).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import queue
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from rayexp.errors import RunError
+
+TENSORS, WORDS = "state.safetensors", "state.json"
+
+
+@dataclass(frozen=True)
+class State:
+    """Everything that a run needs to go on.
+
+    Attributes:
+        words: plain values: `epoch` (finished ones), `step` (global), `step_in_epoch`, `schedule`, sums of the epoch.
+        tensors: by name, CPU or GPU, views allowed.
+    """
+
+    words: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    def weights(self) -> dict[str, Tensor]:
+        """The model's own tensors, without the prefix."""
+        return {n.removeprefix("model."): t for n, t in self.tensors.items() if n.startswith("model.")}
+
+
+def sha(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over names, dtypes, shapes and bytes of tensors, in the order of their names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach()
+        digest.update(f"{name}|{str(tensor.dtype).removeprefix('torch.')}|{tuple(tensor.shape)}|".encode())
+        flat = tensor.cpu().contiguous().reshape(-1)
+        digest.update(memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else b"")
+    return digest.hexdigest()
+
+
+def snapshot(state: State, buffers: dict[str, Tensor]) -> State:
+    """A copy of the state in `buffers` (host memory, made on first use), so that training can go on at once."""
+    copies = {}
+    for name, tensor in state.tensors.items():
+        held = buffers.get(name)
+        if held is None or held.shape != tensor.shape or held.dtype != tensor.dtype:
+            held = buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        held.copy_(tensor)
+        copies[name] = held
+    return State(dict(state.words), copies)
+
+
+def encode(state: State, words: Mapping[str, Any] | None = None) -> dict[str, bytes]:
+    """The checkpoint's files. state.json holds the hashes of the tensors and of the other file."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
+    data = safetensors.torch.save(tensors)
+    described = {
+        **state.words,
+        "weights_sha": sha(state.weights()),
+        "state_sha": sha(state.tensors),
+        **(words or {}),
+        "files": {TENSORS: hashlib.sha256(data).hexdigest()},
+    }
+    return {TENSORS: data, WORDS: json.dumps(described, indent=2).encode()}
+
+
+def decode(files: Mapping[str, bytes]) -> State:
+    """The inverse of `encode`. Never unpickles.
+
+    Raises:
+        RunError: a file is missing or damaged.
+    """
+    try:
+        words = json.loads(files[WORDS])
+        tensors = safetensors.torch.load(files[TENSORS])
+    except Exception as error:
+        raise RunError(f"checkpoint: cannot be read ({type(error).__name__}: {error})") from error
+    return State(words, tensors)
+
+
+class Writer:
+    """Runs writes one after another in a background thread; at most one waits.
+
+    An error in a write is raised by the next `submit` or by `close`.
+    """
+
+    def __init__(self) -> None:
+        self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue(1)
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._work, name="writer", daemon=True)
+        self._thread.start()
+
+    def submit(self, write: Callable[[], None]) -> None:
+        """Queue a write; waits while another one is queued."""
+        self._check()
+        self._queue.put(write)
+
+    def idle(self) -> bool:
+        """Whether nothing is being written."""
+        return self._queue.unfinished_tasks == 0
+
+    def wait(self) -> None:
+        """Until everything is on disk."""
+        self._queue.join()
+        self._check()
+
+    def close(self) -> None:
+        """Finish what is queued, then end the thread."""
+        self._queue.put(None)
+        self._thread.join()
+        self._check()
+
+    def _check(self) -> None:
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _work(self) -> None:
+        while (write := self._queue.get()) is not None:
+            try:
+                if self._error is None:
+                    write()
+            except BaseException as error:
+                self._error = error
+            finally:
+                self._queue.task_done()
+        self._queue.task_done()

@@ -1,0 +1,68 @@
+"""Validation predictions: the validation data is cut into streams by the configuration alone, workers and lanes share
+the streams, and every stream is judged with the same shapes by whoever gets it."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from rayexp.engine import order
+from rayexp.engine.group import Group
+from rayexp.engine.place import Place
+from rayexp.engine.workload import Workload
+from rayexp.records import Predictions
+
+Part = Mapping[str, NDArray[Any]]
+
+
+def judge(
+    workload: Workload,
+    models: list[nn.Module],
+    group: Group,
+    place: Place,
+    seen: Callable[[int, Part], None] = lambda stream, part: None,
+) -> Predictions:
+    """Predictions on the whole validation data, equal on every worker.
+
+    Args:
+        workload: cuts the data into streams and judges one.
+        models: one model in eval mode for each lane.
+        group, place: who shares the streams.
+        seen: is told of each stream that this worker has judged (from the lane's thread).
+    """
+    mine = order.share(workload.val_streams(), group.world, group.rank)
+
+    def work(lane: int) -> list[tuple[int, Part]]:
+        done = []
+        with torch.inference_mode():
+            for stream in mine[lane :: place.lanes]:
+                part = workload.judge(models[lane], stream, place.device)
+                seen(stream, part)
+                done.append((stream, part))
+        return done
+
+    parts = dict(item for lane in place.run([lambda i=i: work(i) for i in range(place.lanes)]) for item in lane)  # type: ignore[misc]
+    if group.world > 1:
+        parts = {stream: part for data in group.gather(_pack(parts)) for stream, part in _unpack(data).items()}
+    return workload.predictions([parts[stream] for stream in sorted(parts)])
+
+
+def _pack(parts: Mapping[int, Part]) -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, **{f"{stream}/{name}": array for stream, part in parts.items() for name, array in part.items()})
+    return buffer.getvalue()
+
+
+def _unpack(data: bytes) -> dict[int, dict[str, NDArray[Any]]]:
+    parts: dict[int, dict[str, NDArray[Any]]] = {}
+    with np.load(io.BytesIO(data), allow_pickle=False) as npz:
+        for key in npz.files:
+            stream, _, name = key.partition("/")
+            parts.setdefault(int(stream), {})[name] = npz[key]
+    return parts

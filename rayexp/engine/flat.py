@@ -1,0 +1,197 @@
+"""A model's tensors as views of flat buffers, and the layout of the row that is reduced.
+
+    params   fp32[P]   every trainable parameter, decayed ones first
+    stats    fp32[B]   running mean and variance of every batch norm
+    row      fp32[R]   what a shard contributes: [gradient P | batch statistics B | tail 5 | padding]
+
+Replicas of the model (one a lane) share `params`; each has a row of its own, and autograd and batch norm write
+straight into it. So gradients, batch statistics, loss and counts ride through one and the same tree.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+TAIL = ("loss", "count", "shards", "stop", "save")
+"""The tail of a row: sum of the loss, number of loss terms, number of shards, and the workers that
+wish to stop or to save."""
+_ALIGN = 16  # elements: every tensor starts on a cache line
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Where a tensor lies in its buffer."""
+
+    name: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    start: int
+    size: int
+
+    def view(self, buffer: Tensor) -> Tensor:
+        """The tensor as a view of the buffer."""
+        return torch.as_strided(buffer, self.shape, self.stride, buffer.storage_offset() + self.start)
+
+
+class Layout:
+    """The slots of a model's parameters and batch-norm statistics, and the length of a row."""
+
+    def __init__(self, model: nn.Module, shards: int, decay_norm_and_bias: bool = True) -> None:
+        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        decayed = [(n, p) for n, p in named if decay_norm_and_bias or p.ndim > 1]
+        taken = {n for n, _ in decayed}
+        rest = [(n, p) for n, p in named if n not in taken]
+        self.params: list[Slot] = []
+        end = self._place(decayed, 0, self.params)
+        self.decayed = end
+        self.size = self._place(rest, end, self.params)
+        norms = [(n, m) for n, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+        buffers = [(f"{n}.{b}", getattr(m, b)) for n, m in norms for b in ("running_mean", "running_var")]
+        self.stats: list[Slot] = []
+        self.stats_size = self._place(buffers, 0, self.stats)
+        self.momentum = [(n, 0.1 if m.momentum is None else m.momentum) for n, m in norms]
+        used = self.size + self.stats_size + len(TAIL)
+        # Every number of workers that divides the shards cuts a row into equal, aligned parts.
+        unit = _ALIGN * shards
+        self.row = math.ceil(used / unit) * unit
+
+    @staticmethod
+    def _place(named: list[tuple[str, Tensor]], start: int, slots: list[Slot]) -> int:
+        for name, tensor in named:
+            if tensor.dtype != torch.float32:
+                raise TypeError(f"{name}: parameters must be float32, not {tensor.dtype}")
+            # A permuted but gapless tensor (channels_last) keeps its strides; anything else becomes contiguous.
+            dense = tensor.is_contiguous() or (
+                tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+            )
+            stride = tensor.stride() if dense else tensor.contiguous().stride()
+            slots.append(Slot(name, tuple(tensor.shape), tuple(stride), start, tensor.numel()))
+            start += math.ceil(tensor.numel() / _ALIGN) * _ALIGN
+        return start
+
+    def gradient(self, row: Tensor) -> Tensor:
+        """fp32[P], a view."""
+        return row[: self.size]
+
+    def batch_stats(self, row: Tensor) -> Tensor:
+        """fp32[B], a view."""
+        return row[self.size : self.size + self.stats_size]
+
+    def tail(self, row: Tensor) -> Tensor:
+        """fp32[5], a view: see TAIL."""
+        start = self.size + self.stats_size
+        return row[start : start + len(TAIL)]
+
+
+class Master:
+    """The weights and running statistics of a run: one buffer each, and replicas of the model that look into them."""
+
+    def __init__(self, model: nn.Module, layout: Layout, device: torch.device) -> None:
+        self.layout = layout
+        self.device = device
+        self.model = model.to(device)
+        self.params = torch.zeros(layout.size, device=device)
+        self.stats = torch.zeros(layout.stats_size, device=device)
+        self.keep = torch.ones(layout.stats_size, device=device)
+        tensors = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        for buffer, slots in ((self.params, layout.params), (self.stats, layout.stats)):
+            for slot in slots:
+                slot.view(buffer).copy_(tensors[slot.name])
+        momentum = {f"{n}.{b}": m for n, m in layout.momentum for b in ("running_mean", "running_var")}
+        for slot in layout.stats:
+            slot.view(self.keep).fill_(1 - momentum[slot.name])
+
+    def judge(self) -> nn.Module:
+        """A model in eval mode that looks into the master: always the present weights and running statistics."""
+        model = copy.deepcopy(self.model)
+        for slot in self.layout.params:
+            module, name = _owner(model, slot.name)
+            getattr(module, name).data = slot.view(self.params)
+        for slot in self.layout.stats:
+            module, name = _owner(model, slot.name)
+            module._buffers[name] = slot.view(self.stats)
+        return model.eval()
+
+    def update_stats(self, row: Tensor, shards: float) -> None:
+        """running = keep * running + (1 - keep) * (mean of the shards' batch statistics)."""
+        if self.layout.stats_size:
+            mean = self.layout.batch_stats(row) / shards
+            self.stats.lerp_(mean, 1 - self.keep)
+
+    def tensors(self, step: int) -> dict[str, Tensor]:
+        """Every tensor of the model's state_dict, as views; `num_batches_tracked` is the optimizer step."""
+        views = {s.name: s.view(self.params) for s in self.layout.params}
+        views |= {s.name: s.view(self.stats) for s in self.layout.stats}
+        found = {}
+        for name, tensor in self.model.state_dict().items():
+            if name.endswith("num_batches_tracked"):
+                found[name] = torch.tensor(step)
+            else:
+                found[name] = views.get(name, tensor)
+        return found
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Copy tensors (as `tensors` names them) into the buffers.
+
+        Raises:
+            KeyError, RuntimeError: a tensor is missing or has another shape.
+        """
+        for buffer, slots in ((self.params, self.layout.params), (self.stats, self.layout.stats)):
+            for slot in slots:
+                slot.view(buffer).copy_(tensors[slot.name])
+
+    def named(self, buffer: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Views of a buffer laid out like `params` (a momentum, a gradient) under the parameters' names."""
+        for slot in self.layout.params:
+            yield slot.name, slot.view(buffer)
+
+
+class Row:
+    """A row and the views of it that a replica writes through."""
+
+    def __init__(self, layout: Layout, device: torch.device) -> None:
+        self.tensor = torch.zeros(layout.row, device=device)
+        self.gradients = [slot.view(layout.gradient(self.tensor)) for slot in layout.params]
+        # .data: batch norm saves its buffers for backward, and views that share a version counter would disturb it.
+        self.stats = [slot.view(layout.batch_stats(self.tensor)).data for slot in layout.stats]
+
+
+class Replica:
+    """A model for training whose weights are the master's and which leaves what it computes in a row.
+
+    Gradients accumulate in the row. Batch norm leaves the batch's own mean and (unbiased) variance there: with
+    momentum 1, "running" means "last".
+    """
+
+    def __init__(self, master: Master) -> None:
+        self.model = copy.deepcopy(master.model).train()
+        layout = master.layout
+        owners = [_owner(self.model, slot.name) for slot in layout.params]
+        self._parameters: list[nn.Parameter] = [getattr(module, name) for module, name in owners]
+        for parameter, slot in zip(self._parameters, layout.params, strict=True):
+            parameter.data = slot.view(master.params)
+        self._buffers = [_owner(self.model, slot.name) for slot in layout.stats]
+        for module in self.model.modules():
+            if isinstance(module, _BatchNorm):
+                module.momentum = 1.0
+                module.num_batches_tracked = None
+
+    def bind(self, row: Row) -> None:
+        """Write into this row from now on."""
+        for parameter, gradient in zip(self._parameters, row.gradients, strict=True):
+            parameter.grad = gradient
+        for (module, name), stat in zip(self._buffers, row.stats, strict=True):
+            module._buffers[name] = stat
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds the tensor of a dotted name, and the name's last part."""
+    path, _, last = name.rpartition(".")
+    return model.get_submodule(path), last

@@ -1,0 +1,135 @@
+"""Where a worker computes, and everything there that bits or speed depend on, pinned in one place.
+
+What a result's bits depend on is `fingerprint`: the device kind, the library versions and the threads of a lane.
+What they do not depend on: the number of workers, and the number of lanes a worker computes its shards on.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from rayexp.config import ExperimentConfig
+
+THREADS_PER_LANE = 1
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A device, and on a CPU the lanes (threads that compute shards side by side) or intra-op threads.
+
+    Attributes:
+        device: cpu, or cuda:N.
+        lanes: how many shards are computed at once; 1 on a GPU.
+        threads: intra-op threads of each lane.
+        pool: the lanes' threads (None where there is one lane).
+    """
+
+    device: torch.device
+    lanes: int
+    threads: int
+    pool: ThreadPoolExecutor | None
+
+    def run(self, tasks: Sequence[Callable[[], T]]) -> list[T]:
+        """Run one task a lane, side by side; the first error is raised after all have ended."""
+        if self.pool is None:
+            return [task() for task in tasks]
+        futures = [self.pool.submit(task) for task in tasks]
+        results = [f.exception() for f in futures]
+        for error in results:
+            if error is not None:
+                raise error
+        return [f.result() for f in futures]
+
+    def synchronize(self) -> None:
+        """Wait for the GPU, so that a clock read now is honest."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def peak_memory(self) -> dict[str, int]:
+        """Peak bytes of this process: `host` (resident set) and, on a GPU, `device` (PyTorch's allocator)."""
+        import resource
+
+        # Linux counts ru_maxrss in KiB, macOS in bytes.
+        unit = 1 if platform.system() == "Darwin" else 1024
+        peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+        if self.device.type == "cuda":
+            peak["device"] = torch.cuda.max_memory_allocated(self.device)
+        return peak
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What the bits depend on beside the configuration."""
+        cuda = self.device.type == "cuda"
+        return {
+            "device": torch.cuda.get_device_name(self.device)
+            if cuda
+            else f"cpu {platform.machine()} {cpu_capability()}",
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "cuda": torch.version.cuda if cuda else None,
+            "cudnn": torch.backends.cudnn.version() if cuda else None,
+            "threads_per_lane": self.threads,
+        }
+
+
+def cpu_capability() -> str:
+    """The instruction set that PyTorch's kernels use here: DEFAULT, AVX2 or AVX512."""
+    return str(torch.backends.cpu.get_cpu_capability())
+
+
+def cores() -> int:
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def settle(config: ExperimentConfig, device: torch.device, shards: int, cpus: float | None = None) -> Place:
+    """Pin determinism, threads and the allocator in this process, and make the lanes.
+
+    Args:
+        config: precision and reduction decide what is pinned.
+        device: where this worker computes.
+        shards: shards this worker computes in a step.
+        cpus: cores this worker may use; None: all of the process's.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic cuBLAS
+    tune_allocator()
+    torch.use_deterministic_algorithms(config.reduction == "exact" or device.type == "cpu", warn_only=False)
+    torch.backends.cudnn.benchmark = device.type == "cuda" and config.reduction == "ddp"
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = config.precision == "tf32"
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    budget = max(1, min(cores(), int(cpus) if cpus else cores()))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_num_threads(THREADS_PER_LANE)
+        return Place(device, 1, THREADS_PER_LANE, None)
+    if config.reduction == "ddp":
+        torch.set_num_threads(budget)
+        return Place(device, 1, budget, None)
+    lanes = min(config.scaling.lanes or budget, shards)
+    torch.set_num_threads(THREADS_PER_LANE)
+    pool = None
+    if lanes > 1:
+        # OpenMP's thread count belongs to each thread.
+        pool = ThreadPoolExecutor(lanes, "lane", initializer=torch.set_num_threads, initargs=(THREADS_PER_LANE,))
+    return Place(device, lanes, THREADS_PER_LANE, pool)
+
+
+def tune_allocator() -> None:
+    """Let glibc keep freed memory: activations of the same sizes come back every step, and giving their pages to the
+    kernel and faulting them in again costs up to a fifth of a CPU step. Does nothing on another C library."""
+    if platform.libc_ver()[0] != "glibc":
+        return
+    libc = ctypes.CDLL(None)
+    m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8
+    libc.mallopt(m_mmap_max, 0)
+    libc.mallopt(m_trim_threshold, 2**31 - 1)
+    libc.mallopt(m_arena_max, 1)

@@ -1,0 +1,284 @@
+"""What every worker does, wherever it runs: open the data, take up the newest state, train, and let rank 0 write.
+
+What comes in is plain JSON:
+    run        absolute path of the run directory (on the driver's host)
+    config     the resolved configuration
+    device     "cpu" or "cuda"
+    cpus       cores this worker may use (null: all it can see)
+    started    time.time() at which the command began
+    max_steps  stop after that many steps of the whole run (null: train to the end)
+    trace      whether to hash every tensor after every step (for `rayexp verify`)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import datetime
+import json
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from rayexp import workloads
+from rayexp.config import ExperimentConfig, parse
+from rayexp.engine import checkpoint, place
+from rayexp.engine.checkpoint import TENSORS, WORDS, State, Writer
+from rayexp.engine.group import Group
+from rayexp.engine.loop import EpochDone, Session, StepDone, Wish
+
+PROGRESS_SECONDS = 0.3
+
+
+class Pen(Protocol):
+    """What a worker needs of a Recorder, be it here or in another process."""
+
+    def resume(self) -> tuple[dict[str, bytes] | None, list[str]]: ...
+    def begin(self, meta: Mapping[str, Any], data: Mapping[str, Any]) -> None: ...
+    def note(self, fields: Mapping[str, Any]) -> None: ...
+    def graph(self, events: bytes) -> None: ...
+    def progress(self, fields: Mapping[str, Any]) -> None: ...
+    def snapshot(self, step: int, files: Mapping[str, bytes]) -> None: ...
+    def epoch(self, record: Mapping[str, Any], files: Mapping[str, bytes], predictions: bytes) -> None: ...
+    def trace(self, row: Mapping[str, Any]) -> None: ...
+    def log(self, rank: int, text: str) -> None: ...
+    def end(self, status: str, error: str | None = None, **fields: Any) -> None: ...
+    def stop_requested(self) -> bool: ...
+
+
+def work(
+    payload: Mapping[str, Any], group: Group, pen: Pen, device: torch.device, world_size: int | None = None
+) -> str:
+    """Train as one worker of the group; returns `done` or `stopped`.
+
+    Args:
+        payload: see the head of this file.
+        group: the workers; this one's rank is in it.
+        pen: only rank 0 writes with it; every rank logs.
+        device: where this worker computes.
+        world_size: what records say (0: in-process); None: the group's size.
+
+    Raises:
+        UserError: the configuration or the data is wrong.
+        RunError: training cannot go on.
+    """
+    return _Worker(payload, group, pen, device, world_size).run()
+
+
+class _Worker:
+    def __init__(
+        self, payload: Mapping[str, Any], group: Group, pen: Pen, device: torch.device, world_size: int | None
+    ) -> None:
+        self.entered = time.time()
+        self.payload, self.group, self.pen = payload, group, pen
+        self.config = parse(payload["config"], ExperimentConfig, "config")
+        self.world_size = group.world if world_size is None else world_size
+        self.lead = group.rank == 0
+        shards = self.config.shards // group.world
+        self.place = place.settle(self.config, device, shards, payload.get("cpus"))
+        self.workload = workloads.open_workload(self.config)
+        self.session = Session(self.config, self.workload, group, self.place)
+        self.writer = Writer()
+        self.buffers: dict[str, torch.Tensor] = {}
+        self.saved = self.told = time.monotonic()
+
+    def run(self) -> str:
+        self._log(f"rank {self.group.rank} of {self.group.world} on {self.place.device}, {self.place.lanes} lanes")
+        self._resume()
+        if self.lead:
+            self._begin()
+        status = "done"
+        try:
+            for event in self.session.train(self._wish):
+                if isinstance(event, EpochDone):
+                    self._epoch(event)
+                else:
+                    self._step(event)
+                    if event.stopped:
+                        status = "stopped"
+            self.writer.wait()
+        finally:
+            with contextlib.suppress(Exception if sys.exc_info()[0] else ()):
+                self.writer.close()
+        if self.lead:
+            self.pen.end(status)
+        return status
+
+    # ------------------------------------------------------------------ beginning
+
+    def _resume(self) -> None:
+        files: dict[str, bytes] | None = None
+        if self.lead:
+            files, notes = self.pen.resume()
+            for note in notes:
+                self._log(note)
+        words = self.group.broadcast(files[WORDS] if files else b"")
+        if not words:
+            return
+        tensors = self.group.broadcast(files[TENSORS] if files else None)
+        state = checkpoint.decode({WORDS: words, TENSORS: tensors})
+        self.session.load(state)
+        self._log(f"resumed at epoch {self.session.epoch + 1}, step {self.session.step}")
+        then, now = state.words.get("fingerprint"), self.place.fingerprint()
+        if self.lead and then and then != now:
+            differs = ", ".join(f"{k} {then.get(k)} -> {now[k]}" for k in now if then.get(k) != now[k])
+            warning = f"resumed under another fingerprint: {differs}; the bits may differ from here on"
+            self._log(warning)
+            self.pen.progress({"warning": warning})
+
+    def _begin(self) -> None:
+        described = self.workload.describe()
+        layout = self.session.layout
+        meta = {
+            "status": "running",
+            "world_size": self.world_size,
+            "device": str(self.place.device.type),
+            "lanes": self.place.lanes,
+            "fingerprint": self.place.fingerprint(),
+            "parameters": sum(slot.size for slot in layout.params),
+            "exchange_bytes": layout.row * 4,
+            "steps_per_epoch": self.session.steps,
+            "data": {k: v for k, v in described.items() if not isinstance(v, list)},
+        }
+        self.pen.begin(meta, described)
+
+    # ------------------------------------------------------------------ while it runs
+
+    def _wish(self) -> Wish:
+        last = self.payload.get("max_steps")
+        stop = last is not None and self.session.global_step + 1 >= last
+        if not self.lead:
+            return Wish(stop, False)
+        now, c = time.monotonic(), self.config.checkpoint
+        save = c.every_seconds is not None and now - self.saved >= c.every_seconds and self.writer.idle()
+        return Wish(stop or self.pen.stop_requested(), save)
+
+    def _step(self, event: StepDone) -> None:
+        if event.first and self.lead:
+            self._first_step()
+        every = self.config.checkpoint.every_steps
+        due = event.save or (every is not None and self.session.global_step % every == 0)
+        if event.stopped or (due and event.step < event.steps):
+            self._snapshot()
+        if not self.lead:
+            return
+        if self.payload.get("trace"):
+            state = self.session.state() if self.group.world == 1 else self.session.replicated()
+            hashes = {name: checkpoint.sha({name: tensor}) for name, tensor in state.tensors.items()}
+            weights = checkpoint.sha(state.weights())
+            rate = event.rate
+            self.pen.trace({"step": self.session.global_step, "weights_sha": weights, "tensors": hashes, "rate": rate})
+        now = time.monotonic()
+        if now - self.told >= PROGRESS_SECONDS or event.step == event.steps:
+            self.told = now
+            self.pen.progress(
+                {
+                    "epoch": event.epoch,
+                    "epochs": self.config.epochs,
+                    "step": event.step,
+                    "steps": event.steps,
+                    "loss": event.loss,
+                    "rate": event.rate,
+                    "unit": self.workload.unit,
+                }
+            )
+
+    def _first_step(self) -> None:
+        now, started = time.time(), self.payload.get("started") or self.entered
+        self.pen.note({"startup_seconds": {"to_worker": self.entered - started, "to_first_step": now - started}})
+        if self.session.global_step == 1 and not self.payload.get("trace"):
+            # In the background and after the first step: a picture need not hold up training.
+            model = copy.deepcopy(self.session.master.model).cpu().eval()
+            self.writer.submit(lambda: self.pen.graph(graph_events(model, self.workload.example())))
+
+    def _snapshot(self) -> None:
+        state = self.session.state()
+        self.saved = time.monotonic()
+        if self.lead:
+            held = self._hold(state)
+            step = self.session.global_step
+            self.writer.submit(lambda: self.pen.snapshot(step, checkpoint.encode(held, self._words())))
+
+    def _epoch(self, event: EpochDone) -> None:
+        start = time.perf_counter()
+        if not self.lead:
+            return
+        held = self._hold(self.session.state())
+        self.saved = time.monotonic()
+        blocked = time.perf_counter() - start
+        seconds = dict(event.record.seconds)
+        seconds["checkpoint"] += blocked
+        seconds["total"] += blocked
+        record = dataclasses.replace(event.record, seconds=seconds, world_size=self.world_size)
+        predictions = event.predictions
+
+        def write() -> None:
+            shas = {"weights_sha": checkpoint.sha(held.weights()), "state_sha": checkpoint.sha(held.tensors)}
+            row = dataclasses.replace(record, **shas).to_json()
+            files = checkpoint.encode(held, {**self._words(), **shas, "record": row})
+            self.pen.epoch(row, files, predictions.to_npz())
+
+        self.writer.submit(write)
+
+    def _hold(self, state: State) -> State:
+        """A copy that the writer may read while training goes on; waits for the writer, which reads the same buffers."""
+        self.writer.wait()
+        return checkpoint.snapshot(state, self.buffers)
+
+    def _words(self) -> dict[str, Any]:
+        return {"fingerprint": self.place.fingerprint()}
+
+    def _log(self, text: str) -> None:
+        self.pen.log(self.group.rank, text)
+
+
+def graph_events(model: torch.nn.Module, example: tuple[Any, ...]) -> bytes:
+    """A TensorBoard event file with the model's graph; empty where the model cannot be traced."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        board = SummaryWriter(folder)
+        with contextlib.suppress(Exception):  # tracing fails in many ways, and a missing picture must not cost a run
+            board.add_graph(model, example)
+        board.close()
+        return next(Path(folder).iterdir()).read_bytes()
+
+
+def join(world: int, rank: int, address: str, timeout_s: float = 1800) -> Group:
+    """Initialise torch.distributed with gloo at tcp://address (host:port), and return the group."""
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=f"tcp://{address}",
+        world_size=world,
+        rank=rank,
+        timeout=datetime.timedelta(seconds=timeout_s),
+    )
+    return Group.join()
+
+
+def main(argv: list[str]) -> int:
+    """`python -m rayexp.launch.worker PAYLOAD.json RANK WORLD HOST:PORT`: one worker of launch.processes."""
+    from rayexp.recorder import Recorder
+    from rayexp.runs import Run
+
+    payload = json.loads(Path(argv[0]).read_text())
+    rank, world = int(argv[1]), int(argv[2])
+    group = join(world, rank, argv[3])
+    device = (
+        torch.device("cuda", rank % torch.cuda.device_count()) if payload["device"] == "cuda" else torch.device("cpu")
+    )
+    work(payload, group, Recorder(Run(Path(payload["run"]))), device)
+    torch.distributed.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
