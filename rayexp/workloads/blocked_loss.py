@@ -26,7 +26,7 @@ BLOCK = {"cpu": 2048, "cuda": 8192}
 KEEP = {"cpu": 32 << 20, "cuda": 1 << 30}
 
 
-@torch.compiler.disable  # it writes into gradients
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # it writes into gradients
 def blocked_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -62,7 +62,7 @@ def blocked_cross_entropy(
     return losses
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def embedding(tokens: Tensor, weight: Tensor) -> Tensor:
     """`F.embedding(tokens, weight)`, whose gradient goes into `weight.grad` row by row where that is there."""
     vectors: Tensor = _Embedding.apply(tokens, weight)
@@ -81,16 +81,24 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
 
 
-_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+_ONEDNN = bool(torch.backends.mkldnn.is_available()) and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # type: ignore[no-untyped-call]
 
 
 def _blocks(words: int, block: int) -> Iterator[slice]:
     return (slice(start, min(start + block, words)) for start in range(0, words, block))
 
 
-def _in_place(leaf: Tensor | None) -> Tensor | None:
-    """The gradient tensor that a leaf holds already."""
-    return leaf.grad if leaf is not None and leaf.is_leaf else None
+def _sink(leaf: Tensor | None, needed: bool) -> Tensor | None:
+    """Where a gradient is added up: the one that the leaf holds already, or a new one, or None where none is needed."""
+    if leaf is None or not needed:
+        return None
+    held = leaf.grad if leaf.is_leaf else None
+    return torch.zeros_like(leaf) if held is None else held
+
+
+def _handed_on(leaf: Tensor | None, sink: Tensor | None) -> Tensor | None:
+    """What autograd still has to add: nothing, where the leaf holds the sum already."""
+    return None if leaf is None or (leaf.is_leaf and leaf.grad is sink) else sink
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -129,14 +137,9 @@ class _CrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, peak, log_sum = ctx.saved_tensors
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        weight_grad, bias_grad = map(_in_place, ctx.leaves)
-        own_weight, own_bias = weight_grad is None, bias_grad is None
+        weight_grad = _sink(ctx.leaves[0], ctx.needs_input_grad[1])
+        bias_grad = _sink(ctx.leaves[1], ctx.needs_input_grad[2])
         wide = hidden.to(log_sum.dtype)
-        if need_weight and weight_grad is None:
-            weight_grad = torch.zeros_like(weight)
-        if need_bias and bias_grad is None:
-            bias_grad = torch.zeros_like(bias)
         hidden_grad = torch.zeros_like(wide)
         with torch.autocast(hidden.device.type, enabled=False):
             scale = (peak - log_sum[:, None]).exp_().mul_(grad[:, None])
@@ -146,25 +149,19 @@ class _CrossEntropy(torch.autograd.Function):
                 if e is None:
                     e = _logits(narrow, weight, bias, part).sub_(peak[:, i : i + 1]).exp_()
                 factor = scale[:, i]
-                if need_bias:
+                if bias_grad is not None:
                     bias_grad[part].addmv_(e.t(), factor)
                 e = e.to(ctx.dtype)
-                if need_weight:
+                if weight_grad is not None:
                     weight_grad[part].add_(product(e.t(), (across * factor).to(ctx.dtype)))
-                if need_hidden:
-                    hidden_grad.addcmul_(product(e, weight[part].to(ctx.dtype).t()), factor[:, None])
-            if need_weight:
+                hidden_grad.addcmul_(product(e, weight[part].to(ctx.dtype).t()), factor[:, None])
+            if weight_grad is not None:
                 weight_grad.index_add_(0, targets, wide * -grad[:, None])
-            if need_bias:
+            if bias_grad is not None:
                 bias_grad.index_add_(0, targets, -grad)
-            if need_hidden:
-                hidden_grad.addcmul_(weight.index_select(0, targets), grad[:, None], value=-1)
-        return (
-            hidden_grad.to(hidden.dtype) if need_hidden else None,
-            weight_grad if need_weight and own_weight else None,
-            bias_grad if need_bias and own_bias else None,
-            *(None,) * 4,
-        )
+            hidden_grad.addcmul_(weight.index_select(0, targets), grad[:, None], value=-1)
+        weight_out, bias_out = map(_handed_on, ctx.leaves, (weight_grad, bias_grad))
+        return hidden_grad.to(hidden.dtype), weight_out, bias_out, None, None, None, None
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, part: slice) -> Tensor:
@@ -179,15 +176,14 @@ class _Embedding(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(tokens)
-        ctx.leaf, ctx.like = weight, (weight.shape, weight.dtype)
+        ctx.leaf = weight
         return weight.index_select(0, tokens.reshape(-1)).view(*tokens.shape, weight.shape[1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (tokens,) = ctx.saved_tensors
-        shape, dtype = ctx.like
-        held = _in_place(ctx.leaf)
-        found = torch.zeros(shape, dtype=dtype, device=grad.device) if held is None else held
-        found.index_add_(0, tokens.reshape(-1), grad.reshape(-1, shape[1]).to(dtype))
-        return None, found if held is None else None
+        found = _sink(ctx.leaf, ctx.needs_input_grad[1])
+        if found is not None:
+            found.index_add_(0, tokens.reshape(-1), grad.reshape(-1, found.shape[1]).to(found.dtype))
+        return None, _handed_on(ctx.leaf, found)

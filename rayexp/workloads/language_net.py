@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
@@ -27,7 +25,10 @@ def options_of(config: ExperimentConfig) -> RecurrentOptions | TransformerOption
     name = config.model.name
     if name not in MODELS:
         raise UserError(f"model.name: unknown model {name!r}{nearest(name, MODELS)}; allowed: {', '.join(MODELS)}")
-    kind: Any = TransformerOptions if name == "transformer" else RecurrentOptions
+    kind: type[RecurrentOptions | TransformerOptions] = (
+        TransformerOptions if name == "transformer" else RecurrentOptions
+    )
+    options: RecurrentOptions | TransformerOptions
     try:
         options = kind.model_validate(config.model.options)
     except ValidationError as error:
@@ -74,6 +75,12 @@ class LanguageNet(nn.Module):
             self.body = Recurrent(name, options)
         self.decoder = Decoder(self.body.size, words, options.tied)
 
+    def advance(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
+        """Read words, and say what comes after the last: logits [columns, words], and the state (see `body.begin`)."""
+        x, state = self.body(self.encoder(tokens), state)
+        logits: Tensor = self.decoder(x[-1], self.encoder.weight)
+        return logits, state
+
     def forward(self, tokens: Tensor, targets: Tensor | None = None, state: State = ()) -> tuple[Tensor, State]:
         """Read words, and predict the next one after each of them.
 
@@ -102,8 +109,9 @@ class Embedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """int64[...] -> [..., size]."""
-        if self.training and torch.is_grad_enabled() and not torch.jit.is_tracing():
-            return embedding(tokens, self.weight)
+        if self.training and torch.is_grad_enabled():
+            vectors: Tensor = embedding(tokens, self.weight)
+            return vectors
         return F.embedding(tokens, self.weight)
 
 
@@ -120,4 +128,5 @@ class Decoder(nn.Module):
         weight = encoder_weight if self.weight is None else self.weight
         if targets is None:
             return F.linear(x, weight, self.bias)
-        return blocked_cross_entropy(x.flatten(0, 1), weight, self.bias, targets)
+        losses: Tensor = blocked_cross_entropy(x.flatten(0, 1), weight, self.bias, targets)
+        return losses
