@@ -109,6 +109,8 @@ def _bounds(r: TextReport) -> NDArray[np.int64]:
         next_end = int(np.searchsorted(ends, at + SHORTEST))
         stop = int(ends[next_end]) if next_end < len(ends) else n
         bounds.append(min(stop, at + LONGEST, n))
+    if len(bounds) > 2 and n - bounds[-2] < SHORTEST:
+        del bounds[-2]  # the rest is no passage of its own
     return np.asarray(bounds, dtype=np.int64)
 
 

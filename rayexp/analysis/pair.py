@@ -89,6 +89,8 @@ def _check_rows(checkpoint: Checkpoint) -> None:
     lengths = {len(p[name]) for name in COLUMNS[p.kind]}
     if len(lengths) != 1 or 0 in lengths:
         raise UserError(f"{path}: the arrays are empty or of unequal length ({sorted(lengths)})")
+    if p.kind == "images" and (p["top5"].ndim != 2 or not p["top5"].shape[1]):
+        raise UserError(f"{path}: top5 has shape {p['top5'].shape}; expected (images, 1 to 5)")
     if np.any(np.diff(p[POSITION[p.kind]]) <= 0):
         raise UserError(f"{path}: {POSITION[p.kind]} does not rise strictly")
 

@@ -1,0 +1,251 @@
+"""The comparison of images: a hand-worked example, an independent recomputation, symmetry, and refusals."""
+
+from __future__ import annotations
+
+import collections
+import csv
+import dataclasses
+import io
+import json
+import shutil
+
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from rayexp.analysis.diff import KINDS, diff_images
+from rayexp.analysis.pair import Checkpoint, config_changes, read_pair
+from rayexp.errors import UserError
+from rayexp.records import Predictions
+
+
+def report_of(run_a, run_b=None, epochs=(1, 2)):
+    return diff_images(*read_pair((run_a, epochs[0]), (run_b or run_a, epochs[1])))
+
+
+def test_by_hand(makes, arrays):
+    #          right  right lost  lost  gained other wrong (same) gained right
+    label = [0, 1, 2, 3, 4, 5, 0, 1, 2, 3]
+    first = [0, 1, 2, 3, 5, 0, 1, 2, 0, 3]
+    second = [0, 1, 3, 0, 4, 1, 1, 1, 2, 3]
+    loss_b = [0.1, 0.1, 2.0, 5.0, 0.3, 3.0, 2.0, 0.2, 0.1, 0.1]
+    a = arrays.images(label, first, classes=6)
+    b = arrays.images(label, second, classes=6, loss=loss_b, confidence=np.linspace(0.5, 0.95, 10))
+    r = report_of(makes.images([a, b], 6))
+    assert (r.n, r.both_right, r.lost, r.gained, r.both_wrong, r.other_wrong, r.churn) == (10, 3, 2, 3, 2, 1, 6)
+    assert r.acc1 == pytest.approx((50, 60))
+    assert r.difference == pytest.approx(10)
+    assert r.mcnemar_p == pytest.approx(1)  # 2 of 5: p = min(1, 2 * 16/32)
+    assert [(f.name, f.kind) for f in r.flips] == [
+        ("val_3.JPEG", "lost"),  # its loss rose most
+        ("val_2.JPEG", "lost"),
+        ("val_5.JPEG", "other_wrong"),
+        ("val_4.JPEG", "gained"),
+        ("val_7.JPEG", "gained"),
+        ("val_8.JPEG", "gained"),
+    ]
+    worst = r.flips[0]
+    assert (worst.label, worst.a, worst.b) == (3, 3, 0)
+    assert worst.confidence_a == pytest.approx(0.8)
+    assert worst.confidence_b == pytest.approx(0.65)
+    # the top five of the fixture are the first and the four classes after it: all but (first - 1) % 6, which is the
+    # label of images 4, 5, 6, 7 for A and of images 2 and 6 for B
+    assert r.acc5 == pytest.approx((60, 80))
+    assert r.confidence["lost"] == pytest.approx((0.8, (0.6 + 0.65) / 2))
+    assert {(c.label, c.gained, c.lost) for c in r.classes} == {
+        (0, 0, 0), (1, 1, 0), (2, 1, 1), (3, 0, 1), (4, 1, 0), (5, 0, 0)
+    }  # fmt: skip
+    assert r.words(3) == "thing 3"
+
+
+def recompute(a, b, classes):
+    """The same figures by plain loops."""
+    n = len(a["label"])
+    table = collections.Counter()
+    moves = collections.Counter()
+    per_class = {}
+    for i in range(n):
+        y, p, q = int(a["label"][i]), int(a["top5"][i][0]), int(b["top5"][i][0])
+        table[p == y, q == y] += 1
+        table["churn"] += p != q
+        table["other"] += p != q and p != y and q != y
+        table["acc5a"] += y in a["top5"][i].tolist()
+        table["acc5b"] += y in b["top5"][i].tolist()
+        if p != q:
+            moves[y, p, q] += 1
+        gained, lost, count = per_class.get(y, (0, 0, 0))
+        per_class[y] = (gained + (p != y and q == y), lost + (p == y and q != y), count + 1)
+    return table, moves, per_class
+
+
+def test_against_independent_code(makes):
+    run = makes.random_images(1500, 12, 3, seed=4)
+    a, b = run.predictions(1), run.predictions(3)
+    table, moves, per_class = recompute(a, b, 12)
+    r = report_of(run, epochs=(1, 3))
+    assert (r.both_right, r.lost, r.gained, r.both_wrong) == (
+        table[True, True], table[True, False], table[False, True], table[False, False]
+    )  # fmt: skip
+    assert (r.churn, r.other_wrong) == (table["churn"], table["other"])
+    assert r.acc5 == pytest.approx((table["acc5a"] / 15, table["acc5b"] / 15))
+    assert r.mcnemar_p == pytest.approx(scipy.stats.binomtest(r.gained, r.gained + r.lost).pvalue, rel=1e-9)
+    assert {(m.label, m.a, m.b): m.count for m in r.moves} == dict(moves)
+    assert [m.count for m in r.moves] == sorted(moves.values(), reverse=True)
+    assert {c.label: (c.gained, c.lost, c.n) for c in r.classes} == per_class
+    p = {y: scipy.stats.binomtest(g, g + k).pvalue if g + k else 1.0 for y, (g, k, _) in per_class.items()}
+    adjusted = dict(zip(p, scipy.stats.false_discovery_control(list(p.values())), strict=True))
+    assert {c.label: c.adjusted_p for c in r.classes} == pytest.approx(adjusted)
+    order = [(KINDS.index(f.kind), -(f.loss_b - f.loss_a)) for f in r.flips]
+    assert order == sorted(order)
+
+
+@pytest.fixture
+def seven_classes(makes, arrays):
+    """A run with 7 classes and 40 images."""
+    zeros = np.zeros(40, np.int64)
+    return makes.images([arrays.images(zeros, zeros, classes=7)], 7)
+
+
+judgements = st.integers(1, 40).flatmap(lambda n: hnp.arrays(np.int64, (3, n), elements=st.integers(0, 6)))
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(judgements, st.integers(0, 9))
+def test_swap_mirrors(seven_classes, arrays, drawn, seed):
+    label, first, second = drawn
+    rng = np.random.default_rng(seed)
+    made = [arrays.images(label, x, classes=7, loss=rng.random(len(label))) for x in (first, second)]
+    a, b = (Checkpoint(seven_classes, e, Predictions("images", "d", x), "") for e, x in enumerate(made, 1))
+    r, mirrored = diff_images(a, b), diff_images(b, a)
+    n = len(label)
+    assert r.gained - r.lost == pytest.approx(n * (r.acc1[1] - r.acc1[0]) / 100)
+    assert r.both_right + r.both_wrong + r.gained + r.lost == n
+    assert r.churn == len(r.flips) == int((first != second).sum())
+    assert (r.gained, r.lost, r.other_wrong) == (mirrored.lost, mirrored.gained, mirrored.other_wrong)
+    assert r.mcnemar_p == mirrored.mcnemar_p
+    assert r.interval == pytest.approx((-mirrored.interval[1], -mirrored.interval[0]), abs=1e-6)
+    assert {(m.label, m.a, m.b, m.count) for m in r.moves} == {(m.label, m.b, m.a, m.count) for m in mirrored.moves}
+    turned = {"lost": "gained", "gained": "lost", "other_wrong": "other_wrong"}
+    assert {(f.index, f.kind, f.a, f.b) for f in r.flips} == {
+        (f.index, turned[f.kind], f.b, f.a) for f in mirrored.flips
+    }
+
+
+def test_json_and_csv(makes):
+    run = makes.random_images(200, 4, 2, names=[f'odd "{i}", näme.JPEG' for i in range(200)])
+    r = report_of(run).within(2.0)
+    tree = json.loads(json.dumps(r.to_json(), allow_nan=False))
+    for key in ("n", "acc1", "acc5", "churn", "gained", "lost", "mcnemar_p", "flips"):
+        assert key in tree
+    assert tree["acc1"] == {"a": r.acc1[0], "b": r.acc1[1]}
+    assert tree["churn"] == len(tree["flips"]) == tree["gained"] + tree["lost"] + tree["other_wrong"]
+    flip = tree["flips"][0]
+    assert flip["name"] == r.flips[0].name
+    assert flip["a"]["words"] == f"thing {r.flips[0].a}, genus {r.flips[0].a}"
+    rows = list(csv.DictReader(io.StringIO(r.to_csv())))
+    assert [row["name"] for row in rows] == [f.name for f in r.flips]
+    assert float(rows[0]["b_confidence"]) == pytest.approx(r.flips[0].confidence_b, abs=1e-6)
+
+
+def test_a_diverged_model_is_reported(makes, arrays):
+    label = [0, 1, 2, 0]
+    a = arrays.images(label, [0, 1, 2, 1], classes=3)
+    b = arrays.images(label, [0, 0, 0, 0], classes=3, loss=[np.nan] * 4, confidence=[np.nan] * 4)
+    r = report_of(makes.images([a, b], 3))
+    assert (r.lost, r.gained) == (2, 1)
+    text = json.dumps(r.to_json(), allow_nan=False)
+    assert json.loads(text)["loss"]["b"] is None
+    assert r.flips[0].kind == "lost"
+
+
+def test_fewer_than_five_classes(makes, arrays):
+    a = arrays.images([0, 1], [1, 0], classes=2)
+    r = report_of(makes.images([a, a], 2))
+    assert r.acc5 == (100, 100)
+    assert r.churn == 0
+    assert r.flips == ()
+
+
+def test_same_model(makes, arrays):
+    a = arrays.images([0, 1], [1, 0], classes=2)
+    weights = [{"w": np.ones(3, np.float32)}] * 2
+    assert report_of(makes.images([a, a], 2, weights=weights)).same_model
+    assert not report_of(makes.images([a, a], 2)).same_model
+
+
+def test_two_runs_and_their_configurations(makes, arrays):
+    a = arrays.images([0, 1, 1], [1, 0, 1], classes=2)
+    b = arrays.images([0, 1, 1], [0, 1, 1], classes=2)
+    first = makes.images([a], 2, name="one", config={"scaling": {"num_workers": 1}, "reduction": "ddp"})
+    second = makes.images([b], 2, name="two", config={"scaling": {"num_workers": 2}, "reduction": "ddp"})
+    r = report_of(first, second, epochs=(1, 1))
+    assert (r.gained, r.lost) == (2, 0)
+    assert config_changes(r.a, r.b) == [("scaling.num_workers", 1, 2)]
+
+
+def test_refused_other_data(makes, arrays):
+    a = arrays.images([0, 1], [1, 0], classes=2)
+    first = makes.images([a], 2, data_sha="1" * 64)
+    second = makes.images([a], 2, data_sha="2" * 64)
+    with pytest.raises(UserError, match=r"different validation data .*1111.*2222"):
+        report_of(first, second, epochs=(1, 1))
+
+
+def test_refused_other_kind(makes, arrays):
+    images = makes.images([arrays.images([0, 1], [1, 0], classes=2)], 2)
+    text = makes.text([arrays.tokens([0, 1], [1.0, 1.0])], ["a", "b"], data_sha="d" * 64)
+    with pytest.raises(UserError, match="nothing to compare"):
+        read_pair((images, 1), (text, 1))
+
+
+def test_refused_other_classes(makes, arrays):
+    a = arrays.images([0, 1], [1, 0], classes=2)
+    first, second = makes.images([a], 2), makes.images([a], 2)
+    data = json.loads(second.data_path.read_text())
+    data["classes"] = data["classes"][::-1]
+    second.data_path.write_text(json.dumps(data))
+    with pytest.raises(UserError, match="same classes"):
+        report_of(first, second, epochs=(1, 1))
+
+
+def damaged(checkpoint, **changes):
+    p = checkpoint.predictions
+    return dataclasses.replace(checkpoint, predictions=Predictions(p.kind, p.data_sha, {**p.arrays, **changes}))
+
+
+def test_refused_damage(makes, arrays):
+    run = makes.images([arrays.images([0, 1, 1], [1, 0, 1], classes=2)] * 2, 2)
+    a, b = read_pair((run, 1), (run, 2))
+    for changes, words in [
+        ({"label": np.array([0, 0, 1])}, "true labels"),
+        ({"index": np.array([0, 2, 3])}, "different parts"),
+        ({"index": np.array([0, 2, 1])}, "rise strictly"),
+        ({"loss": np.zeros(2, np.float32)}, "unequal length"),
+        ({"top5": np.zeros(3, np.int32)}, "top5"),
+        ({"top5": np.full((3, 2), 7, np.int32)}, "class 7"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            diff_images(a, damaged(b, **changes))
+    without = Predictions(
+        "images", b.predictions.data_sha, {k: v for k, v in b.predictions.arrays.items() if k != "top5"}
+    )
+    with pytest.raises(UserError, match="'top5' is missing"):
+        diff_images(a, Checkpoint(run, 2, without, ""))
+    run.data_path.write_text(json.dumps({"kind": "images"}))
+    with pytest.raises(UserError, match=r"data\.json"):
+        diff_images(a, b)
+
+
+def test_refused_missing_or_broken_files(makes, arrays):
+    run = makes.images([arrays.images([0, 1], [1, 0], classes=2)] * 2, 2)
+    path = run.predictions_path(2)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match="not a predictions file"):
+        report_of(run)
+    path.unlink()
+    with pytest.raises(UserError, match=r"epoch_002\.npz"):
+        report_of(run)
+    shutil.rmtree(run.root)
