@@ -11,6 +11,7 @@ import contextlib
 import json
 import shutil
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rayexp.records import EpochRecord
@@ -55,7 +56,7 @@ class Recorder:
             if record and record["epoch"] <= done and path.name.startswith("epoch_"):
                 records.setdefault(record["epoch"], record)
         if records or self.run.epochs_path.exists():
-            self._write_records([records[e] for e in sorted(records)])
+            self._write_lines(self.run.epochs_path, [records[e] for e in sorted(records)])
 
     # ------------------------------------------------------------------ writing
 
@@ -88,13 +89,21 @@ class Recorder:
         for old in sorted(self.run.checkpoints.glob("step_*"))[:-KEEP_SNAPSHOTS]:
             shutil.rmtree(old, ignore_errors=True)
 
-    def epoch(self, record: Mapping[str, Any], files: Mapping[str, bytes], predictions: bytes) -> None:
-        """A finished epoch: its predictions, its checkpoint and its line."""
+    def epoch(
+        self,
+        record: Mapping[str, Any],
+        files: Mapping[str, bytes],
+        predictions: bytes,
+        steps: Mapping[str, Any] | None = None,
+    ) -> None:
+        """A finished epoch: its predictions, its checkpoint, what its steps took (see `Run.steps`), and its line."""
         epoch = int(record["epoch"])
         write_atomic(self.run.predictions_path(epoch), predictions)
         write_directory(self.run.checkpoints / epoch_name(epoch), files)
+        if steps is not None:
+            self._write_lines(self.run.steps_path, [*(r for r in self.run.steps() if r["epoch"] < epoch), dict(steps)])
         rows = [r.to_json() for r in self.run.records() if r.epoch < epoch]
-        self._write_records([*rows, dict(record)])
+        self._write_lines(self.run.epochs_path, [*rows, dict(record)])
         for old in self.run.checkpoints.glob("step_*"):
             shutil.rmtree(old, ignore_errors=True)
         self._plot(EpochRecord.from_json(record))
@@ -173,5 +182,5 @@ class Recorder:
             name="hparams",
         )
 
-    def _write_records(self, rows: list[dict[str, Any]]) -> None:
-        write_atomic(self.run.epochs_path, "".join(json.dumps(row) + "\n" for row in rows))
+    def _write_lines(self, path: Path, rows: list[dict[str, Any]]) -> None:
+        write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))

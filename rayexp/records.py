@@ -1,8 +1,8 @@
 """The values that flow through rayexp: frozen, plain, and free of torch and Ray.
 
-    EpochRecord    one line of epochs.jsonl
-    Predictions    what a checkpoint says of every validation sample: predictions/epoch_007.npz
-    RunRef         RUN@7, RUN@best, RUN@last, as typed
+EpochRecord    one line of epochs.jsonl
+Predictions    what a checkpoint says of every validation sample: predictions/epoch_007.npz
+RunRef         RUN@7, RUN@best, RUN@last, as typed
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ class EpochRecord:
         weights_sha: sha256 over the model's tensors. Two rows with one sha are the same model.
         state_sha: sha256 over model, optimizer and carried state.
         world_size: number of workers (0: in-process).
+        peak_memory: bytes of rank 0's process: `host`, and on a GPU `device`.
+        energy_joules: what the workers' GPUs used in the epoch; None where it is not known.
     """
 
     epoch: int
@@ -52,6 +54,7 @@ class EpochRecord:
     state_sha: str = ""
     world_size: int = 0
     peak_memory: Mapping[str, int] = field(default_factory=dict)
+    energy_joules: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """A flat JSON object: the metrics' names stand beside `epoch`, `step`, `train_loss` ..."""
@@ -64,6 +67,7 @@ class EpochRecord:
             "state_sha": self.state_sha,
             "world_size": self.world_size,
             "peak_memory": dict(self.peak_memory),
+            "energy_joules": self.energy_joules,
         }
         return {**head, **self.metrics, **tail}
 
@@ -141,7 +145,9 @@ class RunRef:
             return cls(run, epoch)
         if run and epoch.isdecimal() and int(epoch) >= 1:
             return cls(run, int(epoch))
-        raise UserError(f"{text!r}: not a checkpoint reference; write RUN@7, RUN@best or RUN@last (epochs count from 1)")
+        raise UserError(
+            f"{text!r}: not a checkpoint reference; write RUN@7, RUN@best or RUN@last (epochs count from 1)"
+        )
 
     def __str__(self) -> str:
         return f"{self.run}@{self.epoch}"

@@ -1,7 +1,7 @@
 """A run directory on disk: layout, atomic writes, and the references RUN@7, RUN@best, RUN@last.
 
     runs/<utc>-<name>-<4 hex>/
-      run.json  config.yaml  data.json  epochs.jsonl  progress.json
+      run.json  config.yaml  data.json  epochs.jsonl  steps.jsonl  progress.json
       checkpoints/epoch_007/{state.safetensors, state.json}   checkpoints/step_00000123/   (inside an epoch)
       predictions/epoch_007.npz   tb/   logs/
 
@@ -18,10 +18,10 @@ import os
 import secrets
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 
@@ -30,6 +30,7 @@ from rayexp.errors import RunError, UserError, nearest
 from rayexp.records import EpochRecord, Predictions, RunRef
 
 LAYOUT = 1
+T = TypeVar("T")
 TEMPORARY = ".tmp-"  # the prefix of everything that is being written
 
 
@@ -218,6 +219,11 @@ class Run:
         return self.root / "progress.json"
 
     @property
+    def steps_path(self) -> Path:
+        """steps.jsonl: for each epoch, what its steps took."""
+        return self.root / "steps.jsonl"
+
+    @property
     def stop_path(self) -> Path:
         """While this file is there, the workers are asked to save and stop after their current step."""
         return self.root / "stop"
@@ -259,7 +265,9 @@ class Run:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self.meta_path}: not a run's description ({error})") from error
         if not isinstance(layout, int) or layout > LAYOUT:
-            raise UserError(f"{self.meta_path}: layout {layout} is newer than this rayexp knows ({LAYOUT}); upgrade rayexp")
+            raise UserError(
+                f"{self.meta_path}: layout {layout} is newer than this rayexp knows ({LAYOUT}); upgrade rayexp"
+            )
         return dict(meta)
 
     def status(self) -> str:
@@ -287,19 +295,12 @@ class Run:
 
     def records(self) -> list[EpochRecord]:
         """The finished epochs in order; a line that a crash left unfinished is passed over."""
-        try:
-            lines = self.epochs_path.read_text(encoding="utf-8").splitlines()
-        except FileNotFoundError:
-            return []
-        rows = []
-        for number, line in enumerate(lines, 1):
-            try:
-                rows.append(EpochRecord.from_json(json.loads(line)))
-            except (ValueError, TypeError, AttributeError) as error:
-                if number == len(lines):
-                    break
-                raise UserError(f"{self.epochs_path}: line {number} is damaged ({error})") from error
-        return rows
+        return _read_lines(self.epochs_path, EpochRecord.from_json)
+
+    def steps(self) -> list[dict[str, Any]]:
+        """What the steps of each epoch took, in order: `epoch`, `first` (whether the first of them was its process's
+        first), and lists with one number a step: `count` (samples), `total` and the phases in seconds."""
+        return _read_lines(self.steps_path, dict)
 
     def epochs(self) -> list[int]:
         """The epochs that have a checkpoint, in order."""
@@ -384,6 +385,23 @@ def check_space(folder: Path, needed: int, what: str) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise RunError(f"{folder}: {what} needs {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free")
+
+
+def _read_lines(path: Path, make: Callable[[Any], T]) -> list[T]:
+    """One value a line of JSON; a last line that a crash left unfinished is passed over."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return []
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(make(json.loads(line)))
+        except (ValueError, TypeError, AttributeError) as error:
+            if number == len(lines):
+                break
+            raise UserError(f"{path}: line {number} is damaged ({error})") from error
+    return rows
 
 
 def _ranges(numbers: list[int]) -> str:

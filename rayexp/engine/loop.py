@@ -39,6 +39,7 @@ class StepDone:
         step: steps done in this epoch, of `steps`.
         loss: mean loss of the step.
         rate: samples per second of this step.
+        count: samples of this step over all workers; `count / rate` is its wall-clock.
         first: this process's first step.
         save: a worker wished for a snapshot; every worker sees the same.
         stopped: the run ends here, because a worker wished it.
@@ -49,6 +50,7 @@ class StepDone:
     steps: int
     loss: float
     rate: float
+    count: int
     seconds: dict[str, float]
     first: bool
     save: bool
@@ -185,7 +187,9 @@ class Session:
                         f"the loss is {mean} at epoch {self.epoch + 1}, step {self.step}; a smaller lr may help"
                     )
                 stop, save = result.wish.stop, result.wish.save
-                yield StepDone(self.epoch + 1, self.step, self.steps, mean, rate, result.seconds, fresh, save, stop)
+                yield StepDone(
+                    self.epoch + 1, self.step, self.steps, mean, rate, result.count, result.seconds, fresh, save, stop
+                )
                 fresh = False
                 if stop:
                     return

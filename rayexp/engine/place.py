@@ -66,6 +66,20 @@ class Place:
             peak["device"] = torch.cuda.max_memory_allocated(self.device)
         return peak
 
+    def energy(self) -> dict[str, float]:
+        """Joules that this worker's GPU has used since its driver was loaded, by the GPU's id; empty where NVML does
+        not say (needs nvidia-ml-py, and a GPU of the Volta generation or later)."""
+        if self.device.type != "cuda":
+            return {}
+        try:
+            import pynvml
+
+            pynvml.nvmlInit()
+            uuid = f"GPU-{torch.cuda.get_device_properties(self.device).uuid}"
+            return {uuid: pynvml.nvmlDeviceGetTotalEnergyConsumption(pynvml.nvmlDeviceGetHandleByUUID(uuid)) / 1000}
+        except Exception:  # no library, no driver, no permission, no counter
+            return {}
+
     def fingerprint(self) -> dict[str, Any]:
         """What the bits depend on beside the configuration."""
         cuda = self.device.type == "cuda"

@@ -46,7 +46,13 @@ class Pen(Protocol):
     def graph(self, events: bytes) -> None: ...
     def progress(self, fields: Mapping[str, Any]) -> None: ...
     def snapshot(self, step: int, files: Mapping[str, bytes]) -> None: ...
-    def epoch(self, record: Mapping[str, Any], files: Mapping[str, bytes], predictions: bytes) -> None: ...
+    def epoch(
+        self,
+        record: Mapping[str, Any],
+        files: Mapping[str, bytes],
+        predictions: bytes,
+        steps: Mapping[str, Any] | None = None,
+    ) -> None: ...
     def trace(self, row: Mapping[str, Any]) -> None: ...
     def log(self, rank: int, text: str) -> None: ...
     def end(self, status: str, error: str | None = None, **fields: Any) -> None: ...
@@ -87,6 +93,8 @@ class _Worker:
         self.session = Session(self.config, self.workload, group, self.place)
         self.writer = Writer()
         self.buffers: dict[str, torch.Tensor] = {}
+        self.steps: list[StepDone] = []  # of the present epoch
+        self.energy: dict[str, float] = {}
         self.saved = self.told = time.monotonic()
 
     def run(self) -> str:
@@ -95,6 +103,7 @@ class _Worker:
         if self.lead:
             self._begin()
         status = "done"
+        self.energy = self._energy()
         try:
             for event in self.session.train(self._wish):
                 if isinstance(event, EpochDone):
@@ -169,6 +178,7 @@ class _Worker:
             self._snapshot()
         if not self.lead:
             return
+        self.steps.append(event)
         if self.payload.get("trace"):
             state = self.session.state() if self.group.world == 1 else self.session.replicated()
             hashes = {name: checkpoint.sha({name: tensor}) for name, tensor in state.tensors.items()}
@@ -208,6 +218,7 @@ class _Worker:
 
     def _epoch(self, event: EpochDone) -> None:
         start = time.perf_counter()
+        then, self.energy = self.energy, self._energy()
         if not self.lead:
             return
         held = self._hold(self.session.state())
@@ -216,16 +227,25 @@ class _Worker:
         seconds = dict(event.record.seconds)
         seconds["checkpoint"] += blocked
         seconds["total"] += blocked
-        record = dataclasses.replace(event.record, seconds=seconds, world_size=self.world_size)
+        energy = sum(self.energy[gpu] - then[gpu] for gpu in self.energy.keys() & then.keys()) or None
+        record = dataclasses.replace(event.record, seconds=seconds, world_size=self.world_size, energy_joules=energy)
         predictions = event.predictions
+        steps, self.steps = step_times(self.steps), []
 
         def write() -> None:
             shas = {"weights_sha": checkpoint.sha(held.weights()), "state_sha": checkpoint.sha(held.tensors)}
             row = dataclasses.replace(record, **shas).to_json()
             files = checkpoint.encode(held, {**self._words(), **shas, "record": row})
-            self.pen.epoch(row, files, predictions.to_npz())
+            self.pen.epoch(row, files, predictions.to_npz(), {"epoch": record.epoch, **steps})
 
         self.writer.submit(write)
+
+    def _energy(self) -> dict[str, float]:
+        """The energy counters of all workers' GPUs; every worker must call it."""
+        if self.place.device.type != "cuda":
+            return {}
+        parts = self.group.gather(json.dumps(self.place.energy()).encode())
+        return {gpu: joules for part in parts for gpu, joules in json.loads(part).items()}
 
     def _hold(self, state: State) -> State:
         """A copy that the writer may read while training goes on; waits for the writer, which reads the same buffers."""
@@ -237,6 +257,17 @@ class _Worker:
 
     def _log(self, text: str) -> None:
         self.pen.log(self.group.rank, text)
+
+
+def step_times(steps: list[StepDone]) -> dict[str, Any]:
+    """The steps of an epoch in columns; see `runs.Run.steps`. Microseconds are kept."""
+    names = steps[0].seconds if steps else {}
+    return {
+        "first": bool(steps) and steps[0].first,
+        "count": [step.count for step in steps],
+        "total": [round(step.count / step.rate, 6) for step in steps],
+        **{name: [round(step.seconds[name], 6) for step in steps] for name in names},
+    }
 
 
 def graph_events(model: torch.nn.Module, example: tuple[Any, ...]) -> bytes:
