@@ -143,13 +143,14 @@ def generate(
 
     run, epoch = resolve(ref, runs)
 
-    from rayexp.data.text import EOS
+    from rayexp.data.text import EOS, UNK
     from rayexp.workloads import generate as text
 
     writer = text.open_writer(run, epoch)
     start, unknown = text.read_prompt(prompt, writer)
     if unknown:
-        say(f"prompt: not in the vocabulary: {', '.join(dict.fromkeys(unknown))}")
+        instead = "read as <unk>" if UNK in writer.vocabulary else "left out"
+        say(f"prompt: not in the vocabulary, {instead}: {', '.join(dict.fromkeys(unknown))}")
     began = time.perf_counter()
     numbers = text.generate(
         writer.net,

@@ -103,7 +103,7 @@ def generate(
     fresh = torch.tensor(start, dtype=torch.int64)[:, None]
     with torch.inference_mode():
         for draw in draws:
-            for part in torch.split(fresh, READ_AT_ONCE):  # type: ignore[no-untyped-call]
+            for part in torch.split(fresh, READ_AT_ONCE):
                 logits, state = net.advance(part, state)
             word = choose(logits[0].double().numpy(), float(draw), temperature, top_k)
             yield word
