@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -81,6 +82,7 @@ class DiffReport:
     a: Checkpoint
     b: Checkpoint
     class_names: tuple[tuple[str, str], ...]
+    short: tuple[str, ...]
     n: int
     acc1: tuple[float, float]
     acc5: tuple[float, float]
@@ -120,8 +122,8 @@ class DiffReport:
         return replace(self, max_drop=max_drop)
 
     def words(self, label: int) -> str:
-        """A class's first words: `goldfish` of `goldfish, Carassius auratus`."""
-        return self.class_names[label][1].split(",")[0].strip() or self.class_names[label][0]
+        """A class's short name, see `short_names`."""
+        return self.short[label]
 
     def to_json(self) -> dict[str, Any]:
         """The keys that scripts may rely on: n, acc1, acc5, churn, gained, lost, mcnemar_p, flips."""
@@ -213,6 +215,7 @@ def diff_images(a: Checkpoint, b: Checkpoint) -> DiffReport:
         a=a,
         b=b,
         class_names=class_names,
+        short=short_names(class_names),
         n=n,
         acc1=(100 * float(right_a.mean()), 100 * float(right_b.mean())),
         acc5=(_top5(p["top5"], label), _top5(q["top5"], label)),
@@ -231,6 +234,16 @@ def diff_images(a: Checkpoint, b: Checkpoint) -> DiffReport:
         moves=_moves(label[changed], first[changed], second[changed], len(class_names)),
         flips=flips,
     )
+
+
+def short_names(class_names: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
+    """`goldfish` of `goldfish, Carassius auratus`; all the words where several classes begin alike, and the id too
+    where even they are alike."""
+    names = [words.split(",")[0].strip() or key for key, words in class_names]
+    for longer in ([words for _, words in class_names], [f"{words} ({key})" for key, words in class_names]):
+        often = Counter(names)
+        names = [longer[i] if often[name] > 1 else name for i, name in enumerate(names)]
+    return tuple(names)
 
 
 def _top5(top5: NDArray[Any], label: NDArray[Any]) -> float:
