@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,7 +62,13 @@ class Lane:
         if batched:
             per_shard(self.replica.model, self.draws)
         self.forward = torch.compile(self.replica.model) if compiled else self.replica.model
+        self._keeping: list[Any] = [m for m in self.replica.model.modules() if hasattr(m, "begin_step")]
         self._spare: list[Row] = []
+
+    def begin_step(self) -> None:
+        """The weights have changed: modules that keep something made from them (`begin_step`) drop it."""
+        for module in self._keeping:
+            module.begin_step()
 
     def take(self) -> Row:
         """A zeroed row, and the replica writes into it."""
@@ -142,6 +149,7 @@ class Stepper:
 
         def work(lane: Lane, forest: Forest[Row], part: range) -> _Seconds:
             spent = _Seconds()
+            lane.begin_step()
             for offset in part:
                 shard = self.shards.start + offset
                 forest.push((0, shard), self._pass(lane, epoch, step, range(shard, shard + 1), wish, spent))
@@ -169,6 +177,7 @@ class Stepper:
     # ------------------------------------------------------------------ ddp
 
     def _ddp(self, epoch: int, step: int, wish: Wish, seconds: _Seconds, clock: list[float]) -> Tensor:
+        self.lanes[0].begin_step()
         row = self._pass(self.lanes[0], epoch, step, self.shards, wish, seconds)
         self.place.synchronize()
         clock.append(time.perf_counter())
