@@ -11,6 +11,7 @@ disk and renamed. Nothing here knows torch or Ray.
 
 from __future__ import annotations
 
+import builtins
 import datetime
 import hashlib
 import json
@@ -125,7 +126,7 @@ class Run:
     # ------------------------------------------------------------------ making and finding
 
     @classmethod
-    def create(cls, config: ExperimentConfig, *, argv: list[str], parent: str | None = None) -> Run:
+    def create(cls, config: ExperimentConfig, *, argv: builtins.list[str], parent: str | None = None) -> Run:
         """Make a fresh run directory under `config.storage_path`, with run.json (status `running`) and config.yaml.
 
         Raises:
@@ -180,7 +181,7 @@ class Run:
         return run
 
     @classmethod
-    def list(cls, storage: Path) -> list[Run]:
+    def list(cls, storage: Path) -> builtins.list[Run]:
         """All runs in a folder, oldest first."""
         if not storage.is_dir():
             return []
@@ -293,16 +294,16 @@ class Run:
         except (OSError, ValueError) as error:
             raise UserError(f"{self.data_path}: cannot be read ({error})") from error
 
-    def records(self) -> list[EpochRecord]:
+    def records(self) -> builtins.list[EpochRecord]:
         """The finished epochs in order; a line that a crash left unfinished is passed over."""
         return _read_lines(self.epochs_path, EpochRecord.from_json)
 
-    def steps(self) -> list[dict[str, Any]]:
+    def steps(self) -> builtins.list[dict[str, Any]]:
         """What the steps of each epoch took, in order: `epoch`, `first` (whether the first of them was its process's
         first), and lists with one number a step: `count` (samples), `total` and the phases in seconds."""
         return _read_lines(self.steps_path, dict)
 
-    def epochs(self) -> list[int]:
+    def epochs(self) -> builtins.list[int]:
         """The epochs that have a checkpoint, in order."""
         found = (path.name.removeprefix("epoch_") for path in self.checkpoints.glob("epoch_*"))
         return sorted(int(text) for text in found if text.isdecimal())
