@@ -52,7 +52,7 @@ class DataConfig(_Section):
     """Which data, where it lies, and how much of it."""
 
     name: str = "shapes"
-    """Images: shapes (made by rayexp), tiny_imagenet, folder. Text: python_docs (comes with Python), wikitext2, text."""
+    """Images: shapes (made by rayexp), tiny_imagenet, folder. Text: python_docs (Python's own), wikitext2, text."""
     root: Path | None = None
     """The folder that `rayexp data fetch` filled, or your own; not needed for shapes and python_docs."""
     max_train_samples: PositiveInt | None = None

@@ -106,7 +106,8 @@ class Predictions:
     def to_npz(self) -> bytes:
         """The file's bytes: the arrays, and `kind` and `data_sha` as strings."""
         buffer = io.BytesIO()
-        np.savez(buffer, kind=np.array(self.kind), data_sha=np.array(self.data_sha), **dict(self.arrays))
+        words: Any = {"kind": np.array(self.kind), "data_sha": np.array(self.data_sha), **self.arrays}
+        np.savez(buffer, **words)
         return buffer.getvalue()
 
     @classmethod

@@ -45,11 +45,11 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(4)}-{path.name}")
     try:
-        with open(temporary, "wb") as file:
+        with temporary.open("wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -70,8 +70,8 @@ def write_directory(path: Path, files: Mapping[str, bytes]) -> None:
         for name, data in files.items():
             write_atomic(temporary / name, data)
         if path.exists():
-            os.replace(path, old)
-        os.replace(temporary, path)
+            path.replace(old)
+        temporary.replace(path)
         sync_directory(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -108,7 +108,7 @@ def broken(checkpoint: Path) -> str | None:
     try:
         wanted = json.loads((checkpoint / "state.json").read_bytes())["files"]
         for name, sha in wanted.items():
-            with open(checkpoint / name, "rb") as file:
+            with (checkpoint / name).open("rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
             if found != sha:
                 return f"{name} is damaged (sha256 {found[:12]}, expected {sha[:12]})"
@@ -167,7 +167,7 @@ class Run:
         if (path / "run.json").is_file():
             run = cls(path.resolve())
         else:
-            names = [run.id for run in cls.list(storage)]
+            names = [run.id for run in cls.all(storage)]
             found = [n for n in names if n == name] or [n for n in names if name and name in n]
             if len(found) > 1:
                 raise UserError(f"{name!r} names several runs in {storage}: {', '.join(found)}")
@@ -181,7 +181,7 @@ class Run:
         return run
 
     @classmethod
-    def list(cls, storage: Path) -> builtins.list[Run]:
+    def all(cls, storage: Path) -> builtins.list[Run]:
         """All runs in a folder, oldest first."""
         if not storage.is_dir():
             return []

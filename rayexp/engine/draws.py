@@ -7,6 +7,7 @@ every module that draws is replaced by one that takes its generator from a `Draw
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +77,7 @@ class StochasticDepth(nn.Module):
         shape = [x.shape[0]] + [1] * (x.ndim - 1)
         mask = self.draws.bernoulli(x, 1 - self.p, 0, shape)
         if self.mode == "batch":
-            firsts = [part[:1].expand_as(part) for part in mask.split(self.draws.sizes)]
+            firsts = [part[:1].expand_as(part) for part in torch.split(mask, list(self.draws.sizes))]
             mask = torch.cat(firsts)
         return x * mask / max(1 - self.p, 1e-12)
 
@@ -95,7 +96,8 @@ def adopt(model: nn.Module, draws: Draws, dim: int) -> None:
                 raise TypeError(f"{name}: {type(child).__name__} has no form with keyed draws")
             setattr(model, name, Dropout(child.p, dim, draws))
         elif type(child).__name__ == "StochasticDepth":
-            keyed = StochasticDepth(float(child.p), str(child.mode))
+            depth: Any = child
+            keyed = StochasticDepth(depth.p, depth.mode)
             keyed.draws = draws
             setattr(model, name, keyed)
         elif isinstance(getattr(child, "dropout", None), float) and child.dropout:

@@ -55,7 +55,8 @@ def judge(
 
 def _pack(parts: Mapping[int, Part]) -> bytes:
     buffer = io.BytesIO()
-    np.savez(buffer, **{f"{stream}/{name}": array for stream, part in parts.items() for name, array in part.items()})
+    arrays: Any = {f"{stream}/{name}": array for stream, part in parts.items() for name, array in part.items()}
+    np.savez(buffer, **arrays)
     return buffer.getvalue()
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,7 +63,7 @@ class Layout:
         self.row = math.ceil(used / unit) * unit
 
     @staticmethod
-    def _place(named: list[tuple[str, Tensor]], start: int, slots: list[Slot]) -> int:
+    def _place(named: Sequence[tuple[str, Tensor]], start: int, slots: list[Slot]) -> int:
         for name, tensor in named:
             if tensor.dtype != torch.float32:
                 raise TypeError(f"{name}: parameters must be float32, not {tensor.dtype}")

@@ -21,14 +21,15 @@ def _find() -> bool:
 _FOUND: bool | None = None
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b.T for fp32[m, k] and fp32[n, k], without gradient; fp32[m, n]. Other dtypes and devices as PyTorch does."""
+def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """a @ b.T (+ bias[n]) for fp32[m, k] and fp32[n, k], without gradient; fp32[m, n]. Other dtypes and devices as
+    PyTorch does."""
     global _FOUND
     if a.dtype != torch.float32 or b.dtype != torch.float32 or a.is_cuda or b.is_cuda:
-        return a @ b.t()
+        return a @ b.t() if bias is None else torch.addmm(bias, a, b.t())
     if _FOUND is None:
         _FOUND = _find()
     if not _FOUND:
-        return a @ b.t()
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+        return a @ b.t() if bias is None else torch.addmm(bias, a, b.t())
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
     return out

@@ -24,7 +24,7 @@ class _PerShard(torch.autograd.Function):
     ) -> Tensor:
         out = torch.empty_like(x)
         saved = []
-        for part, into in zip(x.split(list(sizes)), out.split(list(sizes)), strict=True):
+        for part, into in zip(torch.split(x, list(sizes)), torch.split(out, list(sizes)), strict=True):
             mean, var = torch.zeros_like(sums[0]), torch.zeros_like(sums[1])
             # momentum 1: "running" becomes this shard's mean and unbiased variance
             y, m, s = torch.native_batch_norm(part, weight, bias, mean, var, True, 1.0, eps)
@@ -40,8 +40,8 @@ class _PerShard(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, *saved = ctx.saved_tensors
         grad_x, grad_w, grad_b = torch.empty_like(x), torch.zeros_like(weight), torch.zeros_like(weight)
-        parts = zip(x.split(ctx.sizes), grads[0].split(ctx.sizes), grad_x.split(ctx.sizes), strict=True)
-        for i, (part, grad, into) in enumerate(parts):
+        split = [torch.split(t, ctx.sizes) for t in (x, grads[0], grad_x)]
+        for i, (part, grad, into) in enumerate(zip(*split, strict=True)):
             mean, invstd = saved[2 * i], saved[2 * i + 1]
             gx, gw, gb = torch.ops.aten.native_batch_norm_backward(
                 grad, part, weight, None, None, mean, invstd, True, ctx.eps, [True, True, True]
@@ -64,7 +64,7 @@ def _forward(norm: _BatchNorm, draws: Draws) -> Any:
         sums = (norm.running_mean, norm.running_var)
         weight = norm.weight if norm.affine else torch.ones_like(norm.running_mean)  # type: ignore[arg-type]
         bias = norm.bias if norm.affine else torch.zeros_like(norm.running_mean)  # type: ignore[arg-type]
-        out: Tensor = _PerShard.apply(x, weight, bias, draws.sizes, norm.eps, sums)  # type: ignore[no-untyped-call]
+        out: Tensor = _PerShard.apply(x, weight, bias, draws.sizes, norm.eps, sums)
         return out
 
     return forward

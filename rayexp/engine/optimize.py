@@ -6,6 +6,7 @@ lanes can share the work and every element is always treated by the same call.
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -35,7 +36,7 @@ class Optimizer:
         for start, end, decay in ((0, layout.decayed, config.weight_decay), (layout.decayed, layout.size, 0.0)):
             count = max(1, round((end - start) / _CHUNK))
             edges = [start + (end - start) * i // count // _ALIGN * _ALIGN for i in range(count)] + [end]
-            self.chunks += [(slice(a, b), decay) for a, b in zip(edges, edges[1:], strict=False) if a < b]
+            self.chunks += [(slice(a, b), decay) for a, b in itertools.pairwise(edges) if a < b]
 
     def update(self, gradient: Tensor, count: float, lr: float, step: int, place: Place) -> None:
         """One step. `gradient` (fp32[P], the SUM over samples) is divided by `count` and clipped in place.

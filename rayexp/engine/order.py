@@ -37,7 +37,8 @@ def uniform(key: int, samples: NDArray[np.int64], draws: int) -> NDArray[np.floa
     """`draws` uniform numbers in [0, 1) for each sample: float64[n, draws], a function of (key, sample) alone."""
     with np.errstate(over="ignore"):
         start = mix(samples.astype(np.uint64) + np.uint64(1)) ^ mix(np.full(1, key, np.uint64))
-        words = mix(mix(start)[:, None] + np.arange(draws, dtype=np.uint64) + np.uint64(1))
+        counters: NDArray[np.uint64] = np.arange(1, draws + 1).astype(np.uint64)
+        words = mix(np.add(mix(start)[:, None], counters, dtype=np.uint64))
     return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 

@@ -90,7 +90,7 @@ class Place:
             "torch": torch.__version__,
             "numpy": np.__version__,
             "cuda": torch.version.cuda if cuda else None,
-            "cudnn": torch.backends.cudnn.version() if cuda else None,
+            "cudnn": torch.backends.cudnn.version() if cuda else None,  # type: ignore[no-untyped-call]
             "threads_per_lane": self.threads,
         }
 

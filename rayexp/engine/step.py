@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rayexp.config import ExperimentConfig
 from rayexp.engine import order
@@ -61,7 +62,7 @@ class Lane:
         adopt(self.replica.model, self.draws, batch_dim)
         if batched:
             per_shard(self.replica.model, self.draws)
-        self.forward = torch.compile(self.replica.model) if compiled else self.replica.model
+        self.forward: nn.Module = torch.compile(self.replica.model) if compiled else self.replica.model  # type: ignore[assignment]
         self._keeping: list[Any] = [m for m in self.replica.model.modules() if hasattr(m, "begin_step")]
         self._spare: list[Row] = []
 
@@ -131,7 +132,7 @@ class Stepper:
         self.master.update_stats(row, shards)
         self.place.synchronize()
         clock.append(time.perf_counter())
-        spans = [b - a for a, b in zip(clock, clock[1:], strict=False)]
+        spans = [b - a for a, b in itertools.pairwise(clock)]
         phases = {
             "data": seconds.data,
             "transfer": seconds.transfer,
@@ -155,7 +156,7 @@ class Stepper:
                 forest.push((0, shard), self._pass(lane, epoch, step, range(shard, shard + 1), wish, spent))
             return spent
 
-        tasks = [lambda a=a: work(*a) for a in zip(self.lanes, forests, parts, strict=True)]  # type: ignore[misc]
+        tasks = [lambda a=a: work(*a) for a in zip(self.lanes, forests, parts, strict=True)]
         for spent in self.place.run(tasks):
             seconds.data += spent.data / self.place.lanes
             seconds.transfer += spent.transfer / self.place.lanes
@@ -226,7 +227,8 @@ class Stepper:
         if len(shards) == 1:
             self.carries[shards[0]] = after
             return
-        parts = {name: tensor.split(list(sizes), self.workload.batch_dim) for name, tensor in after.items()}
+        dim = self.workload.batch_dim
+        parts = {name: torch.split(tensor, list(sizes), dim) for name, tensor in after.items()}
         for i, shard in enumerate(shards):
             self.carries[shard] = {name: part[i].contiguous() for name, part in parts.items()}
 

@@ -56,10 +56,15 @@ class SmallMapConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """The convolution."""
         short = x.shape[-2:] == (2, 2) and x.device.type == "cpu" and x.dtype == torch.float32
-        if short and torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu") and not torch.jit.is_tracing():
+        if (
+            short
+            and torch.is_grad_enabled()
+            and not torch.is_autocast_enabled("cpu")
+            and not torch._C._get_tracing_state()
+        ):
             if self.matrix is None:
                 self.matrix = as_matrix(self.weight)
-            out: Tensor = _Map2x2.apply(x, self.weight, self.matrix)  # type: ignore[no-untyped-call]
+            out: Tensor = _Map2x2.apply(x, self.weight, self.matrix)
             return out
         return super().forward(x)
 
@@ -67,6 +72,7 @@ class SmallMapConv2d(nn.Conv2d):
 def shorten(model: nn.Module) -> None:
     """Let every plain 3x3 convolution of a model take the short way."""
     for module in model.modules():
-        plain = type(module) is nn.Conv2d and module.kernel_size == (3, 3) and module.stride == module.dilation == (1, 1)
-        if plain and module.padding == (1, 1) and module.groups == 1 and module.bias is None:
+        if type(module) is not nn.Conv2d or module.groups != 1 or module.bias is not None:
+            continue
+        if module.kernel_size == (3, 3) and module.stride == module.dilation == module.padding == (1, 1):
             module.__class__ = SmallMapConv2d
