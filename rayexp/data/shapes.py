@@ -1,6 +1,6 @@
 """shapes: the default images, drawn by rayexp itself as JPEGs in Tiny-ImageNet's layout, then packed like it.
 
-Twenty classes: {circle, cross, square, star, triangle} x {plain, striped} x {warm, cold}. What tells nothing about the
+Twenty classes: {bar, circle, ring, star, triangle} x {plain, striped} x {warm, cold}. What tells nothing about the
 class: place, size, angle, exact colours, background, smaller shapes lying about (under and over), noise, JPEG quality.
 Every image comes from (seed, split, class, number) alone. Only draws that Python keeps the same in all versions
 (`Random.random`, `randbytes`) and whole-pixel drawing are used, so every machine draws the same.
@@ -31,7 +31,7 @@ from rayexp.runs import TEMPORARY
 __all__ = ["draw", "draw_archive", "fetch", "home", "info", "open_data"]
 
 VERSION = 1  # of the drawing; a change gives the cached folder another name
-FORMS = ("circle", "cross", "square", "star", "triangle")
+FORMS = ("bar", "circle", "ring", "star", "triangle")
 CLASSES = {
     f"{tone}_{fill}_{form}": f"{form}, {fill}, {tone}"
     for tone in ("cold", "warm")
@@ -128,34 +128,33 @@ def draw(split: str, name: str, number: int, seed: int = 0) -> Image.Image:
     side = SIZE * FINE
     corners = np.frombuffer(rng.randbytes(27), np.uint8).reshape(3, 3, 3) // 2 + 64  # duller than the shapes
     canvas = Image.fromarray(corners).resize((side, side), Image.Resampling.BILINEAR)
-    for _ in range(2 + int(4 * rng.random())):
+    for _ in range(1 + int(3 * rng.random())):
         _stray(canvas, rng)
-    radius = side * (0.17 + 0.17 * rng.random())
+    radius = side * (0.2 + 0.16 * rng.random())
     centre = (side * (0.32 + 0.36 * rng.random()), side * (0.32 + 0.36 * rng.random()))
     mask = Image.new("L", (side, side))
     ImageDraw.Draw(mask).polygon(outline(form, centre, radius, math.tau * rng.random()), fill=255)
     canvas.paste(_surface(tone, fill, radius, rng), mask=mask)
-    for _ in range(int(3 * rng.random())):
+    for _ in range(int(2 * rng.random())):
         _stray(canvas, rng)
     pixels = np.asarray(canvas.reduce(FINE)).astype(np.int16)
     # Two bytes added make a triangular distribution; its width is drawn too.
     noise = np.frombuffer(rng.randbytes(2 * SIZE * SIZE * 3), np.uint8).reshape(2, SIZE, SIZE, 3).astype(np.int16)
-    strength = 2 + int(14 * rng.random())
+    strength = 2 + int(10 * rng.random())
     pixels += (noise.sum(0, dtype=np.int16) - 255) * strength // 128
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
 def outline(form: str, centre: tuple[float, float], radius: float, angle: float) -> list[tuple[int, int]]:
     """The corners of a form, in whole pixels."""
-    if form == "circle":
-        polar = [(1.0, k / 36) for k in range(36)]
-    elif form == "star":
-        polar = [(1.15 if k % 2 == 0 else 0.5, k / 10) for k in range(10)]
-    elif form == "cross":
-        polar = [(r, (k + s) / 4) for k in range(4) for r, s in ((1.15, -0.045), (1.15, 0.045), (0.45, 0.125))]
-    else:
-        corners = {"square": 4, "triangle": 3}[form]
-        polar = [(1.15, k / corners) for k in range(corners)]
+    circle = [k / 36 for k in range(37)]
+    polar = {
+        "bar": [(1.2, 0.055), (1.2, 0.445), (1.2, 0.555), (1.2, 0.945)],
+        "circle": [(0.95, a) for a in circle],
+        "ring": [(1.0, a) for a in circle] + [(0.55, -a) for a in circle],  # round outside, and back round inside
+        "star": [(1.2 if k % 2 == 0 else 0.5, k / 10) for k in range(10)],
+        "triangle": [(1.2, k / 3) for k in range(3)],
+    }[form]
     x, y = centre
     return [
         (round(x + radius * r * math.cos(angle + math.tau * a)), round(y + radius * r * math.sin(angle + math.tau * a)))

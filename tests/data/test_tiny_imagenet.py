@@ -218,7 +218,12 @@ def test_unsafe_archives(tmp_path, tiny, listing, entry, message):
 
 def test_truncated_and_other_archives(tmp_path, tiny, listing):
     whole = tiny.write_zip(tmp_path / "a.zip", tiny.layout()).read_bytes()
-    cases = {"half.zip": whole[: len(whole) // 2], "short.zip": whole[:-30], "empty.zip": b"", "text.zip": b"hello" * 99}
+    cases = {
+        "half.zip": whole[: len(whole) // 2],
+        "short.zip": whole[:-30],
+        "empty.zip": b"",
+        "text.zip": b"hello" * 99,
+    }
     for name, data in cases.items():
         (tmp_path / name).write_bytes(data)
     before = listing(tmp_path)
@@ -251,7 +256,9 @@ def test_flipped_bits_are_found_by_crc(tmp_path, tiny, listing):
 def test_unpacked_root_says_what_to_do(tmp_path, tiny):
     raw = tiny.write_folder(tmp_path / "raw", tiny.layout())
     for root in (raw, tiny.write_zip(tmp_path / "a.zip", tiny.layout())):
-        with pytest.raises(UserError, match=f"{root} is not packed; run `rayexp data fetch tiny_imagenet --from {root}"):
+        with pytest.raises(
+            UserError, match=f"{root} is not packed; run `rayexp data fetch tiny_imagenet --from {root}"
+        ):
             tiny_imagenet.open_data(config(root))
     with pytest.raises(UserError, match="no packed data there"):
         tiny_imagenet.open_data(config(tmp_path / "nowhere"))
@@ -263,7 +270,9 @@ def test_other_image_size_is_refused(tmp_path, tiny):
         tiny_imagenet.open_data(config(tmp_path / "d", image_size=32))
 
 
-@pytest.mark.parametrize("damage", ["meta cut", "meta newer", "array cut", "array gone", "labels wild", "pixel", "label"])
+@pytest.mark.parametrize(
+    "damage", ["meta cut", "meta newer", "array cut", "array gone", "labels wild", "pixel", "label"]
+)
 def test_damaged_packed_data(tmp_path, tiny, damage):
     to = tmp_path / "d"
     tiny_imagenet.fetch(tiny.write_zip(tmp_path / "a.zip", tiny.layout()), to)

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.fixture
+def rayexp(tmp_path, cache):
+    """Run the command in an empty folder."""
+
+    def run(*words):
+        command = [sys.executable, "-m", "rayexp", "data", *map(str, words)]
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+
+    return run
+
+
+def test_fetch_and_info(rayexp, tmp_path, tiny):
+    source = tiny.write_zip(tmp_path / "a.zip", tiny.layout())
+    first = rayexp("fetch", "tiny_imagenet", "--from", source)
+    assert (first.returncode, first.stderr) == (0, "")
+    assert first.stdout.startswith("packed: 20 train and 9 val images of 3 classes in data/tiny_imagenet")
+    second = rayexp("fetch", "tiny_imagenet", "--from", source, "--to", "data/tiny_imagenet")
+    assert second.stdout.startswith("already there: 20 train and 9 val images")
+    by_name, by_folder = (rayexp("info", what, "--json") for what in ("tiny_imagenet", tmp_path / "data/tiny_imagenet"))
+    summary, other = json.loads(by_name.stdout), json.loads(by_folder.stdout)
+    assert {**summary, "root": ""} == {**other, "root": ""}
+    assert (summary["kind"], summary["train"], summary["val"], summary["image_size"]) == ("images", 20, 9, 64)
+    assert summary["classes"][0] == {
+        "label": 0, "id": "n01000001", "words": "goldfish, Carassius auratus", "train": 4, "val": 3,
+    }  # fmt: skip
+    shown = rayexp("info", "tiny_imagenet", "--check")
+    assert re.search(r"goldfish.*\b4\b.*\b3\b", shown.stdout)
+    assert summary["sha"]["train"] in shown.stdout
+    assert "every hash is as it should be" in shown.stdout
+
+
+def test_ten_classes_and_how_many_more(rayexp, monkeypatch):
+    shown = rayexp("info", "shapes")
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert "4,000 train and 1,000 val images of 20 classes" in shown.stdout
+    assert "warm_plain_bar" not in shown.stdout
+    assert "... and 10 more classes" in shown.stdout
+    assert len(json.loads(rayexp("info", "shapes", "--json").stdout)["classes"]) == 20
+
+
+def test_info_of_text_and_of_a_plain_folder(rayexp, tmp_path, tiny):
+    assert json.loads(rayexp("info", "python_docs", "--json").stdout)["kind"] == "text"
+    files = {f"{c}/{k}.png": tiny.picture(k, format="PNG") for c in "ab" for k in range(5)}
+    shown = rayexp("info", tiny.write_folder(tmp_path / "own", files))
+    assert "8 train and 2 val images of 2 classes" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("fetch", "tiny_imagnet"), "unknown dataset 'tiny_imagnet' (did you mean tiny_imagenet?); allowed: shapes,"),
+        (("fetch", "tiny_imagenet", "--from", "none.zip"), "none.zip: no such file or folder"),
+        (("fetch", "wikitext2"), "--from: wikitext2 needs a ZIP, a folder or a URL"),
+        (("fetch", "folder", "--from", "x"), "folder: nothing to fetch"),
+        (("info", "shaps"), "shaps: no such folder or dataset (did you mean shapes?)"),
+        (("info", "tiny_imagenet"), "tiny_imagenet: not in data/tiny_imagenet"),
+        (("info", "."), "no images in class folders"),
+    ],
+)
+def test_wrong_input(rayexp, tmp_path, listing, words, message):
+    answer = rayexp(*words)
+    assert answer.returncode == 2
+    assert message in answer.stderr
+    assert len(answer.stderr.splitlines()) == 1
+    assert answer.stdout == ""
+    assert listing(tmp_path) == {}
