@@ -209,8 +209,8 @@ class Stepper:
     def autocast(self) -> AbstractContextManager[object]:
         """The precision that the configuration asks for, in this thread."""
         if self.config.precision == "bf16":
-            # The cache of cast weights is one for all threads: a lane that ends empties it under the others, and a weight
-            # that is then cast twice rounds its gradient twice.
+            # The cache of cast weights is one for all threads: a lane that ends empties it under the others, and a
+            # weight that is then cast twice rounds its gradient twice.
             return torch.autocast(self.place.device.type, torch.bfloat16, cache_enabled=False)
         return nullcontext()
 
