@@ -1,1 +1,148 @@
-"""Commands."""
+"""`rayexp submit`, `jobs`, `logs`, `stop`, `collect`: runs on a cluster, over its one HTTP address."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rayexp.cli._shell import RUNS, JsonOption, app, print_json, print_table, say
+
+Address = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL",
+        help="The head's dashboard. [default: RAY_API_SERVER_ADDRESS, else http://127.0.0.1:8265]",
+        show_default=False,
+    ),
+]
+JobArgument = Annotated[str | None, typer.Argument(metavar="JOB", help="The job's id. [default: the newest job]")]
+
+
+@app.command()
+def submit(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML of the experiment.", show_default=False)],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)] = None,
+    address: Address = None,
+    resume: Annotated[str | None, typer.Option(metavar="RUN", help="Go on with that run of the cluster.")] = None,
+    name: Annotated[str | None, typer.Option(metavar="N", help="The run's name.")] = None,
+    python: Annotated[str, typer.Option(metavar="PATH", help="The cluster's Python.")] = "python",
+    wait: Annotated[bool, typer.Option("--wait", help="Follow it; exit with the job's own code.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Send a run to a Ray cluster; prints the job's id.
+
+    Only the package and the resolved configuration travel. Paths in it are the cluster's; relative ones count from the
+    home directory there. The job goes on when this command ends or loses its connection.
+    """
+    from rayexp.config import load
+    from rayexp.launch import jobs
+
+    words = [*(overrides or []), *([f"name={name}"] if name else [])]
+    job = jobs.submit(load(config, words), address, resume=resume, python=python, say=say)
+    if as_json:
+        print_json({"job": job})
+    else:
+        print(job, flush=True)
+    if not wait:
+        say(f"follow: rayexp logs {job} -f     stop: rayexp stop {job}     bring home: rayexp collect {job}")
+        return
+    _follow(address, job, sys.stderr)
+
+
+@app.command("jobs")
+def jobs_command(address: Address = None, as_json: JsonOption = False) -> None:
+    """List the cluster's jobs, oldest first."""
+    import dataclasses
+
+    from rayexp.launch import jobs
+
+    rows = [{k: v for k, v in dataclasses.asdict(job).items() if k != "message"} for job in jobs.jobs(address)]
+    if as_json:
+        print_json(rows)
+    elif rows:
+        print_table(rows)
+    else:
+        say("no jobs")
+
+
+@app.command()
+def logs(
+    job: JobArgument = None,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Until it ends; exit with its code.")] = False,
+    address: Address = None,
+) -> None:
+    """Print what a job has printed."""
+    from rayexp.launch import jobs
+
+    found = jobs.find(address, job)
+    if follow:
+        _follow(address, found.job, sys.stdout)
+    text = jobs.logs(address, found.job) or (found.message + "\n" if found.message else "")
+    sys.stdout.write(text)
+
+
+@app.command()
+def stop(job: JobArgument = None, address: Address = None) -> None:
+    """Ask a job to save its present step and end."""
+    from rayexp.launch import jobs
+
+    found = jobs.find(address, job)
+    if jobs.stop(address, found.job):
+        say(f"{found.job}: stopping after its present step; --resume goes on from there")
+    else:
+        say(f"{found.job}: had ended ({found.status})")
+
+
+@app.command()
+def collect(
+    what: Annotated[
+        str, typer.Argument(metavar="RUN|JOB", help="A run's name, path or URI, or a job's id.", show_default=False)
+    ],
+    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="Folder of run directories.")] = RUNS,
+    epochs: Annotated[
+        str, typer.Option(metavar="LIST", help="Whose checkpoints: all, none, or such as 7,18 or 1-3,last.")
+    ] = "all",
+    address: Address = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Bring a run home: records, predictions, and the checkpoints of the epochs asked for.
+
+    From a cluster over its HTTP address, also when the job has ended; or from a path, s3://, gs://. Every file is
+    checked; the same command goes on where it was cut off, and fetches only what is new.
+    """
+    from rayexp.launch import collect as collecting
+    from rayexp.launch import sources
+
+    source, name = sources.find(what, address)
+    got = collecting.collect(source, name, to, epochs, say)
+    status = got.run.meta()["status"]
+    if as_json:
+        fields = {"epochs": got.epochs, "fetched": got.fetched, "bytes": got.size, "status": status}
+        print_json({"run": str(got.run.root), **fields})
+        return
+    print(got.run.root)
+    records, kept = len(got.run.records()), len(got.epochs)
+    say(f"{status}; {records} epochs, checkpoints of {kept}; {got.size / 1e6:,.1f} MB fetched from {source.name}")
+
+
+def _follow(address: str | None, job: str, to: object) -> None:
+    """Hand on a job's output and exit with its code."""
+    from rayexp.errors import RunError
+    from rayexp.launch import jobs
+
+    def out(text: str) -> None:
+        to.write(text)  # type: ignore[attr-defined]
+        to.flush()  # type: ignore[attr-defined]
+
+    try:
+        ended = jobs.follow(address, job, out, say)
+    except KeyboardInterrupt:
+        say(f"\nthe job goes on; `rayexp logs {job} -f` takes it up, `rayexp stop {job}` ends it")
+        raise
+    code = jobs.exit_code(ended)
+    if code:
+        raise RunError(f"job {job} {ended.status}") if code == 1 and ended.code is None else typer.Exit(code)
+    raise typer.Exit(0)

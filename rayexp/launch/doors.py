@@ -1,0 +1,144 @@
+"""Locked doors: Ray's token, and how a cluster is reached over HTTP. Knows no Ray itself.
+
+Whoever reaches an open Ray cluster runs code on it. So every cluster that rayexp starts wants Ray's token, which lies
+in RAY_AUTH_TOKEN, in the file named by RAY_AUTH_TOKEN_PATH, or in ~/.ray/auth_token, readable by its owner only.
+The token proves who may come in; it encrypts nothing: over a foreign network use an SSH tunnel.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+from urllib.parse import urlsplit
+
+from rayexp.errors import RunError, UserError
+
+DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+TIMEOUT_S = 30.0  # for one answer of the cluster
+CHUNK = 1 << 20
+
+
+def token_path() -> Path:
+    """The token's file."""
+    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+
+
+def token() -> str | None:
+    """The token where there is one and it is not switched off (RAY_AUTH_MODE=disabled)."""
+    if os.environ.get("RAY_AUTH_MODE", "").lower() == "disabled":
+        return None
+    if given := os.environ.get("RAY_AUTH_TOKEN", "").strip():
+        return given
+    try:
+        return token_path().read_text().strip() or None
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"{token_path()}: the cluster's token cannot be read ({error.strerror})") from error
+
+
+def lock() -> None:
+    """Before Ray starts or is joined: token authentication on, a token there, its file closed to others.
+
+    RAY_AUTH_MODE is respected where it is set.
+    """
+    if os.environ.setdefault("RAY_AUTH_MODE", "token").lower() != "token":
+        return
+    path = token_path()
+    if token() is None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            file.write(secrets.token_hex(32))
+    if "RAY_AUTH_TOKEN" not in os.environ and stat.S_IMODE(path.stat().st_mode) & 0o077:
+        path.chmod(0o600)  # Ray itself writes it readable by everyone
+
+
+def address(given: str | None) -> str:
+    """The cluster's HTTP address: as given, else RAY_API_SERVER_ADDRESS, else this machine's port 8265.
+
+    Raises:
+        UserError: it is no http address.
+    """
+    found = given or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS
+    if "://" not in found:
+        found = f"http://{found}"
+    parts = urlsplit(found)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise UserError(f"--address {found}: expected the head's dashboard, for example http://HEAD:8265")
+    if parts.username or parts.password:
+        raise UserError("--address: no name or password in it; the token belongs into ~/.ray/auth_token")
+    return found.rstrip("/")
+
+
+def headers() -> dict[str, str]:
+    """What every request to the cluster carries."""
+    found = token()
+    return {"Authorization": f"Bearer {found}"} if found else {}
+
+
+def refused(address: str) -> NoReturn:
+    """The cluster said 401 or 403 (UserError)."""
+    why = "does not know the token in" if token() else "wants a token, and none is in"
+    raise UserError(f"{address} {why} RAY_AUTH_TOKEN or {token_path()}; copy ~/.ray/auth_token of the head there")
+
+
+def get(address: str, path: str, **query: Any) -> Any:
+    """GET JSON from Ray's state API; returns what stands in `result`.
+
+    Raises:
+        UserError: no cluster there, or the token is refused.
+        RunError: the cluster cannot answer.
+    """
+    with _request(address, path, query) as answer:
+        try:
+            body = answer.json()
+            if not body["result"]:
+                raise RunError(f"{address}: {body['msg']}")
+            return body["data"]["result"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{address}: not a Ray dashboard ({type(error).__name__} in its answer)") from error
+
+
+def stream(address: str, path: str, **query: Any) -> Iterator[bytes]:
+    """GET a file in pieces.
+
+    Raises:
+        UserError, RunError: as `get`; RunError also where the connection breaks off in the middle.
+    """
+    import requests
+
+    with _request(address, path, query) as answer:
+        try:
+            yield from answer.iter_content(CHUNK)
+        except requests.RequestException as error:
+            raise RunError(
+                f"{address}: the connection broke off ({type(error).__name__}); the same command goes on"
+            ) from error
+
+
+def _request(address: str, path: str, query: dict[str, Any]) -> Any:
+    import requests
+
+    try:
+        answer = requests.get(address + path, params=query, headers=headers(), timeout=TIMEOUT_S, stream=True)
+    except requests.RequestException as error:
+        raise UserError(f"no Ray cluster answers at {address} ({type(error).__name__})") from error
+    if answer.status_code in (401, 403):
+        refused(address)
+    if answer.status_code != 200:
+        text = answer.text.strip().splitlines() or [str(answer.status_code)]
+        raise RunError(f"{address}{path}: {text[-1]}")
+    return answer
+
+
+def job_id() -> str | None:
+    """The id under which this process was submitted to a cluster, or None where it is no job."""
+    try:
+        return str(json.loads(os.environ["RAY_JOB_CONFIG_JSON_ENV_VAR"])["metadata"]["job_submission_id"])
+    except (KeyError, ValueError, TypeError):
+        return None
