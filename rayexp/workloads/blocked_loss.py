@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rayexp.engine.matmul import product
+
 # Words in a block, and bytes of exponentials kept for the backward pass: what a core's cache and a GPU like best.
 BLOCK = {"cpu": 2048, "cuda": 8192}
 KEEP = {"cpu": 32 << 20, "cuda": 1 << 30}
@@ -67,21 +69,6 @@ def embedding(tokens: Tensor, weight: Tensor) -> Tensor:
     """`F.embedding(tokens, weight)`, whose gradient goes into `weight.grad` row by row where that is there."""
     vectors: Tensor = _Embedding.apply(tokens, weight)
     return vectors
-
-
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias, without autograd.
-
-    On a CPU by oneDNN, whose kernels are made for the processor at hand; the BLAS that PyTorch comes with reaches less
-    than half of their speed on processors of another maker (measured: 105 against 250 GFLOP/s on an AVX-512 core).
-    """
-    if _ONEDNN and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16):
-        out: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
-        return out
-    return x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
-
-
-_ONEDNN = bool(torch.backends.mkldnn.is_available()) and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # type: ignore[no-untyped-call]
 
 
 def _blocks(words: int, block: int) -> Iterator[slice]:

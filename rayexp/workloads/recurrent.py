@@ -47,8 +47,9 @@ class Recurrent(nn.Module):
         """The state before the first word: (h,) or (h, c), each zeros [layers, columns, hidden]."""
         return tuple(torch.zeros(len(self.layers), columns, self.size, device=device) for _ in range(self.parts))
 
-    def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        """[time, columns, features] and the state before -> [time, columns, hidden] and the state after."""
+    def forward(self, x: Tensor, state: State = ()) -> tuple[Tensor, State]:
+        """[time, columns, features] and the state before it (or ()) -> [time, columns, hidden] and the state after."""
+        state = state or self.begin(x.shape[1], x.device)
         after = []
         for i, layer in enumerate(self.layers):
             if i:

@@ -100,6 +100,7 @@ class Block(nn.Module):
         time, columns, size = x.shape
         parts = self.attention_in(x).view(time, columns, 3, self.heads, size // self.heads)
         query, key, value = parts.permute(2, 1, 3, 0, 4)  # each [columns, heads, time, size of a head]
+        past = cache[0].shape[2] if cache else 0
         if cache:
             key, value = torch.cat([cache[0].to(key.dtype), key], 2), torch.cat([cache[1].to(value.dtype), value], 2)
             cache = (key, value)
@@ -107,9 +108,9 @@ class Block(nn.Module):
         turn = rotation(key.shape[2], key.shape[3], x.device)
         query, turned = rotate(query, turn[:, -time:]), rotate(key, turn)
         mask = None
-        if 1 < time < key.shape[2]:
-            mask = torch.ones(time, key.shape[2], dtype=torch.bool, device=x.device).tril(key.shape[2] - time)
-        out = F.scaled_dot_product_attention(query, turned, value, mask, is_causal=time == key.shape[2])
+        if past and time > 1:
+            mask = torch.ones(time, past + time, dtype=torch.bool, device=x.device).tril(past)
+        out = F.scaled_dot_product_attention(query, turned, value, mask, is_causal=not past)
         return self.attention_out(out.permute(2, 0, 1, 3).reshape(time, columns, size)), cache
 
 
