@@ -23,7 +23,7 @@ import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -32,42 +32,22 @@ from rayexp.config import ExperimentConfig, parse
 from rayexp.engine import checkpoint, place
 from rayexp.engine.checkpoint import TENSORS, WORDS, State, Writer
 from rayexp.engine.group import Group
-from rayexp.engine.loop import EpochDone, Session, StepDone, Wish
+from rayexp.engine.loop import EpochDone, Session, StepDone
+from rayexp.engine.step import Wish
+from rayexp.recorder import Recorder
 
 PROGRESS_SECONDS = 0.3
 
 
-class Pen(Protocol):
-    """What a worker needs of a Recorder, be it here or in another process."""
-
-    def resume(self) -> tuple[dict[str, bytes] | None, list[str]]: ...
-    def begin(self, meta: Mapping[str, Any], data: Mapping[str, Any]) -> None: ...
-    def note(self, fields: Mapping[str, Any]) -> None: ...
-    def graph(self, events: bytes) -> None: ...
-    def progress(self, fields: Mapping[str, Any]) -> None: ...
-    def snapshot(self, step: int, files: Mapping[str, bytes]) -> None: ...
-    def epoch(
-        self,
-        record: Mapping[str, Any],
-        files: Mapping[str, bytes],
-        predictions: bytes,
-        steps: Mapping[str, Any] | None = None,
-    ) -> None: ...
-    def trace(self, row: Mapping[str, Any]) -> None: ...
-    def log(self, rank: int, text: str) -> None: ...
-    def end(self, status: str, error: str | None = None, **fields: Any) -> None: ...
-    def stop_requested(self) -> bool: ...
-
-
 def work(
-    payload: Mapping[str, Any], group: Group, pen: Pen, device: torch.device, world_size: int | None = None
+    payload: Mapping[str, Any], group: Group, pen: Recorder, device: torch.device, world_size: int | None = None
 ) -> str:
     """Train as one worker of the group; returns `done` or `stopped`.
 
     Args:
         payload: see the head of this file.
         group: the workers; this one's rank is in it.
-        pen: only rank 0 writes with it; every rank logs.
+        pen: only rank 0 writes with it; every rank logs. Anything with a Recorder's methods will do.
         device: where this worker computes.
         world_size: what records say (0: in-process); None: the group's size.
 
@@ -80,7 +60,7 @@ def work(
 
 class _Worker:
     def __init__(
-        self, payload: Mapping[str, Any], group: Group, pen: Pen, device: torch.device, world_size: int | None
+        self, payload: Mapping[str, Any], group: Group, pen: Recorder, device: torch.device, world_size: int | None
     ) -> None:
         self.entered = time.time()
         self.payload, self.group, self.pen = payload, group, pen
@@ -114,7 +94,7 @@ class _Worker:
                         status = "stopped"
             self.writer.wait()
         finally:
-            with contextlib.suppress(Exception if sys.exc_info()[0] else ()):
+            with contextlib.suppress(*([Exception] if sys.exc_info()[0] else [])):
                 self.writer.close()
         if self.lead:
             self.pen.end(status)
@@ -233,9 +213,11 @@ class _Worker:
         steps, self.steps = step_times(self.steps), []
 
         def write() -> None:
-            shas = {"weights_sha": checkpoint.sha(held.weights()), "state_sha": checkpoint.sha(held.tensors)}
-            row = dataclasses.replace(record, **shas).to_json()
-            files = checkpoint.encode(held, {**self._words(), **shas, "record": row})
+            weights, state = checkpoint.sha(held.weights()), checkpoint.sha(held.tensors)
+            row = dataclasses.replace(record, weights_sha=weights, state_sha=state).to_json()
+            files = checkpoint.encode(
+                held, {**self._words(), "weights_sha": weights, "state_sha": state, "record": row}
+            )
             self.pen.epoch(row, files, predictions.to_npz(), {"epoch": record.epoch, **steps})
 
         self.writer.submit(write)
@@ -248,7 +230,7 @@ class _Worker:
         return {gpu: joules for part in parts for gpu, joules in json.loads(part).items()}
 
     def _hold(self, state: State) -> State:
-        """A copy that the writer may read while training goes on; waits for the writer, which reads the same buffers."""
+        """A copy that the writer may read while training goes on; waits for the writer, which reads the same."""
         self.writer.wait()
         return checkpoint.snapshot(state, self.buffers)
 
@@ -283,10 +265,10 @@ def graph_events(model: torch.nn.Module, example: tuple[Any, ...]) -> bytes:
         return next(Path(folder).iterdir()).read_bytes()
 
 
-def join(world: int, rank: int, address: str, timeout_s: float = 1800) -> Group:
-    """Initialise torch.distributed with gloo at tcp://address (host:port), and return the group."""
+def join(world: int, rank: int, address: str, timeout_s: float = 1800, backend: str = "gloo") -> Group:
+    """Initialise torch.distributed at tcp://address (host:port), and return the group."""
     torch.distributed.init_process_group(
-        "gloo",
+        backend,
         init_method=f"tcp://{address}",
         world_size=world,
         rank=rank,
@@ -297,7 +279,6 @@ def join(world: int, rank: int, address: str, timeout_s: float = 1800) -> Group:
 
 def main(argv: list[str]) -> int:
     """`python -m rayexp.launch.worker PAYLOAD.json RANK WORLD HOST:PORT`: one worker of launch.processes."""
-    from rayexp.recorder import Recorder
     from rayexp.runs import Run
 
     payload = json.loads(Path(argv[0]).read_text())

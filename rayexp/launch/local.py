@@ -1,0 +1,47 @@
+"""In this process, without Ray."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Mapping
+from typing import Any
+
+from rayexp.errors import RunError, UserError
+from rayexp.launch.plan import Node
+from rayexp.recorder import Recorder
+from rayexp.runs import Run
+
+
+def here() -> Node:
+    """This machine."""
+    import torch
+
+    from rayexp.engine.place import cores
+
+    return Node("this machine", cores(), torch.cuda.device_count())
+
+
+def attempt(run: Run, payload: Mapping[str, Any]) -> str:
+    """Train from where the run stands; returns `done` or `stopped`.
+
+    Raises:
+        UserError, RunError: training cannot go on; unexpected errors are logged and become a RunError.
+    """
+    import torch
+
+    from rayexp.engine.group import Group
+    from rayexp.launch.worker import work
+
+    recorder = Recorder(run)
+    device = torch.device("cuda", 0) if payload["device"] == "cuda" else torch.device("cpu")
+    try:
+        return work(payload, Group(), recorder, device, world_size=0)
+    except (UserError, RunError):
+        raise
+    except OSError as error:
+        recorder.log(0, traceback.format_exc())
+        raise RunError(str(error)) from error
+    except Exception as error:
+        recorder.log(0, traceback.format_exc())
+        line = " ".join(str(error).split())[:500]
+        raise RunError(f"{type(error).__name__}: {line} (see {run.logs / 'rank_0.log'})") from error

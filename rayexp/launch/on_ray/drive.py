@@ -1,0 +1,110 @@
+"""Attempts on Ray, one after another, until the run is done: rayexp decides what follows a fault, not Ray.
+
+fault                                      what follows
+UserError, RunError of a worker            nothing: it would come again
+a worker or a node lost, a hung worker     another attempt, at most `max_failures` times
+elastic, and fewer places than before      another attempt with the largest allowed number that can be placed
+elastic, and more places than before       the workers save and stop after their step; another attempt, not counted
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from rayexp.config import ExperimentConfig
+from rayexp.errors import RunError, UserError
+from rayexp.launch import plan as planning
+from rayexp.launch.faults import LostError
+from rayexp.launch.on_ray import session
+from rayexp.launch.on_ray.fit import Fit
+from rayexp.launch.on_ray.pen import NONCE
+from rayexp.launch.plan import Plan
+from rayexp.launch.screen import Screen
+from rayexp.runs import Run
+
+GROW_S = 30.0  # how often an elastic run looks for more room
+WAIT_S = 120.0  # how long a run waits for lost nodes to come back
+
+
+def drive(
+    run: Run,
+    config: ExperimentConfig,
+    payload: dict[str, Any],
+    placed: Callable[[Plan], dict[str, Any]],
+    shown: Screen,
+    stopped: Callable[[], bool],
+) -> str:
+    """Train on the connected Ray; returns `done` or `stopped`.
+
+    Args:
+        payload: see launch.worker.
+        placed: the part of the payload that follows from a plan.
+        shown: the screen.
+        stopped: whether the user asked to stop.
+
+    Raises:
+        UserError, RunError: see the table above.
+    """
+    failures = 0
+    plan = planning.make(config, session.nodes())
+    while True:
+        fields = placed(plan) | {"driver_node": session.node_id(), "nodes": len(session.nodes())}
+        (run.root / NONCE).write_text(fields["nonce"])
+        attempt = Fit(payload | fields, plan)
+        attempt.start()
+        growing = _watch(run, config, plan, attempt, stopped)
+        (run.root / NONCE).unlink(missing_ok=True)
+        if attempt.error is None:
+            if not (growing and attempt.status == "stopped") or stopped():
+                return attempt.status
+            run.stop_path.unlink(missing_ok=True)
+            shown.say("there is room for more workers: going on with them")
+        elif isinstance(attempt.error, LostError):
+            failures += 1
+            if stopped():
+                raise KeyboardInterrupt
+            if failures > config.max_failures:
+                raise RunError(
+                    f"workers were lost {failures} times (max_failures: {config.max_failures}); last: {attempt.error}; "
+                    f"--resume {run.id} goes on from the newest checkpoint"
+                )
+            shown.say(f"workers lost ({attempt.error}); attempt {failures + 1} of {config.max_failures + 1}")
+        else:
+            raise attempt.error
+        plan = _replan(config, shown)
+
+
+def _watch(run: Run, config: ExperimentConfig, plan: Plan, attempt: Fit, stopped: Callable[[], bool]) -> bool:
+    """Wait for the attempt's end; returns whether the workers were asked to make room for more of them."""
+    growing, looked = False, time.monotonic()
+    while attempt.is_alive():
+        attempt.join(0.1)
+        elastic = isinstance(config.scaling.num_workers, tuple)
+        if elastic and not growing and not stopped() and time.monotonic() - looked >= GROW_S:
+            looked = time.monotonic()
+            if run.progress_path.exists() and session.room(plan, config) > plan.workers:
+                growing = True
+                run.stop_path.touch()
+    return growing
+
+
+def _replan(config: ExperimentConfig, shown: Screen) -> Plan:
+    """A plan for what the cluster has now, once it has enough again.
+
+    Raises:
+        RunError: it has not within WAIT_S.
+    """
+    until = time.monotonic() + WAIT_S
+    told = False
+    while True:
+        try:
+            return planning.make(config, session.nodes())
+        except UserError as error:
+            if time.monotonic() > until:
+                raise RunError(f"waited {WAIT_S:.0f} s for the cluster to have enough again: {error}") from error
+            if not told:
+                shown.say(f"waiting up to {WAIT_S:.0f} s for lost nodes")
+                told = True
+            time.sleep(1)

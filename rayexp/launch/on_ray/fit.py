@@ -1,0 +1,130 @@
+"""One attempt on Ray: a TorchTrainer from start to end, and what came of it."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+from ray.exceptions import RayError
+from ray.train._internal.utils import get_address_and_port
+from ray.train.backend import Backend, BackendConfig
+from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
+from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
+
+from rayexp.errors import RunError, UserError
+from rayexp.launch.faults import LostError
+from rayexp.launch.on_ray.member import member
+from rayexp.launch.on_ray.session import environment
+from rayexp.launch.plan import Plan
+
+# Ray Train polls its workers this often; short, because a lost worker is seen by a poll.
+POLL_S = 0.2
+START_TIMEOUT_S = 60.0
+
+_ENVIRONMENT = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(POLL_S),
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
+    "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+}
+
+
+class Meeting(BackendConfig):
+    """Tells the workers where to meet; they join torch.distributed themselves, all at once.
+
+    Ray's own TorchConfig does the same from the controller, which then imports PyTorch too.
+    """
+
+    backend = "gloo"  # TorchTrainer asks for it; the workers decide
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        """The actions that belong to this configuration."""
+        return _Meet
+
+
+class _Meet(Backend):
+    share_cuda_visible_devices = True  # NCCL's direct paths between GPUs of a node need it
+
+    def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
+        address, port = worker_group.execute_single(0, get_address_and_port)
+        worker_group.execute(_set_address, address, port)
+
+
+def _set_address(address: str, port: int) -> None:
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = address, str(port)
+
+
+def fit(payload: Mapping[str, Any], plan: Plan) -> str:
+    """Run the workers once; returns `done` or `stopped`.
+
+    Raises:
+        UserError, RunError: as a worker raised it.
+        LostError: workers were lost or could not be placed in time.
+    """
+    from ray.train.torch import TorchTrainer
+
+    resources = {"CPU": plan.cpus or 1.0} | ({"GPU": plan.gpus} if plan.gpu else {})
+    # Ray Train keeps books of its own; the run directory is the truth, so they go with the attempt.
+    with tempfile.TemporaryDirectory(prefix="rayexp-") as books, environment(_ENVIRONMENT):
+        trainer = TorchTrainer(
+            member,  # type: ignore[arg-type]
+            train_loop_config=dict(payload),
+            torch_config=Meeting(),  # type: ignore[arg-type]
+            scaling_config=ScalingConfig(
+                num_workers=plan.workers, use_gpu=plan.gpu, resources_per_worker=resources, placement_strategy="PACK"
+            ),
+            run_config=RunConfig(  # type: ignore[arg-type]
+                name="fit",
+                storage_path=books,
+                failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
+            ),
+        )
+        try:
+            return str(trainer.fit().return_value)  # type: ignore[attr-defined]
+        except TrainingFailedError as error:
+            raise _cause(error) from error
+        except RayError as error:
+            raise LostError(f"Ray Train's controller is gone ({_line(error)})") from error
+
+
+def _cause(error: TrainingFailedError) -> Exception:
+    """What a worker raised, or LostError."""
+    if isinstance(error, WorkerGroupError):
+        failures = [(rank, getattr(e, "_base_exc", e)) for rank, e in sorted(error.worker_failures.items())]
+        for kind in (UserError, RunError):
+            for _, failure in failures:
+                if isinstance(failure, kind):
+                    return kind(str(failure))
+        gone = [(rank, e) for rank, e in failures if not isinstance(e, LostError)] or failures
+        return LostError("; ".join(f"rank {rank}: {_line(e)}" for rank, e in gone))
+    if isinstance(error, ControllerError):
+        return LostError(f"the workers could not be started ({_line(error.controller_failure)})")
+    return LostError(_line(error))
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+class Fit(threading.Thread):
+    """`fit` in a thread, so that the main thread keeps the screen and the signals."""
+
+    def __init__(self, payload: Mapping[str, Any], plan: Plan) -> None:
+        super().__init__(name="fit", daemon=True)
+        self.payload, self.plan = payload, plan
+        self.status = ""
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        """See threading.Thread."""
+        try:
+            self.status = fit(self.payload, self.plan)
+        except BaseException as error:
+            self.error = error

@@ -1,0 +1,95 @@
+"""What a worker of Ray Train does. Imported by name in the workers; heavy imports wait until all of them are up."""
+
+from __future__ import annotations
+
+import os
+import socket
+import traceback
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+import ray.train
+
+from rayexp.errors import RunError, UserError
+from rayexp.launch.faults import LostError, peer_lost
+from rayexp.launch.on_ray import pen
+
+
+def member(payload: Mapping[str, Any]) -> str:
+    """Train as one worker; returns `done` or `stopped`.
+
+    Raises:
+        UserError, RunError: training cannot go on, and would not another time.
+        LostError: another worker is gone.
+    """
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    mine = pen.take(payload)
+    try:
+        return _train(payload, rank, world, mine)
+    except UserError as error:
+        mine.log(rank, traceback.format_exc())
+        where = f"node {socket.gethostname()} ({_address()}): " if payload["nodes"] > 1 else ""
+        raise UserError(f"{where}{error}") from None
+    except RunError:
+        mine.log(rank, traceback.format_exc())
+        raise
+    except Exception as error:
+        mine.log(rank, traceback.format_exc())
+        if peer_lost(error):
+            raise LostError(f"rank {rank} lost a peer: {_line(error)}") from None
+        raise RunError(f"{type(error).__name__}: {_line(error)} (rank {rank}; logs/rank_{rank}.log)") from None
+
+
+def _train(payload: Mapping[str, Any], rank: int, world: int, mine: Any) -> str:
+    import torch
+
+    from rayexp.engine.group import Group
+    from rayexp.launch.worker import join, work
+
+    device = torch.device("cpu")
+    if payload["device"] == "cuda":
+        device = _gpu(torch)
+        torch.cuda.set_device(device)
+    group = Group()
+    if world > 1:
+        nccl = device.type == "cuda" and not payload["shared_gpu"]
+        _choose_interface()
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        group = join(world, rank, address, payload["timeout_s"], "nccl" if nccl else "gloo")
+    try:
+        return work(payload, group, mine, device)
+    finally:
+        if world > 1 and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def _gpu(torch: Any) -> Any:
+    """The CUDA device that Ray has given to this worker; Ray Train shows each all of its node's."""
+    if not torch.cuda.is_available():
+        raise UserError(
+            f"scaling.use_gpu: Ray counts GPUs on {socket.gethostname()}, but PyTorch {torch.__version__} sees no CUDA "
+            "device there; allowed: scaling.use_gpu=false"
+        )
+    given = str(ray.get_runtime_context().get_accelerator_ids()["GPU"][0])
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", given).split(",")
+    return torch.device("cuda", visible.index(given) if given in visible else 0)
+
+
+def _choose_interface() -> None:
+    """Name the interface that carries the node's address; gloo would look up the host's name, which may not resolve."""
+    import psutil
+
+    address = _address()
+    for name, entries in psutil.net_if_addrs().items():
+        if any(entry.address == address for entry in entries):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
+def _address() -> str:
+    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:500]

@@ -1,0 +1,95 @@
+"""Join a running Ray or start one here, quietly, and say what it has."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import ray
+import ray._private.state
+import ray._private.utils
+
+from rayexp.config import ExperimentConfig
+from rayexp.errors import UserError
+from rayexp.launch.plan import Node, Plan, capacity
+
+# Read by processes that Ray starts from here.
+_QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+
+
+@contextlib.contextmanager
+def environment(fields: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables that the user has not set, for as long as the block lasts."""
+    new = {name: value for name, value in fields.items() if name not in os.environ}
+    os.environ.update(new)
+    try:
+        yield
+    finally:
+        for name in new:
+            os.environ.pop(name, None)
+
+
+@contextlib.contextmanager
+def session(address: str | None) -> Iterator[bool]:
+    """A connection to Ray for as long as the block lasts; one that is there already is used and left open.
+
+    Args:
+        address: of a running Ray; None: RAY_ADDRESS, else the one `ray start` has left here, else a new one.
+
+    Gives whether this Ray was started here, for this block alone.
+
+    Raises:
+        UserError: there is no Ray at that address.
+    """
+    if ray.is_initialized():
+        yield False
+        return
+    address = address or os.environ.get("RAY_ADDRESS") or ray._private.utils.read_ray_address()
+    if address and address.startswith("ray://"):
+        raise UserError(f"--address {address}: Ray Client is not supported; `rayexp submit` sends a run to a cluster")
+    words: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
+    if not address:
+        words |= {"address": "local", "include_dashboard": False, "num_cpus": _cores()}
+    else:
+        words["address"] = address
+    try:
+        with environment(_QUIET):
+            ray.init(**words)
+    except ConnectionError as error:
+        raise UserError(f"--address {address}: no Ray answers there ({' '.join(str(error).split())[:200]})") from error
+    try:
+        yield not address
+    finally:
+        ray.shutdown()
+
+
+def nodes() -> list[Node]:
+    """The machines that Ray counts as alive, the driver's first."""
+    here = ray.get_runtime_context().get_node_id()
+    every = ray.nodes()  # type: ignore[no-untyped-call]
+    alive = sorted((n for n in every if n["Alive"]), key=lambda n: n["NodeID"] != here)
+    return [Node(n["NodeManagerAddress"], *_size(n["Resources"])) for n in alive]
+
+
+def room(plan: Plan, config: ExperimentConfig) -> int:
+    """The largest allowed number of workers that fits: those that `plan` has, and more into what is free now."""
+    free = ray._private.state.available_resources_per_node()  # type: ignore[no-untyped-call]
+    spare = [Node(name, *_size(resources)) for name, resources in free.items()]
+    total = plan.workers + capacity(spare, plan.cpus or 1.0, plan.gpus)
+    high = config.scaling.num_workers[1] if isinstance(config.scaling.num_workers, tuple) else plan.workers
+    return max(n for n in [*config.allowed_workers, plan.workers] if n <= min(total, high))
+
+
+def node_id() -> str:
+    """The driver's own node."""
+    return str(ray.get_runtime_context().get_node_id())
+
+
+def _size(resources: Mapping[str, float]) -> tuple[float, float]:
+    return float(resources.get("CPU", 0)), float(resources.get("GPU", 0))
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

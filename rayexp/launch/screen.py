@@ -1,0 +1,132 @@
+"""One quiet screen: a progress bar that follows the run directory, and a line for every finished epoch.
+
+The screen reads progress.json and epochs.jsonl, wherever the workers are; nothing is sent to it.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rayexp.records import EpochRecord
+from rayexp.runs import Run
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+POLL_S = 0.2
+
+
+class Screen:
+    """Shows one run on a console until `close`; with `console` None it shows nothing."""
+
+    def __init__(self, run: Run, console: Console | None) -> None:
+        self.run, self.console = run, console
+        self.shown = len(run.records())
+        self.warned: set[str] = set()
+        self._end = threading.Event()
+        self._bar: Any = None
+        self._task: Any = None
+        self._thread = threading.Thread(target=self._follow, name="screen", daemon=True)
+
+    def say(self, text: str) -> None:
+        """One line above the bar."""
+        if self.console is not None:
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def phase(self, text: str) -> None:
+        """What goes on while there is no step yet."""
+        if self._bar is not None:
+            self._bar.update(self._task, description=text)
+
+    def open(self) -> None:
+        """Begin to follow."""
+        if self.console is None:
+            return
+        if self.console.is_terminal:
+            self._bar = _bar(self.console)
+            self._task = self._bar.add_task("starting", total=None, figures="")
+            self._bar.start()
+        self._thread.start()
+
+    def close(self) -> None:
+        """Show what came last, and let go of the terminal."""
+        if self.console is None or not self._thread.ident:
+            return
+        self._end.set()
+        self._thread.join()
+        if self._bar is not None:
+            self._bar.stop()
+
+    def _follow(self) -> None:
+        ended = False
+        while not ended:
+            ended = self._end.wait(POLL_S)
+            try:
+                self._progress()
+                self._epochs()
+            except Exception as error:  # a picture must not cost a run; the file may be of another moment
+                self.warned.add(repr(error))
+
+    def _progress(self) -> None:
+        try:
+            at = json.loads(self.run.progress_path.read_bytes())
+        except (OSError, ValueError):
+            return
+        if (warning := at.get("warning")) and warning not in self.warned:
+            self.warned.add(warning)
+            self.say(f"warning: {warning}")
+        if self._bar is None or "step" not in at:
+            return
+        done = (at["epoch"] - 1) * at["steps"] + at["step"]
+        self._bar.update(
+            self._task,
+            description=f"epoch {at['epoch']}/{at['epochs']}",
+            completed=done,
+            total=at["epochs"] * at["steps"],
+            figures=f"step {at['step']}/{at['steps']}  loss {at['loss']:.4f}  {at['rate']:,.0f} {at['unit']}/s",
+        )
+
+    def _epochs(self) -> None:
+        if not self.run.epochs_path.exists():
+            return
+        records = self.run.records()
+        for record in records[self.shown :]:
+            self.say(epoch_line(record))
+        self.shown = len(records)
+
+
+def epoch_line(record: EpochRecord) -> str:
+    """`epoch 7  train_loss 2.1034  val_loss 2.2001  acc1 48.73  acc5 75.30  412 /s  61.2 s  weights 0f3a...`."""
+    metrics = "  ".join(f"{name} {value:.2f}" for name, value in record.metrics.items())
+    return (
+        f"epoch {record.epoch}  train_loss {record.train_loss:.4f}  val_loss {record.val_loss:.4f}  {metrics}  "
+        f"{record.samples_per_second:,.0f}/s  {record.seconds['total']:.1f} s  weights {record.weights_sha[:12]}"
+    )
+
+
+def _bar(console: Console) -> Any:
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        TextColumn("{task.fields[figures]}"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
+
+
+@contextmanager
+def screen(run: Run, console: Console | None) -> Iterator[Screen]:
+    """A screen for as long as the block lasts."""
+    shown = Screen(run, console)
+    shown.open()
+    try:
+        yield shown
+    finally:
+        shown.close()

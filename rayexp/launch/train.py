@@ -1,0 +1,175 @@
+"""The driver: from a configuration to a finished run, in this process or on Ray.
+
+The run directory is the truth. An attempt takes up the newest whole checkpoint there; whether another attempt follows,
+and with how many workers, is decided here and not by Ray.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from typing import IO, TYPE_CHECKING, Any
+
+from rayexp.config import ExperimentConfig
+from rayexp.errors import UserError
+from rayexp.launch import plan as planning
+from rayexp.launch.plan import Plan
+from rayexp.launch.screen import screen
+from rayexp.launch.stopping import stoppable
+from rayexp.recorder import Recorder
+from rayexp.runs import Run, write_atomic
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+# Keys that say where and how, not what: a resumed run may change them.
+FREE = ("scaling", "storage_path", "max_failures", "checkpoint")
+TIMEOUT_S = 300.0  # a worker that says nothing for so long counts as lost
+
+
+def run(
+    config: ExperimentConfig,
+    *,
+    argv: Sequence[str],
+    resume: Run | None = None,
+    address: str | None = None,
+    console: Console | None = None,
+    started: float | None = None,
+    max_steps: int | None = None,
+    trace: bool = False,
+    parent: str | None = None,
+) -> Run:
+    """Train, and return the finished run.
+
+    Args:
+        config: what to train.
+        argv: the command, for run.json.
+        resume: go on with this run instead of making one.
+        address: of a running Ray; None: RAY_ADDRESS, a Ray started here by `ray start`, else a new one.
+        console: where progress is shown; None: nowhere.
+        started: time.time() at which the command began.
+        max_steps: stop (and save) after that many steps of the whole run.
+        trace: write the hashes of every step to trace.jsonl.
+        parent: the id of the comparison this run belongs to.
+
+    Raises:
+        UserError: the configuration, the data or the machine does not allow it. A fresh run leaves nothing behind.
+        RunError: the run failed; run.json says so.
+        KeyboardInterrupt: it was asked to stop; the last whole step is saved and run.json says `stopped`.
+    """
+    started = started or time.time()
+    config = config.absolute()
+    if resume is not None:
+        check_unchanged(resume, config)
+    made = resume or Run.create(config, argv=list(argv), parent=parent)
+    with _only_driver(made):
+        if resume is not None:
+            _reopen(made, config, argv)
+        payload = {
+            "run": str(made.root),
+            "config": config.model_dump(mode="json"),
+            "started": started,
+            "max_steps": max_steps,
+            "trace": trace,
+            "timeout_s": TIMEOUT_S,
+        }
+        try:
+            status = _supervise(made, config, payload, address, console)
+        except KeyboardInterrupt:
+            _finish(made, "stopped", "ended by a second signal")
+            raise
+        except UserError as error:
+            if resume is None and not made.epochs():
+                shutil.rmtree(made.root)
+            else:
+                _finish(made, "failed", str(error))
+            raise
+        except BaseException as error:
+            _finish(made, "failed", str(error) or type(error).__name__)
+            raise
+    if status == "stopped" and (max_steps is None or _steps_done(made) < max_steps):
+        raise KeyboardInterrupt
+    return made
+
+
+def check_unchanged(run: Run, config: ExperimentConfig) -> None:
+    """Refuse to resume under a configuration that would make another model (UserError names the changed keys)."""
+    before, after = (_flat(c.model_dump(mode="json")) for c in (run.config(), config))
+    changed = [k for k in sorted({*before, *after}) if before.get(k) != after.get(k) and k.split(".")[0] not in FREE]
+    if changed:
+        shown = "; ".join(f"{key} {before.get(key)} -> {after.get(key)}" for key in changed)
+        raise UserError(f"--resume {run.id}: the configuration has changed: {shown}; allowed: {', '.join(FREE)}")
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {k: v for name, sub in tree.items() for k, v in _flat(sub, f"{prefix}.{name}" if prefix else name).items()}
+
+
+@contextlib.contextmanager
+def _only_driver(run: Run) -> Iterator[None]:
+    """Hold the run's lock; the system lets go of it whenever this process ends, however it ends."""
+    with (run.root / "driver.lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{run.id}: another process is training it (pid {_holder(file)})") from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def _holder(file: IO[str]) -> str:
+    file.seek(0)
+    return file.read() or "unknown"
+
+
+def _reopen(run: Run, config: ExperimentConfig, argv: Sequence[str]) -> None:
+    meta = run.meta()
+    write_atomic(run.config_path, config.to_yaml())
+    resumed = [*meta.get("resumed", ()), {"argv": list(argv), "after": meta["status"]}]
+    run.update(status="running", error=None, finished=None, pid=os.getpid(), resumed=resumed)
+
+
+def _finish(run: Run, status: str, error: str) -> None:
+    """The last word where no worker could say it."""
+    Recorder(run).end(status, error)
+
+
+def _steps_done(run: Run) -> int:
+    return max((int(state.get("step", 0)) for _, state in run.resumable()), default=0)
+
+
+# ---------------------------------------------------------------------- attempts
+
+
+def _supervise(
+    run: Run, config: ExperimentConfig, payload: dict[str, Any], address: str | None, console: Console | None
+) -> str:
+    if config.scaling.num_workers == 0:
+        from rayexp.launch.local import attempt, here
+
+        plan = planning.make(config, [here()])
+        with screen(run, console) as shown, stoppable(run, shown.say):
+            return attempt(run, payload | _placed(plan))
+    from rayexp.launch.on_ray import session
+    from rayexp.launch.on_ray.drive import drive
+
+    with screen(run, console) as shown, stoppable(run, shown.say) as stopped, session.session(address):
+        return drive(run, config, payload, _placed, shown, stopped)
+
+
+def _placed(plan: Plan) -> dict[str, Any]:
+    return {
+        "device": "cuda" if plan.gpu else "cpu",
+        "cpus": plan.cpus,
+        "shared_gpu": 0 < plan.gpus < 1,
+        "nonce": secrets.token_hex(8),
+    }
