@@ -7,7 +7,7 @@ from typing import Any
 
 from rayexp.config import DataConfig
 from rayexp.data import DATASETS, TextData, folder, packed, python_docs, shapes, text
-from rayexp.data.pack import done
+from rayexp.data.pack import PARTIAL, done
 from rayexp.errors import UserError, nearest
 
 
@@ -31,7 +31,7 @@ def describe(target: str, check: bool = False) -> dict[str, Any]:
     if not root.is_dir():
         known = ", ".join(DATASETS)
         raise UserError(f"{target}: no such folder or dataset{nearest(target, DATASETS)}; allowed: a folder, {known}")
-    if not done(root):
+    if not done(root) and not (root / PARTIAL).exists():
         if (root / "train.txt").exists():
             return text.info(root)
         if (root / "wnids.txt").exists():

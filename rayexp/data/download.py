@@ -61,7 +61,7 @@ def download(url: str, known_hash: str | None = None) -> Path:
         raise UserError(f"{url}: the server refuses ({_reason(error)})") from error
     except requests.RequestException as error:
         raise UserError(
-            f"{url}: cannot be downloaded ({_reason(error)}); the same command goes on from here"
+            f"{url}: cannot be downloaded ({_reason(error)}); the same command tries again and goes on"
         ) from error
     except ValueError as error:
         raise UserError(f"{url}: what came is not the published file (checksum differs); nothing is kept") from error

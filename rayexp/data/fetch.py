@@ -16,7 +16,7 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from rayexp.data.download import cache_dir, download
 from rayexp.errors import UserError
@@ -97,7 +97,7 @@ def open_source(source: str | Path, marker: str, *, layout: str = "") -> Source:
             return Source(found[0], "", list_folder(found[0]))
     elif path.is_file():
         files = _list_zip(path)
-        at = [name for name in files if PurePosixPath(name).name == marker and not name.startswith("__MACOSX/")]
+        at = [name for name in files if f"/{name}".endswith(f"/{marker}") and not name.startswith("__MACOSX/")]
         if at:
             prefix = min(at, key=lambda name: (name.count("/"), name)).removesuffix(marker)
             inside = {name.removeprefix(prefix): mark for name, mark in files.items() if name.startswith(prefix)}
@@ -147,8 +147,8 @@ def _list_zip(path: Path) -> dict[str, tuple[int, int]]:
     files: dict[str, tuple[int, int]] = {}
     for entry in _archive(path).infolist():
         name = entry.filename
-        parts = PurePosixPath(name.replace("\\", "/")).parts
-        if name.startswith(("/", "\\")) or ".." in parts or (parts and parts[0].endswith(":")):
+        parts = name.replace("\\", "/").split("/")
+        if parts[0] == "" or parts[0].endswith(":") or ".." in parts:
             raise UserError(f"{path}: entry {name!r} leads out of the archive; refused")
         if stat.S_ISLNK(entry.external_attr >> 16):
             raise UserError(f"{path}: entry {name!r} is a symbolic link; refused")

@@ -117,7 +117,7 @@ def _alone(to: Path) -> Iterator[Path]:
     while True:
         partial.mkdir(parents=True, exist_ok=True)
         try:
-            handle = os.open(partial / "lock", os.O_CREAT | os.O_RDWR)
+            handle = os.open(partial / "lock", os.O_CREAT | os.O_RDWR, 0o644)
         except FileNotFoundError:
             continue  # the one before us has just finished and swept up
         try:

@@ -48,13 +48,13 @@ def read_meta(root: Path) -> dict[str, Any]:
         raise UserError(f"{root}: no packed data there (no meta.json); {why}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
+    if not isinstance(meta, dict) or meta.get("kind") != "images":
+        raise UserError(f"{root}: holds other data, not packed images")
     try:
         if meta["format"] > FORMAT:
             raise UserError(
                 f"{path}: format {meta['format']} is newer than this rayexp knows ({FORMAT}); upgrade rayexp"
             )
-        if meta["kind"] != "images":
-            raise UserError(f"{root}: holds {meta['kind']}, not images")
         if not all(len(meta["names"][split]) == meta["counts"][split] for split in SPLITS):
             raise ValueError("names and counts differ")
         if not {"sha", "classes", "image_size", "source_key"} <= meta.keys():

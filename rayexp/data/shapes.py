@@ -26,6 +26,7 @@ from rayexp.data.fetch import cache_dir, open_source
 from rayexp.data.pack import Plan, done, pack
 from rayexp.data.packed import info, open_packed
 from rayexp.data.tiny_imagenet import SIZE, make_plan
+from rayexp.errors import UserError
 from rayexp.runs import TEMPORARY
 
 __all__ = ["draw", "draw_archive", "fetch", "home", "info", "open_data"]
@@ -43,12 +44,13 @@ Colour = tuple[int, int, int]
 
 
 def open_data(config: DataConfig) -> ImageData:
-    """The embedded images at `config.image_size` (drawn at 64, resized for others), made on first use in `cache_dir`.
+    """The embedded images at `config.image_size` (drawn at 64, resized for others), made on first use in `cache_dir`;
+    or those that `fetch` put into `config.root`.
 
     Raises:
         UserError: the cache cannot be written or its disk is full.
     """
-    return open_packed(home(config.image_size), config)
+    return open_packed(config.root.expanduser() if config.root else home(config.image_size), config)
 
 
 def home(size: int = SIZE, train: int = 200, val: int = 50, seed: int = 0) -> Path:
@@ -62,18 +64,27 @@ def home(size: int = SIZE, train: int = 200, val: int = 50, seed: int = 0) -> Pa
 def fetch(source: str | None, to: Path, *, size: int = SIZE, train: int = 200, val: int = 50, seed: int = 0) -> bool:
     """Draw and pack into `to`; False where that was done before. `source` is not used: there is none."""
 
+    archive = to.absolute() / "shapes.zip"
+    drawn = []
+
     def plan() -> Plan:
-        archive = to.absolute() / "shapes.zip"
         if not archive.exists():
             temporary = archive.with_name(f"{TEMPORARY}{archive.name}")
             try:
                 draw_archive(temporary, train, val, seed)
-                temporary.replace(archive)
+                drawn.append(temporary.replace(archive))
             finally:
                 temporary.unlink(missing_ok=True)
         return make_plan(open_source(archive, "wnids.txt"), "shapes", size)
 
-    return not done(to) and pack(to, plan)
+    try:
+        return not done(to) and pack(to, plan)
+    except UserError:
+        for path in drawn:
+            path.unlink()
+            with contextlib.suppress(OSError):
+                path.parent.rmdir()
+        raise
 
 
 def draw_archive(path: Path, train: int, val: int, seed: int) -> None:

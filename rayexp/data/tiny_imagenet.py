@@ -33,7 +33,7 @@ def open_data(config: DataConfig) -> ImageData:
     Raises:
         UserError: see `open_packed`; for an unpacked folder or archive, the line says how to pack it.
     """
-    root = config.root or Path("data/tiny_imagenet")
+    root = (config.root or Path("data/tiny_imagenet")).expanduser()
     if not done(root) and (root.is_file() or (root / "wnids.txt").exists() or any(root.glob("*/wnids.txt"))):
         raise UserError(
             f"data.root: {root} is not packed; run `rayexp data fetch tiny_imagenet --from {root} --to DIR`"

@@ -88,7 +88,7 @@ def test_goes_on_after_breaks(server, cache):
 def test_goes_on_in_a_later_call(server, cache):
     server.files["/a.zip"] = DATA
     server.breaks = [9_000] + [0] * (downloads.ATTEMPTS - 1)
-    with pytest.raises(UserError, match=r"a\.zip: cannot be downloaded .*the same command goes on"):
+    with pytest.raises(UserError, match=r"a\.zip: cannot be downloaded .*the same command tries again"):
         download(server.url + "/a.zip")
     server.asked.clear()
     assert download(server.url + "/a.zip").read_bytes() == DATA

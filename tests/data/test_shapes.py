@@ -4,12 +4,13 @@ import hashlib
 import subprocess
 import sys
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from rayexp.config import DataConfig
-from rayexp.data import packed, shapes, tiny_imagenet
+from rayexp.data import pack, packed, shapes, tiny_imagenet
 from rayexp.errors import UserError
 
 
@@ -68,6 +69,20 @@ def test_other_size_and_seed(cache):
     assert small.train.images.shape == (40, 32, 32, 3)
     one, other = (packed.read_meta(shapes.home(train=2, val=1, seed=seed))["sha"]["train"] for seed in (0, 1))
     assert one != other
+
+
+def test_fetched_elsewhere(tmp_path, cache):
+    assert shapes.fetch(None, tmp_path / "d", train=2, val=1) is True
+    assert shapes.fetch(None, tmp_path / "d", train=2, val=1) is False
+    assert len(shapes.open_data(DataConfig(root=tmp_path / "d")).train) == 40
+    assert list(cache.iterdir()) == []
+
+
+def test_full_disk_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(pack.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    with pytest.raises(UserError, match="the disk is too full"):
+        shapes.fetch(None, tmp_path / "d", train=1, val=1)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_first_use_by_several_processes(cache):

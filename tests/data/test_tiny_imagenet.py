@@ -264,6 +264,21 @@ def test_unpacked_root_says_what_to_do(tmp_path, tiny):
         tiny_imagenet.open_data(config(tmp_path / "nowhere"))
 
 
+@pytest.mark.parametrize("meta", ["[]", "{}", '{"layout": 1, "name": "wikitext2"}'])
+def test_a_folder_with_other_data(tmp_path, tiny, listing, meta):
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "meta.json").write_text(meta)
+    source = tiny.write_zip(tmp_path / "a.zip", tiny.layout())
+    before = listing(tmp_path)
+    for use in (
+        lambda: tiny_imagenet.open_data(config(tmp_path / "d")),
+        lambda: tiny_imagenet.fetch(source, tmp_path / "d"),
+    ):
+        with pytest.raises(UserError, match="d: holds other data, not packed images"):
+            use()
+    assert listing(tmp_path) == before
+
+
 def test_other_image_size_is_refused(tmp_path, tiny):
     tiny_imagenet.fetch(tiny.write_zip(tmp_path / "a.zip", tiny.layout()), tmp_path / "d")
     with pytest.raises(UserError, match=r"data\.image_size: .* packed at 64 pixels, got 32; allowed: 64"):
