@@ -7,7 +7,6 @@ The token proves who may come in; it encrypts nothing: over a foreign network us
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import stat
@@ -42,20 +41,20 @@ def token() -> str | None:
         raise UserError(f"{token_path()}: the cluster's token cannot be read ({error.strerror})") from error
 
 
-def lock() -> None:
-    """Before Ray starts or is joined: token authentication on, a token there, its file closed to others.
+def make_token() -> None:
+    """Before a Ray is started here: a token, in a file that is closed to others.
 
-    RAY_AUTH_MODE is respected where it is set.
+    Ray would make one too, but readable by everyone. RAY_AUTH_MODE=disabled and RAY_AUTH_TOKEN are respected.
     """
-    if os.environ.setdefault("RAY_AUTH_MODE", "token").lower() != "token":
+    if os.environ.get("RAY_AUTH_MODE", "").lower() == "disabled" or os.environ.get("RAY_AUTH_TOKEN"):
         return
     path = token_path()
     if token() is None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
             file.write(secrets.token_hex(32))
-    if "RAY_AUTH_TOKEN" not in os.environ and stat.S_IMODE(path.stat().st_mode) & 0o077:
-        path.chmod(0o600)  # Ray itself writes it readable by everyone
+    if stat.S_IMODE(path.stat().st_mode) & 0o077:
+        path.chmod(0o600)
 
 
 def address(given: str | None) -> str:
@@ -83,7 +82,9 @@ def headers() -> dict[str, str]:
 
 def refused(address: str) -> NoReturn:
     """The cluster said 401 or 403 (UserError)."""
-    why = "does not know the token in" if token() else "wants a token, and none is in"
+    if os.environ.get("RAY_AUTH_MODE", "").lower() == "disabled":
+        raise UserError(f"{address} wants its token, and RAY_AUTH_MODE=disabled holds it back")
+    why = "does not know the token in" if token() else "wants its token, and none is in"
     raise UserError(f"{address} {why} RAY_AUTH_TOKEN or {token_path()}; copy ~/.ray/auth_token of the head there")
 
 
@@ -134,11 +135,3 @@ def _request(address: str, path: str, query: dict[str, Any]) -> Any:
         text = answer.text.strip().splitlines() or [str(answer.status_code)]
         raise RunError(f"{address}{path}: {text[-1]}")
     return answer
-
-
-def job_id() -> str | None:
-    """The id under which this process was submitted to a cluster, or None where it is no job."""
-    try:
-        return str(json.loads(os.environ["RAY_JOB_CONFIG_JSON_ENV_VAR"])["metadata"]["job_submission_id"])
-    except (KeyError, ValueError, TypeError):
-        return None

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from rayexp.errors import RunError, UserError, nearest
-from rayexp.launch import doors
+from rayexp.launch import as_job, doors
 from rayexp.runs import TEMPORARY, Run
 
 SHELF = "rayexp"  # folder in a Ray node's logs
@@ -44,7 +44,7 @@ def offer(run: Run) -> None:
 
     node: Any = ray._private.worker._global_node  # Ray has no public word for a node's log folder
     shelf = Path(node.get_logs_dir_path()) / SHELF
-    job = doors.job_id()
+    job = as_job.job_id()
     for link in (shelf / "runs" / run.id, *((shelf / "jobs" / job / run.id,) if job else ())):
         link.parent.mkdir(parents=True, exist_ok=True)
         temporary = link.with_name(f"{TEMPORARY}{os.getpid()}")

@@ -18,6 +18,7 @@ from typing import IO, TYPE_CHECKING, Any
 from rayexp.config import ExperimentConfig
 from rayexp.errors import UserError
 from rayexp.launch import plan as planning
+from rayexp.launch.as_job import at_home, job_id
 from rayexp.launch.plan import Plan
 from rayexp.launch.screen import screen
 from rayexp.launch.stopping import stoppable
@@ -63,7 +64,7 @@ def run(
         KeyboardInterrupt: it was asked to stop; the last whole step is saved and run.json says `stopped`.
     """
     started = started or time.time()
-    config = config.absolute()
+    config = at_home(config).absolute()
     if resume is not None:
         check_unchanged(resume, config)
     made = resume or Run.create(config, argv=list(argv), parent=parent)
@@ -156,13 +157,21 @@ def _supervise(
     if config.scaling.num_workers == 0:
         from rayexp.launch.local import attempt, here
 
+        if job_id():
+            from rayexp.launch import sources
+            from rayexp.launch.on_ray import session
+
+            with session.session(address):
+                sources.offer(run)
         plan = planning.make(config, [here()])
         with screen(run, console) as shown, stoppable(run, shown.say):
             return attempt(run, payload | _placed(plan))
+    from rayexp.launch import sources
     from rayexp.launch.on_ray import session
     from rayexp.launch.on_ray.drive import drive
 
     with screen(run, console) as shown, stoppable(run, shown.say) as stopped, session.session(address):
+        sources.offer(run)
         return drive(run, config, payload, _placed, shown, stopped)
 
 

@@ -8,11 +8,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ray
+import ray._private.authentication.authentication_token_setup
 import ray._private.state
 import ray._private.utils
 
 from rayexp.config import ExperimentConfig
 from rayexp.errors import UserError
+from rayexp.launch import doors
 from rayexp.launch.plan import Node, Plan, capacity
 
 # Read by processes that Ray starts from here.
@@ -56,6 +58,7 @@ def session(address: str | None) -> Iterator[bool]:
         words["address"] = address
     try:
         with environment(_QUIET):
+            _bring_token(address)
             ray.init(**words)
     except ConnectionError as error:
         raise UserError(f"--address {address}: no Ray answers there ({' '.join(str(error).split())[:200]})") from error
@@ -63,6 +66,15 @@ def session(address: str | None) -> Iterator[bool]:
         yield not address
     finally:
         ray.shutdown()
+
+
+def _bring_token(address: str | None) -> None:
+    """A Ray started here gets a token that only its owner can read; one that is joined is shown the token we have,
+    which Ray does by itself only where no address is given."""
+    if not address:
+        doors.make_token()
+    elif "RAY_AUTH_MODE" not in os.environ and doors.token():
+        ray._private.authentication.authentication_token_setup._enable_token_auth()
 
 
 def nodes() -> list[Node]:

@@ -1,0 +1,150 @@
+"""The copy: whole, checked, taken up again. Without Ray; the same code reads a cluster's node (test_head, test_hosts)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from rayexp.errors import RunError, UserError
+from rayexp.launch.collect import collect
+from rayexp.launch.sources import Storage, find, shown
+from rayexp.runs import Run, broken
+
+
+def content(root: Path) -> dict[str, bytes]:
+    """Every file of a run that a copy should have."""
+    return {
+        str(p.relative_to(root)): p.read_bytes()
+        for p in root.rglob("*")
+        if p.is_file() and p.name not in ("collected.json", "driver.lock")
+    }
+
+
+class Breaking(Storage):
+    """A storage whose connection breaks after so many bytes."""
+
+    def __init__(self, place: str, after: int) -> None:
+        super().__init__(place)
+        self.left = after
+
+    def read(self, path: str) -> Iterator[bytes]:
+        for piece in super().read(path):
+            for start in range(0, len(piece), 1000):
+                self.left -= 1000
+                if self.left < 0:
+                    raise RunError("the connection broke off")
+                yield piece[start : start + 1000]
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_the_copy_is_the_run(made_run: Run, tmp_path: Path, scheme: str) -> None:
+    source, name = find(scheme + str(made_run.root), None)
+    got = collect(source, name, tmp_path / "home")
+    assert name == made_run.id
+    assert content(got.run.root) == content(made_run.root)
+    assert got.epochs == got.fetched == [1, 2, 3]
+    assert Run.find(made_run.id, tmp_path / "home").predictions(2).kind == "images"
+
+
+def test_only_the_asked_checkpoints(made_run: Run, tmp_path: Path) -> None:
+    source, name = find(str(made_run.root), None)
+    got = collect(source, name, tmp_path / "home", "1,last")
+    assert got.run.epochs() == [1, 3]
+    assert [r.epoch for r in got.run.records()] == [1, 2, 3]
+    assert got.run.predictions_path(2).exists()
+    assert collect(source, name, tmp_path / "home", "none").epochs == [1, 3]  # what is there stays
+    assert collect(source, name, tmp_path / "home", "1-2").fetched == [2]
+
+
+@pytest.mark.parametrize("asked", ["4", "0", "x", "1-", "2-7", ""])
+def test_epochs_that_are_not_there(made_run: Run, tmp_path: Path, asked: str) -> None:
+    source, name = find(str(made_run.root), None)
+    with pytest.raises(UserError, match="--epochs"):
+        collect(source, name, tmp_path / "home", asked)
+    assert not (tmp_path / "home").exists()
+
+
+@pytest.mark.parametrize("after", [0, 1_000, 5_000, 200_000, 320_000, 650_000, 900_000])
+def test_a_break_leaves_nothing_half_and_is_taken_up(made_run: Run, tmp_path: Path, after: int) -> None:
+    home = tmp_path / "home"
+    with pytest.raises(RunError, match="broke off"):
+        collect(Breaking(str(made_run.root), after), made_run.id, home)
+    assert Run.all(home) == []  # no run yet
+    whole = Run(home / made_run.id)
+    assert all(broken(whole.checkpoint(e)) is None for e in whole.epochs())
+    before = sum(map(len, content(whole.root).values())) if whole.root.exists() else 0
+    got = collect(Storage(str(made_run.root)), made_run.id, home)
+    assert content(got.run.root) == content(made_run.root)
+    everything = sum(map(len, content(made_run.root).values()))
+    assert got.size < everything - before + 50_000  # checkpoints that had arrived were not fetched again
+
+
+def test_again_fetches_only_what_is_new(
+    made_run: Run, tmp_path: Path, write_run: Callable[..., Run]
+) -> None:
+    source, name = find(str(made_run.root), None)
+    collect(source, name, tmp_path / "home")
+    assert collect(source, name, tmp_path / "home").fetched == []
+    write_run(tmp_path, 5, made_run)
+    got = collect(source, name, tmp_path / "home")
+    assert got.fetched == [4, 5]
+    assert content(got.run.root) == content(made_run.root)
+
+
+def test_a_damaged_copy_is_mended(made_run: Run, tmp_path: Path) -> None:
+    source, name = find(str(made_run.root), None)
+    copy = collect(source, name, tmp_path / "home").run
+    tensors = copy.checkpoint(2) / "state.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-1])
+    assert collect(source, name, tmp_path / "home").fetched == [2]
+    assert content(copy.root) == content(made_run.root)
+
+
+def test_damage_at_the_source_is_named_and_keeps_nothing_else_back(made_run: Run, tmp_path: Path) -> None:
+    tensors = made_run.checkpoint(2) / "state.safetensors"
+    tensors.write_bytes(b"x" + tensors.read_bytes()[1:])
+    made_run.predictions_path(3).write_bytes(made_run.predictions_path(3).read_bytes()[:-300])
+    source, name = find(str(made_run.root), None)
+    with pytest.raises(RunError, match=r"epoch 2: .*damaged.*epoch 3: predictions"):
+        collect(source, name, tmp_path / "home")
+    copy = Run(tmp_path / "home" / name)
+    assert copy.epochs() == [1, 3]
+    assert [broken(copy.checkpoint(e)) for e in (1, 3)] == [None, None]
+    assert not copy.predictions_path(3).exists()
+
+
+def test_the_run_itself_is_never_written_into(made_run: Run) -> None:
+    source, name = find(str(made_run.root), None)
+    before = content(made_run.root)
+    with pytest.raises(UserError, match="the run itself"):
+        collect(source, name, made_run.root.parent)
+    assert content(made_run.root) == before
+    assert not (made_run.root / "collected.json").exists()
+
+
+def test_a_checkpoint_cannot_name_a_file_outside(made_run: Run, tmp_path: Path) -> None:
+    words = made_run.checkpoint(1) / "state.json"
+    words.write_text(words.read_text().replace("state.safetensors", "../../../evil"))
+    source, name = find(str(made_run.root), None)
+    with pytest.raises(RunError, match="outside"):
+        collect(source, name, tmp_path / "home")
+    assert not list(tmp_path.rglob("evil"))
+
+
+def test_a_newer_layout_is_refused(made_run: Run, tmp_path: Path) -> None:
+    made_run.meta_path.write_text(made_run.meta_path.read_text().replace('"layout": 1', '"layout": 99'))
+    source, name = find(str(made_run.root), None)
+    with pytest.raises(UserError, match="layout 99"):
+        collect(source, name, tmp_path / "home")
+
+
+@pytest.mark.parametrize("place", ["nowhere/run", "s4://bucket/run", "/nowhere"])
+def test_places_that_are_none(place: str) -> None:
+    with pytest.raises(UserError):
+        find(place, "http://127.0.0.1:1")
+
+
+def test_a_uri_is_shown_without_its_secret() -> None:
+    assert shown("s3://key:secret@bucket/runs/a?token=b") == "s3://bucket/runs/a"
