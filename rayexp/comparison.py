@@ -1,0 +1,233 @@
+"""A comparison on disk: a plan of cells, one row for every cell and repeat that ran, and their run directories.
+
+    runs/<utc>-<name>-<4 hex>/
+      compare.json   status, the plan, the rows, the environment
+      compare.yaml   the resolved grid;  base.yaml  its base experiment: `rayexp compare X/compare.yaml` repeats it
+      cells/         an ordinary run directory for every row
+
+compare.json is rewritten whole after every row, so that a killed comparison goes on with what is missing.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rayexp.config import CompareConfig, ExperimentConfig, load
+from rayexp.errors import UserError, nearest
+from rayexp.runs import Run, now, write_atomic, write_json
+
+LAYOUT = 1
+PLAIN = "plain"
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One point of the grid.
+
+    Attributes:
+        id: `cpu-x2-exact`; names the cell in rows and run directories.
+        kind: `cpu` or `gpu`.
+        workers: 0 is in-process.
+        devices: GPUs, or CPU cores, over all workers; what speed-up is counted against.
+        precision: fp32, tf32 or bf16.
+        reduction: exact, ddp, or `plain`: the single-process PyTorch script, without rayexp's engine.
+        skip: why it does not run, or None.
+        config: the cell's whole ExperimentConfig as plain values (empty where it could not be made).
+    """
+
+    id: str
+    kind: str
+    workers: int
+    devices: float
+    precision: str
+    reduction: str
+    skip: str | None
+    config: Mapping[str, Any]
+
+    @property
+    def where(self) -> str:
+        """`cpu, in-process`, `gpu x 8`, `cpu, plain script`."""
+        if self.reduction == PLAIN:
+            return f"{self.kind}, plain script"
+        return f"{self.kind} x {self.workers}" if self.workers else f"{self.kind}, in-process"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What came of one repeat of a cell.
+
+    Attributes:
+        cell: the cell's id.
+        repeat: counts from 1.
+        status: `done` or `failed`.
+        error: one line, or None.
+        run: name of the run directory under cells/; None where there is none.
+        wall_seconds: from the command to the end, the workers' shutdown included.
+        finished: UTC.
+    """
+
+    cell: str
+    repeat: int
+    status: str
+    error: str | None
+    run: str | None
+    wall_seconds: float
+    finished: str
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One comparison's directory."""
+
+    root: Path
+
+    @classmethod
+    def create(
+        cls, config: CompareConfig, base: ExperimentConfig, cells: tuple[Cell, ...], fields: Mapping[str, Any]
+    ) -> Comparison:
+        """Make the directory under `config.storage_path`.
+
+        Args:
+            config: the grid.
+            base: its base experiment, with paths made absolute.
+            cells: the plan.
+            fields: more for compare.json: argv, environment.
+
+        Raises:
+            UserError: the directory cannot be made.
+        """
+        stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
+        storage = config.storage_path.expanduser().resolve()
+        made = cls(storage / f"{stamp}-{config.name}-{secrets.token_hex(2)}")
+        try:
+            made.cells_path.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(f"storage_path: {made.root} cannot be made ({error.strerror})") from error
+        import yaml
+
+        tree = {**config.model_dump(mode="json"), "base": "base.yaml", "storage_path": str(storage)}
+        write_atomic(made.root / "base.yaml", base.to_yaml())
+        write_atomic(made.root / "compare.yaml", yaml.safe_dump(tree, sort_keys=False))
+        plan = [asdict(cell) for cell in cells]
+        meta = {"layout": LAYOUT, "id": made.root.name, "name": config.name, "status": "running", "created": now()}
+        write_json(made.meta_path, {**meta, "pid": os.getpid(), **fields, "plan": plan, "rows": []})
+        return made
+
+    @classmethod
+    def find(cls, name: str, storage: Path) -> Comparison:
+        """The comparison whose path, directory name, or unambiguous part of that name is `name`.
+
+        Raises:
+            UserError: none or several match, or it is of a newer layout.
+        """
+        path = Path(name).expanduser()
+        if (path / "compare.json").is_file():
+            found = cls(path.resolve())
+        else:
+            there = sorted(storage.iterdir()) if storage.is_dir() else []
+            names = [p.name for p in there if (p / "compare.json").is_file()]
+            fits = [n for n in names if n == name] or [n for n in names if name and name in n]
+            if len(fits) > 1:
+                raise UserError(f"{name!r} names several comparisons in {storage}: {', '.join(fits)}")
+            if not fits:
+                raise UserError(
+                    f"no comparison {name!r} in {storage}{nearest(name, names)}; give a directory's path or name "
+                    "(--runs DIR looks elsewhere)"
+                )
+            found = cls((storage / fits[0]).resolve())
+        found.meta()
+        return found
+
+    @property
+    def id(self) -> str:
+        """The directory's name."""
+        return self.root.name
+
+    @property
+    def meta_path(self) -> Path:
+        """compare.json"""
+        return self.root / "compare.json"
+
+    @property
+    def cells_path(self) -> Path:
+        """cells/"""
+        return self.root / "cells"
+
+    def meta(self) -> dict[str, Any]:
+        """compare.json.
+
+        Raises:
+            UserError: damaged, or written by a newer rayexp.
+        """
+        try:
+            meta = json.loads(self.meta_path.read_bytes())
+            layout = meta["layout"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self.meta_path}: not a comparison's description ({error})") from error
+        if not isinstance(layout, int) or layout > LAYOUT:
+            raise UserError(
+                f"{self.meta_path}: layout {layout} is newer than this rayexp knows ({LAYOUT}); upgrade rayexp"
+            )
+        return dict(meta)
+
+    def config(self) -> CompareConfig:
+        """The resolved grid."""
+        return load(self.root / "compare.yaml", kind=CompareConfig)
+
+    def base(self) -> ExperimentConfig:
+        """The base experiment, without the grid's overrides."""
+        return load(self.root / "base.yaml")
+
+    def cells(self) -> list[Cell]:
+        """The plan, skipped cells too."""
+        return [Cell(**cell) for cell in self.meta()["plan"]]
+
+    def rows(self) -> list[Row]:
+        """What has run so far."""
+        return [Row(**row) for row in self.meta()["rows"]]
+
+    def run(self, row: Row) -> Run | None:
+        """The row's run directory."""
+        run = Run(self.cells_path / row.run) if row.run else None
+        return run if run is not None and run.meta_path.is_file() else None
+
+    def missing(self) -> list[tuple[Cell, int]]:
+        """Cells and repeats that are not done: every cell's first repeat, then every cell's second, and so on.
+
+        Repeats are interleaved, so that a machine that grows slower or faster does so for all cells alike.
+        """
+        there = {(row.cell, row.repeat) for row in self.rows() if row.status == "done"}
+        cells = [cell for cell in self.cells() if cell.skip is None]
+        repeats = range(1, self.config().repeats + 1)
+        return [(cell, repeat) for repeat in repeats for cell in cells if (cell.id, repeat) not in there]
+
+    def add(self, row: Row, session: str) -> None:
+        """Put a row into compare.json; one of the same cell and repeat is replaced.
+
+        Args:
+            row: what has ended.
+            session: as `begin` gave it. A process that outlived its killed driver has an old one, and its row is not
+                wanted: the cell is measured anew, undisturbed.
+        """
+        meta = self.meta()
+        if meta.get("session") != session:
+            return
+        others = [r for r in meta["rows"] if (r["cell"], r["repeat"]) != (row.cell, row.repeat)]
+        write_json(self.meta_path, {**meta, "rows": [*others, asdict(row)]})
+
+    def begin(self) -> str:
+        """A driver starts on what is missing; gives the word that its rows must carry."""
+        session = secrets.token_hex(8)
+        self.update(status="running", error=None, finished=None, pid=os.getpid(), session=session)
+        return session
+
+    def update(self, **fields: Any) -> None:
+        """Set fields of compare.json."""
+        write_json(self.meta_path, {**self.meta(), **fields})

@@ -1,0 +1,302 @@
+"""Ray Tune runs a device grid: one cell at a time, each an ordinary run, each row on disk as soon as it is there.
+
+Tune's own books are thrown away: what is done and what is missing is what compare.json says, so a comparison that was
+killed goes on without Tune's pickled state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rayexp.comparison import PLAIN, Cell, Comparison, Row
+from rayexp.config import CompareConfig, ExperimentConfig, parse
+from rayexp.errors import RunError, UserError
+from rayexp.launch.cells import base_of, plan, with_overrides
+from rayexp.launch.plan import Node
+from rayexp.runs import Run, now
+
+# For the processes that Tune starts from here: no books, no signal handlers of its own, no working directories.
+_ENVIRONMENT = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+SHARE = 0.001  # of the driver's node: a trial that starts workers must hold nothing that they need
+
+
+def planned(config: CompareConfig, folder: Path, address: str | None = None) -> tuple[ExperimentConfig, list[Cell]]:
+    """The base experiment with paths made absolute, and the cells, as this machine or that cluster allows.
+
+    Args:
+        config: the grid.
+        folder: where its file lies.
+        address: of a running Ray.
+
+    Raises:
+        UserError: grid, base or overrides are wrong, or there is no Ray at that address.
+    """
+    base = base_of(config, folder).absolute()
+    changed = with_overrides(base, config.overrides).absolute()
+    return base, list(plan(config, changed, machines(address)))
+
+
+def machines(address: str | None) -> list[Node]:
+    """What there is to compute on: the cluster where one runs, else this machine (no Ray is started)."""
+    import ray._private.utils
+
+    from rayexp.launch.on_ray import session
+
+    if address or os.environ.get("RAY_ADDRESS") or ray._private.utils.read_ray_address():
+        with session.session(address):
+            return session.nodes()
+    from rayexp.launch.local import here
+
+    return [here()]
+
+
+def start(config: CompareConfig, base: ExperimentConfig, cells: Sequence[Cell], *, argv: Sequence[str]) -> Comparison:
+    """Make the comparison's directory.
+
+    Raises:
+        UserError: no cell can run, or its data or model is wrong (found out before the first cell runs; data that
+            is not packed yet is packed here, so that no cell's start-up has it).
+    """
+    first = next((cell for cell in cells if cell.skip is None and cell.reduction != PLAIN), None)
+    if first is None:
+        reasons = "; ".join(f"{cell.id}: {cell.skip}" for cell in cells if cell.skip)
+        raise UserError(f"scaling: no cell of the grid can run here ({reasons})")
+    from rayexp.workloads import open_workload
+
+    open_workload(parse(first.config, ExperimentConfig, first.id))
+    return Comparison.create(config, base, tuple(cells), {"argv": list(argv), "environment": environment()})
+
+
+def environment() -> dict[str, Any]:
+    """The machine and the versions, for the report."""
+    import importlib.metadata
+    import platform
+
+    import psutil
+    import torch
+
+    from rayexp.engine.place import cores, cpu_capability
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    packages = ("rayexp", "torch", "torchvision", "ray", "numpy")
+    return {
+        "cpu": _cpu_name(),
+        "cores": cores(),
+        "cpu_capability": cpu_capability(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "gpus": gpus,
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+    }
+
+
+def _cpu_name() -> str:
+    import platform
+
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+# ---------------------------------------------------------------------- running
+
+
+def go(comparison: Comparison, *, address: str | None = None, say: Callable[[str], None] = lambda line: None) -> None:
+    """Run what is missing. Failed cells are rows with their error; the others go on.
+
+    Args:
+        comparison: new or interrupted.
+        address: of a running Ray; None: as for `train`.
+        say: is told a line about every cell that starts or ends.
+
+    Raises:
+        UserError: another process is at it.
+        KeyboardInterrupt: Ctrl-C; what is done stays.
+    """
+    with _only_driver(comparison):
+        _bury(comparison)
+        session = comparison.begin()
+        try:
+            jobs = [
+                {"comparison": str(comparison.root), "session": session, "cell": cell.id, "repeat": repeat}
+                for cell, repeat in comparison.missing()
+            ]
+            if jobs:
+                _tune(comparison, jobs, address, say)
+        except BaseException as error:
+            stopped = isinstance(error, KeyboardInterrupt)
+            line = " ".join(str(error).split()) or type(error).__name__
+            comparison.update(status="stopped" if stopped else "failed", error=line, finished=now())
+            raise
+        comparison.update(status="done", finished=now())
+
+
+@contextlib.contextmanager
+def _only_driver(comparison: Comparison) -> Iterator[None]:
+    with (comparison.root / "driver.lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{comparison.id}: another process is running it") from None
+        yield
+
+
+def _bury(comparison: Comparison) -> None:
+    """Runs of a killed driver say so; they are measured anew, because half a cell is no measurement."""
+    for run in Run.all(comparison.cells_path):
+        if run.status() == "died":
+            run.update(status="stopped", error="the comparison was interrupted; the cell was measured anew")
+
+
+def _tune(comparison: Comparison, jobs: list[dict[str, Any]], address: str | None, say: Callable[[str], None]) -> None:
+    from ray import tune
+
+    from rayexp.launch.on_ray import session as on_ray
+
+    # Tune warns of the books that it was told not to keep.
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    cells = {cell.id: cell for cell in comparison.cells()}
+    books = comparison.root / "tune"
+    with on_ray.environment(_ENVIRONMENT), on_ray.session(address):
+        host = f"node:{on_ray.nodes()[0].name}"
+        cores = on_ray.nodes()[0].cpus
+
+        def held(sample: dict[Any, Any]) -> tune.PlacementGroupFactory:
+            return tune.PlacementGroupFactory([resources(cells[sample["job"]["cell"]], host, cores)])
+
+        tuner = tune.Tuner(
+            tune.with_resources(trial, held),
+            param_space={"job": tune.grid_search(jobs)},
+            tune_config=tune.TuneConfig(max_concurrent_trials=1, reuse_actors=False),
+            run_config=tune.RunConfig(name="tune", storage_path=str(books), verbose=0, callbacks=[_lines(jobs, say)]),
+        )
+        try:
+            results = tuner.fit()
+        finally:
+            shutil.rmtree(books, ignore_errors=True)
+    # A trial whose process died could not write its row.
+    for result in (results[i] for i in range(len(results))):
+        job = (result.config or {})["job"]
+        there = {(row.cell, row.repeat) for row in comparison.rows()}
+        if (job["cell"], job["repeat"]) not in there:
+            line = _line(result.error) if result.error else "the cell's process ended without a word"
+            comparison.add(Row(job["cell"], job["repeat"], "failed", line, None, 0.0, now()), job["session"])
+
+
+def resources(cell: Cell, host: str, cores: float) -> dict[str, float]:
+    """What the trial itself holds: in-process cells compute in it, on the driver's machine; the others only start
+    workers, and a trial that held a core would starve them."""
+    if cell.workers:
+        return {host: SHARE}
+    if cell.kind == "gpu":
+        return {host: SHARE, "CPU": 1.0, "GPU": max(1.0, cell.devices)}
+    return {host: SHARE, "CPU": max(1.0, cores)}
+
+
+def _lines(jobs: Sequence[Mapping[str, Any]], say: Callable[[str], None]) -> Any:
+    from ray import tune
+
+    class Lines(tune.Callback):
+        """Says which cell starts and how it ended."""
+
+        count = 0
+
+        def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+            self.count += 1
+            job = trial.config["job"]
+            say(f"[{self.count}/{len(jobs)}] {job['cell']}, repeat {job['repeat']}")
+
+        def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+            say(f"        {trial.last_result.get('line', 'done')}")
+
+        def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+            say("        failed: the cell's process died")
+
+    return Lines()
+
+
+# ---------------------------------------------------------------------- one cell, in a trial
+
+
+def trial(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """Run one repeat of one cell, and write its row. Tune calls it in a process of its own."""
+    job = sample["job"]
+    comparison = Comparison(Path(job["comparison"]))
+    cell = next(cell for cell in comparison.cells() if cell.id == job["cell"])
+    row = measure(comparison, cell, job["repeat"])
+    comparison.add(row, job["session"])
+    return {"line": f"failed: {row.error}" if row.error else f"done in {row.wall_seconds:.0f} s"}
+
+
+def measure(comparison: Comparison, cell: Cell, repeat: int) -> Row:
+    """Run one repeat of a cell here, and say what came of it."""
+    words = {"storage_path": str(comparison.cells_path), "name": f"{cell.id}-r{repeat}", "max_failures": 0}
+    before = {run.id for run in Run.all(comparison.cells_path)}
+    began = time.time()
+    error = None
+    try:
+        # A worker that is replaced would be timed with its restart, so a lost worker fails the cell.
+        config = parse({**cell.config, **words}, ExperimentConfig, cell.id)
+        argv = [*comparison.meta()["argv"], f"# {cell.id}, repeat {repeat}"]
+        if cell.reduction == PLAIN:
+            plain(config, "cuda" if cell.kind == "gpu" else "cpu", argv, began, comparison.id)
+        else:
+            from rayexp.launch.train import run
+
+            run(config, argv=argv, started=began, parent=comparison.id)
+    except (UserError, RunError) as failure:
+        error = _line(failure)
+    except Exception as failure:
+        error = f"{type(failure).__name__}: {_line(failure)}"
+    wall = time.time() - began
+    mine = [run.id for run in Run.all(comparison.cells_path) if run.id not in before]
+    return Row(cell.id, repeat, "failed" if error else "done", error, mine[-1] if mine else None, wall, now())
+
+
+def plain(config: ExperimentConfig, device: str, argv: Sequence[str], started: float, parent: str) -> Run:
+    """The plain PyTorch script as a process of its own, its record in an ordinary run directory.
+
+    Raises:
+        RunError: it failed; the line is the last that it printed.
+    """
+    made = Run.create(config, argv=list(argv), parent=parent)
+    made.logs.mkdir()
+    payload = {"run": str(made.root), "config": config.model_dump(mode="json"), "device": device, "started": started}
+    path, out = made.root / "payload.json", made.logs / "plain.out"
+    path.write_text(json.dumps(payload))
+    # Ray sets the thread count for its own processes; a script from the shell would not have it.
+    inherited = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    with out.open("wb") as file:
+        command = [sys.executable, "-m", "rayexp.workloads.plain", str(path)]
+        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=inherited, check=False).returncode
+    words = json.loads((made.root / "startup.json").read_text()) if (made.root / "startup.json").is_file() else {}
+    if code:
+        lines = out.read_text(errors="replace").strip().splitlines() or ["no output"]
+        made.update(status="failed", error=lines[-1], finished=now())
+        raise RunError(f"the plain script ended with {code}: {lines[-1]} (see {out})")
+    made.update(status="done", finished=now(), world_size=0, device=device, **words)
+    return made
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:500] or type(error).__name__
