@@ -13,13 +13,15 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import ray
+
 from rayexp.config import ExperimentConfig
 from rayexp.errors import RunError, UserError
 from rayexp.launch import plan as planning
 from rayexp.launch.faults import LostError
 from rayexp.launch.on_ray import session
 from rayexp.launch.on_ray.fit import Fit
-from rayexp.launch.on_ray.pen import NONCE
+from rayexp.launch.on_ray.pen import NONCE, keep
 from rayexp.launch.plan import Plan
 from rayexp.launch.screen import Screen
 from rayexp.runs import Run
@@ -50,12 +52,15 @@ def drive(
     failures = 0
     plan = planning.make(config, session.nodes())
     while True:
-        fields = placed(plan) | {"driver_node": session.node_id(), "nodes": len(session.nodes())}
+        fields = placed(plan) | {"nodes": len(session.nodes())}
         (run.root / NONCE).write_text(fields["nonce"])
+        keeper = keep(run, fields["nonce"], session.node_id()) if fields["nodes"] > 1 else None
         attempt = Fit(payload | fields, plan)
         attempt.start()
         growing = _watch(run, config, plan, attempt, stopped)
         (run.root / NONCE).unlink(missing_ok=True)
+        if keeper is not None:
+            ray.kill(keeper)
         if attempt.error is None:
             if not (growing and attempt.status == "stopped") or stopped():
                 return attempt.status

@@ -70,6 +70,15 @@ class RemotePen:
             self._lock.release()
 
 
+def keep(run: Run, nonce: str, node: str) -> Any:
+    """Start the Keeper on the driver's node; the driver owns it, because an actor ends with the worker that made it."""
+    return (
+        ray.remote(num_cpus=0)(Keeper)
+        .options(name=_name(nonce), scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
+        .remote(str(run.root))
+    )
+
+
 def take(payload: Mapping[str, Any]) -> Any:
     """A worker's pen: a Recorder where the driver's run directory is in sight, else a RemotePen."""
     root = Path(payload["run"])
@@ -78,14 +87,8 @@ def take(payload: Mapping[str, Any]) -> Any:
             return Recorder(Run(root))
     except OSError:
         pass
-    # All workers of this attempt share one; it ends with the worker that came first, and then so does the attempt.
-    keeper = (
-        ray.remote(num_cpus=0)(Keeper)
-        .options(
-            name=f"rayexp-{payload['nonce']}",
-            get_if_exists=True,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(payload["driver_node"], soft=False),
-        )
-        .remote(str(root))
-    )
-    return RemotePen(keeper)
+    return RemotePen(ray.get_actor(_name(payload["nonce"])))
+
+
+def _name(nonce: str) -> str:
+    return f"rayexp-{nonce}"
