@@ -17,16 +17,15 @@ def job_id() -> str | None:
         return None
 
 
-def at_home(config: ExperimentConfig) -> ExperimentConfig:
-    """In a job, relative paths count from the home directory: Ray throws a job's working directory away.
+def below_home(path: Path) -> Path:
+    """In a job, a relative path counts from the home directory: Ray throws a job's working directory away."""
+    return path if job_id() is None else Path.home() / path.expanduser()
 
-    Data that travelled in the working directory is found there first.
-    """
-    if job_id() is None:
-        return config
+
+def at_home(config: ExperimentConfig) -> ExperimentConfig:
+    """The configuration with `below_home`'s paths; data that travelled in the working directory is found there first."""
     root = config.data.root
     if root is not None and not root.expanduser().exists():
-        root = Path.home() / root
+        root = below_home(root)
     data = config.data.model_copy(update={"root": root})
-    storage = Path.home() / config.storage_path.expanduser()
-    return config.model_copy(update={"data": data, "storage_path": storage})
+    return config.model_copy(update={"data": data, "storage_path": below_home(config.storage_path)})
