@@ -18,6 +18,7 @@ from hypothesis.extra import numpy as hnp
 
 from rayexp.analysis.diff import KINDS, diff_images
 from rayexp.analysis.pair import Checkpoint, config_changes, read_pair
+from rayexp.analysis.paired import detectable_difference, difference_interval
 from rayexp.errors import UserError
 from rayexp.records import Predictions
 
@@ -92,6 +93,9 @@ def test_against_independent_code(makes):
     assert (r.churn, r.other_wrong) == (table["churn"], table["other"])
     assert r.acc5 == pytest.approx((table["acc5a"] / 15, table["acc5b"] / 15))
     assert r.mcnemar_p == pytest.approx(scipy.stats.binomtest(r.gained, r.gained + r.lost).pvalue, rel=1e-9)
+    low, high = difference_interval(table[False, True], table[True, False], 1500)
+    assert r.interval == pytest.approx((100 * low, 100 * high))
+    assert r.detectable == pytest.approx(100 * detectable_difference(r.gained + r.lost, 1500))
     assert {(m.label, m.a, m.b): m.count for m in r.moves} == dict(moves)
     assert [m.count for m in r.moves] == sorted(moves.values(), reverse=True)
     assert {c.label: (c.gained, c.lost, c.n) for c in r.classes} == per_class

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import itertools
 import json
@@ -89,6 +90,23 @@ def test_report_of_articles(makes, arrays):
     rows = list(csv.DictReader(io.StringIO(r.to_csv())))
     assert len(rows) == r.churn
     assert report_of(makes.text([a, b], VOCABULARY)).to_json()["ratio_interval"] == tree["ratio_interval"]
+
+
+@pytest.mark.parametrize(
+    ("interval", "max_drop", "expected"),
+    [
+        ((0.9, 1.005), 1, "PASS"),
+        ((1.02, 1.05), 1, "FAIL"),
+        ((0.99, 1.02), 1, "INCONCLUSIVE"),
+        ((0.9, 0.99), 0, "PASS"),
+        ((0.99, 1.01), 0, "INCONCLUSIVE"),
+        (None, 1, "INCONCLUSIVE"),
+    ],
+)
+def test_verdict(makes, arrays, interval, max_drop, expected):
+    r = report_of(makes.text([arrays.tokens([CAT], [1.0])] * 2, VOCABULARY))
+    assert dataclasses.replace(r, ratio_interval=interval, max_drop=max_drop).verdict == expected
+    assert r.verdict is None
 
 
 def test_sign_flip_is_the_exact_test_in_the_limit():
