@@ -23,7 +23,7 @@ def below_home(path: Path) -> Path:
 
 
 def at_home(config: ExperimentConfig) -> ExperimentConfig:
-    """The configuration with `below_home`'s paths; data that travelled in the working directory is found there first."""
+    """The configuration with `below_home`'s paths; data that came in the working directory is found there first."""
     root = config.data.root
     if root is not None and not root.expanduser().exists():
         root = below_home(root)

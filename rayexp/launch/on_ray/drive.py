@@ -18,6 +18,7 @@ import ray
 from rayexp.config import ExperimentConfig
 from rayexp.errors import RunError, UserError
 from rayexp.launch import plan as planning
+from rayexp.launch import sources
 from rayexp.launch.faults import LostError
 from rayexp.launch.on_ray import session
 from rayexp.launch.on_ray.fit import Fit
@@ -49,8 +50,12 @@ def drive(
     Raises:
         UserError, RunError: see the table above.
     """
+    sources.offer(run)
     failures = 0
     plan = planning.make(config, session.nodes())
+    from rayexp.launch.on_ray import start
+    from rayexp.launch.on_ray.fit import ENVIRONMENT
+    refs = start.warm(plan.workers, {k:v for k,v in ENVIRONMENT.items() if k in __import__("ray.train.v2._internal.constants",fromlist=["x"]).ENV_VARS_TO_PROPAGATE})
     while True:
         fields = placed(plan) | {"nodes": len(session.nodes())}
         (run.root / NONCE).write_text(fields["nonce"])
