@@ -53,9 +53,6 @@ def drive(
     sources.offer(run)
     failures = 0
     plan = planning.make(config, session.nodes())
-    from rayexp.launch.on_ray import start
-    from rayexp.launch.on_ray.fit import ENVIRONMENT
-    refs = start.warm(plan.workers, {k:v for k,v in ENVIRONMENT.items() if k in __import__("ray.train.v2._internal.constants",fromlist=["x"]).ENV_VARS_TO_PROPAGATE})
     while True:
         fields = placed(plan) | {"nodes": len(session.nodes())}
         (run.root / NONCE).write_text(fields["nonce"])
