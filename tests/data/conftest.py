@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from rayexp.data import pool
+
 WNIDS = ("n03000003", "n01000001", "n02000002")  # not in alphabetical order, as in the official file
 TOP = "tiny-imagenet-200/"
 
@@ -23,6 +25,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("RAYEXP_CACHE", str(folder))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def one_helper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packing within a test's own process starts one helper: for a few images more would only cost time."""
+    monkeypatch.setattr(pool, "cores", lambda: 1)
 
 
 def picture(seed: int, mode: str = "RGB", size: tuple[int, int] = (64, 64), format: str = "JPEG") -> bytes:

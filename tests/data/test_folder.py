@@ -43,6 +43,16 @@ def test_class_folders_alone(tmp_path, tiny, mixed, cache):
     assert data.train.images.shape == (14, 64, 64, 3)
 
 
+def test_a_new_file_moves_few_others():
+    names = [f"cat/{k}.png" for k in range(100)]
+    held = set(folder._held_out(names))
+    assert len(held) == 20
+    assert held != set(names[:20])
+    for k in range(100, 120):
+        more = set(folder._held_out([*names, f"cat/{k}.png"]))
+        assert len(held - more) <= 1
+
+
 def test_the_split_does_not_depend_on_where_the_folder_lies(tmp_path, tiny, mixed):
     one = folder.open_data(config(tiny.write_folder(tmp_path / "one", mixed)))
     two = folder.open_data(config(tiny.write_folder(tmp_path / "x" / "two", dict(reversed(mixed.items())))))
