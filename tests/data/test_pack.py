@@ -60,8 +60,10 @@ def shas(to: Path) -> dict[str, str]:
     return packed.read_meta(to)["sha"]
 
 
-@pytest.mark.parametrize("after", [0, 1, 3, 5, 7])
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), RunError("a helper process ended early")])
+@pytest.mark.parametrize(
+    ("after", "error"),
+    [*((after, KeyboardInterrupt()) for after in (0, 1, 4, 5, 7)), (3, RunError("a helper process ended early"))],
+)
 def test_goes_on_where_it_was_interrupted(tmp_path, source, counted, after, error):
     to = tmp_path / "d"
     with pytest.MonkeyPatch.context() as patch:
