@@ -16,8 +16,9 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from rayexp.engine.workload import Workload
 from rayexp.errors import RunError
 
 TENSORS, WORDS = "state.safetensors", "state.json"
@@ -89,6 +90,20 @@ def decode(files: Mapping[str, bytes]) -> State:
     except Exception as error:
         raise RunError(f"checkpoint: cannot be read ({type(error).__name__}: {error})") from error
     return State(words, tensors)
+
+
+def load_model(workload: Workload, files: Mapping[str, bytes]) -> nn.Module:
+    """The model of a checkpoint, in eval mode on the CPU.
+
+    Raises:
+        RunError: the checkpoint is damaged or of another model.
+    """
+    model = workload.model()
+    try:
+        model.load_state_dict(decode(files).weights())
+    except RuntimeError as error:
+        raise RunError(f"checkpoint: does not fit this model ({' '.join(str(error).split())})") from error
+    return model.eval()
 
 
 class Writer:

@@ -93,6 +93,7 @@ class Layout:
 class Master:
     """The weights and running statistics of a run: one buffer each, and replicas of the model that look into them."""
 
+    @torch.no_grad()
     def __init__(self, model: nn.Module, layout: Layout, device: torch.device) -> None:
         self.layout = layout
         self.device = device

@@ -105,6 +105,16 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def gpus() -> int:
+    """CUDA devices that PyTorch can use here."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def device(name: str, index: int = 0) -> torch.device:
+    """`cpu`, or the `index`-th `cuda` device."""
+    return torch.device("cuda", index) if name == "cuda" else torch.device("cpu")
+
+
 def settle(config: ExperimentConfig, device: torch.device, shards: int, cpus: float | None = None) -> Place:
     """Pin determinism, threads and the allocator in this process, and make the lanes.
 
@@ -120,7 +130,7 @@ def settle(config: ExperimentConfig, device: torch.device, shards: int, cpus: fl
     torch.backends.cudnn.benchmark = device.type == "cuda" and config.reduction == "ddp"
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = config.precision == "tf32"
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    budget = max(1, min(cores(), int(cpus) if cpus else cores()))
+    budget = _budget(cpus)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_num_threads(THREADS_PER_LANE)
@@ -128,13 +138,22 @@ def settle(config: ExperimentConfig, device: torch.device, shards: int, cpus: fl
     if config.reduction == "ddp":
         torch.set_num_threads(budget)
         return Place(device, 1, budget, None)
-    lanes = min(config.scaling.lanes or budget, shards)
+    lanes = lanes_of(config, shards, cpus)
     torch.set_num_threads(THREADS_PER_LANE)
     pool = None
     if lanes > 1:
         # OpenMP's thread count belongs to each thread.
         pool = ThreadPoolExecutor(lanes, "lane", initializer=torch.set_num_threads, initargs=(THREADS_PER_LANE,))
     return Place(device, lanes, THREADS_PER_LANE, pool)
+
+
+def lanes_of(config: ExperimentConfig, shards: int, cpus: float | None = None) -> int:
+    """Lanes of a worker on the CPU (arguments as for `settle`)."""
+    return 1 if config.reduction == "ddp" else min(config.scaling.lanes or _budget(cpus), shards)
+
+
+def _budget(cpus: float | None) -> int:
+    return max(1, min(cores(), int(cpus) if cpus else cores()))
 
 
 def tune_allocator() -> None:

@@ -1,0 +1,156 @@
+"""The tree: the same bits for any number of holders, against a recursive reference."""
+
+from __future__ import annotations
+
+import math
+import threading
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from rayexp.engine import order
+from rayexp.engine.group import Group
+from rayexp.engine.reduce import Exchange, Forest, forest_nodes
+
+
+def reference(leaves: list[Tensor]) -> Tensor:
+    """The tree by its definition: split at the largest power of two below the number of leaves."""
+    if len(leaves) == 1:
+        return leaves[0]
+    half = 1 << ((len(leaves) - 1).bit_length() - 1)
+    return reference(leaves[:half]) + reference(leaves[half:])
+
+
+def add(left: Tensor, right: Tensor) -> None:
+    left.add_(right)
+
+
+class Postbox(Group):
+    """A group of threads, with the same two exchanges as torch.distributed."""
+
+    def __init__(
+        self, rank: int, world: int, shared: dict[tuple[str, int], Tensor], barrier: threading.Barrier
+    ) -> None:
+        super().__init__(rank, world)
+        object.__setattr__(self, "shared", shared)
+        object.__setattr__(self, "meet", barrier)
+
+    def staged(self, row: Tensor) -> bool:
+        return False
+
+    def scatter(self, rows: Tensor, out: Tensor) -> None:
+        self._all("scatter", rows)
+        for w in range(self.world):
+            out.view(self.world, -1)[w] = self.shared["scatter", w].view(self.world, -1)[self.rank]
+        self.meet.wait()
+
+    def collect(self, part: Tensor, out: Tensor) -> None:
+        self._all("collect", part)
+        for w in range(self.world):
+            out.view(self.world, -1)[w] = self.shared["collect", w]
+        self.meet.wait()
+
+    def _all(self, name: str, tensor: Tensor) -> None:
+        self.shared[name, self.rank] = tensor.clone()
+        self.meet.wait()
+
+
+def reduce_with(world: int, leaves: list[Tensor]) -> list[Tensor]:
+    shards, length = len(leaves), len(leaves[0])
+    shared: dict[tuple[str, int], Tensor] = {}
+    barrier = threading.Barrier(world, timeout=20)
+    results: list[Tensor] = [torch.empty(0)] * world
+
+    def worker(rank: int) -> None:
+        forest = Forest[Tensor](shards, add)
+        for shard in order.share(shards, world, rank):
+            forest.push((0, shard), leaves[shard].clone())
+        rows = [row for _, row in forest.nodes()]
+        exchange = Exchange(Postbox(rank, world, shared, barrier), shards, length, torch.device("cpu"))
+        exchange(rows)
+        results[rank] = rows[0]
+
+    threads = [threading.Thread(target=worker, args=(rank,)) for rank in range(world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.view(torch.int32), b.view(torch.int32))
+
+
+def random_leaves(shards: int, seed: int, length: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    scale = 10.0 ** torch.randint(-6, 7, (shards, length), generator=generator)
+    return list(torch.randn(shards, length, generator=generator) * scale)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 24), st.integers(0, 10**6), st.data())
+def test_any_number_of_workers_gives_the_bits_of_the_reference(shards: int, seed: int, data: st.DataObject) -> None:
+    world = data.draw(st.sampled_from([w for w in range(1, shards + 1) if shards % w == 0]))
+    leaves = random_leaves(shards, seed, 2 * shards)
+    expected = reference(leaves)
+    for result in reduce_with(world, leaves):
+        assert same_bits(result, expected)
+
+
+def test_the_order_matters_so_the_test_above_can_fail() -> None:
+    leaves = random_leaves(8, 1, 1000)
+    in_rank_order = leaves[0].clone()
+    for leaf in leaves[1:]:
+        in_rank_order += leaf
+    assert not same_bits(in_rank_order, reference(leaves))
+
+
+@given(st.permutations(range(8)))
+def test_the_order_of_pushing_does_not_matter(pushed: list[int]) -> None:
+    leaves = random_leaves(8, 5, 64)
+    forest = Forest[Tensor](8, add)
+    for shard in pushed:
+        forest.push((0, shard), leaves[shard].clone())
+    assert same_bits(forest.root(), reference(leaves))
+
+
+@pytest.mark.parametrize("world", [1, 2, 4, 8])
+def test_nan_and_infinity_pass_through(world: int) -> None:
+    leaves = random_leaves(8, 3, 16)
+    leaves[5][0] = math.nan
+    leaves[2][1] = math.inf
+    leaves[2][2], leaves[7][2] = math.inf, -math.inf
+    for result in reduce_with(world, leaves):
+        assert torch.isnan(result[[0, 2]]).all()
+        assert result[1] == math.inf
+        assert torch.isfinite(result[3:]).all()
+
+
+@given(st.integers(1, 64))
+def test_no_more_rows_than_the_depth_of_the_tree(shards: int) -> None:
+    held = most = 0
+    forest = Forest[None](shards, lambda left, right: None)
+    for shard in range(shards):
+        forest.push((0, shard), None)
+        held = len(forest.nodes())
+        most = max(most, held)
+    assert held == 1
+    assert most <= shards.bit_length()
+
+
+def test_a_missing_shard_is_noticed() -> None:
+    forest = Forest[None](8, lambda left, right: None)
+    for shard in range(7):
+        forest.push((0, shard), None)
+    with pytest.raises(RuntimeError, match="not complete"):
+        forest.root()
+
+
+def test_power_of_two_shares_are_single_nodes() -> None:
+    for world in (1, 2, 4, 8):
+        for rank in range(world):
+            assert len(forest_nodes(order.share(8, world, rank), 8)) == 1

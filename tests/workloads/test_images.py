@@ -1,0 +1,174 @@
+"""Image classification: the crop against torchvision's, the short convolution against the long one, the models."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import nn
+
+from rayexp.config import AugmentConfig, ExperimentConfig, parse
+from rayexp.engine import order
+from rayexp.engine.matmul import product
+from rayexp.errors import UserError
+from rayexp.workloads.augment import DRAWS, augment, boxes, resampling
+from rayexp.workloads.image_classification import ImageClassification, Options, build
+from rayexp.workloads.small_map import shorten
+
+
+def draws(n: int, key: int = 1) -> np.ndarray:
+    return order.uniform(key, np.arange(n), DRAWS)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.integers(16, 80), st.integers(16, 80))
+def test_boxes_lie_in_the_image_and_keep_their_promises(key: int, height: int, width: int) -> None:
+    recipe = AugmentConfig(scale=(0.2, 0.9), ratio=(0.8, 1.25))
+    box = boxes(recipe, draws(64, key), height, width)
+    top, left, h, w = box.T
+    assert (h >= 1).all()
+    assert (w >= 1).all()
+    assert ((top >= 0) & (left >= 0) & (top + h <= height) & (left + w <= width)).all()
+    assert (box == np.rint(box)).all()
+
+
+def test_crops_have_the_distribution_of_torchvision() -> None:
+    from torchvision.transforms import RandomResizedCrop
+
+    box = boxes(AugmentConfig(), draws(20_000), 64, 64)
+    torch.manual_seed(0)
+    blank = torch.zeros(3, 64, 64)
+    theirs = np.array([RandomResizedCrop.get_params(blank, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(20_000)])
+    assert np.abs(box.mean(0) - theirs.mean(0)).max() < 0.4
+    assert np.abs(box.std(0) - theirs.std(0)).max() < 0.4
+
+
+def test_resampling_is_pillows_bilinear_within_a_grey_level() -> None:
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    for top, left, h, w in ((0, 0, 64, 64), (5, 9, 30, 41), (1, 2, 61, 17), (20, 30, 8, 9)):
+        cut = Image.fromarray(image[top : top + h, left : left + w])
+        wanted = np.asarray(cut.resize((64, 64), Image.Resampling.BILINEAR), dtype=np.float32)
+        rows = resampling(torch.tensor([float(top)]), torch.tensor([float(h)]), 64, 64)[0]
+        columns = resampling(torch.tensor([float(left)]), torch.tensor([float(w)]), 64, 64)[0]
+        found = torch.einsum("oh,hwc,pw->opc", rows, torch.from_numpy(image).float(), columns).numpy()
+        assert np.abs(found - wanted).max() <= 1.01
+
+
+def test_flip_mirrors_about_every_second_image() -> None:
+    images = torch.arange(64 * 64 * 3).reshape(1, 64, 64, 3).remainder(251).to(torch.uint8).repeat(1000, 1, 1, 1)
+    whole = AugmentConfig(scale=(1, 1), ratio=(1, 1), flip=True)
+    out = augment(images[:200], whole, draws(200))
+    plain = images[0].permute(2, 0, 1).float()
+    same = [torch.allclose(o, plain, atol=1e-3) for o in out]
+    mirrored = [torch.allclose(o, plain.flip(2), atol=1e-3) for o in out]
+    assert all(a != b for a, b in zip(same, mirrored, strict=True))
+    assert 70 < sum(mirrored) < 130
+
+
+def test_padding_shifts_and_fills_with_zero() -> None:
+    image = torch.full((1, 8, 8, 3), 200, dtype=torch.uint8)
+    recipe = AugmentConfig(pad=4, flip=False)
+    d = draws(1)
+    d[:, 20:22] = 0.0  # the window starts 4 above and 4 left of the image
+    out = augment(image, recipe, d)[0, 0]
+    assert (out[:4] == 0).all()
+    assert (out[:, :4] == 0).all()
+    assert (out[4:, 4:] == 200).all()
+
+
+@pytest.mark.parametrize(("n", "cin", "cout"), [(1, 8, 8), (5, 16, 24), (32, 64, 64)])
+def test_the_short_convolution_is_the_convolution(n: int, cin: int, cout: int) -> None:
+    torch.manual_seed(n)
+    long = nn.Conv2d(cin, cout, 3, padding=1, bias=False)
+    short = nn.Sequential(nn.Conv2d(cin, cout, 3, padding=1, bias=False))
+    short[0].weight.data.copy_(long.weight)
+    shorten(short)
+    x = torch.randn(n, cin, 2, 2, requires_grad=True)
+    x2 = x.detach().clone().requires_grad_()
+    grad = torch.randn(n, cout, 2, 2)
+    long(x).backward(grad)
+    out = short(x2)
+    out.backward(grad)
+    assert type(out.grad_fn).__name__ == "_Map2x2Backward"
+    assert torch.allclose(out, long(x), atol=1e-4)
+    assert x.grad is not None
+    assert x2.grad is not None
+    assert torch.allclose(x2.grad, x.grad, atol=1e-4)
+    assert torch.allclose(short[0].weight.grad, long.weight.grad, atol=1e-4)
+    with torch.no_grad():
+        short[0].weight.mul_(2)
+    short[0].begin_step()
+    assert torch.allclose(short(x2), 2 * out, atol=1e-3)
+
+
+def test_product_is_the_product() -> None:
+    a, b = torch.randn(7, 33), torch.randn(5, 33)
+    assert torch.allclose(product(a, b), a @ b.t(), atol=1e-5)
+    assert torch.allclose(product(a.t().contiguous().t(), b), a @ b.t(), atol=1e-5)
+    assert product(a.double(), b.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["resnet18", "resnet50", "mobilenet_v3_small", "squeezenet1_1", "vit_b_16", "googlenet", "densenet121", "vgg11"],
+)
+def test_models_of_torchvision_get_a_new_head(name: str) -> None:
+    model = build(name, Options(), 7, 64).eval()
+    with torch.no_grad():
+        assert model(torch.zeros(2, 3, 64, 64)).shape == (2, 7)
+
+
+def test_small_stem_keeps_the_resolution() -> None:
+    model = build("resnet18", Options(stem="small"), 7, 32)
+    assert model.layer1(model.maxpool(model.conv1(torch.zeros(1, 3, 32, 32)))).shape == (1, 64, 32, 32)
+
+
+def config(**changes: object) -> ExperimentConfig:
+    data = {"name": "shapes", "max_train_samples": 64, "max_val_samples": 40}
+    return parse({"data": data, "batch_size": 32, **changes}, ExperimentConfig, "test")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model": {"name": "resnet19"}}, ["model.name", "resnet18"]),
+        ({"model": {"name": "resnet18", "stemm": "small"}}, ["model.stemm", "stem"]),
+        ({"model": {"name": "vgg11", "stem": "small"}}, ["ResNets"]),
+        ({"data": {"name": "python_docs"}}, ["data.name", "tiny_imagenet"]),
+    ],
+)
+def test_wrong_words_are_named(changes: dict[str, object], words: list[str]) -> None:
+    with pytest.raises(UserError) as error:
+        ImageClassification(config(**changes)).model()
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_shards_of_a_batch_are_the_batch() -> None:
+    workload = ImageClassification(config())
+    cpu = torch.device("cpu")
+    whole = workload.batch(1, 0, range(8), cpu)
+    parts = [workload.batch(1, 0, range(s, s + 1), cpu) for s in range(8)]
+    assert torch.equal(whole.targets, torch.cat([p.targets for p in parts]))
+    assert torch.allclose(whole.inputs[0], torch.cat([p.inputs[0] for p in parts]), atol=1e-5)
+    again = workload.batch(1, 0, range(3, 4), cpu)
+    assert torch.equal(again.inputs[0], parts[3].inputs[0])
+    other = workload.batch(2, 0, range(3, 4), cpu)
+    assert not torch.equal(other.inputs[0], parts[3].inputs[0])
+
+
+def test_predictions_are_sorted_and_counted() -> None:
+    workload = ImageClassification(config())
+    model = workload.model().eval()
+    with torch.no_grad():
+        parts = [workload.judge(model, s, torch.device("cpu")) for s in range(workload.val_streams())]
+    found = workload.predictions(parts)
+    assert found["index"].tolist() == list(range(40))
+    assert found["top5"].shape == (40, 5)
+    hits = [row[0] == label for row, label in zip(found["top5"], found["label"], strict=True)]
+    assert workload.metrics(found)["acc1"] == pytest.approx(100 * sum(hits) / 40)
+    assert ((found["confidence"] > 0) & (found["confidence"] <= 1)).all()
