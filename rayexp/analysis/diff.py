@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rayexp.analysis.pair import Checkpoint, check
+from rayexp.analysis.pair import Checkpoint, check, config_changes
 from rayexp.analysis.paired import (
     LEVEL,
     POWER,
@@ -145,6 +145,7 @@ class DiffReport:
             "a": self.a.to_json(),
             "b": self.b.to_json(),
             "same_model": self.same_model,
+            "config_changes": [{"key": k, "a": x, "b": y} for k, x, y in config_changes(self.a, self.b)],
             "n": self.n,
             "acc1": _two(self.acc1),
             "acc5": _two(self.acc5),

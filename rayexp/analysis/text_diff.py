@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rayexp.analysis.pair import Checkpoint, check
+from rayexp.analysis.pair import Checkpoint, check, config_changes
 from rayexp.analysis.paired import LEVEL, plain
 from rayexp.errors import UserError
 from rayexp.records import Predictions
@@ -121,6 +121,7 @@ class TextReport:
             "a": self.a.to_json(),
             "b": self.b.to_json(),
             "same_model": self.same_model,
+            "config_changes": [{"key": k, "a": x, "b": y} for k, x, y in config_changes(self.a, self.b)],
             "n": self.n,
             "ppl": {"a": self.ppl[0], "b": self.ppl[1]},
             "ppl_interval": intervals and {"a": intervals[0], "b": intervals[1]},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from rayexp.errors import UserError
 from rayexp.runs import Run
 
 PREFIX = "model."  # of the model's tensors in state.safetensors; the optimizer's and the carried state have others
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # what normalisation layers count, not weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,29 +31,41 @@ class TensorChange:
 
 
 @dataclass(frozen=True, slots=True)
-class WeightsReport:
-    """The common tensors by name, and those that only one side has (or has in another shape)."""
+class LayerChange:
+    """The weights of one module together (`layer1.0.conv1`): their number, |A|, |B - A| and |B - A| / |A|."""
 
+    name: str
+    weights: int
+    norm: float
+    moved: float
+    relative: float
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsReport:
+    """The common tensors by name, the layers that moved most first, and the tensors that only one side has (or has in
+    another shape)."""
+
+    layers: tuple[LayerChange, ...]
     tensors: tuple[TensorChange, ...]
     only_a: tuple[str, ...]
     only_b: tuple[str, ...]
     relative: float
-    """|B - A| / |A| over all common tensors of floating point together."""
+    """|B - A| / |A| over all common weights together."""
 
     @property
     def equal(self) -> bool:
         """Whether nothing moved."""
         return not self.only_a and not self.only_b and all(t.largest == 0 for t in self.tensors)
 
-    def by_change(self) -> list[TensorChange]:
-        """Those that moved most first."""
-        return sorted(self.tensors, key=lambda t: (-t.relative if t.relative == t.relative else -np.inf, t.name))
-
     def to_json(self) -> dict[str, Any]:
-        """`relative` over all, and the tensors."""
-        tensors = [{name: getattr(t, name) for name in t.__slots__} for t in self.tensors]
+        """`relative` over all, the layers, and the tensors."""
+        layers, tensors = (
+            [{name: getattr(row, name) for name in row.__slots__} for row in rows]
+            for rows in (self.layers, self.tensors)
+        )
         head = {"equal": self.equal, "relative": self.relative, "only_a": self.only_a, "only_b": self.only_b}
-        return dict(plain({**head, "tensors": tensors}))
+        return dict(plain({**head, "layers": layers, "tensors": tensors}))
 
 
 def diff_weights(a: tuple[Run, int], b: tuple[Run, int]) -> WeightsReport:
@@ -70,15 +84,24 @@ def diff_weights(a: tuple[Run, int], b: tuple[Run, int]) -> WeightsReport:
         common = [n for n in names[0] if shapes[1].get(n) == shapes[0][n]]
         if not common:
             raise UserError(f"{paths[0]} and {paths[1]}: the models have no tensor of one name and shape in common")
-        changes, moved, norm = [], 0.0, 0.0
-        for name in common:
-            x, y = first.get_tensor(name), second.get_tensor(name)
-            changes.append(_change(name.removeprefix(PREFIX), x, y))
-            if np.issubdtype(x.dtype, np.floating):
-                moved += changes[-1].moved ** 2
-                norm += changes[-1].norm ** 2
+        changes = [_change(n.removeprefix(PREFIX), first.get_tensor(n), second.get_tensor(n)) for n in common]
+    layers = _layers(changes)
+    norm, moved = (math.hypot(*(getattr(layer, part) for layer in layers)) for part in ("norm", "moved"))
     rest = [tuple(n.removeprefix(PREFIX) for n in found if n not in common) for found in names]
-    return WeightsReport(tuple(changes), rest[0], rest[1], _ratio(moved**0.5, norm**0.5))
+    return WeightsReport(layers, tuple(changes), rest[0], rest[1], _ratio(moved, norm))
+
+
+def _layers(changes: list[TensorChange]) -> tuple[LayerChange, ...]:
+    modules: dict[str, list[TensorChange]] = {}
+    for t in changes:
+        module, _, name = t.name.rpartition(".")
+        if name not in STATISTICS:
+            modules.setdefault(module or name, []).append(t)
+    layers = []
+    for module, tensors in modules.items():
+        norm, moved = math.hypot(*(t.norm for t in tensors)), math.hypot(*(t.moved for t in tensors))
+        layers.append(LayerChange(module, sum(math.prod(t.shape) for t in tensors), norm, moved, _ratio(moved, norm)))
+    return tuple(sorted(layers, key=lambda x: -x.relative if x.relative == x.relative else -math.inf))
 
 
 def _open(path: Path) -> Any:

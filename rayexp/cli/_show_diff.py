@@ -38,6 +38,7 @@ def show_images(report: DiffReport, limit: int) -> None:
         ],
         f"{r.n:,} validation images",
     )
+    _changes(r)
     low, high = r.interval
     print(
         f"acc1 {r.difference:+.2f} points, 95 % interval {low:+.2f} to {high:+.2f}; {_p(r.mcnemar_p)} (exact McNemar)"
@@ -132,6 +133,7 @@ def show_text(report: TextReport, limit: int) -> None:
         span = f"{r.ppl_interval[i][0]:.2f} to {r.ppl_interval[i][1]:.2f}" if r.ppl_interval else "none"
         rows.append({"": side, "perplexity": f"{r.ppl[i]:.2f}", "95 % interval": span, "checkpoint": checkpoint.name})
     print_table(rows, f"{r.n:,} validation tokens in {len(r.documents):,} {r.unit}")
+    _changes(r)
     line = f"perplexity x {r.ratio:.4f} ({100 * (r.ratio - 1):+.2f} %)"
     if r.ratio_interval and r.paired_p is not None:
         low, high = r.ratio_interval
@@ -191,26 +193,19 @@ def show_churn(report: ChurnReport) -> None:
 
 
 def show_weights(report: WeightsReport, limit: int) -> None:
-    """The tensors that moved most."""
+    """The layers that moved most."""
     if report.equal:
         print("weights: no tensor moved")
         return
-    moved = report.by_change()
     rows = [
-        {
-            "tensor": t.name,
-            "shape": " x ".join(map(str, t.shape)) or "1",
-            "|A|": t.norm,
-            "|B-A|": t.moved,
-            "|B-A|/|A|": t.relative,
-            "largest": t.largest,
-        }
-        for t in moved[:limit]
+        {"layer": x.name, "weights": f"{x.weights:,}", "|A|": x.norm, "|B-A|": x.moved, "|B-A| / |A|": x.relative}
+        for x in report.layers[:limit]
     ]
-    print(f"weights moved by {report.relative:.3g} of their norm")
-    print_table(rows, "tensors, by relative change")
-    if len(moved) > limit:
-        print(f"{len(moved) - limit} more tensors; --limit N or --json shows them")
+    print(f"the weights moved by {report.relative:.3g} of their norm")
+    if rows:
+        print_table(rows, "layers, by relative change")
+    if len(report.layers) > limit:
+        print(f"the first {limit} of {len(report.layers)} layers; --limit N or --json shows more")
     for side, names in (("A", report.only_a), ("B", report.only_b)):
         if names:
             print(f"only in {side} (or in another shape): {', '.join(names[:limit])}")
@@ -221,6 +216,15 @@ def show_verdict(report: DiffReport | TextReport) -> None:
     if report.verdict:
         unit = "points of acc1" if hasattr(report, "acc1") else "percent of perplexity"
         print(f"{report.verdict}: allowed to get worse by {report.max_drop:g} {unit}")
+
+
+def _changes(report: DiffReport | TextReport) -> None:
+    """In what the two runs' configurations differ."""
+    from rayexp.analysis.pair import config_changes
+
+    changes = config_changes(report.a, report.b)
+    if changes:
+        print("configurations differ in " + ", ".join(f"{key} ({a} and {b})" for key, a, b in changes))
 
 
 def _same(report: DiffReport | TextReport) -> bool:

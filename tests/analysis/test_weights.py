@@ -35,13 +35,36 @@ def test_by_hand(makes, arrays):
     assert found["conv.weight"].shape == (1, 2)
     assert math.isinf(found["fc.bias"].relative)
     assert found["still"].relative == 0
-    assert [t.name for t in r.by_change()][:2] == ["fc.bias", "bn.num_batches_tracked"]
+    assert [x.name for x in r.layers] == ["fc", "conv", "layer.9", "layer.10", "still"]
+    assert r.layers[1].weights == 2
     names = [t.name for t in r.tensors]
     assert names.index("layer.9.w") < names.index("layer.10.w")
     # |A|^2 = 25 + 4 + 2, |B - A|^2 = 1 + 4; the counter is no weight
     assert r.relative == pytest.approx(math.sqrt(5 / 31))
     assert not r.equal
     json.dumps(r.to_json(), allow_nan=False)
+
+
+def test_layers_by_hand(makes, arrays):
+    a = {
+        "l.weight": np.array([3.0], np.float32),
+        "l.bias": np.array([4.0], np.float32),
+        "m.weight": np.ones(4, np.float32),
+    }
+    b = {
+        "l.weight": np.array([3.0], np.float32),
+        "l.bias": np.array([5.0], np.float32),
+        "m.weight": np.ones(4, np.float32),
+    }
+    for side, value in ((a, 1.0), (b, 9.0)):
+        side["l.running_mean"] = np.array([value], np.float32)
+    r = diff_weights(*pair(makes, arrays, a, b))
+    assert [(x.name, x.weights, x.norm, x.moved, x.relative) for x in r.layers] == [
+        ("l", 2, 5, 1, 0.2),
+        ("m", 4, 2, 0, 0),
+    ]
+    assert r.relative == pytest.approx(1 / np.sqrt(29))
+    assert len(r.tensors) == 4
 
 
 def test_equal(makes, arrays):
