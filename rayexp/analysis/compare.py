@@ -23,6 +23,7 @@ from rayexp.comparison import PLAIN, Cell, Comparison
 from rayexp.config import CompareConfig
 
 FORECAST_COUNTS = (2, 4, 8, 16, 32)
+MAX_MISS = 0.5  # relative; a model that is further off at counts that were measured says nothing of others
 
 
 @dataclass(frozen=True, slots=True)
@@ -360,4 +361,7 @@ def _forecast(
     counts = [n for n in FORECAST_COUNTS if n > workers and n not in checks]
     shards = int(base.cell.config["shards"])
     forecasts, worst = forecast(model, base.cell.devices / workers, counts, checks, shards)
+    if worst is not None and worst > MAX_MISS:
+        why = f"the model misses the measured counts by up to {100 * worst:.0f} %"
+        return Family(name, base.cell.id, fits, link, (), worst, why)
     return Family(name, base.cell.id, fits, link, tuple(forecasts), worst, None)

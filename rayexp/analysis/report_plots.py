@@ -1,0 +1,245 @@
+"""The figures of the reports, as SVG text to be set into a page. Readable in print and without colour."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rayexp.records import PHASES, EpochRecord
+
+if TYPE_CHECKING:
+    from rayexp.analysis.compare import CompareReport, Family, Line
+
+# Okabe and Ito's palette, which survives colour blindness; hatching tells neighbours apart in grey.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C8C8C", "#F0E442")
+HATCHES = ("", "///", "", "...", "\\\\\\", "", "xxx", "")
+MARKERS = "osD^vPX*"
+LINES = ("-", "--", ":", "-.")
+WIDTH = 7.2  # inches: a column of the page, and of A4
+STYLE: Any = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "svg.fonttype": "path",
+    "hatch.linewidth": 0.5,
+}
+
+
+def _draw(name: str, height: float, fill: Callable[[Any], None], columns: int = 1) -> str:
+    """An SVG of axes that `fill` draws on; `name` keeps its ids apart from those of other figures on the page."""
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        FigureCanvasSVG(figure)
+        axes = figure.subplots(1, columns, squeeze=False)[0]
+        fill(axes[0] if columns == 1 else axes)
+        out = io.StringIO()
+        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+    text = out.getvalue()
+    return text[text.index("<svg") :].replace("<svg", f'<svg role="img" aria-labelledby="{name}"', 1)
+
+
+# ---------------------------------------------------------------------- comparison
+
+
+def rates(report: CompareReport) -> str:
+    """Rate of every cell with its interval, and each repeat as a dot."""
+    lines = report.lines
+
+    def fill(ax: Any) -> None:
+        for y, line in enumerate(lines):
+            low, high = line.rate.interval
+            value = line.rate.value
+            ax.barh(y, value, height=0.62, color="#cfe3f3", edgecolor="#0072B2", linewidth=0.8)
+            ax.plot([low, high], [y, y], color="#17191e", linewidth=1.6, solid_capstyle="butt")
+            dots = [float(np.median(r.rates)) for r in line.measured.repeats]
+            ax.plot(dots, [y] * len(dots), "o", markersize=3.6, color="#D55E00", markeredgewidth=0)
+            ax.text(max(high, value), y, f"  {value:,.4g}", va="center", fontsize=8.5)
+        ax.set_yticks(range(len(lines)), [line.cell.id for line in lines])
+        ax.set_ylim(len(lines) - 0.4, -0.6)
+        ax.set_xlim(0, 1.14 * max(max(line.rate.interval[1], line.rate.value) for line in lines))
+        ax.grid(visible=False, axis="y")
+        ax.set_xlabel(f"{report.unit} per second (median of steps; line: 95 % interval; dots: repeats)")
+
+    return _draw("fig-rates", 0.75 + 0.3 * len(lines), fill)
+
+
+def speedup(report: CompareReport, kind: str) -> str | None:
+    """Speed-up over devices of one kind, with the ideal line, intervals and forecasts; None with one count alone."""
+    lines = [line for line in report.lines if line.cell.kind == kind and line.speedup is not None]
+    families = [f for f in report.families if f.name.startswith(f"{kind}, ")]
+    if len({line.cell.devices for line in lines}) < 2 and not any(f.forecasts for f in families):
+        return None
+
+    def fill(ax: Any) -> None:
+        first = min(line.cell.devices for line in lines)
+        last = max([line.cell.devices for line in lines] + [o.devices for f in families for o in f.forecasts])
+        ax.plot([first, last], [1, last / first], color="#8c8c8c", linewidth=1, label="ideal")
+        for i, family in enumerate(families):
+            name = family.name.removeprefix(f"{kind}, ")
+            colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+            ours = [line for line in lines if f"{kind}, {line.cell.precision}, {line.cell.reduction}" == family.name]
+            _points(ax, [line for line in ours if line.cell.workers], name, colour, marker, LINES[i % len(LINES)])
+            _points(ax, [line for line in ours if not line.cell.workers], f"{name}, in-process", colour, marker, "")
+            _forecasts(ax, family, ours, colour, marker)
+        ax.set_xscale("log", base=2)
+        ax.set_yscale("log", base=2)
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_major_formatter(lambda value, _: f"{value:g}")
+        ax.set_xticks(
+            sorted({line.cell.devices for line in lines} | {o.devices for f in families for o in f.forecasts})
+        )
+        ax.minorticks_off()
+        ax.set_xlabel("GPUs" if kind == "gpu" else "CPU cores")
+        ax.set_ylabel("scaled speed-up" if report.config.mode == "weak" else "speed-up")
+        ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8.5)
+
+    return _draw(f"fig-speedup-{kind}", 3.6, fill)
+
+
+def _points(ax: Any, lines: Sequence[Line], name: str, colour: str, marker: str, style: str) -> None:
+    shown = sorted((line for line in lines if line.speedup), key=lambda line: line.cell.devices)
+    if not shown:
+        return
+    x = [line.cell.devices for line in shown]
+    y = [line.speedup.value for line in shown if line.speedup]
+    bounds = np.array([line.speedup.interval for line in shown if line.speedup])
+    spread = np.abs(bounds.T - np.array(y))
+    ax.errorbar(
+        x, y, spread, color=colour, marker=marker, markersize=6, linestyle=style or "none", capsize=3, linewidth=1.3,
+        label=name, markerfacecolor=colour if style else "white",
+    )  # fmt: skip
+
+
+def _forecasts(ax: Any, family: Family, ours: Sequence[Line], colour: str, marker: str) -> None:
+    base = next((line for line in ours if line.cell.id == family.base), None)
+    if base is None or not family.forecasts or base.speedup is None:
+        return
+    scale = base.speedup.value / base.rate.value
+    x = [one.devices for one in family.forecasts]
+    y = [one.rate * scale for one in family.forecasts]
+    spread = [
+        [(o.rate - o.low) * scale for o in family.forecasts],
+        [(o.high - o.rate) * scale for o in family.forecasts],
+    ]
+    ax.errorbar(
+        x, y, np.maximum(spread, 0), color=colour, marker=marker, markersize=6, linestyle="none", capsize=3, alpha=0.55,
+        elinewidth=0.8, markerfacecolor="none", label=f"{family.name.partition(', ')[2]}\nFORECAST, not measured",
+    )  # fmt: skip
+
+
+def phases(report: CompareReport) -> str:
+    """Stacked seconds of an ordinary epoch by phase, one bar a cell."""
+    names = [line.cell.id for line in report.lines]
+    return _stacked("fig-phases", names, [line.measured.phases() for line in report.lines], "seconds of an epoch")
+
+
+def _stacked(name: str, labels: Sequence[str], bars: Sequence[dict[str, float]], axis: str) -> str:
+    longest = max(sum(bar.values()) for bar in bars) or 1.0
+    shown = [p for p in PHASES if any(bar.get(p, 0.0) > 0 for bar in bars)]
+
+    def fill(ax: Any) -> None:
+        left = np.zeros(len(bars))
+        for phase in shown:
+            i = PHASES.index(phase)
+            values = np.array([bar.get(phase, 0.0) for bar in bars])
+            ax.barh(
+                range(len(bars)), values, left=left, height=0.66, color=COLOURS[i], hatch=HATCHES[i],
+                edgecolor="white", linewidth=0.5, label=phase,
+            )  # fmt: skip
+            left += values
+        for y, total in enumerate(left):
+            ax.text(total, y, f" {total:,.3g} s", va="center", fontsize=8.5)
+        ax.set_yticks(range(len(bars)), labels)
+        ax.set_ylim(len(bars) - 0.4, -0.6)
+        ax.set_xlim(0, 1.13 * longest)
+        ax.grid(visible=False, axis="y")
+        ax.set_xlabel(axis)
+        ax.figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=8.5)
+
+    return _draw(name, 1.25 + 0.3 * len(bars), fill)
+
+
+def losses(report: CompareReport) -> str:
+    """Validation loss over wall-clock, first repeat of every cell, start-up included."""
+    lines = [line for line in report.lines if not math.isnan(line.measured.repeats[0].startup)]
+
+    def fill(ax: Any) -> None:
+        for i, line in enumerate(lines):
+            repeat = line.measured.repeats[0]
+            ax.plot(
+                repeat.elapsed(), [r.val_loss for r in repeat.records], color=COLOURS[i % len(COLOURS)],
+                marker=MARKERS[i % len(MARKERS)], linestyle=LINES[i // len(COLOURS) % len(LINES)],
+                markersize=5, linewidth=1.3, label=line.cell.id,
+            )  # fmt: skip
+        ax.set_xlabel("seconds since the command, start-up included")
+        ax.set_ylabel("validation loss (nats)")
+        ax.set_xlim(left=0)
+        ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8.5)
+
+    return _draw("fig-losses", max(3.0, 0.4 + 0.22 * len(lines)), fill)
+
+
+# ---------------------------------------------------------------------- one run
+
+
+def curves(records: Sequence[EpochRecord]) -> str:
+    """Losses, and accuracies or perplexity, over the epochs."""
+    epochs = [r.epoch for r in records]
+    names = [n for n in ("acc1", "acc5", "ppl") if n in records[0].metrics] or list(records[0].metrics)
+
+    def fill(axes: Any) -> None:
+        left, right = axes
+        left.plot(epochs, [r.train_loss for r in records], "o-", color=COLOURS[0], markersize=4, label="training")
+        left.plot(epochs, [r.val_loss for r in records], "s--", color=COLOURS[3], markersize=4, label="validation")
+        left.set_ylabel("loss (nats)")
+        for i, name in enumerate(names):
+            values = [r.metrics.get(name, math.nan) for r in records]
+            right.plot(
+                epochs, values, MARKERS[i] + LINES[i % 4], color=COLOURS[(2, 4, 1)[i % 3]], markersize=4, label=name
+            )
+        right.set_ylabel("perplexity" if names == ["ppl"] else "accuracy (%)" if "acc1" in names else "metric")
+        for ax in axes:
+            ax.set_xlabel("epoch")
+            ax.xaxis.get_major_locator().set_params(integer=True)
+            ax.legend(fontsize=8.5)
+
+    return _draw("fig-curves", 2.9, fill, columns=2)
+
+
+def pace(records: Sequence[EpochRecord], unit: str) -> str:
+    """Learning rate and throughput over the epochs."""
+    epochs = [r.epoch for r in records]
+
+    def fill(axes: Any) -> None:
+        for ax, values, label in (
+            (axes[0], [r.lr for r in records], "learning rate"),
+            (axes[1], [r.samples_per_second for r in records], f"{unit} per second"),
+        ):
+            ax.plot(epochs, values, "o-", color=COLOURS[0], markersize=4)
+            ax.set_ylim(0, 1.08 * max(values))
+            ax.set_ylabel(label)
+            ax.set_xlabel("epoch")
+            ax.xaxis.get_major_locator().set_params(integer=True)
+
+    return _draw("fig-pace", 2.4, fill, columns=2)
+
+
+def run_phases(records: Sequence[EpochRecord]) -> str:
+    """Stacked seconds by phase, one bar an epoch; of long runs a selection."""
+    picked = records if len(records) <= 30 else [records[round(i)] for i in np.linspace(0, len(records) - 1, 30)]
+    bars = [{phase: r.seconds.get(phase, 0.0) for phase in PHASES} for r in picked]
+    return _stacked("fig-phases", [f"epoch {r.epoch}" for r in picked], bars, "seconds")

@@ -1,0 +1,71 @@
+"""How `rayexp compare` reads on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rayexp.cli._shell import print_table
+
+if TYPE_CHECKING:
+    from rayexp.analysis.compare import CompareReport
+    from rayexp.comparison import Cell
+    from rayexp.config import CompareConfig
+
+
+def plan_json(cells: Sequence[Cell], config: CompareConfig) -> dict[str, Any]:
+    """The plan for `--dry-run --json`."""
+    names = ("id", "kind", "workers", "devices", "precision", "reduction", "skip")
+    return {
+        "mode": config.mode,
+        "repeats": config.repeats,
+        "cells": [{name: getattr(cell, name) for name in names} for cell in cells],
+    }
+
+
+def show_plan(cells: Sequence[Cell], config: CompareConfig) -> None:
+    """Which cells run, which do not and why."""
+    running = sum(cell.skip is None for cell in cells)
+    title = (
+        f"{running} of {len(cells)} cells run here, {config.repeats} repeat{'s' * (config.repeats != 1)} each, "
+        f"{config.mode} scaling"
+    )
+    rows = [
+        {
+            "cell": cell.id,
+            "where": cell.where,
+            "devices": f"{cell.devices:g} {'GPU' if cell.kind == 'gpu' else 'core'}{'s' * (cell.devices != 1)}",
+            "precision": cell.precision,
+            "reduction": cell.reduction,
+            "plan": "runs" if cell.skip is None else f"skipped: {cell.skip}",
+        }
+        for cell in cells
+    ]
+    print_table(rows, title)
+
+
+def show(report: CompareReport) -> None:
+    """Tables, equality, laws, forecasts, and what was not measured."""
+    from rayexp.analysis import compare_tables as tables
+
+    if report.lines:
+        for title, rows in (
+            ("speed (medians of steps; 95 % intervals)", tables.speed(report)),
+            ("time and memory", tables.time_and_cost(report)),
+            ("results after the last epoch", tables.results(report)),
+            ("forecasts: these were NOT measured", tables.forecasts(report)),
+        ):
+            names = tables.filled(rows)
+            if rows:
+                print_table([{name: row[name] for name in names} for row in rows], title)
+    for family in report.families:
+        for sentence in tables.fits(family):
+            print(sentence)
+    for sentence in tables.links(report):
+        print(sentence)
+    for cell, why in report.skipped:
+        print(f"skipped {cell}: {why}")
+    for cell, repeat, error in report.failed:
+        print(f"FAILED {cell}, repeat {repeat}: {error}")
+    for group in report.groups:
+        print(group.sentence())

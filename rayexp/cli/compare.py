@@ -1,0 +1,174 @@
+"""`rayexp compare`, `rayexp report`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rayexp.cli._shell import RUNS, JsonOption, RunsOption, app, print_json, say
+
+if TYPE_CHECKING:
+    from rayexp.comparison import Comparison
+    from rayexp.runs import Run
+
+MarkdownOption = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Write the tables as Markdown.", dir_okay=False)
+]
+
+
+@app.command()
+def compare(
+    config: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="CONFIG", help="YAML of the grid, for example configs/devices.yaml.", show_default=False
+        ),
+    ] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)] = None,
+    runs: Annotated[
+        Path | None, typer.Option("--runs", help="Make the comparison's directory in there. [default: storage_path]")
+    ] = None,
+    resume: Annotated[
+        str | None, typer.Option(metavar="COMPARE", help="Go on with this comparison; what is done stays.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show which cells run, and why others do not.")] = False,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Join this Ray. [default: RAY_ADDRESS, else one that runs here, else a new one]",
+            show_default=False,
+        ),
+    ] = None,
+    markdown: MarkdownOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """The device grid: how much faster on more devices, at what price, and is it still the same model?
+
+    Every cell is an ordinary run, one at a time under Ray Tune, its repeats interleaved with those of the others. The
+    exit code is 1 where a cell failed or exact cells ended with different weights.
+    """
+    from rayexp.cli import _show_compare as view
+    from rayexp.comparison import Comparison
+    from rayexp.config import CompareConfig, load
+    from rayexp.errors import UserError
+    from rayexp.launch.as_job import below_home
+
+    words = [*(overrides or []), *([f"storage_path={runs}"] if runs else [])]
+    if resume is None:
+        if config is None:
+            raise UserError("compare needs a CONFIG (or --resume COMPARE)")
+        grid = load(config, words, CompareConfig)
+        grid = grid.model_copy(update={"storage_path": below_home(grid.storage_path)})
+        from rayexp.launch.grid import go, planned, start
+
+        base, cells = planned(grid, Path(config).parent, address)
+        if dry_run:
+            print_json(view.plan_json(cells, grid)) if as_json else view.show_plan(cells, grid)
+            return
+        made = start(grid, base, cells, argv=sys.argv)
+    else:
+        if config is not None:
+            raise UserError(f"compare --resume goes on with the grid as it was planned; leave {config} out")
+        from rayexp.launch.grid import go
+
+        made = Comparison.find(resume, below_home(runs or RUNS))
+        grid, cells = made.config(), made.cells()
+    running = [cell for cell in cells if cell.skip is None]
+    for cell in cells:
+        if cell.skip:
+            say(f"skipped {cell.id}: {cell.skip}")
+    say(f"{len(running)} of {len(cells)} cells, {len(made.missing())} runs to go, in {made.root}")
+    if dry_run:
+        return
+    try:
+        go(made, address=address, say=say)
+    except KeyboardInterrupt:
+        say(f"interrupted: `rayexp compare --resume {made.root}` goes on with what is missing")
+        raise
+    _show(made, made.root / "report.html", markdown or made.root / "report.md", as_json, judge=True)
+
+
+@app.command()
+def report(
+    name: Annotated[str, typer.Argument(metavar="RUN|COMPARE", show_default=False)],
+    out: Annotated[
+        Path | None, typer.Option(help="The page. [default: report.html in the directory]", dir_okay=False)
+    ] = None,
+    markdown: MarkdownOption = None,
+    runs: RunsOption = RUNS,
+    as_json: JsonOption = False,
+) -> None:
+    """One offline page about a run (curves, phases, epochs) or about a comparison (speed, phases, results)."""
+    from rayexp.comparison import Comparison
+    from rayexp.errors import UserError
+
+    found = _find(name, runs)
+    if isinstance(found, Comparison):
+        _show(found, out or found.root / "report.html", markdown, as_json, judge=False)
+        return
+    run = found
+    if markdown:
+        raise UserError("--markdown: for comparisons; a run's table is epochs.jsonl")
+    from rayexp.analysis.report import write_run_page
+
+    out = out or run.root / "report.html"
+    write_run_page(out, run)
+    if as_json:
+        print_json({**run.meta(), "page": str(out), "epochs": [r.to_json() for r in run.records()]})
+    else:
+        print(out)
+
+
+def _find(name: str, runs: Path) -> Run | Comparison:
+    """The run or the comparison of that path or name (UserError where there is neither)."""
+    from rayexp.comparison import Comparison
+    from rayexp.errors import UserError
+    from rayexp.runs import Run
+
+    path = Path(name).expanduser()
+    if (path / "run.json").is_file():
+        return Run.find(name, runs)
+    try:
+        return Comparison.find(name, runs)
+    except UserError as error:
+        if (path / "compare.json").is_file() or "names several" in str(error):
+            raise
+    try:
+        return Run.find(name, runs)
+    except UserError as error:
+        raise UserError(str(error).replace("no run ", "no run and no comparison ", 1)) from None
+
+
+def _show(made: Comparison, page: Path, markdown: Path | None, as_json: bool, judge: bool) -> None:
+    """Print a comparison, write its page and its Markdown, and with `judge` fail where it is not as promised."""
+    from rayexp.analysis.compare import compare as read
+    from rayexp.analysis.compare_tables import markdown as to_markdown
+    from rayexp.analysis.report import write_compare_page
+    from rayexp.cli import _show_compare as view
+    from rayexp.errors import RunError
+    from rayexp.runs import write_atomic
+
+    found = read(made)
+    if as_json:
+        print_json(found.to_json())
+    elif judge:
+        view.show(found)
+    if found.lines:
+        write_compare_page(page, found)
+        if markdown:
+            write_atomic(markdown, to_markdown(found))
+            say(f"tables: {markdown}")
+        say(f"report: {page}") if as_json or judge else print(page)
+    elif not judge:
+        write_compare_page(page, found)  # says that there is nothing yet
+    if not judge:
+        return
+    if not found.equal:
+        raise RunError("; ".join(group.sentence() for group in found.groups if not group.equal))
+    if found.failed:
+        cells = ", ".join(dict.fromkeys(cell for cell, _, _ in found.failed))
+        raise RunError(f"{len(found.failed)} of the runs failed ({cells}); `--resume {made.id}` tries them again")
