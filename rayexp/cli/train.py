@@ -1,1 +1,105 @@
-"""Commands."""
+"""`rayexp train`, `rayexp verify`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rayexp.cli._shell import RUNS, JsonOption, app, print_json, print_table
+
+if TYPE_CHECKING:
+    from rayexp.config import ExperimentConfig
+    from rayexp.runs import Run
+
+Words = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ADDRESS",
+        help="Join this Ray. [default: RAY_ADDRESS, else one that runs here, else a new one]",
+        show_default=False,
+    ),
+]
+
+
+@app.command()
+def train(
+    config: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="CONFIG", help="YAML of the experiment; a run's config.yaml repeats the run.", show_default=False
+        ),
+    ] = None,
+    overrides: Words = None,
+    runs: Annotated[
+        Path | None, typer.Option("--runs", help="Make the run directory in there. [default: storage_path]")
+    ] = None,
+    name: Annotated[str | None, typer.Option(metavar="N", help="The run's name.")] = None,
+    resume: Annotated[str | None, typer.Option(metavar="RUN", help="Go on with this run at its exact step.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the configuration and the plan only.")] = False,
+    address: Address = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train: in this process (scaling.num_workers=0, the default), or on Ray (1 to 8; [1,8] is elastic).
+
+    Ctrl-C saves after the present step and exits with 130. --resume goes on from there, with as many workers as you
+    like; CONFIG may then be left out.
+    """
+    run, settled = _settle(config, overrides or [], runs, name, resume)
+    if dry_run:
+        _show_plan(settled, address, as_json)
+        return
+    from rich.console import Console
+
+    from rayexp.launch.train import run as start
+
+    made = start(
+        settled, argv=sys.argv, resume=run, address=address, console=Console(stderr=True), started=_command_began()
+    )
+    if as_json:
+        print_json({**made.meta(), "path": str(made.root), "epochs": [r.to_json() for r in made.records()]})
+    else:
+        print(made.root)
+
+
+def _settle(
+    config: str | None, words: list[str], runs: Path | None, name: str | None, resume: str | None
+) -> tuple[Run | None, ExperimentConfig]:
+    """The run to go on with, if any, and the configuration."""
+    from rayexp.config import load
+    from rayexp.errors import UserError
+    from rayexp.launch.as_job import at_home, below_home
+    from rayexp.runs import Run
+
+    if resume and config and "=" in config and not Path(config).exists():
+        words = [config, *words]
+        config = None
+    words = [*words, *([f"storage_path={runs}"] if runs else []), *([f"name={name}"] if name else [])]
+    if config is None:
+        if not resume:
+            raise UserError("train needs a CONFIG (or --resume RUN)")
+        run = Run.find(resume, below_home(runs or RUNS))
+        return run, load(run.config_path, words)
+    settled = at_home(load(config, words))
+    return Run.find(resume, settled.storage_path) if resume else None, settled
+
+
+def _show_plan(config: ExperimentConfig, address: str | None, as_json: bool) -> None:
+    from rayexp.launch.train import outline
+
+    plan = outline(config, address)
+    if as_json:
+        print_json({"config": config.model_dump(mode="json"), "plan": plan})
+        return
+    print(config.to_yaml())
+    print_table([{"plan": key, "": value} for key, value in plan.items()])
+
+
+def _command_began() -> float:
+    """time.time() at which this process was started."""
+    import psutil
+
+    return psutil.Process().create_time()

@@ -14,11 +14,9 @@ from rayexp.runs import Run
 
 def here() -> Node:
     """This machine."""
-    import torch
+    from rayexp.engine import place
 
-    from rayexp.engine.place import cores
-
-    return Node("this machine", cores(), torch.cuda.device_count())
+    return Node("this machine", place.cores(), place.gpus())
 
 
 def attempt(run: Run, payload: Mapping[str, Any]) -> str:
@@ -27,15 +25,13 @@ def attempt(run: Run, payload: Mapping[str, Any]) -> str:
     Raises:
         UserError, RunError: training cannot go on; unexpected errors are logged and become a RunError.
     """
-    import torch
-
+    from rayexp.engine import place
     from rayexp.engine.group import Group
     from rayexp.launch.worker import work
 
     recorder = Recorder(run)
-    device = torch.device("cuda", 0) if payload["device"] == "cuda" else torch.device("cpu")
     try:
-        return work(payload, Group(), recorder, device, world_size=0)
+        return work(payload, Group(), recorder, place.device(payload["device"]), world_size=0)
     except (UserError, RunError):
         raise
     except OSError as error:

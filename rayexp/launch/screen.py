@@ -6,9 +6,12 @@ The screen reads progress.json and epochs.jsonl, wherever the workers are; nothi
 from __future__ import annotations
 
 import json
+import os
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayexp.records import EpochRecord
@@ -111,6 +114,7 @@ def epoch_line(record: EpochRecord) -> str:
 def _bar(console: Console) -> Any:
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+    plain = console.file is sys.stderr  # else stdout and stderr have been turned over to a file
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=None),
@@ -118,7 +122,41 @@ def _bar(console: Console) -> Any:
         TimeRemainingColumn(),
         console=console,
         transient=True,
+        redirect_stdout=plain,
+        redirect_stderr=plain,
     )
+
+
+@contextmanager
+def chatter_to(path: Path, console: Console | None) -> Iterator[None]:
+    """Everything that this process and its children write goes to a file, but for what the console shows.
+
+    Ray and what it starts write to the file descriptors themselves, so these are turned over. Outside the main thread
+    nothing is done: the process belongs to someone else then.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    path.parent.mkdir(exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = [os.dup(1), os.dup(2)]
+    shown = console is not None and console.file is sys.stderr
+    with path.open("a") as log, os.fdopen(os.dup(2), "w") as terminal:
+        if console is not None and shown:
+            console.file = terminal
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for number, saved in enumerate(kept, 1):
+                os.dup2(saved, number)
+                os.close(saved)
+            if console is not None and shown:
+                console.file = sys.stderr
 
 
 @contextmanager

@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib
 import os
 import secrets
 import shutil
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from typing import IO, TYPE_CHECKING, Any
 
 from rayexp.config import ExperimentConfig
+from rayexp.data import open_data
 from rayexp.errors import UserError
 from rayexp.launch import plan as planning
 from rayexp.launch.as_job import at_home, job_id
 from rayexp.launch.plan import Plan
-from rayexp.launch.screen import screen
+from rayexp.launch.screen import chatter_to, screen
 from rayexp.launch.stopping import stoppable
 from rayexp.recorder import Recorder
 from rayexp.runs import Run, write_atomic
@@ -28,8 +31,9 @@ from rayexp.runs import Run, write_atomic
 if TYPE_CHECKING:
     from rich.console import Console
 
-# Keys that say where and how, not what: a resumed run may change them.
-FREE = ("scaling", "storage_path", "max_failures", "checkpoint")
+# Keys that say where and how, not what: a resumed run may change them. That data.root holds the same data is checked
+# by its hash; the run keeps its name and its place.
+FREE = ("scaling", "checkpoint", "max_failures", "storage_path", "name", "data.root")
 TIMEOUT_S = 300.0  # a worker that says nothing for so long counts as lost
 
 
@@ -101,7 +105,11 @@ def run(
 def check_unchanged(run: Run, config: ExperimentConfig) -> None:
     """Refuse to resume under a configuration that would make another model (UserError names the changed keys)."""
     before, after = (_flat(c.model_dump(mode="json")) for c in (run.config(), config))
-    changed = [k for k in sorted({*before, *after}) if before.get(k) != after.get(k) and k.split(".")[0] not in FREE]
+    changed = [
+        key
+        for key in sorted({*before, *after})
+        if before.get(key) != after.get(key) and not any(f"{key}.".startswith(f"{free}.") for free in FREE)
+    ]
     if changed:
         shown = "; ".join(f"{key} {before.get(key)} -> {after.get(key)}" for key in changed)
         raise UserError(f"--resume {run.id}: the configuration has changed: {shown}; allowed: {', '.join(FREE)}")
@@ -134,7 +142,9 @@ def _holder(file: IO[str]) -> str:
 
 def _reopen(run: Run, config: ExperimentConfig, argv: Sequence[str]) -> None:
     meta = run.meta()
-    write_atomic(run.config_path, config.to_yaml())
+    before = run.config()
+    kept = config.model_copy(update={"name": before.name, "storage_path": before.storage_path})
+    write_atomic(run.config_path, kept.to_yaml())
     resumed = [*meta.get("resumed", ()), {"argv": list(argv), "after": meta["status"]}]
     run.update(status="running", error=None, finished=None, pid=os.getpid(), resumed=resumed)
 
@@ -146,6 +156,41 @@ def _finish(run: Run, status: str, error: str) -> None:
 
 def _steps_done(run: Run) -> int:
     return max((int(state.get("step", 0)) for _, state in run.resumable()), default=0)
+
+
+def outline(config: ExperimentConfig, address: str | None = None) -> dict[str, Any]:
+    """What `run` would do, without doing it: workers, device, lanes, steps. Joins a Ray only where an address is given;
+    else the plan is for this machine.
+
+    Raises:
+        UserError: as `run`.
+    """
+    from rayexp import workloads
+    from rayexp.engine.place import lanes_of
+    from rayexp.launch.local import here
+
+    config = config.absolute()
+    nodes = [here()]
+    if address and config.scaling.num_workers != 0:
+        from rayexp.launch.on_ray import session
+
+        with session.session(address):
+            nodes = session.nodes()
+    plan = planning.make(config, nodes)
+    workload = workloads.open_workload(config)
+    steps, workers = workload.steps(), max(1, plan.workers)
+    return {
+        "where": "this process" if not plan.workers else f"Ray, {len(nodes)} node{'s' * (len(nodes) > 1)}",
+        "workers": plan.workers,
+        "device": "gpu" if plan.gpu else "cpu",
+        "cpus_per_worker": plan.cpus,
+        "gpus_per_worker": plan.gpus,
+        "lanes_per_worker": 1 if plan.gpu else lanes_of(config, config.shards // workers, plan.cpus),
+        "shards_per_worker": config.shards // workers,
+        f"{workload.unit if workload.unit == 'images' else 'columns'}_per_worker": config.batch_size // workers,
+        "steps_per_epoch": steps,
+        "steps": steps * config.epochs,
+    }
 
 
 # ---------------------------------------------------------------------- attempts
@@ -166,13 +211,25 @@ def _supervise(
         plan = planning.make(config, [here()])
         with screen(run, console) as shown, stoppable(run, shown.say):
             return attempt(run, payload | _placed(plan))
-    from rayexp.launch import sources
-    from rayexp.launch.on_ray import session
-    from rayexp.launch.on_ray.drive import drive
+    with (
+        chatter_to(run.logs / "ray.log", console),
+        screen(run, console) as shown,
+        stoppable(run, shown.say) as stopped,
+    ):
+        shown.phase("starting Ray")
+        # Its imports take as long as Ray itself.
+        imports = threading.Thread(target=importlib.import_module, args=["rayexp.launch.on_ray.drive"], daemon=True)
+        imports.start()
+        from rayexp.launch.on_ray import session
 
-    with screen(run, console) as shown, stoppable(run, shown.say) as stopped, session.session(address):
-        sources.offer(run)
-        return drive(run, config, payload, _placed, shown, stopped)
+        with session.session(address) as own_ray:
+            if own_ray:
+                open_data(config.data)  # so that what is missing here is said at once, and packed once
+            imports.join()
+            from rayexp.launch.on_ray.drive import drive
+
+            shown.phase("starting workers")
+            return drive(run, config, payload, _placed, shown, stopped, own_ray)
 
 
 def _placed(plan: Plan) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from rayexp.engine.checkpoint import TENSORS, WORDS, State, Writer
 from rayexp.engine.group import Group
 from rayexp.engine.loop import EpochDone, Session, StepDone
 from rayexp.engine.step import Wish
+from rayexp.errors import UserError
 from rayexp.recorder import Recorder
 
 PROGRESS_SECONDS = 0.3
@@ -70,6 +71,7 @@ class _Worker:
         shards = self.config.shards // group.world
         self.place = place.settle(self.config, device, shards, payload.get("cpus"))
         self.workload = workloads.open_workload(self.config)
+        self.described = self.workload.describe()
         self.session = Session(self.config, self.workload, group, self.place)
         self.writer = Writer()
         self.buffers: dict[str, torch.Tensor] = {}
@@ -115,6 +117,7 @@ class _Worker:
         state = checkpoint.decode({WORDS: words, TENSORS: tensors})
         self.session.load(state)
         self._log(f"resumed at epoch {self.session.epoch + 1}, step {self.session.step}")
+        self._same_data(state.words.get("data"))
         then, now = state.words.get("fingerprint"), self.place.fingerprint()
         if self.lead and then and then != now:
             differs = ", ".join(f"{k} {then.get(k)} -> {now[k]}" for k in now if then.get(k) != now[k])
@@ -122,8 +125,16 @@ class _Worker:
             self._log(warning)
             self.pen.progress({"warning": warning})
 
+    def _same_data(self, then: Mapping[str, str] | None) -> None:
+        now = self._words()["data"]
+        if then is not None and then != now:
+            differs = ", ".join(f"{k} {str(then.get(k))[:12]} -> {now[k][:12]}" for k in now if then.get(k) != now[k])
+            raise UserError(
+                f"data: {self.config.data.root or self.config.data.name} does not hold the data of this run ({differs})"
+            )
+
     def _begin(self) -> None:
-        described = self.workload.describe()
+        described = self.described
         layout = self.session.layout
         meta = {
             "status": "running",
@@ -235,7 +246,8 @@ class _Worker:
         return checkpoint.snapshot(state, self.buffers)
 
     def _words(self) -> dict[str, Any]:
-        return {"fingerprint": self.place.fingerprint()}
+        data = {key: self.described[key] for key in ("train_sha", "val_sha")}
+        return {"fingerprint": self.place.fingerprint(), "data": data}
 
     def _log(self, text: str) -> None:
         self.pen.log(self.group.rank, text)
@@ -265,8 +277,17 @@ def graph_events(model: torch.nn.Module, example: tuple[Any, ...]) -> bytes:
         return next(Path(folder).iterdir()).read_bytes()
 
 
-def join(world: int, rank: int, address: str, timeout_s: float = 1800, backend: str = "gloo") -> Group:
+def join(
+    world: int,
+    rank: int,
+    address: str,
+    timeout_s: float = 1800,
+    backend: str = "gloo",
+    device: torch.device | None = None,
+) -> Group:
     """Initialise torch.distributed at tcp://address (host:port), and return the group."""
+    if device is not None and device.type == "cuda":
+        torch.cuda.set_device(device)  # before NCCL, which otherwise takes the first
     torch.distributed.init_process_group(
         backend,
         init_method=f"tcp://{address}",
@@ -277,6 +298,12 @@ def join(world: int, rank: int, address: str, timeout_s: float = 1800, backend: 
     return Group.join()
 
 
+def leave(group: Group) -> None:
+    """End what `join` began."""
+    if group.world > 1 and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def main(argv: list[str]) -> int:
     """`python -m rayexp.launch.worker PAYLOAD.json RANK WORLD HOST:PORT`: one worker of launch.processes."""
     from rayexp.runs import Run
@@ -284,11 +311,9 @@ def main(argv: list[str]) -> int:
     payload = json.loads(Path(argv[0]).read_text())
     rank, world = int(argv[1]), int(argv[2])
     group = join(world, rank, argv[3])
-    device = (
-        torch.device("cuda", rank % torch.cuda.device_count()) if payload["device"] == "cuda" else torch.device("cpu")
-    )
+    device = place.device(payload["device"], rank % max(1, place.gpus()))
     work(payload, group, Recorder(Run(Path(payload["run"]))), device)
-    torch.distributed.destroy_process_group()
+    leave(group)
     return 0
 
 

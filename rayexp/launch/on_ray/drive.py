@@ -38,6 +38,7 @@ def drive(
     placed: Callable[[Plan], dict[str, Any]],
     shown: Screen,
     stopped: Callable[[], bool],
+    own_ray: bool,
 ) -> str:
     """Train on the connected Ray; returns `done` or `stopped`.
 
@@ -46,6 +47,7 @@ def drive(
         placed: the part of the payload that follows from a plan.
         shown: the screen.
         stopped: whether the user asked to stop.
+        own_ray: whether this Ray was started for the run.
 
     Raises:
         UserError, RunError: see the table above.
@@ -57,7 +59,7 @@ def drive(
         fields = placed(plan) | {"nodes": len(session.nodes())}
         (run.root / NONCE).write_text(fields["nonce"])
         keeper = keep(run, fields["nonce"], session.node_id()) if fields["nodes"] > 1 else None
-        attempt = Fit(payload | fields, plan)
+        attempt = Fit(payload | fields, plan, own_ray)
         attempt.start()
         growing = _watch(run, config, plan, attempt, stopped)
         (run.root / NONCE).unlink(missing_ok=True)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 import threading
 from collections.abc import Mapping
 from typing import Any
 
 from ray.exceptions import RayError
-from ray.train._internal.utils import get_address_and_port
-from ray.train.backend import Backend, BackendConfig
+from ray.train.torch import TorchTrainer
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
 from rayexp.errors import RunError, UserError
 from rayexp.launch.faults import LostError
+from rayexp.launch.on_ray.meeting import Meeting
 from rayexp.launch.on_ray.member import member
 from rayexp.launch.on_ray.session import environment
 from rayexp.launch.plan import Plan
@@ -35,45 +34,37 @@ _ENVIRONMENT = {
 }
 
 
-class Meeting(BackendConfig):
-    """Tells the workers where to meet; they join torch.distributed themselves, all at once.
+class Trainer(TorchTrainer):
+    """A TorchTrainer without the helper actors that a run has no use for; each costs a second of a core at the start.
 
-    Ray's own TorchConfig does the same from the controller, which then imports PyTorch too.
+    They are left out by name, so that a Ray without them is no trouble: the manager of Ray Data's datasets, and, in a
+    Ray that ends with the run anyway, the cleaner that frees what a killed controller held.
     """
 
-    backend = "gloo"  # TorchTrainer asks for it; the workers decide
+    own_ray = False
 
-    @property
-    def backend_cls(self) -> type[Backend]:
-        """The actions that belong to this configuration."""
-        return _Meet
-
-
-class _Meet(Backend):
-    share_cuda_visible_devices = True  # NCCL's direct paths between GPUs of a node need it
-
-    def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
-        address, port = worker_group.execute_single(0, get_address_and_port)
-        worker_group.execute(_set_address, address, port)
+    def _create_default_callbacks(self) -> list[Any]:
+        out = {"DatasetsCallback"} | ({"PlacementGroupCleanerCallback"} if self.own_ray else set())
+        made: list[Any] = super()._create_default_callbacks()  # type: ignore[misc]
+        return [c for c in made if type(c).__name__ not in out]
 
 
-def _set_address(address: str, port: int) -> None:
-    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = address, str(port)
-
-
-def fit(payload: Mapping[str, Any], plan: Plan) -> str:
+def fit(payload: Mapping[str, Any], plan: Plan, own_ray: bool) -> str:
     """Run the workers once; returns `done` or `stopped`.
+
+    Args:
+        payload: see launch.worker and member.
+        plan: how many workers, and what each holds.
+        own_ray: whether this Ray was started for the run.
 
     Raises:
         UserError, RunError: as a worker raised it.
         LostError: workers were lost or could not be placed in time.
     """
-    from ray.train.torch import TorchTrainer
-
     resources = {"CPU": plan.cpus or 1.0} | ({"GPU": plan.gpus} if plan.gpu else {})
     # Ray Train keeps books of its own; the run directory is the truth, so they go with the attempt.
     with tempfile.TemporaryDirectory(prefix="rayexp-") as books, environment(_ENVIRONMENT):
-        trainer = TorchTrainer(
+        trainer = Trainer(
             member,  # type: ignore[arg-type]
             train_loop_config=dict(payload),
             torch_config=Meeting(),  # type: ignore[arg-type]
@@ -86,6 +77,7 @@ def fit(payload: Mapping[str, Any], plan: Plan) -> str:
                 failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
             ),
         )
+        trainer.own_ray = own_ray
         try:
             return str(trainer.fit().return_value)  # type: ignore[attr-defined]
         except TrainingFailedError as error:
@@ -116,15 +108,15 @@ def _line(error: BaseException) -> str:
 class Fit(threading.Thread):
     """`fit` in a thread, so that the main thread keeps the screen and the signals."""
 
-    def __init__(self, payload: Mapping[str, Any], plan: Plan) -> None:
+    def __init__(self, payload: Mapping[str, Any], plan: Plan, own_ray: bool) -> None:
         super().__init__(name="fit", daemon=True)
-        self.payload, self.plan = payload, plan
+        self.payload, self.plan, self.own_ray = payload, plan, own_ray
         self.status = ""
         self.error: BaseException | None = None
 
     def run(self) -> None:
         """See threading.Thread."""
         try:
-            self.status = fit(self.payload, self.plan)
+            self.status = fit(self.payload, self.plan, self.own_ray)
         except BaseException as error:
             self.error = error

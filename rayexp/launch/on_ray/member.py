@@ -43,38 +43,33 @@ def member(payload: Mapping[str, Any]) -> str:
 
 
 def _train(payload: Mapping[str, Any], rank: int, world: int, mine: Any) -> str:
-    import torch
-
+    from rayexp.engine import place
     from rayexp.engine.group import Group
-    from rayexp.launch.worker import join, work
+    from rayexp.launch.worker import join, leave, work
 
-    device = torch.device("cpu")
-    if payload["device"] == "cuda":
-        device = _gpu(torch)
-        torch.cuda.set_device(device)
+    device = place.device(payload["device"], _gpu(place.gpus()) if payload["device"] == "cuda" else 0)
     group = Group()
     if world > 1:
+        # NCCL refuses two workers on one GPU; gloo carries rows through host memory.
         nccl = device.type == "cuda" and not payload["shared_gpu"]
         _choose_interface()
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        group = join(world, rank, address, payload["timeout_s"], "nccl" if nccl else "gloo")
-    try:
-        return work(payload, group, mine, device)
-    finally:
-        if world > 1 and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        group = join(world, rank, address, payload["timeout_s"], "nccl" if nccl else "gloo", device)
+    status = work(payload, group, mine, device)
+    leave(group)
+    return status
 
 
-def _gpu(torch: Any) -> Any:
-    """The CUDA device that Ray has given to this worker; Ray Train shows each all of its node's."""
-    if not torch.cuda.is_available():
+def _gpu(there: int) -> int:
+    """The index of the CUDA device that Ray has given to this worker; Ray Train shows each all of its node's."""
+    if not there:
         raise UserError(
-            f"scaling.use_gpu: Ray counts GPUs on {socket.gethostname()}, but PyTorch {torch.__version__} sees no CUDA "
-            "device there; allowed: scaling.use_gpu=false"
+            f"scaling.use_gpu: Ray counts GPUs on {socket.gethostname()}, but PyTorch sees no CUDA device there; "
+            "allowed: false"
         )
     given = str(ray.get_runtime_context().get_accelerator_ids()["GPU"][0])
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", given).split(",")
-    return torch.device("cuda", visible.index(given) if given in visible else 0)
+    return visible.index(given) if given in visible else 0
 
 
 def _choose_interface() -> None:

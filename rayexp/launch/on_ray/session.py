@@ -18,7 +18,7 @@ from rayexp.launch import doors
 from rayexp.launch.plan import Node, Plan, capacity
 
 # Read by processes that Ray starts from here.
-_QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+_QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", "RAY_prestart_worker_first_driver": "0"}
 
 
 @contextlib.contextmanager

@@ -1,0 +1,94 @@
+"""The layer table of a model: output sizes, parameters, FLOPs; on PyTorch's meta device, so without arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from rayexp.engine.workload import Workload
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One module that the forward pass goes through.
+
+    Attributes:
+        name: dotted; empty for the whole model.
+        kind: the module's class; a ResNet's stages also by their name in He et al. 2016 (conv2_x).
+        output: its last output for one sample: HxWxC of a map, else the sizes without the batch dimension.
+        parameters: trainable ones, those of the modules within counted.
+        flops: forward, for one sample, a multiply-add counted as two; modules within counted.
+    """
+
+    name: str
+    kind: str
+    output: str
+    parameters: int
+    flops: int
+
+    @property
+    def depth(self) -> int:
+        """1 for the model's own children."""
+        return self.name.count(".") + 1 if self.name else 0
+
+
+def layers(workload: Workload) -> list[Layer]:
+    """All layers in the order of the model's definition; the whole model comes last.
+
+    One pass over `workload.example()`: one image, or one column of one window. Modules that it does not call are left
+    out.
+    """
+    model = workload.model().eval().to("meta")
+    outputs: dict[str, Tensor] = {}
+    hooks = [
+        module.register_forward_hook(lambda _m, _i, out, name=name: _keep(outputs, name, out))
+        for name, module in model.named_modules()
+    ]
+    example = [part.to("meta") if isinstance(part, Tensor) else part for part in workload.example()]
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(*example)
+    for hook in hooks:
+        hook.remove()
+    counts = counter.get_flop_counts()
+    root = type(model).__name__
+    stages = _stages(model)
+    found = [
+        Layer(
+            name,
+            stages.get(name, type(module).__name__),
+            _size(outputs[name], workload.batch_dim),
+            sum(p.numel() for p in module.parameters() if p.requires_grad),
+            int(sum(counts.get(f"{root}.{name}" if name else root, {}).values())),
+        )
+        for name, module in model.named_modules()
+        if name in outputs
+    ]
+    return [*(layer for layer in found if layer.name), *(layer for layer in found if not layer.name)]
+
+
+def _keep(outputs: dict[str, Tensor], name: str, out: Any) -> None:
+    while isinstance(out, tuple | list) and out:
+        out = out[0]
+    if isinstance(out, Tensor):
+        outputs[name] = out
+
+
+def _stages(model: nn.Module) -> dict[str, str]:
+    """`layer1` of a torchvision ResNet is conv2_x in the paper, and so on."""
+    if not type(model).__module__.endswith("models.resnet"):
+        return {}
+    return {f"layer{i}": f"Sequential (conv{i + 1}_x)" for i in range(1, 5)}
+
+
+def _size(out: Tensor, batch_dim: int) -> str:
+    sizes = list(out.shape)
+    if batch_dim < len(sizes):
+        del sizes[batch_dim]
+    # Maps come as channels, height, width; a Swin transformer's as height, width, channels.
+    if out.ndim == 4 and not (sizes[0] == sizes[1] != sizes[2]):
+        sizes = [*sizes[1:], sizes[0]]
+    return "x".join(map(str, sizes))
