@@ -9,10 +9,14 @@ from typing import Any
 
 from rayexp.comparison import PLAIN, Cell
 from rayexp.config import CompareConfig, ExperimentConfig, ScaleConfig, load, parse
-from rayexp.errors import UserError
+from rayexp.errors import UserError, nearest
 from rayexp.launch import plan as planning
 from rayexp.launch.plan import Node
 
+METRICS = {
+    "image_classification": ("acc1", "acc5", "val_loss", "train_loss"),
+    "language_model": ("ppl", "val_loss", "train_loss"),
+}
 PLAIN_TEXT_MODELS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
 
@@ -70,6 +74,13 @@ def plan(config: CompareConfig, base: ExperimentConfig, nodes: Sequence[Node]) -
     """
     if not nodes:
         raise UserError("the cluster has no machine")
+    known = METRICS.get(base.workload, tuple(config.target))
+    unknown = [metric for metric in config.target if metric not in known]
+    if unknown:
+        raise UserError(
+            f"target: {base.workload} has no metric {unknown[0]!r}{nearest(unknown[0], known)}; "
+            f"allowed: {', '.join(known)}"
+        )
     cells = [
         _cell(config, base, scaling, precision, reduction, nodes)
         for scaling, precision, reduction in itertools.product(
@@ -163,10 +174,13 @@ def _named(cells: Sequence[Cell], config: CompareConfig) -> tuple[Cell, ...]:
         parts = [cell.kind, *([] if cell.reduction == PLAIN else [where]), cell.reduction]
         parts += [cell.precision] if several else []
         name = "-".join(parts)
+        twins = [other for other in named.values() if other.reduction == cell.reduction]
+        if any(cell.config == {**other.config, "name": cell.config["name"]} for other in twins):
+            raise UserError(f"scaling: the grid holds the cell {name} twice")
         if name in named:
             name += f"-{cell.devices:g}{'gpus' if cell.kind == 'gpu' else 'cores'}"
         if name in named:
-            raise UserError(f"scaling: the grid holds the cell {name} twice")
+            name += f"-{len(named)}"
         tree = {**cell.config, "name": name}
         named[name] = dataclasses.replace(cell, id=name, config=tree)
     return tuple(named.values())

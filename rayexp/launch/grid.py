@@ -34,6 +34,7 @@ _ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
+ORPHANS_S = 30.0
 SHARE = 0.001  # of the driver's node: a trial that starts workers must hold nothing that they need
 
 
@@ -162,9 +163,15 @@ def _only_driver(comparison: Comparison) -> Iterator[None]:
 
 
 def _bury(comparison: Comparison) -> None:
-    """Runs of a killed driver say so; they are measured anew, because half a cell is no measurement."""
+    """Runs of a killed driver say so; they are measured anew, because half a cell is no measurement.
+
+    What a killed driver started ends by itself within seconds; it must not disturb the next cell until then.
+    """
+    until = time.monotonic() + ORPHANS_S
     for run in Run.all(comparison.cells_path):
-        if run.status() == "died":
+        while run.status() == "running" and time.monotonic() < until:
+            time.sleep(0.5)
+        if run.status() in ("died", "running"):
             run.update(status="stopped", error="the comparison was interrupted; the cell was measured anew")
 
 
