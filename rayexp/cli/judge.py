@@ -122,6 +122,52 @@ def _need_predictions(run: Run, epoch: int) -> None:
         predict(run, epoch)
 
 
+# ---------------------------------------------------------------------- evaluate
+
+
+@app.command()
+def evaluate(
+    ref: Annotated[str, typer.Argument(metavar="RUN@EPOCH", help="RUN@7, RUN@best, RUN@last.")],
+    print_freq: Annotated[int, typer.Option("--print-freq", metavar="N", min=1, help="A line every N batches.")] = 10,
+    runs: RunsOption = RUNS,
+    as_json: JsonOption = False,
+) -> None:
+    """Judge the validation data with a checkpoint, in the words of pytorch/examples' imagenet/main.py.
+
+    Predictions that the run lacks are stored; those that it has are compared.
+    """
+    from rayexp.cli._meters import Progress, summary
+    from rayexp.runs import resolve
+
+    run, epoch = resolve(ref, runs)
+
+    from rayexp.launch.evaluate import judge
+
+    progress = Progress(print_freq)
+    found = judge(run, epoch, progress.begin, None if as_json else progress.seen)
+    if as_json:
+        print_json(
+            {
+                "run": run.id,
+                "epoch": epoch,
+                "n": len(found.predictions),
+                **found.metrics,
+                "weights_sha": found.weights_sha,
+                "predictions": str(run.predictions_path(epoch)),
+                "stored": found.stored,
+                "equal": found.equal,
+            }
+        )
+        return
+    print(summary(found.metrics), flush=True)
+    if found.stored:
+        say(f"predictions: {run.predictions_path(epoch)}")
+    elif not found.equal:
+        say(
+            "these differ from the predictions that training stored: another device or other versions round differently"
+        )
+
+
 # ---------------------------------------------------------------------- generate
 
 

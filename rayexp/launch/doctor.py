@@ -1,0 +1,126 @@
+"""What a run needs of this machine, looked at without starting anything."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+ROOM = 2e9  # bytes; twenty checkpoints of a ResNet-18 with momentum
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line: what was looked at, what was found, and whether it is as it should be."""
+
+    what: str
+    found: str
+    ok: bool = True
+
+
+def examine(folder: Path) -> list[Finding]:
+    """All findings; `folder` is where runs are kept."""
+    return [look(folder) for look in (_python, _rayexp, _torch_pair, _devices, _cores, _memory, _ray, _shared, _disk)]
+
+
+def _python(folder: Path) -> Finding:
+    return Finding("python", f"{platform.python_version()}, {platform.platform()}", sys.version_info >= (3, 11))
+
+
+def _rayexp(folder: Path) -> Finding:
+    names = ("rayexp", "numpy", "safetensors", "pydantic", "tensorboardX")
+    return Finding("packages", ", ".join(f"{name} {_version(name)}" for name in names))
+
+
+def _torch_pair(folder: Path) -> Finding:
+    """PyPI's torchvision is built for PyPI's torch of the same day; beside another build it does not import."""
+    pair = f"torch {_version('torch')}, torchvision {_version('torchvision')}"
+    # In a process of its own: a failed import leaves half a torchvision behind.
+    code = "import torch, torchvision; torchvision.ops.nms"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return Finding("torch pair", f"{pair}: they fit together")
+    last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    return Finding(
+        "torch pair",
+        f"{pair} do not fit together ({last}); install both from one index, in one command: "
+        "pip install --force-reinstall torch torchvision (CPU only: --index-url https://download.pytorch.org/whl/cpu)",
+        ok=False,
+    )
+
+
+def _devices(folder: Path) -> Finding:
+    def look() -> str:
+        import torch
+
+        if not torch.cuda.is_available():
+            return f"none that PyTorch can use ({'built for CPU' if torch.version.cuda is None else 'no device'})"
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        return f"{len(names)}: {', '.join(names)}; CUDA {torch.version.cuda}"
+
+    return _tried("GPUs", look)
+
+
+def _cores(folder: Path) -> Finding:
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return Finding("CPU", f"{usable} cores usable, {platform.machine()}")
+
+
+def _memory(folder: Path) -> Finding:
+    memory = psutil.virtual_memory()
+    return Finding(
+        "memory", f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB free", memory.available > 1e9
+    )
+
+
+def _ray(folder: Path) -> Finding:
+    def look() -> str:
+        import ray._private.utils
+
+        running = os.environ.get("RAY_ADDRESS") or ray._private.utils.read_ray_address()
+        where = f"would join {running}" if running else "none runs here; one is started for a run"
+        return f"{ray.__version__}; {where}"
+
+    return _tried("ray", look)
+
+
+def _shared(folder: Path) -> Finding:
+    """Ray keeps its objects in shared memory, and falls back to a slow disk where there is too little."""
+    place = Path("/dev/shm")
+    if not place.is_dir():
+        return Finding("shared memory", "no /dev/shm here")
+    free = shutil.disk_usage(place).free
+    return Finding("shared memory", f"{free / 1e9:.1f} GB free in {place}", free > 1e8)
+
+
+def _disk(folder: Path) -> Finding:
+    place = folder.resolve()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    writable = os.access(place, os.W_OK)
+    return Finding(
+        "disk", f"{free / 1e9:.1f} GB free for {folder}{'' if writable else ', not writable'}", free > ROOM and writable
+    )
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "missing"
+
+
+def _tried(what: str, look: Callable[[], str]) -> Finding:
+    try:
+        return Finding(what, look())
+    except Exception as error:
+        return Finding(what, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}", ok=False)
