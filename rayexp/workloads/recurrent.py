@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Annotated
 
 import torch
@@ -9,6 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from torch import Tensor, nn
 
 from rayexp.engine.draws import Dropout
+
+# The engine's flat buffer holds the weights, so cuDNN has to gather them; they are few.
+warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous chunk")
 
 State = tuple[Tensor, ...]
 LAYERS = {"rnn_tanh": nn.RNN, "rnn_relu": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}
@@ -51,13 +55,15 @@ class Recurrent(nn.Module):
         """[time, columns, features] and the state before it (or ()) -> [time, columns, hidden] and the state after."""
         state = state or self.begin(x.shape[1], x.device)
         after = []
-        for i, layer in enumerate(self.layers):
-            if i:
-                x = self.drop(x)
-            here = [part[i : i + 1].to(x.dtype) for part in state]
-            x, left = layer(x, tuple(here) if self.parts == 2 else here[0])
-            after.append(left if self.parts == 2 else (left,))
-        return x, tuple(torch.cat(parts).float() for parts in zip(*after, strict=True))
+        # Autocast is for the large products of the output layer. Here it would round the state at every word.
+        with torch.autocast(x.device.type, enabled=False):
+            for i, layer in enumerate(self.layers):
+                if i:
+                    x = self.drop(x)
+                here = [part[i : i + 1].to(x.dtype) for part in state]
+                x, left = layer(x, tuple(here) if self.parts == 2 else here[0])
+                after.append(left if self.parts == 2 else (left,))
+        return x, tuple(torch.cat(parts) for parts in zip(*after, strict=True))
 
     def ranges(self) -> dict[str, float]:
         """Every parameter is drawn uniformly from [-r, r]: PyTorch's own r = 1 / sqrt(hidden)."""
