@@ -56,7 +56,7 @@ class Recurrent(nn.Module):
         state = state or self.begin(x.shape[1], x.device)
         after = []
         # Autocast is for the large products of the output layer. Here it would round the state at every word.
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False):
             for i, layer in enumerate(self.layers):
                 if i:
                     x = self.drop(x)
