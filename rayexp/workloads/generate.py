@@ -53,7 +53,9 @@ def open_writer(run: Run, epoch: int) -> Writer:
     if why:
         raise RunError(f"{folder}: {why}")
     state = decode({name: (folder / name).read_bytes() for name in (TENSORS, WORDS)})
-    vocabulary = tuple(run.data()["vocabulary"])
+    vocabulary = tuple(run.data().get("vocabulary", ()))
+    if not vocabulary:
+        raise UserError(f"{run.data_path}: holds no vocabulary")
     net = build(config, len(vocabulary))
     try:
         net.load_state_dict(state.weights())
