@@ -16,7 +16,7 @@ from rayexp.analysis.text_diff import TextReport
 from rayexp.analysis.weights import WeightsReport
 from rayexp.errors import UserError
 
-MAX_PICTURES = 10_000  # about 14 MB of page
+MAX_PICTURES = 6_000  # about 10 MB of page; where there are more flips, lost and gained go first
 MAX_SIDE = 96  # pixels
 QUALITY = 60
 CHUNK = 256  # pictures read at a time
@@ -52,6 +52,7 @@ def image_page(report: DiffReport, weights: WeightsReport | None = None) -> str:
         dots=_dots(report),
         gallery=_gallery(report),
         pictures=pictures,
+        pictured=sum(map(bool, pictures)),
         why_not=why_not,
     )
 
@@ -118,7 +119,8 @@ def _percent(x: float) -> float | None:
 
 
 def thumbnails(r: DiffReport) -> tuple[list[str], str]:
-    """WebP pictures of the flips in base64, in the report's order, and why there are none.
+    """WebP pictures of the flips in base64, in the report's order (empty texts beyond MAX_PICTURES), and why there
+    are none.
 
     They are read from the packed data that the runs' configurations name, if it is still what the checkpoints judged.
     """
@@ -133,7 +135,10 @@ def thumbnails(r: DiffReport) -> tuple[list[str], str]:
             if split.sha != r.a.predictions.data_sha:
                 reasons.append("the data in the run's data.root are not those that were judged")
                 continue
-            return _encode(split, [f.index for f in r.flips[:MAX_PICTURES]]), ""
+            first = sorted(range(len(r.flips)), key=lambda i: r.flips[i].kind == "other_wrong")
+            shown = sorted(first[:MAX_PICTURES])
+            encoded = dict(zip(shown, _encode(split, [r.flips[i].index for i in shown]), strict=True))
+            return [encoded.get(i, "") for i in range(len(r.flips))], ""
         except (UserError, OSError, AttributeError) as error:
             reasons.append(str(error))
     return [], reasons[0]

@@ -132,6 +132,18 @@ def test_pictures_are_those_of_the_flips(pictures):
         assert distance[i] < 12
 
 
+def test_lost_and_gained_come_first_where_pictures_are_many(pictures, monkeypatch):
+    r = image_report(pictures)
+    monkeypatch.setattr("rayexp.analysis.html_diff.MAX_PICTURES", r.lost + r.gained + 1)
+    encoded, _ = thumbnails(r)
+    assert len(encoded) == r.churn
+    assert [bool(x) for x, f in zip(encoded, r.flips, strict=True) if f.kind != "other_wrong"] == [True] * (
+        r.lost + r.gained
+    )
+    assert sum(map(bool, encoded)) == r.lost + r.gained + 1
+    assert "have pictures, lost and gained ones first" in image_page(r)
+
+
 def test_pictures_not_at_hand(makes, pictures):
     assert "not those that were judged" in thumbnails(image_report(makes.random_images(50, 3, 2)))[1]
     path = pictures.config_path
