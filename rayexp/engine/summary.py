@@ -22,6 +22,7 @@ class Layer:
         output: its last output for one sample: HxWxC of a map, else the sizes without the batch dimension.
         parameters: trainable ones, those of the modules within counted.
         flops: forward, for one sample, a multiply-add counted as two; modules within counted.
+        depth: 0 for the whole model, 1 for what it calls itself, and so on.
     """
 
     name: str
@@ -29,11 +30,7 @@ class Layer:
     output: str
     parameters: int
     flops: int
-
-    @property
-    def depth(self) -> int:
-        """1 for the model's own children."""
-        return self.name.count(".") + 1 if self.name else 0
+    depth: int
 
 
 def layers(workload: Workload) -> list[Layer]:
@@ -63,6 +60,7 @@ def layers(workload: Workload) -> list[Layer]:
             _size(outputs[name], workload.batch_dim),
             sum(p.numel() for p in module.parameters() if p.requires_grad),
             int(sum(counts.get(f"{root}.{name}" if name else root, {}).values())),
+            sum(name.startswith(f"{outer}.") or not outer for outer in outputs if outer != name),
         )
         for name, module in model.named_modules()
         if name in outputs
