@@ -289,6 +289,12 @@ def load(path: Path | str, overrides: Sequence[str] = (), kind: type[ConfigT] = 
     return parse(tree, kind, str(path))
 
 
+def shipped(name: str) -> Path:
+    """The path of a configuration that comes with rayexp: from the checkout, or from the installed package."""
+    package = Path(__file__).resolve().parent
+    return next(p for p in (package.parent / "configs" / name, package / "configs" / name) if p.exists())
+
+
 def parse(tree: Mapping[str, Any], kind: type[ConfigT], source: str) -> ConfigT:
     """Check a tree of plain values; `source` names it in errors (UserError)."""
     try:

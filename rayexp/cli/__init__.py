@@ -6,6 +6,6 @@ Exit codes: 0 done; 1 the run or the check failed; 2 the input was wrong; 130 Ct
 from __future__ import annotations
 
 from rayexp.cli._shell import app, main
-from rayexp.cli import cluster, compare, data, judge, show, train  # noqa: F401  (each registers its commands)
+from rayexp.cli import cluster, compare, data, judge, quickstart, show, train  # noqa: F401  (each registers its commands)
 
 __all__ = ["app", "main"]
