@@ -257,7 +257,11 @@ def compare(comparison: Comparison) -> CompareReport:
         config=config,
         meta=meta,
         lines=tuple(lines),
-        failed=tuple((r.cell, r.repeat, r.error or "") for r in done.values() if r.status != "done"),
+        failed=tuple(
+            (row.cell, row.repeat, row.error or "its run directory is gone")
+            for row in done.values()
+            if row.status != "done" or comparison.run(row) is None
+        ),
         skipped=tuple((cell.id, cell.skip) for cell in cells if cell.skip is not None),
         missing=sum((cell.id, repeat) not in done for cell, repeat in comparison.missing()),
         result=result.cell.id if result else None,

@@ -65,10 +65,13 @@ def median(repeats: Sequence[Floats], seed: int) -> Estimate:
     """
     rng = np.random.default_rng(seed)
     thinned = [_thin(np.asarray(r, dtype=np.float64)) for r in repeats]
-    draws = np.empty(DRAWS)
-    for i in range(DRAWS):
-        picked = rng.integers(len(thinned), size=len(thinned))
-        draws[i] = np.median(np.concatenate([rng.choice(thinned[j], len(thinned[j])) for j in picked]))
+    lengths = np.array([len(t) for t in thinned])
+    padded = np.zeros((len(thinned), lengths.max()))
+    for row, values in zip(padded, thinned, strict=True):
+        row[: len(values)] = values
+    picked = rng.integers(len(thinned), size=(DRAWS, len(thinned), 1))
+    steps = (rng.random((DRAWS, len(thinned), lengths.max())) * lengths[picked]).astype(np.int64)
+    draws = np.median(padded[picked, steps].reshape(DRAWS, -1), axis=1)
     return Estimate(float(np.median(np.concatenate(list(repeats)))), draws)
 
 

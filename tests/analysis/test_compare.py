@@ -1,0 +1,440 @@
+"""The report of a device grid, from comparisons made of known numbers."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from rayexp.analysis import compare_tables as tables
+from rayexp.analysis.compare import compare
+from rayexp.analysis.report import compare_page, write_compare_page, write_run_page
+from rayexp.cli import app
+from rayexp.comparison import Comparison, Row
+from rayexp.config import CompareConfig, ExperimentConfig, parse
+from rayexp.errors import RunError, UserError
+from rayexp.launch.cells import plan
+from rayexp.launch.plan import Node
+from rayexp.recorder import Recorder
+from rayexp.records import Predictions
+from rayexp.runs import Run, now
+
+ENVIRONMENT = {
+    "cpu": "a <processor> & more", "cores": 8, "cpu_capability": "AVX2", "memory_bytes": 16e9, "gpus": [],
+    "system": "Linux", "python": "3.12", "versions": {"rayexp": "0"},
+}  # fmt: skip
+STEPS = 10
+PARTS = {"data": 0.1, "transfer": 0.0, "compute": 0.6, "reduce": 0.2, "optimizer": 0.1}
+
+
+class Grids:
+    """Makes comparisons whose runs have the rates that a test asks for."""
+
+    def __init__(self, storage):
+        self.storage = storage
+
+    def plan(self, *, cpus=8, gpus=0, base=None, **grid):
+        experiment = parse({"name": "base", "epochs": 4, **(base or {})}, ExperimentConfig, "base")
+        tree = {
+            "base": "base.yaml",
+            "scaling": [
+                {"num_workers": n, "use_gpu": False, "cpus_per_worker": 1} for n in (1, 2, 4)
+            ],
+            "reduction": ["exact", "ddp"],
+            "storage_path": str(self.storage),
+            **grid,
+        }  # fmt: skip
+        config = parse(tree, CompareConfig, "grid")
+        cells = plan(config, experiment, [Node("here", cpus, gpus)])
+        return Comparison.create(config, experiment, cells, {"argv": ["test"], "environment": ENVIRONMENT})
+
+    def fill(self, comparison, rates, *, sha="a", top1=None, spread=0.0, repeats=None, parts=PARTS, epochs=2, **more):
+        """A row for every cell in `rates` (samples per second by cell id) and every repeat."""
+        session = comparison.begin()
+        rng = np.random.default_rng(0)
+        for cell in comparison.cells():
+            if cell.id not in rates:
+                continue
+            for repeat in range(1, (repeats or comparison.config().repeats) + 1):
+                factor = 1 + spread * rng.standard_normal()
+                run = self.run(comparison, cell, rates[cell.id] * factor, sha, top1, parts, epochs, **more)
+                comparison.add(Row(cell.id, repeat, "done", None, run.id, 60.0, now()), session)
+        return comparison
+
+    def run(self, comparison, cell, rate, sha, top1, parts, epochs, losses=(2.0, 1.0), kind="images", energy=None):
+        words = {"storage_path": str(comparison.cells_path), "name": cell.id}
+        run = Run.create(parse({**cell.config, **words}, ExperimentConfig, "cell"), argv=[])
+        run.update(startup_seconds={"to_first_step": 13.0}, exchange_bytes=4e6, device=cell.kind, status="done")
+        (run.root / "predictions").mkdir()
+        records, steps = [], []
+        step = 256 / rate
+        mine = top1.get(cell.id, [0] * 8) if top1 else [0] * 8
+        for epoch in range(1, epochs + 1):
+            totals = [step] * STEPS
+            if epoch == 1:
+                totals[0] = 3.0  # the first step compiles
+            phases = {name: [t * share for t in totals] for name, share in parts.items()}
+            seconds = {name: sum(values) for name, values in phases.items()}
+            seconds |= {"evaluate": 0.5, "checkpoint": 0.25, "other": 0.05}
+            loss = losses[min(epoch, len(losses)) - 1]
+            metrics = {"acc1": 10.0 * epoch, "acc5": 20.0 * epoch} if kind == "images" else {"ppl": 100.0 / epoch}
+            record = {
+                "epoch": epoch, "step": STEPS * epoch, "train_loss": loss, "val_loss": loss, **metrics, "lr": 0.1,
+                "samples_per_second": rate, "seconds": {"total": sum(seconds.values()), **seconds},
+                "weights_sha": sha if isinstance(sha, str) else sha[cell.id],
+                "peak_memory": {"host": 2_000_000_000}, "energy_joules": energy,
+            }  # fmt: skip
+            arrays = {
+                "index": np.arange(8), "label": np.zeros(8, np.int64),
+                "top5": np.array([[t, 9] for t in mine], np.int32),
+                "confidence": np.ones(8, np.float32), "loss": np.ones(8, np.float32),
+            }  # fmt: skip
+            if kind == "tokens":
+                arrays = {"offset": np.arange(8), "token": np.zeros(8, np.int32), "loss": np.array(mine, np.float32)}
+            # Written as a Recorder would, without its flushes to disk and its TensorBoard.
+            run.predictions_path(epoch).write_bytes(Predictions(kind, "v", arrays).to_npz())
+            records.append(record)
+            steps.append({"epoch": epoch, "first": epoch == 1, "count": [256] * STEPS, "total": totals, **phases})
+        run.epochs_path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        run.steps_path.write_text("".join(json.dumps(line) + "\n" for line in steps))
+        return run
+
+
+@pytest.fixture
+def grids(tmp_path):
+    return Grids(tmp_path / "runs")
+
+
+RATES = {
+    "cpu-plain": 80.0, "cpu-x1-exact": 50.0, "cpu-x2-exact": 90.0, "cpu-x4-exact": 150.0,
+    "cpu-x1-ddp": 60.0, "cpu-x2-ddp": 100.0, "cpu-x4-ddp": 160.0,
+}  # fmt: skip
+
+
+def test_a_recorder_keeps_the_steps_of_every_epoch(tmp_path):
+    run = Run.create(parse({"storage_path": str(tmp_path)}, ExperimentConfig, "x"), argv=[])
+    pen = Recorder(run)
+    for epoch in (1, 2, 2):  # the second epoch comes twice: it was resumed
+        record = {
+            "epoch": epoch, "step": epoch, "train_loss": 1.0, "val_loss": 1.0, "acc1": 1.0, "lr": 0.1,
+            "samples_per_second": 1.0, "seconds": {"total": 1.0}, "weights_sha": "a",
+        }  # fmt: skip
+        files = {"state.json": json.dumps({"epoch": epoch, "step": epoch, "files": {}}).encode()}
+        pen.epoch(record, files, b"", {"epoch": epoch, "first": epoch == 1, "count": [4], "total": [0.5]})
+    assert [line["epoch"] for line in run.steps()] == [1, 2]
+    with run.steps_path.open("a") as file:
+        file.write('{"epoch": 3, "cou')  # a crash in the middle of a line
+    assert [line["epoch"] for line in run.steps()] == [1, 2]
+
+
+def lines(comparison):
+    return {line.cell.id: line for line in compare(comparison).lines}
+
+
+# ---------------------------------------------------------------------- figures
+
+
+def test_rates_leave_the_first_step_out(grids):
+    found = lines(grids.fill(grids.plan(), RATES))
+    assert found["cpu-x1-exact"].rate.value == pytest.approx(50, rel=1e-5)
+    assert found["cpu-x1-exact"].measured.first_step() == pytest.approx(3)
+    assert found["cpu-x1-exact"].measured.startup() == pytest.approx(10)
+
+
+def test_speedup_efficiency_and_what_they_are_against(grids):
+    found = lines(grids.fill(grids.plan(), RATES))
+    four = found["cpu-x4-exact"]
+    assert four.reference == "cpu-x1-exact"
+    assert four.speedup.value == pytest.approx(3, rel=1e-4)
+    assert four.efficiency.value == pytest.approx(0.75, rel=1e-4)
+    assert four.serial.value == pytest.approx((1 / 3 - 1 / 4) / (1 - 1 / 4), rel=1e-3)
+    assert four.over_plain.value == pytest.approx(150 / 80, rel=1e-4)
+    assert four.over_ddp.value == pytest.approx(150 / 160, rel=1e-4)
+    assert found["cpu-x4-ddp"].reference == "cpu-x1-ddp"
+    assert found["cpu-x4-ddp"].over_ddp is None
+    assert found["cpu-plain"].speedup is None
+    assert found["cpu-plain"].over_plain is None
+
+
+def test_an_epoch_counts_an_ordinary_step_for_the_first(grids):
+    found = lines(grids.fill(grids.plan(), RATES))["cpu-x1-exact"]
+    assert found.epoch.value == pytest.approx(STEPS * 256 / 50 + 0.8, rel=1e-4)
+    assert found.measured.phases()["reduce"] == pytest.approx(0.2 * STEPS * 256 / 50, rel=1e-4)
+    # four epochs of the base experiment, though the cells trained two
+    assert found.schedule_seconds == pytest.approx(10 + 4 * (STEPS * 256 / 50 + 0.8), rel=1e-4)
+
+
+def test_phases_and_the_rest_add_up_to_the_wall_clock(grids):
+    repeat = lines(grids.fill(grids.plan(), RATES))["cpu-x1-exact"].measured.repeats[0]
+    assert repeat.unaccounted() < 1e-6
+    assert repeat.startup + repeat.training + repeat.shutdown == pytest.approx(60)
+
+
+def test_phases_that_do_not_add_up_are_seen(grids):
+    short = {**PARTS, "compute": 0.5}  # a tenth of every step is in no phase
+    comparison = grids.plan()
+    grids.fill(comparison, {"cpu-x1-exact": 50.0}, parts=short)
+    run = Run.all(comparison.cells_path)[0]
+    rows = [r.to_json() for r in run.records()]
+    for row in rows:
+        row["seconds"]["total"] /= 0.9
+    run.epochs_path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert compare(comparison).lines[0].measured.repeats[0].unaccounted() > 0.05
+
+
+def test_cost_energy_and_time_to_a_target(grids):
+    comparison = grids.plan(price_per_device_hour={"cpu": 0.36}, target={"acc1": 20, "val_loss": 0.5})
+    found = lines(grids.fill(comparison, RATES, energy=120.0))["cpu-x4-exact"]
+    epoch = STEPS * 256 / 150 + 0.8
+    assert found.cost == pytest.approx(4 * 0.36 * epoch / 3600, rel=1e-4)
+    assert found.measured.energy() == 120
+    # acc1 is 20 after the second epoch, whose predecessor held the slow first step
+    assert found.target_seconds["acc1"] == pytest.approx(10 + 2 * epoch - 256 / 150 + 3, rel=1e-4)
+    assert found.target_seconds["val_loss"] is None
+    assert "not reached" in tables.markdown(compare(comparison))
+
+
+def test_spread_between_repeats_widens_the_interval(grids, tmp_path):
+    calm = lines(grids.fill(grids.plan(), RATES))["cpu-x4-exact"].rate.interval
+    wild = lines(Grids(tmp_path / "wild").fill(Grids(tmp_path / "wild").plan(), RATES, spread=0.1))
+    low, high = wild["cpu-x4-exact"].rate.interval
+    assert calm[1] - calm[0] < 0.01
+    assert high - low > 3
+
+
+# ---------------------------------------------------------------------- equal results
+
+
+def test_equal_weights_are_said_with_their_hash(grids):
+    report = compare(grids.fill(grids.plan(), RATES))
+    assert report.equal
+    (group,) = report.groups
+    assert group.cells == ("cpu-x1-exact", "cpu-x2-exact", "cpu-x4-exact")
+    assert group.runs == 9
+    assert group.sentence() == "cpu fp32: 9 exact runs of 3 cells ended with the same weights (a)"
+
+
+def test_unequal_weights_fail_loudly(grids):
+    comparison = grids.plan()
+    grids.fill(comparison, RATES, sha={**dict.fromkeys(RATES, "a"), "cpu-x4-exact": "b"})
+    report = compare(comparison)
+    assert not report.equal
+    assert "2 DIFFERENT weights" in report.groups[0].sentence()
+    assert "DIFFERENT" in compare_page(report)
+    result = CliRunner().invoke(app, ["compare", "--resume", str(comparison.root)])
+    assert isinstance(result.exception, RunError)
+    assert "DIFFERENT" in str(result.exception)
+
+
+def test_repeats_of_one_exact_cell_must_agree_too(grids):
+    comparison = grids.plan(repeats=2)
+    grids.fill(comparison, {"cpu-x1-exact": 50.0}, sha="a", repeats=1)
+    session = comparison.begin()
+    cell = next(c for c in comparison.cells() if c.id == "cpu-x1-exact")
+    run = grids.run(comparison, cell, 50.0, "b", None, PARTS, 2)
+    comparison.add(Row(cell.id, 2, "done", None, run.id, 60.0, now()), session)
+    assert not compare(comparison).equal
+
+
+def test_ddp_may_differ_and_its_predictions_are_counted(grids):
+    top1 = {"cpu-x2-ddp": [1, 1, 1, 0, 0, 0, 0, 0]}
+    shas = {**dict.fromkeys(RATES, "a"), "cpu-x1-ddp": "c", "cpu-x2-ddp": "d", "cpu-x4-ddp": "e"}
+    report = compare(grids.fill(grids.plan(), RATES, sha=shas, top1=top1))
+    assert report.equal
+    assert report.result == "cpu-x1-exact"
+    found = {line.cell.id: line.differing for line in report.lines}
+    assert found["cpu-x2-ddp"] == (3, 3)
+    assert found["cpu-x4-ddp"] == (0, 0)
+    row = next(row for row in tables.results(report) if row["cell"] == "cpu-x2-ddp")
+    assert row["predictions that differ"] == "3 of 8"
+
+
+def test_tokens_differ_where_the_probability_doubles_or_halves(grids):
+    base = {
+        "workload": "language_model", "data": {"name": "python_docs"}, "model": {"name": "lstm"}, "batch_size": 16,
+        "shards": 4,
+    }  # fmt: skip
+    comparison = grids.plan(base=base)
+    nudged = {"cpu-x1-ddp": [0.0, 0.6, 0.7, -0.7, -0.6, 0, 0, 2]}
+    report = compare(grids.fill(comparison, RATES, top1=nudged, kind="tokens"))
+    assert report.unit == "tokens"
+    assert next(line.differing for line in report.lines if line.cell.id == "cpu-x1-ddp") == (3, 3)
+    assert "ppl" in tables.results(report)[0]
+
+
+def test_weak_scaling_compares_no_weights_across_sizes(grids):
+    comparison = grids.plan(mode="weak")
+    shas = {name: name if "exact" in name else "x" for name in RATES}
+    report = compare(grids.fill(comparison, RATES, sha=shas))
+    assert report.equal
+    assert len(report.groups) == 3
+    assert all(line.serial is None for line in report.lines)
+    assert not any(family.fits for family in report.families)
+
+
+# ---------------------------------------------------------------------- laws and forecasts
+
+
+def test_three_counts_carry_amdahl_but_not_usl(grids):
+    report = compare(grids.fill(grids.plan(), RATES, spread=0.005))
+    family = next(f for f in report.families if f.name == "cpu, fp32, exact")
+    law, usl = family.fits
+    assert law.refused is None
+    assert 0 < law.parameters["sigma"][0] < 0.3
+    assert "at least 4 device counts" in usl.refused
+
+
+def test_forecast_is_refused_without_a_link(grids):
+    report = compare(grids.fill(grids.plan(), {"cpu-x1-exact": 50.0}))
+    (family,) = report.families
+    assert not family.forecasts
+    assert "interconnect.bandwidth_gbit" in family.why_not
+
+
+def test_forecast_from_a_given_link(grids):
+    comparison = grids.plan(interconnect={"bandwidth_gbit": 100, "latency_us": 5})
+    alone = {**PARTS, "compute": 0.8, "reduce": 0.0}
+    report = compare(grids.fill(comparison, {"cpu-x1-exact": 50.0}, parts=alone))
+    (family,) = report.families
+    eight = next(one for one in family.forecasts if one.workers == 8)
+    step = 256 / 50
+    expected = 0.9 * step / 8 + 0.1 * step + 2 * 7 / 8 * 4e6 / (100e9 / 8) + 14 * 5e-6
+    assert eight.rate == pytest.approx(256 / expected, rel=1e-3)
+    assert all(row["FORECAST, not measured"] for row in tables.forecasts(report))
+
+
+def test_forecast_is_refused_where_the_model_fails_at_measured_counts(grids):
+    rates = {"cpu-x1-exact": 50.0, "cpu-x2-exact": 20.0, "cpu-x4-exact": 10.0}
+    report = compare(grids.fill(grids.plan(), rates))
+    (family,) = report.families
+    assert not family.forecasts
+    assert "misses the measured counts" in family.why_not
+
+
+# ---------------------------------------------------------------------- what did not run
+
+
+def test_failed_and_skipped_cells_are_in_the_report(grids):
+    comparison = grids.plan(cpus=2)
+    grids.fill(comparison, {"cpu-x1-exact": 50.0})
+    comparison.add(Row("cpu-x2-ddp", 1, "failed", "it <broke>", None, 1.0, now()), comparison.begin())
+    report = compare(comparison)
+    assert ("cpu-x4-exact", "4 CPU cores asked, this machine has 2") in report.skipped
+    assert report.failed == (("cpu-x2-ddp", 1, "it <broke>"),)
+    page = compare_page(report)
+    assert "it &lt;broke&gt;" in page
+    assert "4 CPU cores asked" in page
+    assert "still missing" in page
+    assert report.missing > 0
+
+
+def test_a_run_directory_that_is_gone_counts_as_failed(grids):
+    comparison = grids.fill(grids.plan(repeats=2), {"cpu-x1-exact": 50.0})
+    (comparison.cells_path / comparison.rows()[0].run / "run.json").unlink()
+    report = compare(comparison)
+    assert len(report.lines[0].measured.repeats) == 1
+    assert report.failed == (("cpu-x1-exact", 1, "its run directory is gone"),)
+
+
+def test_nothing_measured_is_no_report(grids, tmp_path):
+    comparison = grids.plan()
+    with pytest.raises(UserError, match="no cell has been measured"):
+        write_compare_page(tmp_path / "page.html", compare(comparison))
+    assert not (tmp_path / "page.html").exists()
+
+
+# ---------------------------------------------------------------------- pages and commands
+
+
+def test_the_page_is_one_offline_file(grids):
+    page = compare_page(compare(grids.fill(grids.plan(), RATES, spread=0.01)))
+    assert page.count("<svg") >= 4
+    assert "a &lt;processor&gt; &amp; more" in page
+    # Nothing is fetched: the only addresses are names of XML namespaces and licences inside the SVG.
+    assert not re.findall(r'(?:src|href)="(?!#)[^"]*:', page.replace('xlink:href="#', 'xlink:href="#'))
+    assert "@import" not in page
+    assert "url(http" not in page
+    ids = re.findall(r'\sid="(fig-[a-z-]+)"', page)
+    assert len(ids) == len(set(ids)) >= 4
+
+
+def test_the_same_comparison_gives_the_same_figures(grids):
+    comparison = grids.fill(grids.plan(), RATES, spread=0.01)
+    first, second = (compare_page(compare(comparison)) for _ in range(2))
+    assert first == second or re.sub(r"Made by.*", "", first) == re.sub(r"Made by.*", "", second)
+
+
+def test_markdown_is_a_table(grids):
+    text = tables.markdown(compare(grids.fill(grids.plan(), RATES)))
+    rows = [line for line in text.splitlines() if line.startswith("| cpu-")]
+    assert len(rows) == 2 * 7 + 7
+    header = next(line for line in text.splitlines() if "speed-up" in line)
+    body = next(line for line in rows if line.startswith("| cpu-x4-exact"))
+    assert header.count("|") == body.count("|")
+
+
+def test_report_command_prints_json_only(grids):
+    comparison = grids.fill(grids.plan(), RATES)
+    run = subprocess.run(
+        [sys.executable, "-m", "rayexp", "report", comparison.id, "--runs", str(grids.storage), "--json"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    found = json.loads(run.stdout)
+    assert found["equal_weights"] is True
+    assert {cell["cell"] for cell in found["cells"]} == set(RATES)
+    assert (comparison.root / "report.html").is_file()
+
+
+def test_resume_of_a_finished_comparison_only_reports(grids):
+    comparison = grids.fill(grids.plan(), RATES)
+    result = CliRunner().invoke(app, ["compare", "--resume", str(comparison.root)])
+    assert result.exception is None
+    assert "cpu-x4-exact" in result.output
+    assert "the same weights" in result.output
+    assert comparison.meta()["status"] == "done"
+    assert (comparison.root / "report.md").read_text().startswith(f"# {comparison.id}")
+
+
+def test_report_of_a_run(grids, tmp_path):
+    comparison = grids.fill(grids.plan(), {"cpu-x1-exact": 50.0})
+    run = Run.all(comparison.cells_path)[0]
+    (run.root / "diff_1_2.html").write_text("<p>")
+    out = tmp_path / "page.html"
+    write_run_page(out, run)
+    page = out.read_text()
+    assert page.count("<svg") == 3
+    assert "diff_1_2.html" in page
+    assert "20.00" in page  # acc1 of the second epoch
+
+
+def test_report_of_a_run_without_epochs_is_refused(tmp_path):
+    run = Run.create(parse({"storage_path": str(tmp_path)}, ExperimentConfig, "x"), argv=[])
+    with pytest.raises(UserError, match="no epoch has finished"):
+        write_run_page(tmp_path / "page.html", run)
+
+
+@pytest.mark.browser
+def test_the_page_renders(grids, tmp_path):
+    import shutil
+
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no chromium here")
+    page, shot = tmp_path / "page.html", tmp_path / "page.png"
+    write_compare_page(page, compare(grids.fill(grids.plan(), RATES, spread=0.01)))
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    words = [f"--user-data-dir={tmp_path / 'chromium'}", f"--screenshot={shot}", "--window-size=1200,3000"]
+    subprocess.run(
+        [chromium, *flags.split(), *words, f"file://{page}"], check=True, capture_output=True, timeout=120
+    )  # fmt: skip
+    from PIL import Image
+
+    pixels = np.asarray(Image.open(shot).convert("RGB"))
+    # The phases' colours are on the page: the figures were drawn.
+    for colour in ((0x00, 0x9E, 0x73), (0xD5, 0x5E, 0x00)):
+        assert (np.abs(pixels.astype(int) - colour).sum(-1) < 6).sum() > 500

@@ -1,0 +1,250 @@
+"""The statistics of a device grid, against cases with a known answer."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rayexp.analysis import scaling
+from rayexp.analysis.scaling import DRAWS, Estimate, Link, StepModel
+
+
+def noisy(values, spread, seed=0):
+    rng = np.random.default_rng(seed)
+    return [v * (1 + spread * rng.standard_normal()) for v in values]
+
+
+def measured(value, spread=0.0, seed=0):
+    return Estimate(value, value * (1 + spread * np.random.default_rng(seed).standard_normal(DRAWS)))
+
+
+# ---------------------------------------------------------------------- estimates
+
+
+def test_median_and_its_interval_hold_the_truth():
+    held = 0
+    for trial in range(40):
+        rng = np.random.default_rng(trial)
+        repeats = [100 * np.exp(0.1 * rng.standard_normal(25)) for _ in range(3)]
+        estimate = scaling.median(repeats, seed=trial)
+        assert estimate.value == np.median(np.concatenate(repeats))
+        low, high = estimate.interval
+        held += low <= 100 <= high
+    assert held >= 34  # nominally 38 of 40
+
+
+def test_median_sees_what_differs_from_run_to_run():
+    steps = np.full(50, 1.0)
+    alike = scaling.median([steps * 100, steps * 100, steps * 100], seed=1)
+    apart = scaling.median([steps * 90, steps * 100, steps * 110], seed=1)
+    assert alike.interval == (100.0, 100.0)
+    low, high = apart.interval
+    assert low < 95
+    assert high > 105
+
+
+def test_long_repeats_are_thinned_without_moving_the_answer():
+    rng = np.random.default_rng(3)
+    long = [rng.lognormal(3, 0.2, 20_000) for _ in range(2)]
+    estimate = scaling.median(long, seed=3)
+    low, high = estimate.interval
+    assert low < estimate.value < high
+    assert (high - low) / estimate.value < 0.05
+
+
+def test_the_same_measurements_give_the_same_interval():
+    rng = np.random.default_rng(5)
+    repeats = [rng.lognormal(3, 0.2, 30) for _ in range(3)]
+    assert scaling.median(repeats, seed=9).interval == scaling.median(repeats, seed=9).interval
+
+
+def test_ratio_of_an_estimate_to_itself_is_one():
+    estimate = measured(50.0, 0.1)
+    ratio = estimate.over(estimate)
+    assert ratio.value == 1
+    assert ratio.interval == (1.0, 1.0)
+
+
+def test_ratio_carries_both_uncertainties():
+    a, b = measured(200.0, 0.05, seed=1), measured(100.0, 0.05, seed=2)
+    low, high = a.over(b).interval
+    assert low < 2 < high
+    assert 0.2 < high - low < 0.8  # about 2 * 2 * 1.96 * 0.05 * sqrt(2) = 0.55
+
+
+# ---------------------------------------------------------------------- speed-up
+
+
+@given(st.floats(0, 1), st.integers(2, 1024))
+def test_karp_flatt_inverts_amdahl(serial, p):
+    speedup = 1 / (serial + (1 - serial) / p)
+    assert scaling.karp_flatt(speedup, p) == pytest.approx(serial, abs=1e-9)
+
+
+def test_karp_flatt_of_a_speedup_beyond_linear_is_negative():
+    assert scaling.karp_flatt(2.2, 2) < 0
+
+
+def amdahl(n, first=100.0, sigma=0.05):
+    return first * n / (1 + sigma * (n - 1))
+
+
+def usl(n, first=100.0, sigma=0.03, kappa=0.002):
+    return first * n / (1 + sigma * (n - 1) + kappa * n * (n - 1))
+
+
+def test_amdahl_is_recovered_with_an_interval_that_holds_it():
+    counts = [n for n in (1, 2, 4, 8) for _ in range(3)]
+    fit = scaling.fit_amdahl(counts, noisy([amdahl(n) for n in counts], 0.01))
+    assert fit.refused is None
+    value, low, high = fit.parameters["sigma"]
+    assert low < 0.05 < high
+    assert abs(value - 0.05) < 0.02
+    assert fit.points == (12, 4)
+    assert fit.rate(16) == pytest.approx(amdahl(16), rel=0.1)
+    assert fit.peak is None
+
+
+def test_usl_is_recovered_and_names_its_peak():
+    counts = [n for n in (1, 2, 4, 8, 16, 32) for _ in range(3)]
+    fit = scaling.fit_usl(counts, noisy([usl(n) for n in counts], 0.01))
+    assert fit.refused is None
+    for name, truth in (("sigma", 0.03), ("kappa", 0.002)):
+        _, low, high = fit.parameters[name]
+        assert low < truth < high
+    assert fit.peak == pytest.approx(((1 - 0.03) / 0.002) ** 0.5, rel=0.15)
+
+
+def test_perfect_points_fit_perfectly():
+    counts = [1, 2, 4, 8]
+    fit = scaling.fit_amdahl(counts, [amdahl(n, sigma=0.1) for n in counts])
+    assert fit.refused is None
+    assert fit.parameters["sigma"][0] == pytest.approx(0.1)
+    assert fit.error == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("law", "counts"), [(scaling.fit_amdahl, [1, 2]), (scaling.fit_amdahl, [4]), (scaling.fit_usl, [1, 2, 4])]
+)
+def test_too_few_device_counts_are_refused_however_many_repeats(law, counts):
+    points = [n for n in counts for _ in range(10)]
+    fit = law(points, noisy([amdahl(n) for n in points], 0.01))
+    assert "device counts" in fit.refused
+    assert not fit.parameters
+    assert fit.to_json()["refused"] == fit.refused
+
+
+def test_more_than_linear_is_refused_by_amdahl():
+    counts = [n for n in (1, 2, 4, 8) for _ in range(3)]
+    fit = scaling.fit_amdahl(counts, noisy([100 * n**1.2 for n in counts], 0.01))
+    assert "more than linear" in fit.refused
+
+
+def test_a_rate_that_falls_is_refused_by_amdahl():
+    counts = [n for n in (1, 2, 4, 8) for _ in range(3)]
+    fit = scaling.fit_amdahl(counts, noisy([100 / n**0.15 for n in counts], 0.01))
+    assert fit.refused
+
+
+def test_points_that_leave_the_serial_fraction_open_are_refused():
+    rng = np.random.default_rng(2)
+    counts = [1, 2, 3]
+    fits = [scaling.fit_amdahl(counts, list(100 * rng.uniform(0.7, 2, 3))) for _ in range(20)]
+    assert sum(fit.refused is not None for fit in fits) >= 15
+
+
+def test_usl_without_growing_loss_is_refused():
+    counts = [n for n in (1, 2, 4, 8, 16) for _ in range(3)]
+    fit = scaling.fit_usl(counts, [usl(n, sigma=0.1, kappa=-0.002) for n in counts])
+    assert "kappa" in fit.refused
+
+
+# ---------------------------------------------------------------------- link and forecast
+
+
+def test_one_worker_exchanges_nothing():
+    assert scaling.exchange_seconds(1, 1e9, 1e9, 1e-3) == 0
+
+
+def test_exchange_is_bandwidth_optimal():
+    # 2 (n-1)/n volume / bandwidth + 2 (n-1) latency
+    assert scaling.exchange_seconds(4, 8e6, 1e9, 1e-5) == pytest.approx(2 * 3 / 4 * 8e-3 + 6e-5)
+
+
+def points(bandwidth, latency, workers, volume=45e6):
+    return [(w, volume, Estimate.exact(scaling.exchange_seconds(w, volume, bandwidth, latency))) for w in workers]
+
+
+def test_link_is_recovered_from_two_worker_counts():
+    link = scaling.measure_link(points(2e9, 50e-6, (2, 8)), None, None)
+    assert link.bandwidth.value == pytest.approx(2e9, rel=1e-6)
+    assert link.latency.value == pytest.approx(50e-6, rel=1e-6)
+    assert link.source.startswith("measured")
+
+
+def test_one_worker_count_gives_an_effective_bandwidth():
+    link = scaling.measure_link(points(2e9, 0, (2,)), None, None)
+    assert link.bandwidth.value == pytest.approx(2e9)
+    assert link.latency.value == 0
+
+
+def test_a_given_bandwidth_leaves_the_latency_to_be_measured():
+    link = scaling.measure_link(points(2e9, 30e-6, (4,)), 2e9, None)
+    assert link.bandwidth.value == pytest.approx(2e9)
+    assert link.latency.value == pytest.approx(30e-6)
+    assert "given" in link.source
+    assert "measured" in link.source
+
+
+def test_a_given_latency_leaves_the_bandwidth_to_be_measured():
+    link = scaling.measure_link(points(2e9, 30e-6, (4,)), None, 30e-6)
+    assert link.bandwidth.value == pytest.approx(2e9)
+
+
+def test_a_given_link_needs_no_measurement():
+    link = scaling.measure_link([], 5e9, 2e-6)
+    assert (link.bandwidth.value, link.latency.value, link.source) == (5e9, 2e-6, "given")
+
+
+def test_no_link_without_anything():
+    assert scaling.measure_link([], None, None) is None
+    assert scaling.measure_link([], None, 1e-6) is None
+
+
+def model(weak=False, parallel=0.8, spread=0.0):
+    link = Link(Estimate.exact(1e9), Estimate.exact(0.0), "given")
+    return StepModel(1, measured(parallel, spread), Estimate.exact(0.02), 45e6, 256, link, weak)
+
+
+def test_forecast_of_a_strong_step():
+    found, miss = scaling.forecast(model(), 1.0, [4], {}, shards=8)
+    expected = 0.8 / 4 + 0.02 + 2 * 3 / 4 * 0.045
+    assert found[0].rate == pytest.approx(256 / expected)
+    assert found[0].share_reduce == pytest.approx(2 * 3 / 4 * 0.045 / expected)
+    assert miss is None
+    assert found[0].note == "not checked at any measured count"
+    assert found[0].to_json()["measured"] is False
+
+
+def test_forecast_of_a_weak_step_keeps_the_work_of_a_worker():
+    found, _ = scaling.forecast(model(weak=True), 1.0, [4], {}, shards=8)
+    assert found[0].rate == pytest.approx(4 * 256 / (0.8 + 0.02 + 2 * 3 / 4 * 0.045))
+
+
+def test_forecast_is_widened_by_its_worst_miss():
+    plain, _ = scaling.forecast(model(spread=0.01), 1.0, [8], {}, shards=8)
+    true2 = model().rate(2).value
+    wide, miss = scaling.forecast(model(spread=0.01), 1.0, [8], {2: true2 / 1.25}, shards=8)
+    assert miss == pytest.approx(0.25)
+    assert wide[0].low == pytest.approx(plain[0].low * 0.75)
+    assert wide[0].high == pytest.approx(plain[0].high * 1.25)
+    assert wide[0].low < wide[0].rate < wide[0].high
+
+
+def test_forecast_beyond_the_shards_says_so():
+    found, _ = scaling.forecast(model(), 2.0, [8, 16], {2: 1.0}, shards=8)
+    assert found[0].note == ""
+    assert "divisible by 16" in found[1].note
+    assert [one.devices for one in found] == [16, 32]
