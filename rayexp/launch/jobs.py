@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import logging
 import os
 import re
 import secrets
@@ -258,6 +259,8 @@ def _client(address: str | None) -> Any:
     os.environ["RAY_API_SERVER_ADDRESS"] = place
     from ray.job_submission import JobSubmissionClient
 
+    for chatty in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     return _ask(None, lambda: JobSubmissionClient(place, headers=doors.headers()), place)
 
 

@@ -8,8 +8,11 @@ import json
 import os
 import secrets
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,8 +24,8 @@ import numpy as np
 import pytest
 
 from rayexp.config import ExperimentConfig
-from rayexp.records import EpochRecord, Predictions
 from rayexp.recorder import Recorder
+from rayexp.records import EpochRecord, Predictions
 from rayexp.runs import Run
 
 
@@ -119,19 +122,21 @@ class Host:
         )
 
     def command(self, *words: str, **env: str) -> list[str]:
-        enter = ["nsenter", "-t", str(self.init), "-n", "-m", "-u", "-p", "--wd=/mnt", "--", "env", "-i"]
+        enter = ["nsenter", "-t", str(self.init), "-n", "-m", "-u", "-p", "--", "env", "-i", "-C", "/mnt"]
         fields = {
             "HOME": "/mnt/home",
             "TMPDIR": "/mnt/tmp",
             "PATH": f"{Path(sys.executable).parent}:/usr/sbin:/usr/bin:/sbin:/bin",
             "RAY_AUTH_MODE": "token",
             "RAY_USAGE_STATS_ENABLED": "0",
-            "PYTHONPATH": "",
+            "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
             **env,
         }
         return [*enter, *(f"{k}={v}" for k, v in fields.items()), *words]
 
-    def run(self, *words: str, timeout: float = 200, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, *words: str, timeout: float = 200, check: bool = True, **env: str
+    ) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(self.command(*words, **env), text=True, capture_output=True, timeout=timeout)
         if check and done.returncode:
             raise AssertionError(f"{self.name}: {' '.join(words)} gave {done.returncode}\n{done.stdout}\n{done.stderr}")
@@ -142,12 +147,12 @@ class Host:
 
     def pids(self, word: str) -> list[int]:
         """Processes of this host (as seen from outside) whose command line has the word."""
-        space, found = os.readlink(f"/proc/{self.init}/ns/pid"), []
+        space, found = Path(f"/proc/{self.init}/ns/pid").readlink(), []
         for entry in Path("/proc").iterdir():
             with contextlib.suppress(OSError):
-                if entry.name.isdecimal() and os.readlink(entry / "ns/pid") == space:
-                    if word in (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace"):
-                        found.append(int(entry.name))
+                if entry.name.isdecimal() and (entry / "ns/pid").readlink() == space:
+                    line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                    found += [int(entry.name)] * (word in line)
         return found
 
     def unplug(self) -> None:
@@ -163,8 +168,8 @@ class Lab:
 
     def __init__(self) -> None:
         self.net = subprocess.Popen(["unshare", "--net", "sleep", "infinity"])
-        here = os.readlink("/proc/self/ns/net")
-        wait_for(lambda: os.readlink(f"/proc/{self.net.pid}/ns/net") != here, "a network namespace")
+        here = Path("/proc/self/ns/net").readlink()
+        wait_for(lambda: Path(f"/proc/{self.net.pid}/ns/net").readlink() != here, "a network namespace")
         for words in ("link add br0 type bridge", "link set br0 up"):
             subprocess.run(["nsenter", "-t", str(self.net.pid), "-n", "ip", *words.split()], check=True)
         names = ("head", "one", "two", "desk")
@@ -246,3 +251,121 @@ def lab() -> Iterator[Lab]:
         yield lab
     finally:
         lab.close()
+
+
+# ---------------------------------------------------------------------- one head on this machine
+
+
+class Head:
+    """A Ray head with a home, ports and a temporary folder of its own, and whoever talks to it from there."""
+
+    def __init__(self, base: Path) -> None:
+        self.home = base / "home"
+        self.home.mkdir()
+        # Ray puts sockets there, whose paths may have 107 characters.
+        self.temporary = Path(tempfile.mkdtemp(prefix="rx", dir="/tmp"))
+        self.port, self.dashboard, self.client, self.agent = (free_port() for _ in range(4))
+        self.url = f"http://127.0.0.1:{self.dashboard}"
+        self.token = secrets.token_hex(32)
+        (self.home / ".ray").mkdir()
+        (self.home / ".ray" / "auth_token").write_text(self.token)
+        (self.home / ".ray" / "auth_token").chmod(0o600)
+        hidden = ("RAY_", "RAYEXP_")
+        self.env = {k: v for k, v in os.environ.items() if not k.startswith(hidden)} | {
+            "HOME": str(self.home),
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "RAY_AUTH_MODE": "token",
+            "RAY_USAGE_STATS_ENABLED": "0",
+        }
+
+    def start(self) -> None:
+        self.run(
+            "ray", "start", "--head", f"--port={self.port}", "--dashboard-host=127.0.0.1",
+            f"--dashboard-port={self.dashboard}", f"--ray-client-server-port={self.client}",
+            f"--dashboard-agent-listen-port={self.agent}", "--num-cpus=2",
+            "--object-store-memory=80000000", f"--temp-dir={self.temporary}", "--disable-usage-stats",
+        )  # fmt: skip
+
+    def run(
+        self, *words: str, check: bool = True, timeout: float = 200, cwd: Path | None = None, **env: str
+    ) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            words, env=self.env | env, cwd=cwd or self.home, text=True, capture_output=True, timeout=timeout
+        )
+        if check and done.returncode:
+            raise AssertionError(f"{' '.join(words)} gave {done.returncode}\n{done.stdout}\n{done.stderr}")
+        return done
+
+    def rayexp(self, *words: str, **more: Any) -> subprocess.CompletedProcess[str]:
+        return self.run(sys.executable, "-m", "rayexp", *words, "--address", self.url, **more)
+
+    def stop(self) -> None:
+        """End what was started here: every process that mentions this head's temporary folder."""
+        for signal_number in (signal.SIGTERM, signal.SIGKILL):
+            for pid in self.pids():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal_number)
+            with contextlib.suppress(AssertionError):
+                wait_for(lambda: not self.pids(), "Ray to end", 10)
+        shutil.rmtree(self.temporary, ignore_errors=True)
+
+    def pids(self) -> list[int]:
+        found = []
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):
+                if entry.name.isdecimal() and int(entry.name) != os.getpid():
+                    text = (entry / "cmdline").read_bytes() + (entry / "environ").read_bytes()
+                    if str(self.temporary).encode() in text:
+                        found.append(int(entry.name))
+        return found
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    head = Head(tmp_path_factory.mktemp("head"))
+    try:
+        head.start()
+        yield head
+    finally:
+        head.stop()
+
+
+TINY = """
+name: tiny
+data: {name: shapes, image_size: 32, max_train_samples: 256, max_val_samples: 64}
+model: {name: squeezenet1_0}
+batch_size: 16
+shards: 4
+lr: 0.01
+epochs: 2
+max_failures: 3
+"""
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A configuration that trains in seconds."""
+    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    path.write_text(TINY)
+    path.parent.chmod(0o755)
+    return path
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tiny: Path) -> list[str]:
+    """The weights after each of twelve epochs in one process of this machine."""
+    words = [sys.executable, "-m", "rayexp", "train", str(tiny), "epochs=12", "--runs", str(tiny.parent / "here")]
+    done = subprocess.run(words, text=True, capture_output=True, cwd=tiny.parent)
+    assert done.returncode == 0, done.stderr
+    return [record.weights_sha for record in Run(Path(done.stdout.strip())).records()]
+
+
+@pytest.fixture
+def wait() -> Callable[..., Any]:
+    return wait_for

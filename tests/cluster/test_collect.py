@@ -1,4 +1,4 @@
-"""The copy: whole, checked, taken up again. Without Ray; the same code reads a cluster's node (test_head, test_hosts)."""
+"""The copy: whole, checked, taken up again; without Ray (test_head and test_hosts collect from clusters)."""
 
 from __future__ import annotations
 
@@ -81,9 +81,7 @@ def test_a_break_leaves_nothing_half_and_is_taken_up(made_run: Run, tmp_path: Pa
     assert got.size < everything - before + 50_000  # checkpoints that had arrived were not fetched again
 
 
-def test_again_fetches_only_what_is_new(
-    made_run: Run, tmp_path: Path, write_run: Callable[..., Run]
-) -> None:
+def test_again_fetches_only_what_is_new(made_run: Run, tmp_path: Path, write_run: Callable[..., Run]) -> None:
     source, name = find(str(made_run.root), None)
     collect(source, name, tmp_path / "home")
     assert collect(source, name, tmp_path / "home").fetched == []
