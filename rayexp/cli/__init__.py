@@ -6,6 +6,6 @@ Exit codes: 0 done; 1 the run or the check failed; 2 the input was wrong; 130 Ct
 from __future__ import annotations
 
 from rayexp.cli._shell import app, main
-from rayexp.cli import cluster, compare, data, judge, quickstart, show, train  # noqa: F401  (each registers its commands)
+from rayexp.cli import quickstart, data, train, show, judge, compare, cluster  # noqa: F401  (in the order of --help)
 
 __all__ = ["app", "main"]
