@@ -84,6 +84,10 @@ class Layout:
         """fp32[B], a view."""
         return row[self.size : self.size + self.stats_size]
 
+    def rest(self, row: Tensor) -> Tensor:
+        """All behind the gradient (batch statistics, tail), a view."""
+        return row[self.size :]
+
     def tail(self, row: Tensor) -> Tensor:
         """fp32[5], a view: see TAIL."""
         start = self.size + self.stats_size

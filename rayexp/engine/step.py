@@ -151,9 +151,17 @@ class Stepper:
         def work(lane: Lane, forest: Forest[Row], part: range) -> _Seconds:
             spent = _Seconds()
             lane.begin_step()
-            for offset in part:
-                shard = self.shards.start + offset
-                forest.push((0, shard), self._pass(lane, epoch, step, range(shard, shard + 1), wish, spent))
+            shards = range(self.shards.start + part.start, self.shards.start + part.stop)
+            at = shards.start
+            while at < shards.stop:
+                row = self._pass(lane, epoch, step, range(at, at + 1), wish, spent)
+                node = (0, at)
+                if self.workload.returns_gradients and at % 2 == 0 and at + 1 < shards.stop:
+                    # Autograd's accumulation is the tree's addition: the right sibling goes into the left one's row.
+                    self._pass(lane, epoch, step, range(at + 1, at + 2), wish, spent, onto=row)
+                    node = (1, at // 2)
+                forest.push(node, row)
+                at = node[1] + 1 << node[0]
             return spent
 
         tasks = [lambda a=a: work(*a) for a in zip(self.lanes, forests, parts, strict=True)]
@@ -188,22 +196,37 @@ class Stepper:
 
     # ------------------------------------------------------------------ one forward and backward
 
-    def _pass(self, lane: Lane, epoch: int, step: int, shards: range, wish: Wish, seconds: _Seconds) -> Row:
-        """The sum over these shards, in a fresh row."""
+    def _pass(
+        self,
+        lane: Lane,
+        epoch: int,
+        step: int,
+        shards: range,
+        wish: Wish,
+        seconds: _Seconds,
+        onto: Row | None = None,
+    ) -> Row:
+        """The sum over these shards, in a fresh row or added to `onto`."""
         start = time.perf_counter()
         batch = self.workload.batch(epoch, step, shards, self.place.device)
         seconds.data += time.perf_counter() - start
         keys = [order.key(self.config.seed, "dropout", epoch, step, shard) for shard in shards]
         lane.draws.begin(keys, batch.sizes, self.place.device)
         carry = self._carry(shards, batch.sizes)
-        row = lane.take()
+        row = onto or lane.take()
+        layout = self.master.layout
+        rest = layout.rest(row.tensor)
+        before = rest.clone()
+        rest.zero_()
         with self.autocast():
             loss, after = self.workload.loss(lane.forward, batch, carry)
         loss.backward()  # type: ignore[no-untyped-call]
         self._keep(shards, batch.sizes, after)
-        tail = self.master.layout.tail(row.tensor)
+        tail = layout.tail(row.tensor)
         tail.copy_(torch.tensor([0.0, batch.count, len(shards), wish.stop, wish.save]))
         tail[0].copy_(loss.detach())
+        if onto is not None:
+            torch.add(before, rest, out=rest)
         return row
 
     def autocast(self) -> AbstractContextManager[object]:

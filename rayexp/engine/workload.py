@@ -49,6 +49,10 @@ class Workload(Protocol):
     batch_dim: int
     """The dimension of activations along which samples lie (0 for images, 1 for [time, column, feature])."""
 
+    returns_gradients: bool
+    """Whether backward hands every gradient to autograd; False: it also writes into `.grad` by itself, so that every
+    shard needs a zeroed one."""
+
     def __init__(self, config: ExperimentConfig) -> None:
         """Open the data and check the configuration (UserError)."""
 

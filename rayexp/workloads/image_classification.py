@@ -43,6 +43,7 @@ class ImageClassification:
 
     unit = "images"
     batch_dim = 0
+    returns_gradients = True
 
     def __init__(self, config: ExperimentConfig) -> None:
         if config.data.name not in IMAGE_DATA:

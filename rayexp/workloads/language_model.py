@@ -35,6 +35,7 @@ class LanguageModel:
 
     unit = "tokens"
     batch_dim = 1
+    returns_gradients = False
 
     def __init__(self, config: ExperimentConfig) -> None:
         self.config = config
