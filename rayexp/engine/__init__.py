@@ -5,7 +5,9 @@ The number of workers may decide who computes a shard, never what the shard is, 
     order       which sample comes when, and where every random draw comes from
     draws       dropout whose mask is drawn per shard
     flat        a model's tensors as views of one buffer; the layout of what is reduced
-    reduce      the fixed tree, and the exchange between workers
+    reduce      the fixed tree over shards
+    group       the workers of a run as one group
+    exchange    what travels between workers to complete the tree
     optimize    SGD and AdamW on the flat buffers; schedules
     place       device, threads, lanes, determinism, fingerprint
     step        one optimizer step: shards on lanes, then the tree, then the update

@@ -2,7 +2,7 @@
 
     params   fp32[P]   every trainable parameter, decayed ones first
     stats    fp32[B]   running mean and variance of every batch norm
-    row      fp32[R]   what a shard contributes: [gradient P | batch statistics B | tail 5 | padding]
+    row      fp32[R]   what a shard contributes: [tail 5 | batch statistics B | gradient P | padding]
 
 Replicas of the model (one a lane) share `params`; each has a row of its own, and autograd and batch norm write
 straight into it. So gradients, batch statistics, loss and counts ride through one and the same tree.
@@ -11,8 +11,9 @@ straight into it. So gradients, batch statistics, loss and counts ride through o
 from __future__ import annotations
 
 import copy
+import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,8 @@ class Slot:
     stride: tuple[int, ...]
     start: int
     size: int
+    rank: int = 0
+    """Position in the model's own order."""
 
     def view(self, buffer: Tensor) -> Tensor:
         """The tensor as a view of the buffer."""
@@ -48,6 +51,7 @@ class Layout:
         decayed = [(n, p) for n, p in named if decay_norm_and_bias or p.ndim > 1]
         taken = {n for n, _ in decayed}
         rest = [(n, p) for n, p in named if n not in taken]
+        self.ranks = {n: i for i, (n, _) in enumerate(named)}
         self.params: list[Slot] = []
         end = self._place(decayed, 0, self.params)
         self.decayed = end
@@ -57,13 +61,13 @@ class Layout:
         self.stats: list[Slot] = []
         self.stats_size = self._place(buffers, 0, self.stats)
         self.momentum = [(n, 0.1 if m.momentum is None else m.momentum) for n, m in norms]
-        used = self.size + self.stats_size + len(TAIL)
+        self.head = math.ceil((len(TAIL) + self.stats_size) / _ALIGN + 1) * _ALIGN
+        used = self.head + self.size
         # Every number of workers that divides the shards cuts a row into equal, aligned parts.
         unit = _ALIGN * shards
         self.row = math.ceil(used / unit) * unit
 
-    @staticmethod
-    def _place(named: Sequence[tuple[str, Tensor]], start: int, slots: list[Slot]) -> int:
+    def _place(self, named: Sequence[tuple[str, Tensor]], start: int, slots: list[Slot]) -> int:
         for name, tensor in named:
             if tensor.dtype != torch.float32:
                 raise TypeError(f"{name}: parameters must be float32, not {tensor.dtype}")
@@ -72,26 +76,26 @@ class Layout:
                 tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
             )
             stride = tensor.stride() if dense else tensor.contiguous().stride()
-            slots.append(Slot(name, tuple(tensor.shape), tuple(stride), start, tensor.numel()))
+            rank = self.ranks.get(name, 0)
+            slots.append(Slot(name, tuple(tensor.shape), tuple(stride), start, tensor.numel(), rank))
             start += math.ceil(tensor.numel() / _ALIGN) * _ALIGN
         return start
 
     def gradient(self, row: Tensor) -> Tensor:
         """fp32[P], a view."""
-        return row[: self.size]
+        return row[self.head : self.head + self.size]
 
     def batch_stats(self, row: Tensor) -> Tensor:
         """fp32[B], a view."""
-        return row[self.size : self.size + self.stats_size]
+        return row[_ALIGN : _ALIGN + self.stats_size]
 
     def rest(self, row: Tensor) -> Tensor:
-        """All behind the gradient (batch statistics, tail), a view."""
-        return row[self.size :]
+        """All before the gradient (tail, batch statistics), a view."""
+        return row[: self.head]
 
     def tail(self, row: Tensor) -> Tensor:
         """fp32[5], a view: see TAIL."""
-        start = self.size + self.stats_size
-        return row[start : start + len(TAIL)]
+        return row[: len(TAIL)]
 
 
 class Master:
@@ -188,12 +192,22 @@ class Replica:
                 module.momentum = 1.0
                 module.num_batches_tracked = None
 
+    def watch(self, passed: Callable[[int], None]) -> None:
+        """Call `passed(i)` whenever autograd has completed the gradient of parameter i."""
+        for i, parameter in enumerate(self._parameters):
+            hook = functools.partial(_called, passed, i)
+            parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+
     def bind(self, row: Row) -> None:
         """Write into this row from now on."""
         for parameter, gradient in zip(self._parameters, row.gradients, strict=True):
             parameter.grad = gradient
         for (module, name), stat in zip(self._buffers, row.stats, strict=True):
             module._buffers[name] = stat
+
+
+def _called(passed: Callable[[int], None], index: int, parameter: Tensor) -> None:
+    passed(index)
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -6,6 +6,7 @@ with gloo a row is staged in host memory.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,21 +82,22 @@ class Group:
         """Whether rows on this device travel through host memory."""
         return row.is_cuda and "nccl" not in dist.get_backend(self.rows)
 
-    def scatter(self, rows: Tensor, out: Tensor) -> None:
-        """All-to-all. Part w of `rows` (W equal parts) goes to worker w; part w of `out` came from worker w."""
-        dist.all_to_all_single(out, rows, group=self.rows)
+    def scatter(self, rows: Tensor, out: Tensor) -> Any:
+        """All-to-all, under way: part w of `rows` (W equal parts) goes to worker w; part w of `out` came from worker w.
 
-    def collect(self, part: Tensor, out: Tensor) -> None:
-        """All-gather: part w of `out` is worker w's `part`."""
-        dist.all_gather_into_tensor(out, part, group=self.rows)
+        The handle's `wait()` returns when `out` is there.
+        """
+        return dist.all_to_all_single(out, rows, group=self.rows, async_op=True)
 
-    def sum(self, row: Tensor) -> None:
-        """Ordinary all-reduce, in place; the order of additions is the backend's own."""
-        if self.world == 1:
-            return
-        if self.staged(row):
-            host = row.cpu()
-            dist.all_reduce(host, group=self.rows)
-            row.copy_(host)
-        else:
-            dist.all_reduce(row, group=self.rows)
+    def collect(self, part: Tensor, out: Tensor) -> Any:
+        """All-gather, under way: part w of `out` is worker w's `part`."""
+        return dist.all_gather_into_tensor(out, part, group=self.rows, async_op=True)
+
+    def sum(self, row: Tensor) -> Callable[[], object]:
+        """All-reduce in place, under way, in the backend's own order of additions; the function returned waits."""
+        if not self.staged(row):
+            done: Callable[[], object] = dist.all_reduce(row, group=self.rows, async_op=True).wait
+            return done
+        host = row.cpu()
+        sent = dist.all_reduce(host, group=self.rows, async_op=True)
+        return lambda: (sent.wait(), row.copy_(host))

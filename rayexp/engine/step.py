@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from rayexp.config import ExperimentConfig
 from rayexp.engine import order
 from rayexp.engine.draws import Draws, adopt
+from rayexp.engine.exchange import AllReduce, Assembly, Exchange, Plan
 from rayexp.engine.flat import Master, Replica, Row
 from rayexp.engine.group import Group
 from rayexp.engine.norm import per_shard
 from rayexp.engine.optimize import Optimizer
 from rayexp.engine.place import Place
-from rayexp.engine.reduce import Exchange, Forest
+from rayexp.engine.reduce import Forest, Node
 from rayexp.engine.workload import Carry, Workload
 
 
@@ -64,6 +65,8 @@ class Lane:
             per_shard(self.replica.model, self.draws)
         self.forward: nn.Module = torch.compile(self.replica.model) if compiled else self.replica.model  # type: ignore[assignment]
         self._keeping: list[Any] = [m for m in self.replica.model.modules() if hasattr(m, "begin_step")]
+        self.passed: Callable[[int], None] | None = None
+        self.replica.watch(lambda parameter: self.passed(parameter) if self.passed else None)
         self._spare: list[Row] = []
 
     def begin_step(self) -> None:
@@ -109,7 +112,11 @@ class Stepper:
             for _ in range(place.lanes)
         ]
         self.carries: dict[int, Carry] = {}
-        self.exchange = Exchange(group, config.shards, master.layout.row, place.device)
+        length = master.layout.row
+        self.exchange: Exchange | AllReduce = AllReduce(group, length)
+        if self.exact:
+            self.exchange = Exchange(group, config.shards, length, place.device)
+        self.plan = Plan(master.layout, self.exchange)
 
     def __call__(self, epoch: int, step: int, global_step: int, lr: float, wish: Wish) -> StepResult:
         """Run one step.
@@ -145,40 +152,52 @@ class Stepper:
     # ------------------------------------------------------------------ exact
 
     def _exact(self, epoch: int, step: int, wish: Wish, seconds: _Seconds, clock: list[float]) -> Tensor:
-        parts = [order.share(len(self.shards), self.place.lanes, i) for i in range(self.place.lanes)]
-        forests = [Forest[Row](self.config.shards, _add, lane.give) for lane in self.lanes]
+        assembly = Assembly(self.plan, self.exchange, len(self.lanes))
 
-        def work(lane: Lane, forest: Forest[Row], part: range) -> _Seconds:
-            spent = _Seconds()
+        def work(number: int) -> _Seconds:
+            lane, spent = self.lanes[number], _Seconds()
+            forest = Forest[Row](self.config.shards, _add, lane.give)
             lane.begin_step()
-            shards = range(self.shards.start + part.start, self.shards.start + part.stop)
-            at = shards.start
-            while at < shards.stop:
-                row = self._pass(lane, epoch, step, range(at, at + 1), wish, spent)
-                node = (0, at)
-                if self.workload.returns_gradients and at % 2 == 0 and at + 1 < shards.stop:
-                    # Autograd's accumulation is the tree's addition: the right sibling goes into the left one's row.
-                    self._pass(lane, epoch, step, range(at + 1, at + 2), wish, spent, onto=row)
-                    node = (1, at // 2)
-                forest.push(node, row)
-                at = node[1] + 1 << node[0]
+            runs = self._runs(number)
+            for node, shards in runs:
+                row = lane.take()
+                for shard in shards:
+                    if (node, shard) == (runs[-1][0], shards[-1]):
+                        assembly.held[number] = [*forest.nodes(), (node, row)]
+                        lane.passed = lambda parameter: assembly.passed(number, parameter)
+                    self._pass(lane, row, epoch, step, range(shard, shard + 1), wish, spent)
+                if node != runs[-1][0]:
+                    forest.push(node, row)
+            lane.passed = None
+            assembly.ended(number)
             return spent
 
-        tasks = [lambda a=a: work(*a) for a in zip(self.lanes, forests, parts, strict=True)]
-        for spent in self.place.run(tasks):
-            seconds.data += spent.data / self.place.lanes
-            seconds.transfer += spent.transfer / self.place.lanes
+        for spent in self.place.run([lambda i=i: work(i) for i in range(len(self.lanes))]):  # type: ignore[misc]
+            seconds.data += spent.data / len(self.lanes)
+            seconds.transfer += spent.transfer / len(self.lanes)
         self.place.synchronize()
         clock.append(time.perf_counter())
-        whole = Forest[Row](self.config.shards, _add, self._recycle)
-        for forest in forests:
-            for node, row in forest.nodes():
-                whole.push(node, row)
-        rows = [row for _, row in whole.nodes()]
-        self.exchange([row.tensor for row in rows])
-        for row in rows:
-            self._recycle(row)
-        return rows[0].tensor
+        root = assembly.finish()
+        for held in assembly.held:
+            for _, row in held:
+                self._recycle(row)
+        return root
+
+    def _runs(self, lane: int) -> list[tuple[Node, range]]:
+        """A lane's shards, each pair of siblings together with the node above them.
+
+        Autograd's accumulation into a row is the tree's addition, so the right sibling may go into the left one's row:
+        no zeroing and no adding in between.
+        """
+        part = order.share(len(self.shards), len(self.lanes), lane)
+        shards = range(self.shards.start + part.start, self.shards.start + part.stop)
+        runs: list[tuple[Node, range]] = []
+        at = shards.start
+        while at < shards.stop:
+            pair = self.workload.returns_gradients and at % 2 == 0 and at + 1 < shards.stop
+            runs.append(((1, at // 2), range(at, at + 2)) if pair else ((0, at), range(at, at + 1)))
+            at = runs[-1][1].stop
+        return runs
 
     def _recycle(self, row: Row) -> None:
         min(self.lanes, key=lambda lane: lane.spares).give(row)
@@ -186,34 +205,30 @@ class Stepper:
     # ------------------------------------------------------------------ ddp
 
     def _ddp(self, epoch: int, step: int, wish: Wish, seconds: _Seconds, clock: list[float]) -> Tensor:
-        self.lanes[0].begin_step()
-        row = self._pass(self.lanes[0], epoch, step, self.shards, wish, seconds)
+        assembly, lane = Assembly(self.plan, self.exchange, 1), self.lanes[0]
+        lane.begin_step()
+        row = lane.take()
+        assembly.held[0] = [((0, 0), row)]
+        lane.passed = lambda parameter: assembly.passed(0, parameter)
+        self._pass(lane, row, epoch, step, self.shards, wish, seconds)
+        lane.passed = None
+        assembly.ended(0)
         self.place.synchronize()
         clock.append(time.perf_counter())
-        self.group.sum(row.tensor)
+        root = assembly.finish()
         self._recycle(row)
-        return row.tensor
+        return root
 
     # ------------------------------------------------------------------ one forward and backward
 
-    def _pass(
-        self,
-        lane: Lane,
-        epoch: int,
-        step: int,
-        shards: range,
-        wish: Wish,
-        seconds: _Seconds,
-        onto: Row | None = None,
-    ) -> Row:
-        """The sum over these shards, in a fresh row or added to `onto`."""
+    def _pass(self, lane: Lane, row: Row, epoch: int, step: int, shards: range, wish: Wish, seconds: _Seconds) -> None:
+        """Add the sum over these shards to the row."""
         start = time.perf_counter()
         batch = self.workload.batch(epoch, step, shards, self.place.device)
         seconds.data += time.perf_counter() - start
         keys = [order.key(self.config.seed, "dropout", epoch, step, shard) for shard in shards]
         lane.draws.begin(keys, batch.sizes, self.place.device)
         carry = self._carry(shards, batch.sizes)
-        row = onto or lane.take()
         layout = self.master.layout
         rest = layout.rest(row.tensor)
         before = rest.clone()
@@ -225,9 +240,7 @@ class Stepper:
         tail = layout.tail(row.tensor)
         tail.copy_(torch.tensor([0.0, batch.count, len(shards), wish.stop, wish.save]))
         tail[0].copy_(loss.detach())
-        if onto is not None:
-            torch.add(before, rest, out=rest)
-        return row
+        torch.add(before, rest, out=rest)
 
     def autocast(self) -> AbstractContextManager[object]:
         """The precision that the configuration asks for, in this thread."""

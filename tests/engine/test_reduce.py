@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rayexp.engine import order
+from rayexp.engine.exchange import Exchange
 from rayexp.engine.group import Group
-from rayexp.engine.reduce import Exchange, Forest, forest_nodes
+from rayexp.engine.reduce import Forest, forest_nodes
 
 
 def reference(leaves: list[Tensor]) -> Tensor:
@@ -41,17 +42,22 @@ class Postbox(Group):
     def staged(self, row: Tensor) -> bool:
         return False
 
-    def scatter(self, rows: Tensor, out: Tensor) -> None:
+    def wait(self) -> None:
+        """The handle of an exchange that is done already."""
+
+    def scatter(self, rows: Tensor, out: Tensor) -> Group:
         self._all("scatter", rows)
         for w in range(self.world):
             out.view(self.world, -1)[w] = self.shared["scatter", w].view(self.world, -1)[self.rank]
         self.meet.wait()
+        return self
 
-    def collect(self, part: Tensor, out: Tensor) -> None:
+    def collect(self, part: Tensor, out: Tensor) -> Group:
         self._all("collect", part)
         for w in range(self.world):
             out.view(self.world, -1)[w] = self.shared["collect", w]
         self.meet.wait()
+        return self
 
     def _all(self, name: str, tensor: Tensor) -> None:
         self.shared[name, self.rank] = tensor.clone()
@@ -69,8 +75,10 @@ def reduce_with(world: int, leaves: list[Tensor]) -> list[Tensor]:
         for shard in order.share(shards, world, rank):
             forest.push((0, shard), leaves[shard].clone())
         rows = [row for _, row in forest.nodes()]
-        exchange = Exchange(Postbox(rank, world, shared, barrier), shards, length, torch.device("cpu"))
-        exchange(rows)
+        exchange = Exchange(Postbox(rank, world, shared, barrier), shards, length, torch.device("cpu"), bucket=shards)
+        for bucket, where in enumerate(exchange.buckets):
+            exchange.send(bucket, [row[where] for row in rows])
+        exchange.finish()
         results[rank] = rows[0]
 
     threads = [threading.Thread(target=worker, args=(rank,)) for rank in range(world)]
