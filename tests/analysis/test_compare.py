@@ -179,11 +179,11 @@ def test_phases_that_do_not_add_up_are_seen(grids):
     short = {**PARTS, "compute": 0.5}  # a tenth of every step is in no phase
     comparison = grids.plan()
     grids.fill(comparison, {"cpu-x1-exact": 50.0}, parts=short)
-    run = Run.all(comparison.cells_path)[0]
-    rows = [r.to_json() for r in run.records()]
-    for row in rows:
-        row["seconds"]["total"] /= 0.9
-    run.epochs_path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for run in Run.all(comparison.cells_path):
+        rows = [r.to_json() for r in run.records()]
+        for row in rows:
+            row["seconds"]["total"] /= 0.9
+        run.epochs_path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert compare(comparison).lines[0].measured.repeats[0].unaccounted() > 0.05
 
 
