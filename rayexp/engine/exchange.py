@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rayexp.engine.flat import Layout, Row
+from rayexp.engine.flat import Layout, Row, Touched
 from rayexp.engine.group import Group
 from rayexp.engine.reduce import Forest, Node, forest_nodes
 
@@ -34,11 +34,20 @@ class Exchange:
         length: elements of a row; divisible by `group.world`.
         device: where rows live.
         bucket: elements of a bucket, about.
+        without: parts of the row that are in no bucket (`Assembly` sends what is touched of them).
     """
 
-    def __init__(self, group: Group, shards: int, length: int, device: torch.device, bucket: int = BUCKET) -> None:
+    def __init__(
+        self,
+        group: Group,
+        shards: int,
+        length: int,
+        device: torch.device,
+        bucket: int = BUCKET,
+        without: Sequence[Touched] = (),
+    ) -> None:
         self.group, self.shards = group, shards
-        self.buckets = cut(length, bucket, group.world)
+        self.buckets = cut(length, bucket, group.world, without)
         per = shards // group.world
         self.nodes = [forest_nodes(range(r * per, (r + 1) * per), shards) for r in range(group.world)]
         # Every worker sends as many nodes as the largest forest has, so that all parts are equal.
@@ -87,7 +96,8 @@ class Exchange:
         self._sent.clear()
 
     def _box(self, name: str, bucket: int, size: int) -> Tensor:
-        if (name, bucket) not in self._boxes:
+        held = self._boxes.get((name, bucket))
+        if held is None or held.numel() != size:
             self._boxes[name, bucket] = torch.zeros(size, device=self._device)
         return self._boxes[name, bucket]
 
@@ -97,9 +107,9 @@ class AllReduce:
 
     shards = 1  # one row a worker, no tree
 
-    def __init__(self, group: Group, length: int, bucket: int = BUCKET) -> None:
+    def __init__(self, group: Group, length: int, bucket: int = BUCKET, without: Sequence[Touched] = ()) -> None:
         self.group = group
-        self.buckets = cut(length, bucket, group.world)
+        self.buckets = cut(length, bucket, group.world, without)
         self._sent: list[Callable[[], object]] = []
 
     def send(self, bucket: int, rows: Sequence[Tensor]) -> None:
@@ -114,11 +124,15 @@ class AllReduce:
         self._sent.clear()
 
 
-def cut(length: int, bucket: int, unit: int) -> list[slice]:
-    """Slices of about `bucket` elements, each a multiple of `unit` (which divides the length)."""
-    count = max(1, round(length / bucket))
-    edges = [length // unit * i // count * unit for i in range(count + 1)]
-    return [slice(a, b) for a, b in itertools.pairwise(edges) if a < b]
+def cut(length: int, bucket: int, unit: int, without: Sequence[Touched] = ()) -> list[slice]:
+    """Slices of about `bucket` elements around what is left out, each a multiple of `unit` (which divides all edges)."""
+    found: list[slice] = []
+    starts, stops = [0, *(t.stop for t in without)], [*(t.start for t in without), length]
+    for start, stop in zip(starts, stops, strict=True):
+        count = max(1, round((stop - start) / bucket))
+        edges = [start + (stop - start) // unit * i // count * unit for i in range(count + 1)]
+        found += [slice(a, b) for a, b in itertools.pairwise(edges) if a < b]
+    return found
 
 
 class Plan:
@@ -149,8 +163,8 @@ class Plan:
 class Assembly:
     """One step's buckets: adds up what the lanes hold of a bucket and sends it when all lanes are past it."""
 
-    def __init__(self, plan: Plan, exchange: Exchange | AllReduce, lanes: int) -> None:
-        self.plan, self.exchange = plan, exchange
+    def __init__(self, plan: Plan, exchange: Exchange | AllReduce, lanes: int, touched: Sequence[Touched] = ()) -> None:
+        self.plan, self.exchange, self.touched = plan, exchange, touched
         self.waits = [list(plan.waits) for _ in range(lanes)]
         self.held: list[list[tuple[Node, Row]]] = [[] for _ in range(lanes)]
         self._next = 0
@@ -184,5 +198,24 @@ class Assembly:
 
     def finish(self) -> Tensor:
         """The root of the tree, the same bits on every worker: in the first row that was held."""
+        root = self.held[0][0][1].tensor
+        packed = [self._pack(i, part) for i, part in enumerate(self.touched)]
         self.exchange.finish()
-        return self.held[0][0][1].tensor
+        for part, rows in zip(self.touched, packed, strict=True):
+            part.matrix(root)[part.rows] = rows[: part.rows.numel() * part.shape[1]].view(-1, part.shape[1])
+        return root
+
+    def _pack(self, number: int, part: Touched) -> Tensor:
+        """Send the touched rows only; where their sum will be."""
+        forest = Forest[Tensor](self.exchange.shards, lambda left, right: left.add_(right))
+        unit, count = self.exchange.group.world, part.rows.numel() * part.shape[1]
+        size = -(-count // unit) * unit
+        for held in self.held:
+            for node, row in held:
+                packed = torch.zeros(size, device=row.tensor.device)
+                rows = packed[:count].view(-1, part.shape[1])
+                torch.index_select(part.matrix(row.tensor), 0, part.rows, out=rows)
+                forest.push(node, packed)
+        values = [value for _, value in forest.nodes()]
+        self.exchange.send(len(self.exchange.buckets) + number, values)
+        return values[0]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 TAIL = ("loss", "count", "shards", "stop", "save")
 """The tail of a row: sum of the loss, number of loss terms, number of shards, and the workers that
 wish to stop or to save."""
-_ALIGN = 16  # elements: every tensor starts on a cache line
+_ALIGN = 16  # elements, a cache line
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +51,8 @@ class Layout:
         decayed = [(n, p) for n, p in named if decay_norm_and_bias or p.ndim > 1]
         taken = {n for n, _ in decayed}
         rest = [(n, p) for n, p in named if n not in taken]
+        # Every tensor starts on a cache line, and every number of workers that divides the shards cuts it evenly.
+        self.unit = _ALIGN * shards
         self.ranks = {n: i for i, (n, _) in enumerate(named)}
         self.params: list[Slot] = []
         end = self._place(decayed, 0, self.params)
@@ -61,11 +63,8 @@ class Layout:
         self.stats: list[Slot] = []
         self.stats_size = self._place(buffers, 0, self.stats)
         self.momentum = [(n, 0.1 if m.momentum is None else m.momentum) for n, m in norms]
-        self.head = math.ceil((len(TAIL) + self.stats_size) / _ALIGN + 1) * _ALIGN
-        used = self.head + self.size
-        # Every number of workers that divides the shards cuts a row into equal, aligned parts.
-        unit = _ALIGN * shards
-        self.row = math.ceil(used / unit) * unit
+        self.head = math.ceil((_ALIGN + self.stats_size) / self.unit) * self.unit
+        self.row = self.head + self.size
 
     def _place(self, named: Sequence[tuple[str, Tensor]], start: int, slots: list[Slot]) -> int:
         for name, tensor in named:
@@ -78,8 +77,16 @@ class Layout:
             stride = tensor.stride() if dense else tensor.contiguous().stride()
             rank = self.ranks.get(name, 0)
             slots.append(Slot(name, tuple(tensor.shape), tuple(stride), start, tensor.numel(), rank))
-            start += math.ceil(tensor.numel() / _ALIGN) * _ALIGN
+            start += math.ceil(tensor.numel() / self.unit) * self.unit
         return start
+
+    def touched(self, rows: Mapping[str, Tensor]) -> list[Touched]:
+        """Parts of a row of which only some rows are touched, by parameter name; in the order of the buffer."""
+        found = []
+        for slot, after in zip(self.params, [*(s.start for s in self.params[1:]), self.size], strict=True):
+            if slot.name in rows:
+                found.append(Touched(self.head + slot.start, self.head + after, slot.shape, rows[slot.name]))
+        return found
 
     def gradient(self, row: Tensor) -> Tensor:
         """fp32[P], a view."""
@@ -162,14 +169,39 @@ class Master:
             yield slot.name, slot.view(buffer)
 
 
+@dataclass(frozen=True, slots=True)
+class Touched:
+    """A part of a row, elements [start, stop) with its padding, that is zero but for some rows of its matrix."""
+
+    start: int
+    stop: int
+    shape: tuple[int, ...]
+    rows: Tensor
+
+    def matrix(self, row: Tensor) -> Tensor:
+        """fp32[n, width], a view."""
+        return row[self.start : self.start + math.prod(self.shape)].view(self.shape)
+
+
 class Row:
     """A row and the views of it that a replica writes through."""
 
     def __init__(self, layout: Layout, device: torch.device) -> None:
         self.tensor = torch.zeros(layout.row, device=device)
+        self._dirty: Sequence[Touched] = ()
         self.gradients = [slot.view(layout.gradient(self.tensor)) for slot in layout.params]
         # .data: batch norm saves its buffers for backward, and views that share a version counter would disturb it.
         self.stats = [slot.view(layout.batch_stats(self.tensor)).data for slot in layout.stats]
+
+    def clear(self, touched: Sequence[Touched]) -> None:
+        """Zero the row, which will be written in these parts only where they say so."""
+        at = 0
+        for last, next_ in zip(self._dirty, touched, strict=False):
+            self.tensor[at : next_.start].zero_()
+            next_.matrix(self.tensor).index_fill_(0, last.rows, 0.0)
+            at = next_.stop
+        self.tensor[at:].zero_()
+        self._dirty = touched
 
 
 class Replica:

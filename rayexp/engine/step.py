@@ -20,7 +20,7 @@ from rayexp.config import ExperimentConfig
 from rayexp.engine import order
 from rayexp.engine.draws import Draws, adopt
 from rayexp.engine.exchange import AllReduce, Assembly, Exchange, Plan
-from rayexp.engine.flat import Master, Replica, Row
+from rayexp.engine.flat import Master, Replica, Row, Touched
 from rayexp.engine.group import Group
 from rayexp.engine.norm import per_shard
 from rayexp.engine.optimize import Optimizer
@@ -74,10 +74,10 @@ class Lane:
         for module in self._keeping:
             module.begin_step()
 
-    def take(self) -> Row:
+    def take(self, touched: Sequence[Touched]) -> Row:
         """A zeroed row, and the replica writes into it."""
         row = self._spare.pop() if self._spare else Row(self.master.layout, self.master.device)
-        row.tensor.zero_()
+        row.clear(touched)
         self.replica.bind(row)
         return row
 
@@ -112,10 +112,10 @@ class Stepper:
             for _ in range(place.lanes)
         ]
         self.carries: dict[int, Carry] = {}
-        length = master.layout.row
-        self.exchange: Exchange | AllReduce = AllReduce(group, length)
+        length, without = master.layout.row, self._touched(1, 0)
+        self.exchange: Exchange | AllReduce = AllReduce(group, length, without=without)
         if self.exact:
-            self.exchange = Exchange(group, config.shards, length, place.device)
+            self.exchange = Exchange(group, config.shards, length, place.device, without=without)
         self.plan = Plan(master.layout, self.exchange)
 
     def __call__(self, epoch: int, step: int, global_step: int, lr: float, wish: Wish) -> StepResult:
@@ -149,10 +149,15 @@ class Stepper:
         }
         return StepResult(loss, int(count), Wish(stops > 0, saves > 0), phases)
 
+    def _touched(self, epoch: int, step: int) -> list[Touched]:
+        rows = self.workload.touched_rows(epoch, step)
+        return self.master.layout.touched({n: torch.from_numpy(r).to(self.place.device) for n, r in rows.items()})
+
     # ------------------------------------------------------------------ exact
 
     def _exact(self, epoch: int, step: int, wish: Wish, seconds: _Seconds, clock: list[float]) -> Tensor:
-        assembly = Assembly(self.plan, self.exchange, len(self.lanes))
+        touched = self._touched(epoch, step)
+        assembly = Assembly(self.plan, self.exchange, len(self.lanes), touched)
 
         def work(number: int) -> _Seconds:
             lane, spent = self.lanes[number], _Seconds()
@@ -160,7 +165,7 @@ class Stepper:
             lane.begin_step()
             runs = self._runs(number)
             for node, shards in runs:
-                row = lane.take()
+                row = lane.take(touched)
                 for shard in shards:
                     if (node, shard) == (runs[-1][0], shards[-1]):
                         assembly.held[number] = [*forest.nodes(), (node, row)]
@@ -205,9 +210,10 @@ class Stepper:
     # ------------------------------------------------------------------ ddp
 
     def _ddp(self, epoch: int, step: int, wish: Wish, seconds: _Seconds, clock: list[float]) -> Tensor:
-        assembly, lane = Assembly(self.plan, self.exchange, 1), self.lanes[0]
+        touched, lane = self._touched(epoch, step), self.lanes[0]
+        assembly = Assembly(self.plan, self.exchange, 1, touched)
         lane.begin_step()
-        row = lane.take()
+        row = lane.take(touched)
         assembly.held[0] = [((0, 0), row)]
         lane.passed = lambda parameter: assembly.passed(0, parameter)
         self._pass(lane, row, epoch, step, self.shards, wish, seconds)

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -74,6 +75,10 @@ class Workload(Protocol):
 
     def loss(self, model: nn.Module, batch: Batch, carry: Carry) -> tuple[Tensor, Carry]:
         """SUM of the loss over the batch (a scalar that can be differentiated) and the state handed on (detached)."""
+
+    def touched_rows(self, epoch: int, step: int) -> Mapping[str, NDArray[np.int64]]:
+        """Parameters whose gradient is zero outside some rows, and these rows of the global batch, sorted. Always the
+        same parameters; they follow from the configuration, so no worker need be told. Only these rows travel."""
 
     def val_streams(self) -> int:
         """Number of streams into which the validation data is cut."""

@@ -112,6 +112,10 @@ class ImageClassification:
         smoothing = self.config.label_smoothing
         return F.cross_entropy(logits, batch.targets, reduction="sum", label_smoothing=smoothing), {}
 
+    def touched_rows(self, epoch: int, step: int) -> dict[str, NDArray[np.int64]]:
+        """Every gradient is dense."""
+        return {}
+
     def _pixels(self, split: ImageSplit, samples: NDArray[np.int64], device: torch.device) -> Tensor:
         images = torch.from_numpy(split.read(samples))
         return images.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else images

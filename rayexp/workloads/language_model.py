@@ -105,7 +105,7 @@ class LanguageModel:
 
         They follow from the configuration, so every worker knows them without being told.
         """
-        if self.options.tied:
+        if self.options.tied or not self.recurrent:  # a transformer's context reaches back into earlier windows
             return {}
         start = step * self.config.data.bptt
         stop = min(start + self.config.data.bptt, self.columns.shape[1] - 1)

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rayexp.engine import order
-from rayexp.engine.exchange import Exchange
+from rayexp.engine.exchange import Exchange, cut
+from rayexp.engine.flat import Touched
 from rayexp.engine.group import Group
 from rayexp.engine.reduce import Forest, forest_nodes
 
@@ -162,3 +163,12 @@ def test_power_of_two_shares_are_single_nodes() -> None:
     for world in (1, 2, 4, 8):
         for rank in range(world):
             assert len(forest_nodes(order.share(8, world, rank), 8)) == 1
+
+
+def test_buckets_cover_a_row_and_leave_out_what_they_must() -> None:
+    without = [Touched(64, 128, (3, 20), torch.arange(2)), Touched(640, 704, (64, 1), torch.arange(2))]
+    for unit in (1, 2, 4, 8):
+        buckets = cut(1024, 100, unit, without)
+        covered = [i for b in buckets for i in range(b.start, b.stop)]
+        assert covered == [i for i in range(1024) if not (64 <= i < 128 or 640 <= i < 704)]
+        assert all((b.stop - b.start) % unit == 0 for b in buckets)
