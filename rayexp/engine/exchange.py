@@ -125,7 +125,7 @@ class AllReduce:
 
 
 def cut(length: int, bucket: int, unit: int, without: Sequence[Touched] = ()) -> list[slice]:
-    """Slices of about `bucket` elements around what is left out, each a multiple of `unit` (which divides all edges)."""
+    """Slices of about `bucket` elements around what is left out, each a multiple of `unit` (which divides edges)."""
     found: list[slice] = []
     starts, stops = [0, *(t.stop for t in without)], [*(t.start for t in without), length]
     for start, stop in zip(starts, stops, strict=True):
