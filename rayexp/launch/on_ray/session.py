@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from rayexp.errors import UserError
 from rayexp.launch import doors
 from rayexp.launch.plan import Node, Plan, capacity
 
+CONNECT_S = 10.0
 # Read by processes that Ray starts from here.
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", "RAY_prestart_worker_first_driver": "0"}
 
@@ -48,9 +50,11 @@ def session(address: str | None) -> Iterator[bool]:
     if ray.is_initialized():
         yield False
         return
-    address = address or os.environ.get("RAY_ADDRESS") or ray._private.utils.read_ray_address()
+    address = address or os.environ.get("RAY_ADDRESS") or _left_here()
     if address and address.startswith("ray://"):
         raise UserError(f"--address {address}: Ray Client is not supported; `rayexp submit` sends a run to a cluster")
+    if address and ":" in address and not _answers(address):
+        raise UserError(f"--address {address}: no Ray answers there; without one, a Ray is started here for the run")
     words: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
     if not address:
         words |= {"address": "local", "include_dashboard": False, "num_cpus": _cores()}
@@ -66,6 +70,22 @@ def session(address: str | None) -> Iterator[bool]:
         yield not address
     finally:
         ray.shutdown()
+
+
+def _left_here() -> str | None:
+    """The Ray that `ray start` has left on this machine; its address stays behind where it was killed."""
+    address = ray._private.utils.read_ray_address()  # type: ignore[no-untyped-call]
+    return address if address and _answers(address) else None
+
+
+def _answers(address: str) -> bool:
+    """Whether anyone listens there: Ray itself would try for many minutes, silently."""
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S):
+            return True
+    except (OSError, ValueError):
+        return False
 
 
 def _bring_token(address: str | None) -> None:
