@@ -265,6 +265,7 @@ class Head:
         # Ray puts sockets there, whose paths may have 107 characters.
         self.temporary = Path(tempfile.mkdtemp(prefix="rx", dir="/tmp"))
         self.port, self.dashboard, self.client, self.agent = (free_port() for _ in range(4))
+        self.address = node_address()
         self.url = f"http://127.0.0.1:{self.dashboard}"
         self.token = secrets.token_hex(32)
         (self.home / ".ray").mkdir()
@@ -278,12 +279,12 @@ class Head:
             "RAY_USAGE_STATS_ENABLED": "0",
         }
 
-    def start(self) -> None:
+    def start(self, *more: str, cpus: int = 2, **env: str) -> None:
         self.run(
             "ray", "start", "--head", f"--port={self.port}", "--dashboard-host=127.0.0.1",
             f"--dashboard-port={self.dashboard}", f"--ray-client-server-port={self.client}",
-            f"--dashboard-agent-listen-port={self.agent}", "--num-cpus=2",
-            "--object-store-memory=80000000", f"--temp-dir={self.temporary}", "--disable-usage-stats",
+            f"--dashboard-agent-listen-port={self.agent}", f"--num-cpus={cpus}",
+            "--object-store-memory=80000000", f"--temp-dir={self.temporary}", "--disable-usage-stats", *more, **env,
         )  # fmt: skip
 
     def run(
@@ -336,6 +337,16 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         head.stop()
 
 
+@pytest.fixture
+def bare_head(tmp_path: Path) -> Iterator[Head]:
+    """A head that the test itself starts."""
+    head = Head(tmp_path)
+    try:
+        yield head
+    finally:
+        head.stop()
+
+
 TINY = """
 name: tiny
 data: {name: shapes, image_size: 32, max_train_samples: 256, max_val_samples: 64}
@@ -369,3 +380,13 @@ def undisturbed(tiny: Path) -> list[str]:
 @pytest.fixture
 def wait() -> Callable[..., Any]:
     return wait_for
+
+
+def node_address() -> str:
+    """The address that Ray gives to this machine's node."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # sends nothing: the system chooses the interface
+        except OSError:
+            return "127.0.0.1"
+        return str(probe.getsockname()[0])

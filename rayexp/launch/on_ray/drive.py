@@ -20,7 +20,7 @@ from rayexp.errors import RunError, UserError
 from rayexp.launch import plan as planning
 from rayexp.launch import sources
 from rayexp.launch.faults import LostError
-from rayexp.launch.on_ray import session
+from rayexp.launch.on_ray import autoscale, session
 from rayexp.launch.on_ray.fit import Fit
 from rayexp.launch.on_ray.pen import NONCE, keep
 from rayexp.launch.plan import Plan
@@ -54,7 +54,7 @@ def drive(
     """
     sources.offer(run)
     failures = 0
-    plan = planning.make(config, session.nodes())
+    plan = autoscale.provide(config, shown.say, stopped)
     while True:
         fields = placed(plan) | {"nodes": len(session.nodes())}
         (run.root / NONCE).write_text(fields["nonce"])
@@ -82,7 +82,7 @@ def drive(
             shown.say(f"workers lost ({attempt.error}); attempt {failures + 1} of {config.max_failures + 1}")
         else:
             raise attempt.error
-        plan = _replan(config, shown)
+        plan = _replan(config, shown, stopped)
 
 
 def _watch(run: Run, config: ExperimentConfig, plan: Plan, attempt: Fit, stopped: Callable[[], bool]) -> bool:
@@ -99,12 +99,14 @@ def _watch(run: Run, config: ExperimentConfig, plan: Plan, attempt: Fit, stopped
     return growing
 
 
-def _replan(config: ExperimentConfig, shown: Screen) -> Plan:
+def _replan(config: ExperimentConfig, shown: Screen, stopped: Callable[[], bool]) -> Plan:
     """A plan for what the cluster has now, once it has enough again.
 
     Raises:
         RunError: it has not within WAIT_S.
     """
+    if autoscale.addable(session.nodes()):
+        return autoscale.provide(config, shown.say, stopped)
     until = time.monotonic() + WAIT_S
     told = False
     while True:

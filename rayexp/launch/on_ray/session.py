@@ -74,7 +74,7 @@ def session(address: str | None) -> Iterator[bool]:
 
 def _left_here() -> str | None:
     """The Ray that `ray start` has left on this machine; its address stays behind where it was killed."""
-    address = ray._private.utils.read_ray_address()  # type: ignore[no-untyped-call]
+    address = ray._private.utils.read_ray_address()
     return address if address and _answers(address) else None
 
 
