@@ -17,6 +17,8 @@ import copy
 import dataclasses
 import datetime
 import json
+import os
+import socket
 import sys
 import tempfile
 import time
@@ -80,7 +82,8 @@ class _Worker:
         self.saved = self.told = time.monotonic()
 
     def run(self) -> str:
-        self._log(f"rank {self.group.rank} of {self.group.world} on {self.place.device}, {self.place.lanes} lanes")
+        where = f"{self.place.device}, {self.place.lanes} lanes, pid {os.getpid()} on {socket.gethostname()}"
+        self._log(f"rank {self.group.rank} of {self.group.world}: {where}")
         self._resume()
         if self.lead:
             self._begin()
@@ -194,10 +197,6 @@ class _Worker:
     def _first_step(self) -> None:
         now, started = time.time(), self.payload.get("started") or self.entered
         self.pen.note({"startup_seconds": {"to_worker": self.entered - started, "to_first_step": now - started}})
-        if self.session.global_step == 1 and not self.payload.get("trace"):
-            # In the background and after the first step: a picture need not hold up training.
-            model = copy.deepcopy(self.session.master.model).cpu().eval()
-            self.writer.submit(lambda: self.pen.graph(graph_events(model, self.workload.example())))
 
     def _snapshot(self) -> None:
         state = self.session.state()
@@ -232,6 +231,10 @@ class _Worker:
             self.pen.epoch(row, files, predictions.to_npz(), {"epoch": record.epoch, **steps})
 
         self.writer.submit(write)
+        if record.epoch == 1 and not self.payload.get("trace"):
+            # In the background and after the first epoch: a picture must not disturb the first steps' times.
+            model = copy.deepcopy(self.session.master.model).cpu().eval()
+            self.writer.submit(lambda: self.pen.graph(graph_events(model, self.workload.example())))
 
     def _energy(self) -> dict[str, float]:
         """The energy counters of all workers' GPUs; every worker must call it."""
