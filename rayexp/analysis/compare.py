@@ -342,7 +342,8 @@ def _medians(m: Measured) -> list[float]:
 def _forecast(
     name: str, ours: list[Measured], rates: Mapping[str, Estimate], fits: tuple[Fit, ...], config: CompareConfig
 ) -> Family:
-    base = ours[0]
+    # What lies nearest to the counts that were not measured; the other cells check the model.
+    base = max(ours, key=lambda m: m.cell.workers)
     workers = max(1, base.cell.workers)
     volume = float(base.meta.get("exchange_bytes") or 0)
     several = [m for m in ours if m.cell.workers > 1]
@@ -361,8 +362,8 @@ def _forecast(
     fixed = base.step_seconds("optimizer").map(lambda a, b: a + b, reduce)
     samples = base.rate().value * base.step_seconds().value
     model = StepModel(workers, parallel, fixed, volume, samples, link, config.mode == "weak")
-    checks = {m.cell.workers: rates[m.cell.id].value for m in ours[1:] if m.cell.workers > workers}
-    counts = [n for n in FORECAST_COUNTS if n > workers and n not in checks]
+    checks = {m.cell.workers: rates[m.cell.id].value for m in ours if 0 < m.cell.workers < workers}
+    counts = [n for n in FORECAST_COUNTS if n != workers and n not in checks]
     shards = int(base.cell.config["shards"])
     forecasts, worst = forecast(model, base.cell.devices / workers, counts, checks, shards)
     if worst is not None and worst > MAX_MISS:

@@ -38,9 +38,9 @@ def compare_page(report: CompareReport) -> str:
         forecasts=_table(tables.forecasts(report)),
         laws=[sentence for family in report.families for sentence in tables.fits(family)],
         links=tables.links(report),
-        rates=plots.rates(report),
+        rates=[(kind, plots.rates(report, kind)) for kind in kinds],
         speedups=[(kind, plot) for kind, plot in speedups if plot],
-        phases=plots.phases(report),
+        phases=[(kind, plots.phases(report, kind)) for kind in kinds],
         losses=plots.losses(report),
         off=max(repeat.unaccounted() for repeat in repeats),
         base=report.comparison.base(),
@@ -59,11 +59,12 @@ def answers(report: CompareReport) -> list[str]:
             f"{fastest.cell.id} is the fastest: {tables.number(fastest.rate.value)} {report.unit} per second, "
             f"{tables.between(ratio)} times {slowest.cell.id}."
         )
-    scaled = [line for line in report.lines if line.speedup is not None and line.cell.id != line.reference]
-    for line in scaled:
-        if line.cell.devices == max(other.cell.devices for other in scaled) and line.speedup and line.cell.workers:
+    for reference in dict.fromkeys(line.reference for line in report.lines if line.reference):
+        scaled = [line for line in report.lines if line.reference == reference and line.cell.workers]
+        largest = max(scaled, key=lambda line: line.cell.devices, default=None)
+        if largest is not None and largest.cell.id != reference:
             found.append(
-                f"{line.cell.id} on {tables.devices(line)}: {tables.between(line.speedup)} times {line.reference}."
+                f"{largest.cell.id} on {tables.devices(largest)}: {tables.between(largest.speedup)} times {reference}."
             )
     gpus = [line for line in report.lines if line.cell.kind == "gpu"]
     cpus = [line for line in report.lines if line.cell.kind == "cpu"]
@@ -71,10 +72,11 @@ def answers(report: CompareReport) -> list[str]:
         cpu = max(cpus, key=lambda line: line.rate.value)
         fewest = min(line.cell.devices for line in gpus)
         one = max((line for line in gpus if line.cell.devices == fewest), key=lambda line: line.rate.value)
+        most = max(gpus, key=lambda line: line.rate.value)
         found += [
             f"{gpu.cell.id} on {tables.devices(gpu)}: {tables.between(gpu.rate.over(cpu.rate))} times {cpu.cell.id}, "
             "the fastest without a GPU."
-            for gpu in dict.fromkeys((one, max(gpus, key=lambda line: line.rate.value)))
+            for gpu in ([one] if one is most else [one, most])
         ]
     exact = [line.over_ddp for line in report.lines if line.over_ddp is not None]
     if exact:

@@ -14,9 +14,10 @@ from rayexp.records import PHASES, EpochRecord
 if TYPE_CHECKING:
     from rayexp.analysis.compare import CompareReport, Family, Line
 
-# Okabe and Ito's palette, which survives colour blindness; hatching tells neighbours apart in grey.
+# Okabe and Ito's palette, which survives colour blindness.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C8C8C", "#F0E442")
-HATCHES = ("", "///", "", "...", "\\\\\\", "", "xxx", "")
+# The same for the phases, in an order that alternates dark and light, so that neighbours differ in grey too.
+PHASE_COLOURS = ("#0072B2", "#F0E442", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#555555", "#BBBBBB")
 MARKERS = "osD^vPX*"
 LINES = ("-", "--", ":", "-.")
 WIDTH = 7.2  # inches: a column of the page, and of A4
@@ -31,7 +32,6 @@ STYLE: Any = {
     "axes.axisbelow": True,
     "legend.frameon": False,
     "svg.fonttype": "path",
-    "hatch.linewidth": 0.5,
 }
 
 
@@ -55,9 +55,9 @@ def _draw(name: str, height: float, fill: Callable[[Any], None], columns: int = 
 # ---------------------------------------------------------------------- comparison
 
 
-def rates(report: CompareReport) -> str:
-    """Rate of every cell with its interval, and each repeat as a dot."""
-    lines = report.lines
+def rates(report: CompareReport, kind: str) -> str:
+    """Rate of every cell on one kind of device with its interval, and each repeat as a dot."""
+    lines = [line for line in report.lines if line.cell.kind == kind]
 
     def fill(ax: Any) -> None:
         for y, line in enumerate(lines):
@@ -67,14 +67,14 @@ def rates(report: CompareReport) -> str:
             ax.plot([low, high], [y, y], color="#17191e", linewidth=1.6, solid_capstyle="butt")
             dots = [float(np.median(r.rates)) for r in line.measured.repeats]
             ax.plot(dots, [y] * len(dots), "o", markersize=3.6, color="#D55E00", markeredgewidth=0)
-            ax.text(max(high, value), y, f"  {value:,.4g}", va="center", fontsize=8.5)
+            ax.text(max(high, value), y, f"  {_short(value)}", va="center", fontsize=8.5)
         ax.set_yticks(range(len(lines)), [line.cell.id for line in lines])
         ax.set_ylim(len(lines) - 0.4, -0.6)
         ax.set_xlim(0, 1.14 * max(max(line.rate.interval[1], line.rate.value) for line in lines))
         ax.grid(visible=False, axis="y")
         ax.set_xlabel(f"{report.unit} per second (median of steps; line: 95 % interval; dots: repeats)")
 
-    return _draw("fig-rates", 0.75 + 0.3 * len(lines), fill)
+    return _draw(f"fig-rates-{kind}", 0.75 + 0.3 * len(lines), fill)
 
 
 def speedup(report: CompareReport, kind: str) -> str | None:
@@ -92,9 +92,12 @@ def speedup(report: CompareReport, kind: str) -> str | None:
             name = family.name.removeprefix(f"{kind}, ")
             colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
             ours = [line for line in lines if f"{kind}, {line.cell.precision}, {line.cell.reduction}" == family.name]
-            _points(ax, [line for line in ours if line.cell.workers], name, colour, marker, LINES[i % len(LINES)])
-            _points(ax, [line for line in ours if not line.cell.workers], f"{name}, in-process", colour, marker, "")
-            _forecasts(ax, family, ours, colour, marker)
+            aside = 2 ** (0.07 * (i - (len(families) - 1) / 2))  # so that intervals do not hide each other
+            _points(
+                ax, [line for line in ours if line.cell.workers], name, colour, marker, LINES[i % len(LINES)], aside
+            )
+            _points(ax, [line for line in ours if not line.cell.workers], f"{name}, in-process", colour, "*", "", aside)
+            _forecasts(ax, family, ours, colour, marker, aside)
         ax.set_xscale("log", base=2)
         ax.set_yscale("log", base=2)
         for axis in (ax.xaxis, ax.yaxis):
@@ -110,26 +113,26 @@ def speedup(report: CompareReport, kind: str) -> str | None:
     return _draw(f"fig-speedup-{kind}", 3.6, fill)
 
 
-def _points(ax: Any, lines: Sequence[Line], name: str, colour: str, marker: str, style: str) -> None:
+def _points(ax: Any, lines: Sequence[Line], name: str, colour: str, marker: str, style: str, aside: float) -> None:
     shown = sorted((line for line in lines if line.speedup), key=lambda line: line.cell.devices)
     if not shown:
         return
-    x = [line.cell.devices for line in shown]
+    x = [line.cell.devices * aside for line in shown]
     y = [line.speedup.value for line in shown if line.speedup]
     bounds = np.array([line.speedup.interval for line in shown if line.speedup])
     spread = np.abs(bounds.T - np.array(y))
     ax.errorbar(
-        x, y, spread, color=colour, marker=marker, markersize=6, linestyle=style or "none", capsize=3, linewidth=1.3,
-        label=name, markerfacecolor=colour if style else "white",
+        x, y, spread, color=colour, marker=marker, markersize=6 if style else 10, linestyle=style or "none",
+        capsize=3, linewidth=1.3, label=name,
     )  # fmt: skip
 
 
-def _forecasts(ax: Any, family: Family, ours: Sequence[Line], colour: str, marker: str) -> None:
+def _forecasts(ax: Any, family: Family, ours: Sequence[Line], colour: str, marker: str, aside: float) -> None:
     base = next((line for line in ours if line.cell.id == family.base), None)
     if base is None or not family.forecasts or base.speedup is None:
         return
     scale = base.speedup.value / base.rate.value
-    x = [one.devices for one in family.forecasts]
+    x = [one.devices * aside for one in family.forecasts]
     y = [one.rate * scale for one in family.forecasts]
     spread = [
         [(o.rate - o.low) * scale for o in family.forecasts],
@@ -141,10 +144,15 @@ def _forecasts(ax: Any, family: Family, ours: Sequence[Line], colour: str, marke
     )  # fmt: skip
 
 
-def phases(report: CompareReport) -> str:
-    """Stacked seconds of an ordinary epoch by phase, one bar a cell."""
-    names = [line.cell.id for line in report.lines]
-    return _stacked("fig-phases", names, [line.measured.phases() for line in report.lines], "seconds of an epoch")
+def phases(report: CompareReport, kind: str) -> str:
+    """Stacked seconds of an ordinary epoch by phase, one bar for every cell on one kind of device."""
+    lines = [line for line in report.lines if line.cell.kind == kind]
+    bars = [line.measured.phases() for line in lines]
+    return _stacked(f"fig-phases-{kind}", [line.cell.id for line in lines], bars, "seconds of an epoch")
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _stacked(name: str, labels: Sequence[str], bars: Sequence[dict[str, float]], axis: str) -> str:
@@ -157,12 +165,12 @@ def _stacked(name: str, labels: Sequence[str], bars: Sequence[dict[str, float]],
             i = PHASES.index(phase)
             values = np.array([bar.get(phase, 0.0) for bar in bars])
             ax.barh(
-                range(len(bars)), values, left=left, height=0.66, color=COLOURS[i], hatch=HATCHES[i],
+                range(len(bars)), values, left=left, height=0.66, color=PHASE_COLOURS[i],
                 edgecolor="white", linewidth=0.5, label=phase,
             )  # fmt: skip
             left += values
         for y, total in enumerate(left):
-            ax.text(total, y, f" {total:,.3g} s", va="center", fontsize=8.5)
+            ax.text(total, y, f" {_short(total)} s", va="center", fontsize=8.5)
         ax.set_yticks(range(len(bars)), labels)
         ax.set_ylim(len(bars) - 0.4, -0.6)
         ax.set_xlim(0, 1.13 * longest)

@@ -127,11 +127,12 @@ class Fit:
 
     @property
     def peak(self) -> float | None:
-        """USL: the device count sqrt((1 - sigma) / kappa) beyond which the rate falls (Gunther 2007)."""
+        """USL: the device count sqrt((1 - sigma) / kappa) beyond which the rate falls (Gunther 2007); None where
+        kappa's interval reaches 0, since there may be no such count."""
         if self.refused or "kappa" not in self.parameters:
             return None
-        sigma, kappa = self.parameters["sigma"][0], self.parameters["kappa"][0]
-        return math.sqrt(max(0.0, 1 - sigma) / kappa) if kappa > 0 else None
+        kappa, low, _ = self.parameters["kappa"]
+        return math.sqrt(max(0.0, 1 - self.parameters["sigma"][0]) / kappa) if low > 0 else None
 
     def to_json(self) -> dict[str, Any]:
         """For `--json`."""
@@ -356,7 +357,7 @@ def forecast(
     """Rates at worker counts that were not measured, and the worst relative miss where the model could be checked.
 
     Args:
-        model: from the smallest measured cell.
+        model: from a measured cell.
         devices_per_worker: cores or GPUs.
         counts: worker counts to forecast.
         checks: measured rate by worker count, of cells that the model was not made from.

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from rayexp.analysis import compare_tables as tables
 from rayexp.analysis.compare import compare
-from rayexp.analysis.report import compare_page, write_compare_page, write_run_page
+from rayexp.analysis.report import answers, compare_page, write_compare_page, write_run_page
 from rayexp.cli import app
 from rayexp.comparison import Comparison, Row
 from rayexp.config import CompareConfig, ExperimentConfig, parse
@@ -349,6 +349,25 @@ def test_nothing_measured_is_no_report(grids, tmp_path):
 
 
 # ---------------------------------------------------------------------- pages and commands
+
+
+def test_gpus_are_set_beside_the_fastest_cell_without_one(grids):
+    devices = [{"num_workers": n, "use_gpu": n > 2} for n in (1, 2, 4, 8)] + [{"num_workers": 1, "use_gpu": True}]
+    comparison = grids.plan(gpus=8, scaling=devices, baseline=False, reduction=["exact"])
+    rates = {
+        "cpu-x1-exact": 50.0, "cpu-x2-exact": 100.0,
+        "gpu-x1-exact": 1000.0, "gpu-x4-exact": 3600.0, "gpu-x8-exact": 6000.0,
+    }  # fmt: skip
+    shas = {name: name[:3] for name in rates}
+    report = compare(grids.fill(comparison, rates, sha=shas))
+    assert report.equal  # across kinds of device, weights need not agree
+    assert {group.name for group in report.groups} == {"cpu fp32", "gpu fp32"}
+    text = " ".join(answers(report))
+    assert "gpu-x1-exact on 1 GPU: 10 (10 to 10) times cpu-x2-exact" in text
+    assert "gpu-x8-exact on 8 GPUs: 60 (60 to 60) times cpu-x2-exact" in text
+    page = compare_page(report)
+    assert 'id="fig-speedup-cpu"' in page
+    assert 'id="fig-speedup-gpu"' in page
 
 
 def test_the_page_is_one_offline_file(grids):
