@@ -118,7 +118,7 @@ def results(report: CompareReport) -> Table:
             {
                 "cell": line.cell.id,
                 "weights": shas[0][:12] if len(shas) == 1 else many if shas else "",
-                "predictions that differ": unlike,
+                "differ": unlike,
                 "val_loss": number(last.val_loss),
                 **{name: number(value) for name, value in last.metrics.items()},
                 "repeats": str(len(m.repeats)),

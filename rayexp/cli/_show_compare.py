@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +13,9 @@ if TYPE_CHECKING:
     from rayexp.analysis.compare import CompareReport
     from rayexp.comparison import Cell
     from rayexp.config import CompareConfig
+
+WIDE = 150  # columns of a terminal that hold the report's own tables
+NARROW = ("shutdown", "as run", "peak memory", "note", "repeats")  # what a narrower one goes without
 
 
 def plan_json(cells: Sequence[Cell], config: CompareConfig) -> dict[str, Any]:
@@ -45,17 +50,19 @@ def show_plan(cells: Sequence[Cell], config: CompareConfig) -> None:
 
 
 def show(report: CompareReport) -> None:
-    """Tables, equality, laws, forecasts, and what was not measured."""
+    """Tables, equality, laws, forecasts, and what was not measured. A narrow terminal gets fewer columns."""
     from rayexp.analysis import compare_tables as tables
 
     if report.lines:
+        wide = not sys.stdout.isatty() or shutil.get_terminal_size().columns >= WIDE
+        dropped = () if wide else NARROW
         for title, rows in (
-            ("speed (medians of steps; 95 % intervals)", tables.speed(report)),
+            ("speed (medians of steps; 95 % intervals)", tables.speed(report) if wide else _narrow_speed(report)),
             ("time and memory", tables.time_and_cost(report)),
             ("results after the last epoch", tables.results(report)),
             ("forecasts: these were NOT measured", tables.forecasts(report)),
         ):
-            names = tables.filled(rows)
+            names = [name for name in tables.filled(rows) if name not in dropped]
             if rows:
                 print_table([{name: row[name] for name in names} for row in rows], title)
     for family in report.families:
@@ -69,3 +76,22 @@ def show(report: CompareReport) -> None:
         print(f"FAILED {cell}, repeat {repeat}: {error}")
     for group in report.groups:
         print(group.sentence())
+
+
+def _narrow_speed(report: CompareReport) -> list[dict[str, str]]:
+    from rayexp.analysis import compare_tables as tables
+
+    rows = []
+    for line in report.lines:
+        low, high = line.rate.interval
+        rows.append(
+            {
+                "cell": line.cell.id,
+                "on": tables.devices(line),
+                f"{report.unit}/s": tables.number(line.rate.value),
+                "95 %": f"{tables.number(low)} to {tables.number(high)}",
+                "speed-up": "" if line.speedup is None else tables.number(line.speedup.value),
+                "vs plain": "" if line.over_plain is None else f"{tables.number(line.over_plain.value)}x",
+            }
+        )
+    return rows

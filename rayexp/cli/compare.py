@@ -85,7 +85,9 @@ def compare(
     if dry_run:
         return
     try:
-        go(made, address=address, say=say)
+        from rich.console import Console
+
+        go(made, address=address, console=Console(stderr=True))
     except KeyboardInterrupt:
         say(f"interrupted: `rayexp compare --resume {made.root}` goes on with what is missing")
         raise

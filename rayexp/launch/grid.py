@@ -15,16 +15,21 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rayexp.comparison import PLAIN, Cell, Comparison, Row
 from rayexp.config import CompareConfig, ExperimentConfig, parse
 from rayexp.errors import RunError, UserError
 from rayexp.launch.cells import base_of, plan, with_overrides
+from rayexp.launch.grid_screen import Follower, callback
 from rayexp.launch.plan import Node
+from rayexp.launch.screen import chatter_to
 from rayexp.runs import Run, now
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 # For the processes that Tune starts from here: no books, no signal handlers of its own, no working directories.
 _ENVIRONMENT = {
@@ -56,11 +61,9 @@ def planned(config: CompareConfig, folder: Path, address: str | None = None) -> 
 
 def machines(address: str | None) -> list[Node]:
     """What there is to compute on: the cluster where one runs, else this machine (no Ray is started)."""
-    import ray._private.utils
-
     from rayexp.launch.on_ray import session
 
-    if address or os.environ.get("RAY_ADDRESS") or ray._private.utils.read_ray_address():
+    if session.running(address):
         with session.session(address):
             return session.nodes()
     from rayexp.launch.local import here
@@ -122,13 +125,13 @@ def _cpu_name() -> str:
 # ---------------------------------------------------------------------- running
 
 
-def go(comparison: Comparison, *, address: str | None = None, say: Callable[[str], None] = lambda line: None) -> None:
+def go(comparison: Comparison, *, address: str | None = None, console: Console | None = None) -> None:
     """Run what is missing. Failed cells are rows with their error; the others go on.
 
     Args:
         comparison: new or interrupted.
         address: of a running Ray; None: as for `train`.
-        say: is told a line about every cell that starts or ends.
+        console: where progress is shown; None: nowhere. What Ray says goes to logs/driver.log.
 
     Raises:
         UserError: another process is at it.
@@ -143,7 +146,8 @@ def go(comparison: Comparison, *, address: str | None = None, say: Callable[[str
                 for cell, repeat in comparison.missing()
             ]
             if jobs:
-                _tune(comparison, jobs, address, say)
+                with chatter_to(comparison.root / "logs" / "driver.log", console):
+                    _tune(comparison, jobs, address, Follower(comparison, console, len(jobs)))
         except BaseException as error:
             stopped = isinstance(error, KeyboardInterrupt)
             line = " ".join(str(error).split()) or type(error).__name__
@@ -175,7 +179,7 @@ def _bury(comparison: Comparison) -> None:
             run.update(status="stopped", error="the comparison was interrupted; the cell was measured anew")
 
 
-def _tune(comparison: Comparison, jobs: list[dict[str, Any]], address: str | None, say: Callable[[str], None]) -> None:
+def _tune(comparison: Comparison, jobs: list[dict[str, Any]], address: str | None, follower: Follower) -> None:
     from ray import tune
 
     from rayexp.launch.on_ray import session as on_ray
@@ -195,11 +199,12 @@ def _tune(comparison: Comparison, jobs: list[dict[str, Any]], address: str | Non
             tune.with_resources(trial, held),
             param_space={"job": tune.grid_search(jobs)},
             tune_config=tune.TuneConfig(max_concurrent_trials=1, reuse_actors=False),
-            run_config=tune.RunConfig(name="tune", storage_path=str(books), verbose=0, callbacks=[_lines(jobs, say)]),
+            run_config=tune.RunConfig(name="tune", storage_path=str(books), verbose=0, callbacks=[callback(follower)]),
         )
         try:
             results = tuner.fit()
         finally:
+            follower.close()
             shutil.rmtree(books, ignore_errors=True)
     # A trial whose process died could not write its row.
     for result in (results[i] for i in range(len(results))):
@@ -218,28 +223,6 @@ def resources(cell: Cell, host: str, cores: float) -> dict[str, float]:
     if cell.kind == "gpu":
         return {host: SHARE, "CPU": 1.0, "GPU": max(1.0, cell.devices)}
     return {host: SHARE, "CPU": max(1.0, cores)}
-
-
-def _lines(jobs: Sequence[Mapping[str, Any]], say: Callable[[str], None]) -> Any:
-    from ray import tune
-
-    class Lines(tune.Callback):
-        """Says which cell starts and how it ended."""
-
-        count = 0
-
-        def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-            self.count += 1
-            job = trial.config["job"]
-            say(f"[{self.count}/{len(jobs)}] {job['cell']}, repeat {job['repeat']}")
-
-        def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-            say(f"        {trial.last_result.get('line', 'done')}")
-
-        def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-            say("        failed: the cell's process died")
-
-    return Lines()
 
 
 # ---------------------------------------------------------------------- one cell, in a trial

@@ -50,7 +50,7 @@ def session(address: str | None) -> Iterator[bool]:
     if ray.is_initialized():
         yield False
         return
-    address = address or os.environ.get("RAY_ADDRESS") or _left_here()
+    address = running(address)
     if address and address.startswith("ray://"):
         raise UserError(f"--address {address}: Ray Client is not supported; `rayexp submit` sends a run to a cluster")
     if address and ":" in address and not _answers(address):
@@ -70,6 +70,11 @@ def session(address: str | None) -> Iterator[bool]:
         yield not address
     finally:
         ray.shutdown()
+
+
+def running(address: str | None) -> str | None:
+    """The address of the Ray that `session` would join; None where it would start one."""
+    return address or os.environ.get("RAY_ADDRESS") or _left_here()
 
 
 def _left_here() -> str | None:
@@ -112,6 +117,16 @@ def room(plan: Plan, config: ExperimentConfig) -> int:
     total = plan.workers + capacity(spare, plan.cpus or 1.0, plan.gpus)
     high = config.scaling.num_workers[1] if isinstance(config.scaling.num_workers, tuple) else plan.workers
     return max(n for n in [*config.allowed_workers, plan.workers] if n <= min(total, high))
+
+
+def placeable(plan: Plan, seconds: float) -> bool:
+    """Whether the plan's workers find their places within that time; Ray's list of nodes may be some seconds old."""
+    size = {"CPU": plan.cpus or 1.0} | ({"GPU": plan.gpus} if plan.gpu else {})
+    group = ray.util.placement_group([size] * plan.workers)
+    try:
+        return bool(group.wait(seconds))
+    finally:
+        ray.util.remove_placement_group(group)
 
 
 def node_id() -> str:
