@@ -129,13 +129,13 @@ class _CrossEntropy(torch.autograd.Function):
         wide = hidden.to(log_sum.dtype)
         hidden_grad = torch.zeros_like(wide)
         with torch.autocast(hidden.device.type, enabled=False):
-            scale = (peak - log_sum[:, None]).exp_().mul_(grad[:, None])
+            scale = (peak - log_sum[:, None]).exp_().mul_(grad[:, None]).t().contiguous()
             narrow, across = hidden.to(ctx.dtype), wide.t().contiguous()
             for i, part in enumerate(_blocks(len(weight), ctx.block)):
                 e, ctx.kept[i] = ctx.kept[i], None
                 if e is None:
                     e = _logits(narrow, weight, bias, part).sub_(peak[:, i : i + 1]).exp_()
-                factor = scale[:, i]
+                factor = scale[i]
                 if bias_grad is not None:
                     bias_grad[part].addmv_(e.t(), factor)
                 e = e.to(ctx.dtype)
