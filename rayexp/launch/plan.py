@@ -49,7 +49,12 @@ def capacity(nodes: Sequence[Node], cpus: float, gpus: float) -> int:
 
 
 def make(config: ExperimentConfig, nodes: Sequence[Node]) -> Plan:
-    """The largest allowed number of workers that can be placed.
+    """The largest allowed number of workers that can be placed; see `choices`."""
+    return choices(config, nodes)[0]
+
+
+def choices(config: ExperimentConfig, nodes: Sequence[Node]) -> list[Plan]:
+    """What an elastic run may be content with, the largest first; one plan where the number of workers is fixed.
 
     Args:
         config: `scaling` says what is asked.
@@ -64,12 +69,11 @@ def make(config: ExperimentConfig, nodes: Sequence[Node]) -> Plan:
     if high == 0:
         if s.use_gpu is True and not gpus_there:
             raise UserError("scaling.use_gpu: true, but this machine has no CUDA device; allowed here: auto, false")
-        return Plan(0, s.use_gpu is not False and gpus_there > 0, None)
+        return [Plan(0, s.use_gpu is not False and gpus_there > 0, None)]
     wanted = [n for n in reversed(config.allowed_workers) if low <= n <= high]
-    if s.use_gpu is not False and (plan := _largest(config, nodes, wanted, s.gpus_per_worker)):
-        return plan
-    if s.use_gpu is not True and (plan := _largest(config, nodes, wanted, 0.0)):
-        return plan
+    for gpus in [s.gpus_per_worker] * (s.use_gpu is not False) + [0.0] * (s.use_gpu is not True):
+        if plans := [plan for n in wanted if (plan := _placed(config, nodes, n, gpus))]:
+            return plans
     there = "; ".join(f"{node.name}: {node.cpus:g} CPUs, {node.gpus:g} GPUs" for node in nodes) or "nothing"
     size = f"{s.cpus_per_worker or 1:g} CPU" + (f" and {s.gpus_per_worker:g} GPU" if s.use_gpu is True else "")
     raise UserError(
@@ -78,18 +82,18 @@ def make(config: ExperimentConfig, nodes: Sequence[Node]) -> Plan:
     )
 
 
-def _largest(config: ExperimentConfig, nodes: Sequence[Node], wanted: Sequence[int], gpus: float) -> Plan | None:
-    elastic = isinstance(config.scaling.num_workers, tuple)
-    for workers in wanted:
-        if config.scaling.cpus_per_worker is not None:
-            sizes = [config.scaling.cpus_per_worker]
-        else:
-            share = math.floor(sum(node.cpus for node in nodes) / workers)
-            # An elastic run that could share cores would always be as large as it may.
-            sizes = [1.0] if elastic else [*range(share, 0, -1), 0.5, 0.25, 0.125]
-        for cpus in sizes:
-            if capacity(nodes, cpus, gpus) >= workers:
-                return Plan(workers, gpus > 0, float(cpus), gpus)
+def _placed(config: ExperimentConfig, nodes: Sequence[Node], workers: int, gpus: float) -> Plan | None:
+    """That many workers as large as they can be, or None."""
+    if config.scaling.cpus_per_worker is not None:
+        sizes: Sequence[float] = [config.scaling.cpus_per_worker]
+    elif isinstance(config.scaling.num_workers, tuple):
+        sizes = [1.0]  # an elastic run that could share cores would always be as large as it may
+    else:
+        share = math.floor(sum(node.cpus for node in nodes) / workers)
+        sizes = [*range(share, 0, -1), 0.5, 0.25, 0.125]
+    for cpus in sizes:
+        if capacity(nodes, cpus, gpus) >= workers:
+            return Plan(workers, gpus > 0, float(cpus), gpus)
     return None
 
 

@@ -86,7 +86,7 @@ def run(
         try:
             status = _supervise(made, config, payload, address, console)
         except KeyboardInterrupt:
-            _finish(made, "stopped", "ended by a second signal")
+            _finish(made, "stopped", "ended at once; the step that was under way is lost")
             raise
         except UserError as error:
             if resume is None and not made.epochs():
@@ -211,18 +211,15 @@ def _supervise(
         plan = planning.make(config, [here()])
         with screen(run, console) as shown, stoppable(run, shown.say):
             return attempt(run, payload | _placed(plan))
-    with (
-        chatter_to(run.logs / "ray.log", console),
-        screen(run, console) as shown,
-        stoppable(run, shown.say) as stopped,
-    ):
+    with chatter_to(run.logs / "ray.log", console), screen(run, console) as shown:
         shown.phase("starting Ray")
         # Its imports take as long as Ray itself.
         imports = threading.Thread(target=importlib.import_module, args=["rayexp.launch.on_ray.drive"], daemon=True)
         imports.start()
         from rayexp.launch.on_ray import session
 
-        with session.session(address) as own_ray:
+        # In this order: Ray sets signal handlers of its own.
+        with session.session(address) as own_ray, stoppable(run, shown.say) as stopped:
             if own_ray:
                 open_data(config.data)  # so that what is missing here is said at once, and packed once
             imports.join()

@@ -28,7 +28,8 @@ from rayexp.launch.screen import Screen
 from rayexp.runs import Run
 
 GROW_S = 30.0  # how often an elastic run looks for more room
-WAIT_S = 120.0  # how long a run waits for lost nodes to come back
+WAIT_S = 120.0  # how long a run waits for lost nodes to come back, or for others to make room
+PLACE_S = 5.0  # how long one plan is given to find its places
 
 
 def drive(
@@ -54,7 +55,8 @@ def drive(
     """
     sources.offer(run)
     failures = 0
-    plan = autoscale.provide(config, shown.say, stopped)
+    # A Ray of our own has nobody else in it.
+    plan = planning.make(config, session.nodes()) if own_ray else _room(config, shown, stopped)
     while True:
         fields = placed(plan) | {"nodes": len(session.nodes())}
         (run.root / NONCE).write_text(fields["nonce"])
@@ -82,7 +84,7 @@ def drive(
             shown.say(f"workers lost ({attempt.error}); attempt {failures + 1} of {config.max_failures + 1}")
         else:
             raise attempt.error
-        plan = _replan(config, shown, stopped)
+        plan = _room_again(config, shown, stopped)
 
 
 def _watch(run: Run, config: ExperimentConfig, plan: Plan, attempt: Fit, stopped: Callable[[], bool]) -> bool:
@@ -99,23 +101,37 @@ def _watch(run: Run, config: ExperimentConfig, plan: Plan, attempt: Fit, stopped
     return growing
 
 
-def _replan(config: ExperimentConfig, shown: Screen, stopped: Callable[[], bool]) -> Plan:
-    """A plan for what the cluster has now, once it has enough again.
+def _room(config: ExperimentConfig, shown: Screen, stopped: Callable[[], bool]) -> Plan:
+    """A plan for which there is room now, or after a while.
 
     Raises:
-        RunError: it has not within WAIT_S.
+        UserError: it can never be placed.
+        RunError: there was no room within WAIT_S.
+        KeyboardInterrupt: it was asked to stop while it waited.
     """
     if autoscale.addable(session.nodes()):
         return autoscale.provide(config, shown.say, stopped)
+    plans = planning.choices(config, session.nodes())
     until = time.monotonic() + WAIT_S
-    told = False
+    while not (found := next((plan for plan in plans if session.placeable(plan, PLACE_S)), None)):
+        if time.monotonic() > until:
+            raise RunError(f"waited {WAIT_S:.0f} s for room: others hold what is needed for {plans[-1]}")
+        if stopped():
+            raise KeyboardInterrupt
+        plans = planning.choices(config, session.nodes())
+    return found
+
+
+def _room_again(config: ExperimentConfig, shown: Screen, stopped: Callable[[], bool]) -> Plan:
+    """`_room` after a loss: what was there before may come back, for a while."""
+    until = time.monotonic() + WAIT_S
+    shown.phase("waiting for room")
     while True:
         try:
-            return planning.make(config, session.nodes())
+            return _room(config, shown, stopped)
         except UserError as error:
             if time.monotonic() > until:
                 raise RunError(f"waited {WAIT_S:.0f} s for the cluster to have enough again: {error}") from error
-            if not told:
-                shown.say(f"waiting up to {WAIT_S:.0f} s for lost nodes")
-                told = True
+            if stopped():
+                raise KeyboardInterrupt from error
             time.sleep(1)

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from ray.exceptions import RayError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
@@ -95,10 +95,20 @@ def _cause(error: TrainingFailedError) -> Exception:
                 if isinstance(failure, kind):
                     return kind(str(failure))
         gone = [(rank, e) for rank, e in failures if not isinstance(e, LostError)] or failures
-        return LostError("; ".join(f"rank {rank}: {_line(e)}" for rank, e in gone))
+        return LostError("; ".join(f"rank {rank}: {_fate(e)}" for rank, e in gone))
     if isinstance(error, ControllerError):
         return LostError(f"the workers could not be started ({_line(error.controller_failure)})")
     return LostError(_line(error))
+
+
+def _fate(error: BaseException) -> str:
+    """How a worker was lost, briefly."""
+    inner = getattr(error, "health_check_failure", error)  # what a health check met with
+    if isinstance(inner, OutOfMemoryError):
+        return "killed because its node ran out of memory"
+    if isinstance(inner, RayActorError):
+        return "its node is gone" if "node" in str(inner).lower() and "died" in str(inner) else "its process is gone"
+    return _line(inner)
 
 
 def _line(error: BaseException) -> str:

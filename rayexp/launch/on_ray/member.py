@@ -38,7 +38,7 @@ def member(payload: Mapping[str, Any]) -> str:
     except Exception as error:
         mine.log(rank, traceback.format_exc())
         if peer_lost(error):
-            raise LostError(f"rank {rank} lost a peer: {_line(error)}") from None
+            raise LostError("lost touch with a peer") from None
         raise RunError(f"{type(error).__name__}: {_line(error)} (rank {rank}; logs/rank_{rank}.log)") from None
 
 

@@ -1,0 +1,292 @@
+"""Run one configuration at several numbers of workers, and compare the state of every step, tensor by tensor.
+
+Every worker count trains the same first steps and writes the sha256 of every tensor after every step to trace.jsonl.
+One more run loses a worker to SIGKILL half way and goes on from its last snapshot. `ddp` of the same configuration is
+run beside it: as the price, and as the contrast.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import statistics
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rayexp.config import ExperimentConfig, parse
+from rayexp.errors import RunError, UserError
+from rayexp.launch import processes
+from rayexp.launch.local import here
+from rayexp.launch.screen import chatter_to
+from rayexp.launch.train import run as train
+from rayexp.runs import Run
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Launcher = Literal["ray", "processes"]
+STEPS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One run of the configuration.
+
+    Attributes:
+        label: `0`, `4`, `4, one killed`.
+        workers: how many.
+        steps: lines of trace.jsonl in order of their step: step, weights_sha, tensors {name: sha256}, rate.
+    """
+
+    label: str
+    workers: int
+    steps: tuple[dict[str, Any], ...]
+
+    @property
+    def weights(self) -> str:
+        """The hash of the weights after the last step."""
+        return str(self.steps[-1]["weights_sha"])
+
+    @property
+    def rate(self) -> float:
+        """Median samples per second of a step; the first one is left out."""
+        return float(statistics.median(step["rate"] for step in self.steps[1:] or self.steps))
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Where a run first leaves the reference."""
+
+    label: str
+    step: int
+    tensor: str
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What came of it. The first trial is the reference."""
+
+    unit: str
+    trials: tuple[Trial, ...]
+    contrast: tuple[Trial, ...]
+    differences: tuple[Difference, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every step of every trial has the same weights and optimizer state."""
+        return not self.differences
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A line for each trial: workers, weights, rate, and the price against ddp on as many workers."""
+        ddp = {trial.workers: trial for trial in self.contrast}
+        rows = []
+        for trial in self.trials:
+            other = ddp.get(trial.workers) if trial.label == str(trial.workers) else None
+            rows.append(
+                {
+                    "workers": trial.label,
+                    "weights": trial.weights[:12],
+                    "equal": not any(d.label == trial.label for d in self.differences),
+                    f"{self.unit}/s": round(trial.rate, 1),
+                    "ddp weights": other and other.weights[:12],
+                    f"ddp {self.unit}/s": other and round(other.rate, 1),
+                    "price": other and f"{100 * (other.rate / trial.rate - 1):+.1f} %",
+                }
+            )
+        return rows
+
+    def sentence(self) -> str:
+        """The answer in one line."""
+        steps = len(self.trials[0].steps)
+        if self.ok:
+            counts = ", ".join(trial.label for trial in self.trials)
+            return (
+                f"equal: weights and optimizer state have the same bits after each of {steps} steps (workers: {counts})"
+            )
+        first = self.differences[0]
+        return f"DIFFERENT: workers {first.label}, first at step {first.step}, tensor {first.tensor}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        differences = [asdict(d) for d in self.differences]
+        return {"ok": self.ok, "steps": len(self.trials[0].steps), "rows": self.rows(), "differences": differences}
+
+
+def verify(
+    config: ExperimentConfig,
+    workers: Sequence[int],
+    *,
+    steps: int = STEPS,
+    kill: bool = False,
+    launcher: Launcher = "ray",
+    contrast: bool = True,
+    say: Callable[[str], None] = lambda text: None,
+    console: Console | None = None,
+) -> Verdict:
+    """Compare the worker counts; the first is the reference.
+
+    Args:
+        workers: 0 or divisors of `shards`.
+        steps: how many steps of training to compare.
+        kill: also SIGKILL one worker of a further run half way, and let it go on.
+        launcher: `ray`: as `rayexp train` does; `processes`: plain processes of this machine.
+        contrast: also run `reduction: ddp`.
+        say: is told what goes on.
+
+    Raises:
+        UserError: a worker count is not allowed.
+        RunError: a run failed.
+    """
+    if len(set(workers)) < 2:
+        raise UserError(f"--workers: comparing needs two or more different counts, got {list(workers)}")
+    if kill and max(workers) < 2:
+        raise UserError("--kill: a worker can only be lost where there are two or more; add 2 to --workers")
+    configs = {n: _with(config, n) for n in dict.fromkeys(workers)}
+    with tempfile.TemporaryDirectory(prefix="rayexp-verify-") as folder:
+        bench = _Bench(Path(folder), steps, launcher, say)
+        with bench.session(console, any(workers)):
+            trials = [bench.run(c, str(n), n) for n, c in configs.items()]
+            if kill:
+                most = max(n for n in configs if n)
+                trials.append(bench.run_killed(configs[most], f"{most}, one killed", most))
+            others = []
+            if contrast and config.reduction == "exact":
+                others = [
+                    bench.run(c.model_copy(update={"reduction": "ddp"}), f"ddp {n}", n) for n, c in configs.items()
+                ]
+    return Verdict(bench.unit, tuple(trials), tuple(others), tuple(differences(trials)))
+
+
+def differences(trials: Sequence[Trial]) -> list[Difference]:
+    """For each trial that leaves the first one: the first step and the first tensor."""
+    found = []
+    reference = trials[0]
+    for trial in trials[1:]:
+        for mine, theirs in zip(reference.steps, trial.steps, strict=True):
+            if mine["tensors"] != theirs["tensors"]:
+                names = list({**mine["tensors"], **theirs["tensors"]})
+                first = next(n for n in names if mine["tensors"].get(n) != theirs["tensors"].get(n))
+                found.append(Difference(trial.label, int(theirs["step"]), first.removeprefix("model.")))
+                break
+    return found
+
+
+def _with(config: ExperimentConfig, workers: int) -> ExperimentConfig:
+    """The configuration at that number of workers, all on one kind of device: GPUs are shared where there are few."""
+    scaling: dict[str, Any] = {"num_workers": workers}
+    gpus = here().gpus if config.scaling.use_gpu is not False else 0
+    if workers > gpus > 0:
+        scaling["gpus_per_worker"] = gpus / workers
+    tree = config.model_dump(mode="json")
+    tree["scaling"] |= scaling
+    return parse(tree, ExperimentConfig, "--workers")
+
+
+class _Bench:
+    """Runs trials, each in a run directory that is thrown away."""
+
+    def __init__(self, folder: Path, steps: int, launcher: Launcher, say: Callable[[str], None]) -> None:
+        self.folder, self.steps, self.launcher, self.say = folder, steps, launcher, say
+        self.unit = "samples"
+
+    @contextlib.contextmanager
+    def session(self, console: Console | None, needed: bool) -> Iterator[None]:
+        """One Ray for all trials."""
+        if self.launcher != "ray" or not needed:
+            yield
+            return
+        with chatter_to(self.folder / "ray.log", console):
+            from rayexp.launch.on_ray import session
+
+            with session.session(None):
+                yield
+
+    def run(self, config: ExperimentConfig, label: str, workers: int) -> Trial:
+        """One trial from start to end."""
+        self.say(f"workers {label} ...")
+        config = config.model_copy(update={"storage_path": self.folder})
+        if workers and self.launcher == "processes":
+            made = self._processes(config, workers)
+        else:
+            made = train(config, argv=["verify"], max_steps=self.steps, trace=True)
+        return self._read(made, label, workers)
+
+    def run_killed(self, config: ExperimentConfig, label: str, workers: int) -> Trial:
+        """One trial that loses its last worker half way."""
+        checkpoint = config.checkpoint.model_copy(update={"every_steps": 1})
+        failures = max(1, config.max_failures)
+        config = config.model_copy(update={"checkpoint": checkpoint, "max_failures": failures})
+        known = set(self.folder.iterdir())
+        with _Killer(self.folder, known, workers - 1, max(1, self.steps // 2)) as killer:
+            trial = self.run(config, label, workers)
+        if not killer.pid:
+            raise RunError(f"no worker could be killed within {self.steps} steps; more --steps give more time")
+        self.say(f"  (worker {workers - 1}, pid {killer.pid}, was killed after step {killer.step})")
+        return trial
+
+    def _processes(self, config: ExperimentConfig, workers: int) -> Run:
+        made = Run.create(config, argv=["verify"])
+        node = here()
+        payload = {
+            "run": str(made.root),
+            "config": config.absolute().model_dump(mode="json"),
+            "device": "cuda" if node.gpus and config.scaling.use_gpu is not False else "cpu",
+            "cpus": max(1, node.cpus // workers),
+            "max_steps": self.steps,
+            "trace": True,
+        }
+        for left in reversed(range(config.max_failures + 1)):
+            try:
+                processes.wait(payload, processes.start(payload, workers))
+                return made
+            except RunError as error:
+                if not left or "-9" not in str(error):
+                    raise
+        return made
+
+    def _read(self, made: Run, label: str, workers: int) -> Trial:
+        self.unit = "tokens" if made.data().get("kind") == "tokens" else "images"
+        rows: dict[int, dict[str, Any]] = {}
+        for line in (made.root / "trace.jsonl").read_text().splitlines():
+            row = json.loads(line)
+            # After a kill steps are done again, and must come to the same.
+            if rows.setdefault(row["step"], row)["tensors"] != row["tensors"]:
+                raise RunError(f"workers {label}: step {row['step']} came to something else when it was done again")
+        if sorted(rows) != list(range(1, len(rows) + 1)):
+            raise RunError(f"workers {label}: steps are missing from the trace")
+        return Trial(label, workers, tuple(rows[step] for step in sorted(rows)))
+
+
+class _Killer:
+    """Sends SIGKILL to one rank of the run that appears in a folder, once it has done some steps."""
+
+    def __init__(self, folder: Path, known: set[Path], rank: int, step: int) -> None:
+        self.folder, self.known, self.rank, self.step = folder, known, rank, step
+        self.pid = 0
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="killer", daemon=True)
+
+    def __enter__(self) -> _Killer:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._end.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._end.wait(0.02):
+            for root in set(self.folder.iterdir()) - self.known:
+                trace, log = root / "trace.jsonl", root / "logs" / f"rank_{self.rank}.log"
+                if not (trace.exists() and log.exists()) or trace.read_text().count("\n") < self.step:
+                    continue
+                self.pid = int(re.findall(r"pid (\d+)", log.read_text())[-1])
+                os.kill(self.pid, signal.SIGKILL)
+                return
