@@ -110,6 +110,11 @@ def gpus() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
+def gpu_names() -> list[str]:
+    """What the CUDA devices call themselves."""
+    return [torch.cuda.get_device_name(i) for i in range(gpus())]
+
+
 def device(name: str, index: int = 0) -> torch.device:
     """`cpu`, or the `index`-th `cuda` device."""
     return torch.device("cuda", index) if name == "cuda" else torch.device("cpu")

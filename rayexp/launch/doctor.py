@@ -59,12 +59,10 @@ def _torch_pair(folder: Path) -> Finding:
 
 def _devices(folder: Path) -> Finding:
     def look() -> str:
-        import torch
+        from rayexp.engine.place import gpu_names
 
-        if not torch.cuda.is_available():
-            return f"none that PyTorch can use ({'built for CPU' if torch.version.cuda is None else 'no device'})"
-        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        return f"{len(names)}: {', '.join(names)}; CUDA {torch.version.cuda}"
+        names = gpu_names()
+        return f"{len(names)}: {', '.join(names)}" if names else "none that this PyTorch can use"
 
     return _tried("GPUs", look)
 

@@ -9,6 +9,7 @@ elastic, and more places than before       the workers save and stop after their
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from typing import Any
@@ -95,7 +96,10 @@ def _watch(run: Run, config: ExperimentConfig, plan: Plan, attempt: Fit, stopped
         elastic = isinstance(config.scaling.num_workers, tuple)
         if elastic and not growing and not stopped() and time.monotonic() - looked >= GROW_S:
             looked = time.monotonic()
-            if run.progress_path.exists() and session.room(plan, config) > plan.workers:
+            more = session.room(plan, config) - plan.workers
+            # Ray counts a lost node for some more seconds: only what can be placed is room.
+            extra = dataclasses.replace(plan, workers=more)
+            if more > 0 and run.progress_path.exists() and session.placeable(extra, PLACE_S):
                 growing = True
                 run.stop_path.touch()
     return growing
