@@ -12,11 +12,14 @@ import json
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from rayexp.comparison import PLAIN, Cell, Comparison, Row
@@ -94,18 +97,16 @@ def environment() -> dict[str, Any]:
     import platform
 
     import psutil
-    import torch
 
-    from rayexp.engine.place import cores, cpu_capability
+    from rayexp.engine.place import cores, cpu_capability, gpu_names
 
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     packages = ("rayexp", "torch", "torchvision", "ray", "numpy")
     return {
         "cpu": _cpu_name(),
         "cores": cores(),
         "cpu_capability": cpu_capability(),
         "memory_bytes": psutil.virtual_memory().total,
-        "gpus": gpus,
+        "gpus": gpu_names(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in packages},
@@ -150,8 +151,9 @@ def go(comparison: Comparison, *, address: str | None = None, console: Console |
                     _tune(comparison, jobs, address, Follower(comparison, console, len(jobs)))
         except BaseException as error:
             stopped = isinstance(error, KeyboardInterrupt)
-            line = " ".join(str(error).split()) or type(error).__name__
+            line = "interrupted" if stopped else " ".join(str(error).split()) or type(error).__name__
             comparison.update(status="stopped" if stopped else "failed", error=line, finished=now())
+            _bury(comparison)
             raise
         comparison.update(status="done", finished=now())
 
@@ -176,7 +178,7 @@ def _bury(comparison: Comparison) -> None:
         while run.status() == "running" and time.monotonic() < until:
             time.sleep(0.5)
         if run.status() in ("died", "running"):
-            run.update(status="stopped", error="the comparison was interrupted; the cell was measured anew")
+            run.update(status="stopped", error="the comparison was interrupted; the cell is measured anew")
 
 
 def _tune(comparison: Comparison, jobs: list[dict[str, Any]], address: str | None, follower: Follower) -> None:
@@ -202,7 +204,8 @@ def _tune(comparison: Comparison, jobs: list[dict[str, Any]], address: str | Non
             run_config=tune.RunConfig(name="tune", storage_path=str(books), verbose=0, callbacks=[callback(follower)]),
         )
         try:
-            results = tuner.fit()
+            with _terminable():
+                results = tuner.fit()
         finally:
             follower.close()
             shutil.rmtree(books, ignore_errors=True)
@@ -213,6 +216,23 @@ def _tune(comparison: Comparison, jobs: list[dict[str, Any]], address: str | Non
         if (job["cell"], job["repeat"]) not in there:
             line = _line(result.error) if result.error else "the cell's process ended without a word"
             comparison.add(Row(job["cell"], job["repeat"], "failed", line, None, 0.0, now()), job["session"])
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends the grid as Ctrl-C does; Ray's own handler would leave the process in the middle of it."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def resources(cell: Cell, host: str, cores: float) -> dict[str, float]:
