@@ -69,12 +69,11 @@ def test_a_run_brings_its_machines(bare_head: Any, tiny: Path, undisturbed: list
     path = bare_head.home / "ray_bootstrap_config.yaml"
     path.write_text(yaml.safe_dump(config))
     bare_head.start(f"--autoscaling-config={path}", cpus=0, RAY_FAKE_CLUSTER="1", AUTOSCALER_UPDATE_INTERVAL_S="1")
-    many = bare_head.rayexp("submit", str(tiny), "shards=8", "scaling.num_workers=8", "--wait", check=False)
-    assert many.returncode == 2
-    assert "not started" in many.stderr
+    # Without a working directory: the pretended machines share one disk and would take it from each other.
     words = ("scaling.num_workers=2", "scaling.cpus_per_worker=2")
-    done = bare_head.rayexp("submit", str(tiny), *words, "--wait")
-    assert "waiting for machines" in done.stderr
+    sent = ("ray", "job", "submit", "--address", bare_head.url, "--")
+    done = bare_head.run(*sent, "python", "-m", "rayexp", "train", str(tiny), *words)
+    assert "waiting for machines" in done.stdout
     (run,) = Run.all(bare_head.home / "runs")
     assert [r.weights_sha for r in run.records()] == undisturbed[:2]
     assert run.records()[0].world_size == 2
