@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from rayexp.errors import UserError, nearest
 
@@ -21,6 +30,18 @@ TEXT_DATA = ("python_docs", "wikitext2", "text")
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
+
+
+def _no_uri(value: Any) -> Any:
+    if isinstance(value, str) and "://" in value:
+        raise ValueError(
+            "expected a folder (local, or a shared one that is mounted); `rayexp collect RUN --to URI` takes a run "
+            "to s3:// or gs://, and `rayexp collect URI` brings it back"
+        )
+    return value
+
+
+Folder = Annotated[Path, BeforeValidator(_no_uri)]
 
 
 class _Section(BaseModel):
@@ -191,7 +212,7 @@ class ExperimentConfig(_Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     max_failures: Annotated[int, Field(ge=0)] = 3
     """How often lost workers are replaced before the run is given up."""
-    storage_path: Path = Path("runs")
+    storage_path: Folder = Path("runs")
     """The folder in which run directories are made."""
 
     @field_validator("workload")
@@ -261,7 +282,7 @@ class CompareConfig(_Section):
     """For the forecast; measured between the workers where it is not given."""
     baseline: bool = True
     """Also time a plain single-process PyTorch script of the same mathematics."""
-    storage_path: Path = Path("runs")
+    storage_path: Folder = Path("runs")
 
 
 ConfigT = TypeVar("ConfigT", ExperimentConfig, CompareConfig)

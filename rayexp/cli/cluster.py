@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from rayexp.cli._shell import RUNS, JsonOption, app, print_json, print_table, say
+from rayexp.cli._shell import JsonOption, app, print_json, print_table, say
 
 Address = Annotated[
     str | None,
@@ -101,7 +102,9 @@ def collect(
     what: Annotated[
         str, typer.Argument(metavar="RUN|JOB", help="A run's name, path or URI, or a job's id.", show_default=False)
     ],
-    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="Folder of run directories.")] = RUNS,
+    to: Annotated[
+        str, typer.Option("--to", metavar="DIR|URI", help="Folder of run directories, or s3://, gs://.")
+    ] = "runs",
     epochs: Annotated[
         str, typer.Option(metavar="LIST", help="Whose checkpoints: all, none, or such as 7,18 or 1-3,last.")
     ] = "all",
@@ -117,14 +120,14 @@ def collect(
     from rayexp.launch import sources
 
     source, name = sources.find(what, address)
-    got = collecting.collect(source, name, to, epochs, say)
-    status = got.run.meta()["status"]
+    with tempfile.TemporaryDirectory(prefix="rayexp-") as between:
+        got = collecting.collect(source, name, Path(between if "://" in to else to), epochs, say)
+        place = collecting.upload(got.run, to, say) if "://" in to else str(got.run.root)
+        status, records, kept = got.run.meta()["status"], len(got.run.records()), len(got.epochs)
     if as_json:
-        fields = {"epochs": got.epochs, "fetched": got.fetched, "bytes": got.size, "status": status}
-        print_json({"run": str(got.run.root), **fields})
+        print_json({"run": place, "epochs": got.epochs, "fetched": got.fetched, "bytes": got.size, "status": status})
         return
-    print(got.run.root)
-    records, kept = len(got.run.records()), len(got.epochs)
+    print(place)
     say(f"{status}; {records} epochs, checkpoints of {kept}; {got.size / 1e6:,.1f} MB fetched from {source.name}")
 
 

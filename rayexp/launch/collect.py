@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rayexp.errors import RunError, UserError
-from rayexp.launch.sources import Source
+from rayexp.launch.sources import Source, Storage
 from rayexp.records import Predictions
 from rayexp.runs import TEMPORARY, Run, broken, epoch_name, now, sync_directory, write_atomic, write_json
 
@@ -50,6 +50,29 @@ def collect(source: Source, name: str, to: Path, epochs: str = "all", say: Say =
         RunError: the source cannot be read, or a file of it is damaged; what is whole has been brought.
     """
     return _Copy(source, Run(to.expanduser().resolve() / name), say).make(epochs)
+
+
+def upload(run: Run, uri: str, say: Say = lambda text: None) -> str:
+    """Copy a run to an object store (s3://, gs://, file://); returns where it lies.
+
+    Objects are whole or absent by themselves; state.json ends each checkpoint and run.json the run. What is already
+    there with the same content is left.
+
+    Raises:
+        UserError: no storage there. RunError: it cannot be written, or reads back otherwise.
+    """
+    place = f"{uri.rstrip('/')}/{run.id}"
+    storage = Storage(place)
+    names = [str(p.relative_to(run.root)) for p in run.root.rglob("*") if p.is_file() and not p.name.startswith(".")]
+    last = {"run.json": 2, WORDS: 1}
+    for name in sorted(names, key=lambda n: (last.get(Path(n).name, 0), n)):
+        sha = _sha(run.root / name)
+        if storage.sha(name) != sha:
+            say(f"writing {name}")
+            storage.write(name, run.root / name)
+            if storage.sha(name) != sha:
+                raise RunError(f"{storage.name}/{name} does not read back as it was written")
+    return storage.name
 
 
 class _Copy:

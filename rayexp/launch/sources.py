@@ -9,6 +9,7 @@ serves; so one HTTP address and the token are enough to reach it, also when its 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -86,6 +87,26 @@ class Storage:
         with self._try(lambda: self.files.open_input_stream(f"{self.base}/{path}")) as file:
             while piece := self._try(lambda: file.read(doors.CHUNK)):
                 yield piece
+
+    def sha(self, path: str) -> str | None:
+        """sha256 of a file, None where it is not there."""
+        from pyarrow import fs
+
+        info = self._try(lambda: self.files.get_file_info(f"{self.base}/{path}"))
+        if info.type != fs.FileType.File:
+            return None
+        digest = hashlib.sha256()
+        for piece in self.read(path):
+            digest.update(piece)
+        return digest.hexdigest()
+
+    def write(self, path: str, local: Path) -> None:
+        """Copy a local file there."""
+        target = f"{self.base}/{path}"
+        self._try(lambda: self.files.create_dir(target.rpartition("/")[0], recursive=True))
+        with local.open("rb") as file, self._try(lambda: self.files.open_output_stream(target)) as sink:
+            while piece := file.read(doors.CHUNK):
+                self._try(lambda piece=piece: sink.write(piece))  # type: ignore[misc]
 
     def _try(self, action: Callable[[], Any]) -> Any:
         try:

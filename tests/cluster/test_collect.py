@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from rayexp.config import load
 from rayexp.errors import RunError, UserError
-from rayexp.launch.collect import collect
+from rayexp.launch.collect import collect, upload
 from rayexp.launch.sources import Storage, find, shown
 from rayexp.runs import Run, broken
 
@@ -146,3 +147,21 @@ def test_places_that_are_none(place: str) -> None:
 
 def test_a_uri_is_shown_without_its_secret() -> None:
     assert shown("s3://key:secret@bucket/runs/a?token=b") == "s3://bucket/runs/a"
+
+
+def test_to_an_object_store_and_back(made_run: Run, tmp_path: Path) -> None:
+    store = f"file://{tmp_path / 'bucket'}"
+    place = upload(made_run, store)
+    assert place == f"{store}/{made_run.id}"
+    told: list[str] = []
+    upload(made_run, store, told.append)
+    assert told == []  # nothing has changed
+    source, name = find(place, None)
+    assert content(collect(source, name, tmp_path / "home").run.root) == content(made_run.root)
+
+
+@pytest.mark.parametrize("key", ["storage_path=s3://bucket/runs", "storage_path=gs://bucket"])
+def test_runs_are_not_written_to_an_object_store(tmp_path: Path, key: str) -> None:
+    (tmp_path / "x.yaml").write_text("name: x")
+    with pytest.raises(UserError, match=r"storage_path: expected a folder"):
+        load(tmp_path / "x.yaml", [key])
