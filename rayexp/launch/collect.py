@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rayexp.errors import RunError, UserError
-from rayexp.launch.sources import Source, Storage
+from rayexp.launch.sources import Source, Storage, below
 from rayexp.records import Predictions
 from rayexp.runs import TEMPORARY, Run, broken, epoch_name, now, sync_directory, write_atomic, write_json
 
@@ -61,8 +61,7 @@ def upload(run: Run, uri: str, say: Say = lambda text: None) -> str:
     Raises:
         UserError: no storage there. RunError: it cannot be written, or reads back otherwise.
     """
-    place = f"{uri.rstrip('/')}/{run.id}"
-    storage = Storage(place)
+    storage = Storage(below(uri, run.id))
     names = [str(p.relative_to(run.root)) for p in run.root.rglob("*") if p.is_file() and not p.name.startswith(".")]
     last = {"run.json": 2, WORDS: 1}
     for name in sorted(names, key=lambda n: (last.get(Path(n).name, 0), n)):

@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import urlsplit
+from urllib.parse import urlsplit, urlunsplit
 
 from rayexp.errors import RunError, UserError, nearest
 from rayexp.launch import as_job, doors
@@ -197,6 +197,12 @@ def _those(names: Any) -> str:
 
 def _line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def below(uri: str, name: str) -> str:
+    """The URI of something in that folder; a query stays at the end."""
+    parts = urlsplit(uri)
+    return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{name}"))
 
 
 def shown(place: str) -> str:
