@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rayexp.launch.doctor import examine
+from rayexp.launch.faults import peer_lost
+
+
+def test_a_lost_peer_is_told_from_a_mistake() -> None:
+    assert not peer_lost(ValueError("of ours"))
+    assert peer_lost(RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:561] Connection closed by peer"))
+    code = compile("raise RuntimeError('whatever')", "/site-packages/torch/distributed/distributed_c10d.py", "exec")
+    with pytest.raises(RuntimeError) as caught:
+        exec(code)
+    assert peer_lost(caught.value)
+
+
+def test_doctor_finds_this_machine_in_order(tmp_path: Path) -> None:
+    findings = {finding.what: finding for finding in examine(tmp_path / "not" / "yet")}
+    assert findings["torch pair"].ok
+    assert findings["disk"].ok
+    assert not (tmp_path / "not").exists()
+
+
+def test_doctor_names_a_pair_that_does_not_fit(tmp_path: Path) -> None:
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    done = subprocess.run(
+        [sys.executable, "-m", "rayexp", "doctor"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "nms does not exist" in done.stdout
+    assert "pip install --force-reinstall torch torchvision" in " ".join(done.stdout.split())

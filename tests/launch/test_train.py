@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+import fcntl
+import io
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rich.console import Console
+
+from rayexp.config import ExperimentConfig
+from rayexp.errors import RunError, UserError
+from rayexp.launch.screen import epoch_line
+from rayexp.launch.train import check_unchanged, run
+from rayexp.runs import Run
+from rayexp.workloads.language_model import LanguageModel
+
+Tiny = Callable[..., ExperimentConfig]
+Command = Callable[..., "subprocess.Popen[str]"]
+
+
+def shas(made: Run) -> list[str]:
+    return [record.state_sha for record in made.records()]
+
+
+def only(folder: Path) -> Run:
+    (found,) = Run.all(folder)
+    return found
+
+
+def test_a_run_leaves_what_the_design_says_and_never_imports_ray(tiny: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(tiny().to_yaml())
+    code = (
+        "import sys\nfrom rayexp.config import load\nfrom rayexp.launch.train import run\n"
+        "run(load('c.yaml'), argv=['x'])\nassert 'ray' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    made = only(tmp_path / "runs")
+    meta = made.meta()
+    assert (meta["status"], meta["argv"], meta["world_size"], meta["device"]) == ("done", ["x"], 0, "cpu")
+    assert meta["startup_seconds"]["to_first_step"] > 0
+    assert made.epochs() == [1, 2] == [record.epoch for record in made.records()]
+    for epoch in (1, 2):
+        assert {file.name for file in made.checkpoint(epoch).iterdir()} == {"state.safetensors", "state.json"}
+        assert made.predictions(epoch).kind == "tokens"
+    assert list(made.tb.iterdir())
+    assert "rank 0 of 1" in (made.logs / "rank_0.log").read_text()
+    assert not list(made.root.glob(".tmp-*")) + list(made.root.glob("checkpoints/step_*"))
+
+
+def test_the_runs_own_config_repeats_it(tiny: Tiny) -> None:
+    first = run(tiny(), argv=[])
+    assert shas(run(first.config(), argv=[])) == shas(first)
+
+
+@pytest.mark.parametrize("steps", [1, 7, 12])
+def test_a_stopped_run_goes_on_at_its_step(tiny: Tiny, steps: int) -> None:
+    whole = run(tiny(), argv=[])
+    made = run(tiny(), argv=[], max_steps=steps)
+    assert made.meta()["status"] == "stopped"
+    again = run(tiny(), argv=["again"], resume=made)
+    assert again.root == made.root
+    assert shas(again) == shas(whole)
+    assert again.meta()["status"] == "done"
+    assert again.meta()["resumed"] == [{"argv": ["again"], "after": "stopped"}]
+
+
+def test_a_finished_run_has_nothing_to_go_on_with(tiny: Tiny) -> None:
+    made = run(tiny(), argv=[])
+    before = shas(made)
+    assert shas(run(tiny(), argv=[], resume=made)) == before
+    assert made.meta()["status"] == "done"
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(tiny: Tiny) -> None:
+    whole = run(tiny(), argv=[])
+    made = run(tiny(checkpoint={"every_steps": 2}), argv=[], max_steps=7)
+    newest = sorted(made.checkpoints.glob("step_*"))[-1] / "state.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    assert shas(run(tiny(), argv=[], resume=made)) == shas(whole)
+    assert "passed over" in (made.logs / "rank_0.log").read_text()
+
+
+def test_a_changed_configuration_is_refused_by_name(tiny: Tiny) -> None:
+    made = run(tiny(), argv=[], max_steps=1)
+    with pytest.raises(UserError, match=r"lr 1.0 -> 2.0; model.nhid 16 -> 32"):
+        run(
+            tiny(lr=2, model={"name": "lstm", "emsize": 16, "nhid": 32, "nlayers": 1, "dropout": 0.2}),
+            argv=[],
+            resume=made,
+        )
+    assert made.meta()["status"] == "stopped"
+    check_unchanged(made, tiny(scaling={"num_workers": 2}, max_failures=7, checkpoint={"every_steps": 3}, name="other"))
+
+
+def test_data_of_the_same_name_but_other_content_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    for name, word in (("a", "one"), ("b", "two")):
+        (tmp_path / name).mkdir()
+        for split in ("train", "valid", "test"):
+            (tmp_path / name / f"{split}.txt").write_text(f"{word} three four five\n" * 300)
+    data = {"name": "text", "bptt": 20}
+    made = run(tiny(data={**data, "root": str(tmp_path / "a")}), argv=[], max_steps=1)
+    with pytest.raises(UserError, match="does not hold the data of this run"):
+        run(tiny(data={**data, "root": str(tmp_path / "b")}), argv=[], resume=made)
+
+
+def test_two_drivers_on_one_run_are_refused(tiny: Tiny) -> None:
+    made = run(tiny(), argv=[], max_steps=1)
+    with (made.root / "driver.lock").open("r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process"):
+            run(tiny(), argv=[], resume=made)
+    run(tiny(), argv=[], resume=made)
+
+
+def test_the_users_mistake_leaves_nothing_behind(tiny: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere"):
+        run(tiny(data={"name": "text", "root": str(tmp_path / "nowhere")}), argv=[])
+    assert Run.all(tmp_path / "runs") == []
+
+
+def test_a_failed_run_says_so(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> None:
+        raise ZeroDivisionError("by nothing")
+
+    monkeypatch.setattr(LanguageModel, "predictions", fail)
+    with pytest.raises(RunError, match=r"ZeroDivisionError: by nothing .*rank_0.log"):
+        run(tiny(), argv=[])
+    made = only(tmp_path / "runs")
+    assert made.meta()["status"] == "failed"
+    assert "by nothing" in made.meta()["error"]
+    assert "Traceback" in (made.logs / "rank_0.log").read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_exits_with_130(
+    tiny: Tiny, tmp_path: Path, command: Command, until: Callable[..., None], number: int
+) -> None:
+    config = tiny(epochs=40)
+    (tmp_path / "c.yaml").write_text(config.to_yaml())
+    process = command("train", "c.yaml")
+    until(lambda: list((tmp_path / "runs").glob("*/progress.json")))
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    made = only(tmp_path / "runs")
+    assert made.meta()["status"] == "stopped"
+    assert list(made.resumable())
+    assert not made.stop_path.exists()
+    done = command("train", "--resume", made.id, "--json")
+    out, err = done.communicate(timeout=120)
+    assert done.returncode == 0, err
+    assert json.loads(out)["epochs"][-1]["state_sha"] == shas(run(config, argv=[]))[-1]
+
+
+def test_without_a_terminal_there_is_a_line_an_epoch(tiny: Tiny) -> None:
+    text = io.StringIO()
+    made = run(tiny(), argv=[], console=Console(file=text, width=300))
+    assert text.getvalue().splitlines() == [epoch_line(record) for record in made.records()]
+
+
+def test_the_command_names_the_key_and_exits_with_2(tiny: Tiny, tmp_path: Path, command: Command) -> None:
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({**yaml.safe_load(tiny().to_yaml()), "epoch": 3}))
+    for words, expected in (
+        (["train", "c.yaml"], "unknown key epoch (did you mean epochs?)"),
+        (["train"], "CONFIG"),
+        (["train", "--resume", "nothing"], "no run 'nothing'"),
+        (["verify", "c.yaml", "--workers", "0,x"], "--workers"),
+    ):
+        process = command(*words)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 2
+        assert expected in err
+        assert len(err.strip().splitlines()) == 1, err
+
+
+def test_a_dry_run_touches_nothing(tiny: Tiny, tmp_path: Path, command: Command) -> None:
+    (tmp_path / "c.yaml").write_text(tiny().to_yaml())
+    process = command("train", "c.yaml", "scaling.num_workers=2", "epochs=3", "--dry-run", "--json")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    shown: dict[str, Any] = json.loads(out)
+    assert shown["config"]["epochs"] == 3
+    assert shown["plan"]["workers"] == 2
+    assert shown["plan"]["steps"] == 3 * shown["plan"]["steps_per_epoch"]
+    assert {path.name for path in tmp_path.iterdir()} == {"c.yaml"}
