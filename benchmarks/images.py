@@ -1,6 +1,6 @@
-"""ResNet-18 on Tiny-ImageNet: pytorch/examples `imagenet/main.py`, a bare PyTorch loop, and rayexp, in turn in one call.
+"""ResNet-18 on Tiny-ImageNet: pytorch/examples `imagenet/main.py`, a bare PyTorch loop, and rayexp, taking turns.
 
-    python benchmarks/images.py --examples PATH_TO_pytorch_examples --data ZIP_OR_PACKED... [--rounds 3]
+    python benchmarks/images.py --examples DIR --archive tiny-imagenet-200.zip --data PACKED [--rounds 3]
 
 The peer runs as it is but for the image size (64 px) and the number of classes, set in a temporary copy. Every
 contender trains the same number of steps at batch 256; a run's figure is the median of its steps without the first
@@ -208,9 +208,8 @@ def main() -> None:
     first = args.only[0]
     print(f"| contender | images/s (median of {args.rounds}) | range | x {first} |\n| --- | --- | --- | --- |")
     for name, rates in found.items():
-        print(
-            f"| {name} | {medians[name]:.1f} | {min(rates):.1f} to {max(rates):.1f} | {medians[name] / medians[first]:.2f} |"
-        )
+        spread, ratio = f"{min(rates):.1f} to {max(rates):.1f}", medians[name] / medians[first]
+        print(f"| {name} | {medians[name]:.1f} | {spread} | {ratio:.2f} |")
     if args.json:
         args.json.write_text(json.dumps({"rates": found, "medians": medians}, indent=2))
 
