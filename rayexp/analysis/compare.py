@@ -135,6 +135,8 @@ class Group:
     def sentence(self) -> str:
         """For people."""
         where = f"{self.runs} exact run{'s' * (self.runs != 1)} of {len(self.cells)} cell{'s' * (len(self.cells) != 1)}"
+        if self.runs == 1:
+            return f"{self.name}: one exact run ({self.shas[0][:12]}), and none to compare it with"
         if self.equal:
             return f"{self.name}: {where} ended with the same weights ({self.shas[0][:12]})"
         return f"{self.name}: {where} ended with {len(self.shas)} DIFFERENT weights"

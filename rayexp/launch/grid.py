@@ -201,7 +201,9 @@ def _tune(comparison: Comparison, jobs: list[dict[str, Any]], address: str | Non
             tune.with_resources(trial, held),
             param_space={"job": tune.grid_search(jobs)},
             tune_config=tune.TuneConfig(max_concurrent_trials=1, reuse_actors=False),
-            run_config=tune.RunConfig(name="tune", storage_path=str(books), verbose=0, callbacks=[callback(follower)]),
+            run_config=tune.RunConfig(
+                name="tune", storage_path=str(books), verbose=0, callbacks=[callback(follower, release)]
+            ),
         )
         try:
             with _terminable():
@@ -209,13 +211,41 @@ def _tune(comparison: Comparison, jobs: list[dict[str, Any]], address: str | Non
         finally:
             follower.close()
             shutil.rmtree(books, ignore_errors=True)
-    # A trial whose process died could not write its row.
     for result in (results[i] for i in range(len(results))):
-        job = (result.config or {})["job"]
-        there = {(row.cell, row.repeat) for row in comparison.rows()}
-        if (job["cell"], job["repeat"]) not in there:
-            line = _line(result.error) if result.error else "the cell's process ended without a word"
-            comparison.add(Row(job["cell"], job["repeat"], "failed", line, None, 0.0, now()), job["session"])
+        _record_death(comparison, (result.config or {})["job"], result.error)
+
+
+def _record_death(comparison: Comparison, job: Mapping[str, Any], error: Exception | None) -> None:
+    """The row of a trial whose process died before it could write one."""
+    from ray.exceptions import RayActorError
+
+    cell, repeat = job["cell"], job["repeat"]
+    if any((row.cell, row.repeat) == (cell, repeat) and row.status == "done" for row in comparison.rows()):
+        return
+    if error is None:
+        return  # the trial has written its failure itself
+    line = "its process died: killed, or out of memory" if isinstance(error, RayActorError) else _line(error)
+    mine = [run for run in Run.all(comparison.cells_path) if run.meta()["name"] == f"{cell}-r{repeat}"]
+    for run in mine:
+        if run.status() == "died":
+            run.update(status="failed", error=line, finished=now())
+    comparison.add(Row(cell, repeat, "failed", line, mine[-1].id if mine else None, 0.0, now()), job["session"])
+
+
+def release() -> None:
+    """Free what the workers of a cell still hold when its own process has died.
+
+    Their placement group outlives its owner (Ray Train's cleaner needs the dashboard's API), and would starve every
+    cell after it. An id ends with the id of the job that made it; Tune's own groups have names.
+    """
+    import ray
+    from ray._raylet import PlacementGroupID
+    from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
+
+    job = ray.get_runtime_context().get_job_id()
+    for name, group in placement_group_table().items():
+        if name.endswith(job) and not group["name"] and group["state"] != "REMOVED":
+            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(name))))
 
 
 @contextlib.contextmanager

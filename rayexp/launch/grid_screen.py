@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rayexp.comparison import Comparison
@@ -68,8 +68,8 @@ class Follower:
                 screen.close()
 
 
-def callback(follower: Follower) -> Any:
-    """The follower as Ray Tune wants it."""
+def callback(follower: Follower, died: Callable[[], None]) -> Any:
+    """The follower as Ray Tune wants it; `died` is called when a trial's process has died."""
     from ray import tune
 
     def job(trial: Any) -> Mapping[str, Any]:
@@ -86,6 +86,7 @@ def callback(follower: Follower) -> Any:
             follower.end(trial.last_result.get("line", "done"))
 
         def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-            follower.end("failed: the cell's process died")
+            follower.end("failed: its process died")
+            died()
 
     return Watch()

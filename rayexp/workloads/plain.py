@@ -188,7 +188,7 @@ def main(argv: list[str]) -> int:
     model = work.model.to(device)
     optimizer = optimizer_of(config, model)
     cast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
-    done = 0
+    done, parent = 0, os.getppid()
     for epoch in range(1, config.epochs + 1):
         began = time.perf_counter()
         columns: dict[str, list[float]] = {
@@ -222,6 +222,8 @@ def main(argv: list[str]) -> int:
                 startup = {"startup_seconds": {"to_first_step": time.time() - payload["started"]}}
                 (run / "startup.json").write_text(json.dumps(startup))
             done += 1
+            if os.getppid() != parent:
+                return 1  # whoever measures this is gone
         trained = time.perf_counter()
         model.eval()
         with torch.inference_mode(), cast:

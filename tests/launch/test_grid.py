@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -456,3 +457,34 @@ def test_killed_in_the_middle_of_a_cell_and_resumed_gives_the_full_table(tmp_pat
     statuses = {run.meta()["status"] for run in Run.all(comparison.cells_path)}
     assert statuses <= {"done", "stopped"}
     assert all(cell["reduction"] in ("exact", PLAIN) for cell in found["cells"])
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_cell_whose_process_is_killed_fails_alone(tmp_path, alone):
+    import yaml
+
+    scaling = [{"num_workers": n, "use_gpu": False, "cpus_per_worker": 0.5} for n in (1, 2)]
+    tree = {"base": "base.yaml", "scaling": scaling, "repeats": 1, "baseline": False, "overrides": {"epochs": 30}}
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(tree))
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump({"name": "base", **TINY}))
+    command = [sys.executable, "-m", "rayexp", "compare", "grid.yaml", "--json"]
+    with (tmp_path / "out").open("w") as out, (tmp_path / "err").open("w") as err:
+        grid_process = subprocess.Popen(command, cwd=tmp_path, env=alone, stdout=out, stderr=err)
+        try:
+            deadline = time.monotonic() + 240
+            while not (begun := list(tmp_path.glob("runs/*/cells/*cpu-x1*/epochs.jsonl"))):
+                assert time.monotonic() < deadline
+                assert grid_process.poll() is None, (tmp_path / "err").read_text()
+                time.sleep(0.1)
+            os.kill(json.loads((begun[0].parent / "run.json").read_bytes())["pid"], signal.SIGKILL)
+            assert grid_process.wait(timeout=300) == 1
+        finally:
+            grid_process.kill()
+            grid_process.wait()
+    found = json.loads((tmp_path / "out").read_text())
+    assert [cell["cell"] for cell in found["cells"]] == ["cpu-x2-exact"]  # whose workers had room
+    assert found["failed"] == [
+        {"cell": "cpu-x1-exact", "repeat": 1, "error": "its process died: killed, or out of memory"}
+    ]
+    assert "1 of the runs failed (cpu-x1-exact)" in (tmp_path / "err").read_text()
