@@ -1,4 +1,4 @@
-"""Runs made by hand, a real Ray head behind a token, and hosts made of network namespaces."""
+"""Runs made by hand, and a real Ray head behind a token."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,153 +66,6 @@ def made_run(tmp_path: Path) -> Run:
     return write_run(tmp_path / "remote", 3)
 
 
-# ---------------------------------------------------------------------- hosts made of namespaces
-
-NET = "10.77.0"
-PORT, DASHBOARD = 6379, 8265
-# Ray's own patience is about a minute and a half; the tests shorten it. A cut link counts as a lost node after ~10 s.
-IMPATIENT = {
-    "RAY_health_check_initial_delay_ms": "2000",
-    "RAY_health_check_period_ms": "2000",
-    "RAY_health_check_timeout_ms": "4000",
-    "RAY_health_check_failure_threshold": "3",
-    "RAY_gcs_rpc_server_reconnect_timeout_s": "30",
-}
-
-
-class Host:
-    """A machine of its own as far as programs can tell: network, disk (/mnt), shared memory, processes, and a name
-    that nobody can resolve. Killing its first process is pulling its plug."""
-
-    def __init__(self, name: str, address: str, switch: int) -> None:
-        self.name, self.address, self.switch = name, address, switch
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def boot(self) -> None:
-        script = (
-            f"hostname {self.name}; mount -t tmpfs -o size=2g tmpfs /mnt; mount -t tmpfs -o size=1g tmpfs /dev/shm; "
-            "mkdir -p /mnt/home/.ray /mnt/tmp; exec sleep infinity"
-        )
-        spaces = ["--net", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]
-        self.process = subprocess.Popen(["unshare", *spaces, "sh", "-c", script])
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
-        wait_for(lambda: children.read_text().strip(), f"{self.name} to boot")
-        self.init = int(children.read_text())
-        wait_for(lambda: (self.disk / "home/.ray").is_dir(), f"{self.name}'s disk")
-        port = f"v{self.name}"
-        run = partial(subprocess.run, check=True)
-        run(["nsenter", "-t", str(self.switch), "-n", "ip", "link", "add", port, "type", "veth", "peer", "name", "eth0",
-             "netns", str(self.init)])  # fmt: skip
-        run(["nsenter", "-t", str(self.switch), "-n", "ip", "link", "set", port, "master", "br0", "up"])
-        for words in ("link set lo up", f"addr add {self.address}/24 dev eth0", "link set eth0 up"):
-            run(["nsenter", "-t", str(self.init), "-n", "ip", *words.split()])
-
-    @property
-    def disk(self) -> Path:
-        """The host's /mnt, seen from outside."""
-        return Path(f"/proc/{self.init}/root/mnt")
-
-    def link(self, up: bool) -> None:
-        """Plug the network cable in or out."""
-        port = f"v{self.name}"
-        subprocess.run(
-            ["nsenter", "-t", str(self.switch), "-n", "ip", "link", "set", port, "up" if up else "down"], check=True
-        )
-
-    def command(self, *words: str, **env: str) -> list[str]:
-        enter = ["nsenter", "-t", str(self.init), "-n", "-m", "-u", "-p", "--", "env", "-i", "-C", "/mnt"]
-        fields = {
-            "HOME": "/mnt/home",
-            "TMPDIR": "/mnt/tmp",
-            "PATH": f"{Path(sys.executable).parent}:/usr/sbin:/usr/bin:/sbin:/bin",
-            "RAY_AUTH_MODE": "token",
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
-            **env,
-        }
-        return [*enter, *(f"{k}={v}" for k, v in fields.items()), *words]
-
-    def run(
-        self, *words: str, timeout: float = 200, check: bool = True, **env: str
-    ) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(self.command(*words, **env), text=True, capture_output=True, timeout=timeout)
-        if check and done.returncode:
-            raise AssertionError(f"{self.name}: {' '.join(words)} gave {done.returncode}\n{done.stdout}\n{done.stderr}")
-        return done
-
-    def rayexp(self, *words: str, **more: Any) -> subprocess.CompletedProcess[str]:
-        return self.run(sys.executable, "-m", "rayexp", *words, **more)
-
-    def pids(self, word: str) -> list[int]:
-        """Processes of this host (as seen from outside) whose command line has the word."""
-        space, found = Path(f"/proc/{self.init}/ns/pid").readlink(), []
-        for entry in Path("/proc").iterdir():
-            with contextlib.suppress(OSError):
-                if entry.name.isdecimal() and (entry / "ns/pid").readlink() == space:
-                    line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                    found += [int(entry.name)] * (word in line)
-        return found
-
-    def unplug(self) -> None:
-        """End the host and all of its processes."""
-        if self.process is not None:
-            self.process.kill()  # its only child, the host's first process, dies with it, and so do all others there
-            self.process.wait()
-            self.process = None
-
-
-class Lab:
-    """A head, two hosts with two CPUs each, and a desk without a Ray node from which jobs are sent."""
-
-    def __init__(self) -> None:
-        self.net = subprocess.Popen(["unshare", "--net", "sleep", "infinity"])
-        here = Path("/proc/self/ns/net").readlink()
-        wait_for(lambda: Path(f"/proc/{self.net.pid}/ns/net").readlink() != here, "a network namespace")
-        for words in ("link add br0 type bridge", "link set br0 up"):
-            subprocess.run(["nsenter", "-t", str(self.net.pid), "-n", "ip", *words.split()], check=True)
-        names = ("head", "one", "two", "desk")
-        self.hosts = {name: Host(name, f"{NET}.{i}", self.net.pid) for i, name in enumerate(names, 1)}
-        self.token = secrets.token_hex(32)
-        self.url = f"http://{NET}.1:{DASHBOARD}"
-
-    def __getattr__(self, name: str) -> Host:
-        return self.hosts[name]
-
-    def start(self) -> None:
-        for host in self.hosts.values():
-            host.boot()
-            self.give_token(host)
-        self.join("head", 0)
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(self.join, ("one", "two")))
-
-    def give_token(self, host: Host) -> None:
-        path = host.disk / "home/.ray/auth_token"
-        path.write_text(self.token)
-        path.chmod(0o600)
-
-    def join(self, name: str, cpus: int = 2) -> None:
-        """Start a Ray node on a host."""
-        head = ["--head", f"--port={PORT}", f"--dashboard-host={NET}.1", f"--dashboard-port={DASHBOARD}"]
-        role = head if name == "head" else [f"--address={NET}.1:{PORT}"]
-        self.hosts[name].run(
-            "ray", "start", *role, f"--node-ip-address={self.hosts[name].address}", f"--num-cpus={cpus}",
-            "--object-store-memory=80000000", "--temp-dir=/mnt/ray", "--disable-usage-stats", **IMPATIENT,
-        )  # fmt: skip
-
-    def reboot(self, name: str) -> None:
-        """Bring a host back that was unplugged, with an empty disk."""
-        self.hosts[name].boot()
-        self.give_token(self.hosts[name])
-        self.join(name)
-
-    def close(self) -> None:
-        for host in self.hosts.values():
-            host.unplug()
-        self.net.kill()
-        self.net.wait()
-
-
 def wait_for(ready: Callable[[], Any], what: str, seconds: float = 60) -> Any:
     """The first true answer, or an AssertionError."""
     until = time.monotonic() + seconds
@@ -225,32 +76,6 @@ def wait_for(ready: Callable[[], Any], what: str, seconds: float = 60) -> Any:
         if time.monotonic() > until:
             raise AssertionError(f"waited {seconds} s for {what}")
         time.sleep(0.1)
-
-
-def no_namespaces() -> str | None:
-    """Why hosts cannot be made here, or None."""
-    if sys.platform != "linux" or os.geteuid() != 0:
-        return "hosts are made of Linux namespaces, which needs root"
-    for tool in ("unshare", "nsenter", "ip"):
-        if shutil.which(tool) is None:
-            return f"hosts need the program {tool}"
-    probe = "ip link add br9 type bridge && ip link add v8 type veth peer name v9 && mount -t tmpfs tmpfs /mnt"
-    tried = subprocess.run(
-        ["unshare", "--net", "--mount", "--uts", "--pid", "--fork", "sh", "-c", probe], capture_output=True, text=True
-    )
-    return None if tried.returncode == 0 else f"no namespaces here: {tried.stderr.strip()}"
-
-
-@pytest.fixture(scope="session")
-def lab() -> Iterator[Lab]:
-    if why := no_namespaces():
-        pytest.skip(why)
-    lab = Lab()
-    try:
-        lab.start()
-        yield lab
-    finally:
-        lab.close()
 
 
 # ---------------------------------------------------------------------- one head on this machine
@@ -307,7 +132,7 @@ class Head:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal_number)
             with contextlib.suppress(AssertionError):
-                wait_for(lambda: not self.pids(), "Ray to end", 10)
+                wait_for(lambda: not self.pids(), "Ray to end", 3)
         shutil.rmtree(self.temporary, ignore_errors=True)
 
     def pids(self) -> list[int]:
@@ -377,7 +202,7 @@ def undisturbed(tiny: Path) -> list[str]:
     return [record.weights_sha for record in Run(Path(done.stdout.strip())).records()]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def wait() -> Callable[..., Any]:
     return wait_for
 
