@@ -122,6 +122,16 @@ def stream(address: str, path: str, **query: Any) -> Iterator[bytes]:
             ) from error
 
 
+def unlocked(address: str) -> bool:
+    """Whether the cluster answers without a token, too: then anyone who reaches it runs programs there."""
+    import requests
+
+    try:
+        return bool(requests.get(f"{address}/api/jobs/", timeout=TIMEOUT_S).status_code == 200)
+    except requests.RequestException:
+        return False
+
+
 def _request(address: str, path: str, query: dict[str, Any]) -> Any:
     import requests
 

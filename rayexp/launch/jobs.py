@@ -112,6 +112,8 @@ def submit(
         UserError: no cluster, no valid token, or too much to send.
     """
     client = _client(address)
+    if doors.unlocked(client.get_address()):
+        say(f"warning: {client.get_address()} takes jobs from anyone who reaches it (RAY_AUTH_MODE=token locks it)")
     words = [python, "-m", "rayexp", "train", CONFIG, *(["--resume", resume] if resume else [])]
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
     with tempfile.TemporaryDirectory(prefix="rayexp-") as folder:

@@ -42,6 +42,7 @@ def test_a_job_goes_there_and_its_run_comes_home(
 ) -> None:
     job, shown = finished
     assert "kB" in shown  # the size of the package
+    assert "warning" not in shown  # the doors are locked
     assert "epoch 2" in shown
     remote = Run.all(head.home / "runs")[0]  # relative to home, not to the job's own working directory
     assert remote.meta()["job"] == job

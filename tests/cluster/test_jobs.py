@@ -154,3 +154,22 @@ def test_relative_paths_of_a_job_count_from_home(
     assert as_job.at_home(config).absolute().data.root == tmp_path / "pictures"
     absolute = config.model_copy(update={"storage_path": Path("/nfs/runs")})
     assert as_job.at_home(absolute).storage_path == Path("/nfs/runs")
+
+
+@pytest.mark.parametrize(("status", "expected"), [(200, True), (401, False)])
+def test_an_unlocked_cluster_is_noticed(status: int, expected: bool) -> None:
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Page)
+    Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        assert doors.unlocked(f"http://127.0.0.1:{server.server_port}") is expected
+    finally:
+        server.shutdown()
+        server.server_close()
