@@ -149,6 +149,12 @@ class Stepper:
         }
         return StepResult(loss, int(count), Wish(stops > 0, saves > 0), phases)
 
+    @property
+    def exchange_bytes(self) -> int:
+        """Bytes that a worker brings to the exchange of an epoch's first step: of an embedding, the touched rows only."""
+        saved = sum(part.stop - part.start - len(part.rows) * part.shape[1] for part in self._touched(1, 0))
+        return 4 * (self.master.layout.row - saved)
+
     def _touched(self, epoch: int, step: int) -> list[Touched]:
         rows = self.workload.touched_rows(epoch, step)
         return self.master.layout.touched({n: torch.from_numpy(r).to(self.place.device) for n, r in rows.items()})

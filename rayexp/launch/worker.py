@@ -146,7 +146,7 @@ class _Worker:
             "lanes": self.place.lanes,
             "fingerprint": self.place.fingerprint(),
             "parameters": sum(slot.size for slot in layout.params),
-            "exchange_bytes": layout.row * 4,
+            "exchange_bytes": self.session.stepper.exchange_bytes,
             "steps_per_epoch": self.session.steps,
             "data": {k: v for k, v in described.items() if not isinstance(v, list)},
         }
@@ -170,11 +170,12 @@ class _Worker:
         due = event.save or (every is not None and self.session.global_step % every == 0)
         if event.stopped or (due and event.step < event.steps):
             self._snapshot()
+        # Every worker must call it: each has the carried state of its own shards.
+        state = self.session.state() if self.payload.get("trace") else None
         if not self.lead:
             return
         self.steps.append(event)
-        if self.payload.get("trace"):
-            state = self.session.state() if self.group.world == 1 else self.session.replicated()
+        if state is not None:
             hashes = {name: checkpoint.sha({name: tensor}) for name, tensor in state.tensors.items()}
             weights = checkpoint.sha(state.weights())
             rate = event.rate
