@@ -151,7 +151,7 @@ class Stepper:
 
     @property
     def exchange_bytes(self) -> int:
-        """Bytes that a worker brings to the exchange of an epoch's first step: of an embedding, the touched rows only."""
+        """Bytes that a worker brings to the exchange of an epoch's first step; of an embedding, the touched rows."""
         saved = sum(part.stop - part.start - len(part.rows) * part.shape[1] for part in self._touched(1, 0))
         return 4 * (self.master.layout.row - saved)
 
