@@ -250,7 +250,9 @@ def exchange_seconds(workers: Any, volume: float, bandwidth: Any, latency: Any) 
     """Time of adding up `volume` bytes over n workers: 2 (n-1)/n volume / bandwidth + 2 (n-1) latency.
 
     Reduce-scatter and all-gather in n - 1 messages each, at the bandwidth-optimal volume: P. Patarasuk, X. Yuan,
-    J. Parallel Distrib. Comput. 69 (2009) 117. It holds for ring all-reduce and for the exact exchange alike.
+    J. Parallel Distrib. Comput. 69 (2009) 117. It holds for ring all-reduce and for the exact exchange alike. Nothing
+    of it hides behind the backward pass here: a measured bandwidth is what remained to be waited for, and with a given
+    one the forecast is cautious.
     """
     return 2 * (workers - 1) / workers * volume / bandwidth + 2 * (workers - 1) * latency
 
