@@ -1,0 +1,184 @@
+"""Runs on a real Ray: one session for all of them, eight workers at most, two cores."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from rayexp.config import ExperimentConfig
+from rayexp.errors import RunError, UserError
+from rayexp.launch.train import run
+from rayexp.runs import Run
+
+pytestmark = pytest.mark.ray
+Tiny = Callable[..., ExperimentConfig]
+Until = Callable[..., None]
+
+
+@pytest.fixture(scope="module")
+def ray_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A Ray of our own for all tests of this file."""
+    import ray
+
+    from rayexp.launch.on_ray import session
+
+    # Not one that happens to run on this machine.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ray._private.utils, "read_ray_address", lambda *_: None)
+        patch.delenv("RAY_ADDRESS", raising=False)
+        with session.session(None):
+            yield
+
+
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A folder whose path leaves room for the names of Ray's sockets (107 characters in all)."""
+    with tempfile.TemporaryDirectory(prefix="rx-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+def shas(made: Run) -> list[str]:
+    return [record.state_sha for record in made.records()]
+
+
+def workers_pids(made: Run, rank: int) -> list[int]:
+    log = made.logs / f"rank_{rank}.log"
+    return [int(pid) for pid in re.findall(r"pid (\d+)", log.read_text())] if log.exists() else []
+
+
+def test_two_workers_do_what_this_process_does(tiny: Tiny, ray_here: None) -> None:
+    alone = run(tiny(), argv=[])
+    made = run(tiny(scaling={"num_workers": 2}), argv=[])
+    assert shas(made) == shas(alone)
+    assert made.meta()["status"] == "done"
+    assert made.meta()["world_size"] == 2
+    assert [r.world_size for r in made.records()] == [2, 2]
+    for rank in (0, 1):
+        assert workers_pids(made, rank)[0] != os.getpid()
+    assert {path.name for path in made.root.iterdir()} == {path.name for path in alone.root.iterdir()}
+
+
+def test_a_killed_worker_costs_no_bit(tiny: Tiny, ray_here: None, until: Until, tmp_path: Path) -> None:
+    config = tiny(epochs=30, checkpoint={"every_steps": 3}, scaling={"num_workers": 2})
+
+    def kill() -> None:
+        (root,) = (tmp_path / "runs").iterdir()
+        os.kill(workers_pids(Run(root), 1)[-1], signal.SIGKILL)
+
+    killer = threading.Thread(target=lambda: (until(lambda: list(tmp_path.glob("runs/*/epochs.jsonl"))), kill()))
+    killer.start()
+    made = run(config, argv=[])
+    killer.join()
+    assert len(workers_pids(made, 1)) == 2, "there was no second attempt"
+    assert "resumed at epoch" in (made.logs / "rank_0.log").read_text()
+    assert shas(made) == shas(run(tiny(epochs=30), argv=[]))
+
+
+def test_workers_without_the_drivers_disk_write_through_its_keeper(
+    tiny: Tiny, ray_here: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rayexp.launch.on_ray import drive, session
+
+    # A nonce file that no worker finds, and a second node, as the driver sees it.
+    monkeypatch.setattr(drive, "NONCE", "elsewhere")
+    nodes = session.nodes()
+    monkeypatch.setattr(session, "nodes", lambda: [*nodes, *nodes])
+    made = run(tiny(scaling={"num_workers": 2, "cpus_per_worker": 0.5}), argv=[])
+    assert shas(made) == shas(run(tiny(), argv=[]))
+    assert made.meta()["status"] == "done"
+    assert workers_pids(made, 1)
+
+
+def test_mistakes_are_not_tried_again(tiny: Tiny, ray_here: None, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"model.name"):
+        run(tiny(model={"name": "lstn"}, scaling={"num_workers": 2}), argv=[])
+    with pytest.raises(UserError, match="4 workers of 4 CPU each can never be placed"):
+        run(tiny(scaling={"num_workers": 4, "cpus_per_worker": 4}), argv=[])
+    assert Run.all(tmp_path / "runs") == []
+
+
+def test_a_failure_of_the_training_code_is_told_in_one_line(tiny: Tiny, ray_here: None, tmp_path: Path) -> None:
+    made = run(tiny(), argv=[], max_steps=2)
+    newest = next(made.resumable())[0]
+    words = newest / "state.json"
+    words.write_text(words.read_text().replace('"steps": ', '"steps": 1'))
+    with pytest.raises(RunError, match="an epoch had") as caught:
+        run(tiny(scaling={"num_workers": 2}), argv=[], resume=made)
+    assert "\n" not in str(caught.value)
+    assert made.meta()["status"] == "failed"
+    assert len(workers_pids(made, 1)) == 1, "it was tried again"
+
+
+def test_ctrl_c_on_a_cold_ray_saves_and_exits_with_130(
+    tiny: Tiny,
+    tmp_path: Path,
+    short_path: Path,
+    command: Callable[..., subprocess.Popen[str]],
+    until: Until,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(short_path))
+    (tmp_path / "c.yaml").write_text(tiny(epochs=200, scaling={"num_workers": 2}).to_yaml())
+    process = command("train", "c.yaml")
+    until(lambda: list((tmp_path / "runs").glob("*/progress.json")))
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=90)
+    assert process.returncode == 130, err
+    (made,) = Run.all(tmp_path / "runs")
+    assert made.meta()["status"] == "stopped"
+    assert list(made.resumable())
+    assert not out
+    assert "ray" not in err.lower(), "Ray's chatter belongs into logs/"
+    assert (made.logs / "ray.log").exists()
+
+
+def test_an_elastic_run_grows_and_shrinks_with_its_cluster(
+    tiny: Tiny, tmp_path: Path, until: Until, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray.cluster_utils import Cluster
+
+    from rayexp.launch.on_ray import drive
+
+    monkeypatch.setattr(drive, "GROW_S", 0.5)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # a Cluster's nodes are started without
+    elastic = {"num_workers": (1, 2), "cpus_per_worker": 1}
+    config = tiny(epochs=5000, checkpoint={"every_steps": 5}, scaling=elastic)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    ended: list[BaseException] = []
+
+    def train() -> None:
+        try:
+            run(config, argv=[], address=cluster.address)
+        except BaseException as error:
+            ended.append(error)
+
+    def size() -> int:
+        records = [record for made in Run.all(tmp_path / "runs") for record in made.records()]
+        return records[-1].world_size if records else 0
+
+    training = threading.Thread(target=train)
+    training.start()
+    try:
+        until(lambda: size() == 1)
+        node = cluster.add_node(num_cpus=1)
+        until(lambda: size() == 2)
+        cluster.remove_node(node, allow_graceful=False)
+        until(lambda: size() == 1)
+        (made,) = Run.all(tmp_path / "runs")
+        monkeypatch.setattr(drive, "GROW_S", 1e9)
+        made.stop_path.touch()
+        training.join(60)
+        assert isinstance(ended[0], KeyboardInterrupt)
+    finally:
+        cluster.shutdown()
+    assert {record.world_size for record in made.records()} == {1, 2}
+    alone = run(tiny(epochs=made.records()[-1].epoch), argv=[])
+    assert shas(alone) == shas(made)

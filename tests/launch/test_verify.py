@@ -1,0 +1,153 @@
+"""`rayexp verify`, and that it notices: three mistakes are planted in the workers' processes, and it names them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayexp.config import ExperimentConfig
+from rayexp.errors import UserError
+from rayexp.launch.verify import Trial, differences, verify
+
+Tiny = Callable[..., ExperimentConfig]
+Command = Callable[..., "subprocess.Popen[str]"]
+
+# Python imports sitecustomize by itself; this one changes a module of rayexp as soon as it has been imported.
+HOOK = """
+import importlib.abc, importlib.util, sys
+
+class Hook(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name != {module!r}:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        run = spec.loader.exec_module
+        def exec_module(module):
+            run(module)
+            plant(module)
+        spec.loader.exec_module = exec_module
+        return spec
+
+sys.meta_path.insert(0, Hook())
+
+def plant(module):
+{fault}
+"""
+FAULTS = {
+    "the sum runs in the order of the ranks": (
+        "rayexp.engine.reduce",
+        """
+    # Whatever is pushed is added to what is there, first come first: no tree.
+    def push(self, node, value):
+        if self._values:
+            (first, found), = self._values.items()
+            self.add(found, value)
+            self.free(value)
+            value = found
+        covered = getattr(self, "covered", 0) + (1 << node[0])
+        self.covered = covered
+        self._values = {(covered.bit_length() - 1, 0): value}
+    module.Forest.push = push
+""",
+    ),
+    "threads fill the cores": (
+        "rayexp.engine.place",
+        """
+    import dataclasses
+    settle = module.settle
+    def planted(config, device, shards, cpus=None):
+        place = settle(config, device, shards, cpus)
+        if cpus is not None:  # not in this process
+            module.torch.set_num_threads(2)
+        return place
+    module.settle = planted
+""",
+    ),
+    "augmentation is keyed by the rank": (
+        "rayexp.engine.order",
+        """
+    key = module.key
+    rank = int(sys.argv[2]) if "payload.json" in " ".join(sys.argv) else 0
+    def planted(seed, purpose, *numbers):
+        return key(seed, purpose, *numbers, *([rank] * (purpose == "augment" and rank > 0)))
+    module.key = planted
+""",
+    ),
+}
+IMAGES: dict[str, Any] = {
+    "workload": "image_classification",
+    "data": {"name": "shapes", "max_train_samples": 64, "max_val_samples": 64},
+    "model": {"name": "resnet18"},
+    "batch_size": 32,
+    "lr": 0.05,
+    "optimizer": {},
+    "scaling": {"lanes": 1},
+}
+
+
+def step(number: int, **tensors: str) -> dict[str, Any]:
+    return {
+        "step": number,
+        "weights_sha": tensors["a"],
+        "tensors": {f"model.{k}": v for k, v in tensors.items()},
+        "rate": 1,
+    }
+
+
+def test_the_first_step_and_tensor_that_differ_are_named() -> None:
+    one = Trial("0", 0, (step(1, a="x", b="x"), step(2, a="y", b="y")))
+    two = Trial("2", 2, (step(1, a="x", b="x"), step(2, a="y", b="z")))
+    (found,) = differences([one, one, two])
+    assert (found.label, found.step, found.tensor) == ("2", 2, "b")
+
+
+def test_equal_in_this_process_and_in_two_one_of_them_killed(tiny: Tiny) -> None:
+    verdict = verify(tiny(), [0, 2], steps=8, kill=True, launcher="processes", contrast=False)
+    assert verdict.ok
+    assert [row["workers"] for row in verdict.rows()] == ["0", "2", "2, one killed"]
+    assert all(len(trial.steps) == 8 for trial in verdict.trials)
+    assert "same bits after each of 8 steps" in verdict.sentence()
+
+
+def test_ddp_is_not_equal_and_is_named(tiny: Tiny) -> None:
+    verdict = verify(tiny(reduction="ddp"), [1, 2], steps=3, launcher="processes")
+    assert not verdict.ok
+    assert verdict.differences[0].label == "2"
+
+
+def test_counts_that_cannot_be_compared_are_refused(tiny: Tiny) -> None:
+    for workers, message in (([0], "two or more"), ([0, 3], "does not divide shards"), ([0, 0], "two or more")):
+        with pytest.raises(UserError, match=message):
+            verify(tiny(), workers, launcher="processes")
+    with pytest.raises(UserError, match="--kill"):
+        verify(tiny(), [0, 1], kill=True, launcher="processes")
+
+
+@pytest.mark.parametrize("fault", [None, *FAULTS])
+def test_a_planted_fault_is_found(
+    tiny: Tiny, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch, fault: str | None
+) -> None:
+    (tmp_path / "c.yaml").write_text(tiny(**IMAGES).to_yaml())
+    if fault:
+        module, code = FAULTS[fault]
+        (tmp_path / "planted").mkdir()
+        (tmp_path / "planted" / "sitecustomize.py").write_text(HOOK.format(module=module, fault=code))
+        monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'planted'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    process = command(
+        "verify", "c.yaml", "--workers", "0,2", "--steps", "2", "--launcher", "processes", "--no-contrast", "--json"
+    )
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == (1 if fault else 0), err
+    verdict = json.loads(out)
+    assert verdict["ok"] is (fault is None)
+    if fault:
+        (found,) = verdict["differences"]
+        assert (found["label"], found["step"]) == ("2", 1)
+        assert found["tensor"] == "conv1.weight"
