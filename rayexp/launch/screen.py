@@ -29,6 +29,7 @@ class Screen:
     def __init__(self, run: Run, console: Console | None) -> None:
         self.run, self.console = run, console
         self.shown = len(run.records())
+        self.written = 0
         self.warned: set[str] = set()
         self._end = threading.Event()
         self._bar: Any = None
@@ -94,9 +95,13 @@ class Screen:
         )
 
     def _epochs(self) -> None:
-        if not self.run.epochs_path.exists():
+        try:
+            written = self.run.epochs_path.stat().st_mtime_ns
+        except FileNotFoundError:
             return
-        records = self.run.records()
+        if written == self.written:
+            return
+        records, self.written = self.run.records(), written
         for record in records[self.shown :]:
             self.say(epoch_line(record))
         self.shown = len(records)

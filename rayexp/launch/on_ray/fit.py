@@ -21,10 +21,12 @@ from rayexp.launch.plan import Plan
 
 # Ray Train polls its workers this often; short, because a lost worker is seen by a poll.
 POLL_S = 0.2
-START_TIMEOUT_S = 60.0
+# A worker that does not answer for so long (stopped, or its host is) is replaced.
+SILENCE_S = 120
 
 _ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(POLL_S),
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(SILENCE_S),
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
     "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
