@@ -6,19 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rayexp.analysis.forecast import Forecast, Link, StepModel, forecast, measure_link
 from rayexp.analysis.measured import STEP_PHASES, Measured, differing, measure
-from rayexp.analysis.scaling import (
-    Estimate,
-    Fit,
-    Forecast,
-    Link,
-    StepModel,
-    fit_amdahl,
-    fit_usl,
-    forecast,
-    karp_flatt,
-    measure_link,
-)
+from rayexp.analysis.scaling import Estimate, Fit, fit_amdahl, fit_usl, karp_flatt
 from rayexp.comparison import PLAIN, Cell, Comparison
 from rayexp.config import CompareConfig
 
@@ -348,22 +338,25 @@ def _forecast(
     base = max(ours, key=lambda m: m.cell.workers)
     workers = max(1, base.cell.workers)
     volume = float(base.meta.get("exchange_bytes") or 0)
-    several = [m for m in ours if m.cell.workers > 1]
-    given = config.interconnect
-    gbit, microseconds = given.get("bandwidth_gbit"), given.get("latency_us")
+    gbit, microseconds = config.interconnect.get("bandwidth_gbit"), config.interconnect.get("latency_us")
     link = measure_link(
-        [(m.cell.workers, volume, m.step_seconds("reduce")) for m in several],
+        [point for m in ours for point in m.link_points()],
         None if gbit is None else gbit * 1e9 / 8,
         None if microseconds is None else microseconds * 1e-6,
     )
     if link is None or not volume:
         why = "no cell of 2 or more workers was measured, and interconnect.bandwidth_gbit is not given"
         return Family(name, base.cell.id, fits, None, (), None, why)
-    parallel = base.step_seconds("data", "transfer", "compute")
-    reduce = base.step_seconds("reduce") if workers == 1 else Estimate.exact(0.0)
-    fixed = base.step_seconds("optimizer").map(lambda a, b: a + b, reduce)
-    samples = base.rate().value * base.step_seconds().value
-    model = StepModel(workers, parallel, fixed, volume, samples, link, config.mode == "weak")
+    model = StepModel(
+        workers=workers,
+        parallel=base.step_seconds("data", "transfer", "compute"),
+        fixed=base.step_seconds("optimizer"),
+        reduce=base.step_seconds("reduce"),
+        volume=volume,
+        samples=base.rate().value * base.step_seconds().value,
+        link=link,
+        weak=config.mode == "weak",
+    )
     checks = {m.cell.workers: rates[m.cell.id].value for m in ours if 0 < m.cell.workers < workers}
     counts = [n for n in FORECAST_COUNTS if n != workers and n not in checks]
     shards = int(base.cell.config["shards"])

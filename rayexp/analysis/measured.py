@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from rayexp.analysis.forecast import Point
 from rayexp.analysis.scaling import Estimate, Floats, mean_of, median
 from rayexp.analysis.text_diff import FACTOR
 from rayexp.comparison import Cell, Comparison
@@ -157,6 +158,16 @@ class Measured:
                     times.append(elapsed)
                     break
         return float(np.mean(times)) if len(times) == len(self.repeats) else None
+
+    def link_points(self) -> list[Point]:
+        """What bare all-reductions between the workers took (see launch.worker): large and small ones."""
+        links: list[dict[str, float]] = [r.run.meta().get("link") or {} for r in self.repeats]
+        if not all(links):
+            return []
+        return [
+            (self.cell.workers, float(links[0][size]), mean_of([link[time] for link in links], self.seed))
+            for size, time in (("bytes", "seconds"), ("small_bytes", "small_seconds"))
+        ]
 
     def shas(self) -> list[str]:
         """The weights' hash after the last epoch, of every repeat."""

@@ -13,5 +13,6 @@ The number of workers may decide who computes a shard, never what the shard is, 
     step        one optimizer step: shards on lanes, then the tree, then the update
     evaluate    validation predictions, cut into streams
     checkpoint  state to bytes and back, hashes
+    link        how fast the workers' link is
     loop        epochs and steps as a generator
 """

@@ -81,6 +81,7 @@ def run(
             "started": started,
             "max_steps": max_steps,
             "trace": trace,
+            "measure_link": parent is not None,
             "timeout_s": TIMEOUT_S,
         }
         try:

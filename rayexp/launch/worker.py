@@ -8,6 +8,7 @@ What comes in is plain JSON:
     started    time.time() at which the command began
     max_steps  stop after that many steps of the whole run (null: train to the end)
     trace      whether to hash every tensor after every step (for `rayexp verify`)
+    measure_link  whether to time bare all-reductions before training (for `rayexp compare`)
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ import torch
 
 from rayexp import workloads
 from rayexp.config import ExperimentConfig, parse
-from rayexp.engine import checkpoint, place
+from rayexp.engine import checkpoint, link, place
 from rayexp.engine.checkpoint import TENSORS, WORDS, State, Writer
 from rayexp.engine.group import Group
 from rayexp.engine.loop import EpochDone, Session, StepDone
@@ -85,8 +86,11 @@ class _Worker:
         where = f"{self.place.device}, {self.place.lanes} lanes, pid {os.getpid()} on {socket.gethostname()}"
         self._log(f"rank {self.group.rank} of {self.group.world}: {where}")
         self._resume()
+        measured = None
+        if self.payload.get("measure_link") and self.group.world > 1:
+            measured = link.measure(self.group, self.place, self.session.stepper.exchange_bytes)
         if self.lead:
-            self._begin()
+            self._begin(measured)
         status = "done"
         self.energy = self._energy()
         try:
@@ -136,7 +140,7 @@ class _Worker:
                 f"data: {self.config.data.root or self.config.data.name} does not hold the data of this run ({differs})"
             )
 
-    def _begin(self) -> None:
+    def _begin(self, measured: Mapping[str, float] | None) -> None:
         described = self.described
         layout = self.session.layout
         meta = {
@@ -147,6 +151,7 @@ class _Worker:
             "fingerprint": self.place.fingerprint(),
             "parameters": sum(slot.size for slot in layout.params),
             "exchange_bytes": self.session.stepper.exchange_bytes,
+            "link": measured,
             "steps_per_epoch": self.session.steps,
             "data": {k: v for k, v in described.items() if not isinstance(v, list)},
         }

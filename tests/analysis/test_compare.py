@@ -69,7 +69,11 @@ class Grids:
     def run(self, comparison, cell, rate, sha, top1, parts, epochs, losses=(2.0, 1.0), kind="images", energy=None):
         words = {"storage_path": str(comparison.cells_path), "name": cell.id}
         run = Run.create(parse({**cell.config, **words}, ExperimentConfig, "cell"), argv=[])
-        run.update(startup_seconds={"to_first_step": 13.0}, exchange_bytes=4e6, device=cell.kind, status="done")
+        link = None
+        if (w := cell.workers) > 1:  # 1 GB/s
+            link = {"bytes": 4e6, "seconds": 2 * (w - 1) / w * 4e-3, "small_bytes": 64, "small_seconds": 1e-6}
+        words = {"startup_seconds": {"to_first_step": 13.0}, "exchange_bytes": 4e6, "link": link}
+        run.update(status="done", device=cell.kind, **words)
         (run.root / "predictions").mkdir()
         records, steps = [], []
         step = 256 / rate
@@ -308,6 +312,13 @@ def test_forecast_from_a_given_link(grids):
     assert all(row["FORECAST, not measured"] for row in tables.forecasts(report))
 
 
+def test_the_link_is_measured_between_the_workers(grids):
+    report = compare(grids.fill(grids.plan(), RATES))
+    for family in report.families:
+        assert family.link.to_json()["bandwidth_gbit"]["value"] == pytest.approx(8, rel=0.01)
+        assert family.link.source == "measured between 2, 4 workers"
+
+
 def test_forecast_is_refused_where_the_model_fails_at_measured_counts(grids):
     rates = {"cpu-x1-exact": 50.0, "cpu-x2-exact": 20.0, "cpu-x4-exact": 10.0}
     report = compare(grids.fill(grids.plan(), rates))
@@ -352,7 +363,8 @@ def test_nothing_measured_is_no_report(grids, tmp_path):
 
 
 def test_gpus_are_set_beside_the_fastest_cell_without_one(grids):
-    devices = [{"num_workers": n, "use_gpu": n > 2} for n in (1, 2, 4, 8)] + [{"num_workers": 1, "use_gpu": True}]
+    devices = [{"num_workers": n, "use_gpu": False, "cpus_per_worker": 1} for n in (1, 2)]
+    devices += [{"num_workers": n, "use_gpu": True} for n in (1, 4, 8)]
     comparison = grids.plan(gpus=8, scaling=devices, baseline=False, reduction=["exact"])
     rates = {
         "cpu-x1-exact": 50.0, "cpu-x2-exact": 100.0,

@@ -1,0 +1,34 @@
+"""How fast the workers' link is: bare all-reductions, timed before training (for `rayexp compare`'s forecasts)."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import torch
+
+from rayexp.engine.group import Group
+from rayexp.engine.place import Place
+
+SMALL = 64  # bytes
+
+
+def measure(group: Group, place: Place, size: int) -> dict[str, float]:
+    """Median seconds of adding up `size` bytes over the workers, and of a few bytes; every worker must call it.
+
+    Returns:
+        `bytes`, `seconds`, `small_bytes`, `small_seconds`.
+    """
+    found: dict[str, float] = {}
+    for name, many, times in (("", size, 5), ("small_", SMALL, 30)):
+        row = torch.zeros(many // 4, device=place.device)
+        spans = []
+        for _ in range(times + 1):
+            group.barrier()
+            place.synchronize()
+            start = time.perf_counter()
+            group.sum(row)()
+            place.synchronize()
+            spans.append(time.perf_counter() - start)
+        found |= {f"{name}bytes": row.numel() * 4, f"{name}seconds": statistics.median(spans[1:])}
+    return found
