@@ -116,7 +116,7 @@ def test_a_worker_process_killed(lab: Any, send: Callable[..., Job], undisturbed
 
 
 def test_the_drivers_end_and_a_resume(lab: Any, send: Callable[..., Job], undisturbed: list[str]) -> None:
-    job = send("driver", *TWO_HOSTS, "epochs=12")
+    job = send("driver", *TWO_HOSTS, "epochs=8")
     run = job.epochs(2)
     for pid in lab.head.pids("-m rayexp train"):
         os.kill(pid, signal.SIGKILL)
@@ -127,7 +127,7 @@ def test_the_drivers_end_and_a_resume(lab: Any, send: Callable[..., Job], undist
     assert [broken(run.checkpoint(epoch)) for epoch in kept] == [None] * len(kept)
     resumed = job.resume(run, "scaling.num_workers=0")
     assert resumed.returncode == 0, resumed.stderr
-    assert shas(run) == undisturbed
+    assert shas(run) == undisturbed[:8]
 
 
 def test_a_full_disk(lab: Any, send: Callable[..., Job], undisturbed: list[str]) -> None:
@@ -151,7 +151,7 @@ def test_a_full_disk(lab: Any, send: Callable[..., Job], undisturbed: list[str])
 
 
 def test_a_truncated_checkpoint(lab: Any, send: Callable[..., Job], undisturbed: list[str]) -> None:
-    job = send("truncated", "epochs=12")
+    job = send("truncated", "epochs=8")
     run = job.epochs(3)
     for pid in lab.head.pids("-m rayexp train"):
         os.kill(pid, signal.SIGKILL)
@@ -161,32 +161,32 @@ def test_a_truncated_checkpoint(lab: Any, send: Callable[..., Job], undisturbed:
     resumed = job.resume(run)
     assert resumed.returncode == 0, resumed.stderr
     assert "passed over" in (run.logs / "rank_0.log").read_text()
-    assert shas(run) == undisturbed
+    assert shas(run) == undisturbed[:8]
 
 
 def test_a_whole_node_killed(lab: Any, send: Callable[..., Job], undisturbed: list[str]) -> None:
-    job = send("node", "scaling.num_workers=[1,2]", "scaling.cpus_per_worker=2", "epochs=12")
+    job = send("node", "scaling.num_workers=[1,2]", "scaling.cpus_per_worker=2", "epochs=8")
     run = job.epochs(2)
     assert run.records()[0].world_size == 2
     lab.two.unplug()
     try:
         ended = job.end()
         assert ended.returncode == 0, ended.stdout
-        assert shas(run) == undisturbed
+        assert shas(run) == undisturbed[:8]
         assert run.records()[-1].world_size == 1
     finally:
         lab.reboot("two")
 
 
 def test_a_link_cut(lab: Any, send: Callable[..., Job], undisturbed: list[str]) -> None:
-    job = send("link", "scaling.num_workers=[1,2]", "scaling.cpus_per_worker=2", "epochs=12")
+    job = send("link", "scaling.num_workers=[1,2]", "scaling.cpus_per_worker=2", "epochs=8")
     run = job.epochs(2)
     assert run.records()[0].world_size == 2
     lab.two.link(up=False)
     try:
         ended = job.end()
         assert ended.returncode == 0, ended.stdout
-        assert shas(run) == undisturbed
+        assert shas(run) == undisturbed[:8]
         assert run.records()[-1].world_size == 1
     finally:
         lab.two.link(up=True)
