@@ -37,10 +37,12 @@ class _Map2x2(torch.autograd.Function):
         cout, cin = ctx.shape[:2]
         grad = grads[0].permute(0, 2, 3, 1).reshape(len(pixels), 4 * cout)
         grad_x = product(grad, matrix.t()).view(-1, 2, 2, cin).permute(0, 3, 1, 2)
-        grad_matrix = product(grad.t(), pixels.t()).view(4, cout, 2, 2, cin)
         grad_taps = torch.zeros(cout, 3, 3, cin)
-        for p in range(4):
-            grad_taps[:, 1 - p // 2 : 3 - p // 2, 1 - p % 2 : 3 - p % 2] += grad_matrix[p]
+        seen = pixels.t()
+        for p, out in enumerate(grad.view(-1, 4, cout).unbind(1)):
+            # A quarter of the matrix at a time, which the cache still holds when it is folded.
+            part = product(out.t(), seen).view(cout, 2, 2, cin)
+            grad_taps[:, 1 - p // 2 : 3 - p // 2, 1 - p % 2 : 3 - p % 2] += part
         return grad_x, grad_taps.permute(0, 3, 1, 2), None
 
 
