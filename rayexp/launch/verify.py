@@ -88,18 +88,20 @@ class Verdict:
         ddp = {trial.workers: trial for trial in self.contrast}
         rows = []
         for trial in self.trials:
-            other = ddp.get(trial.workers) if trial.label == str(trial.workers) else None
-            rows.append(
-                {
-                    "workers": trial.label,
-                    "weights": trial.weights[:12],
-                    "equal": not any(d.label == trial.label for d in self.differences),
-                    f"{self.unit}/s": round(trial.rate, 1),
+            row = {
+                "workers": trial.label,
+                "weights": trial.weights[:12],
+                "equal": not any(d.label == trial.label for d in self.differences),
+                f"{self.unit}/s": round(trial.rate, 1),
+            }
+            if ddp:
+                other = ddp.get(trial.workers) if trial.label == str(trial.workers) else None
+                row |= {
                     "ddp weights": other and other.weights[:12],
                     f"ddp {self.unit}/s": other and round(other.rate, 1),
                     "price": other and f"{100 * (other.rate / trial.rate - 1):+.1f} %",
                 }
-            )
+            rows.append(row)
         return rows
 
     def sentence(self) -> str:
