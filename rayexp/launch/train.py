@@ -172,6 +172,7 @@ def outline(config: ExperimentConfig, address: str | None = None) -> dict[str, A
 
     config = config.absolute()
     nodes = [here()]
+    address = address or os.environ.get("RAY_ADDRESS")
     if address and config.scaling.num_workers != 0:
         from rayexp.launch.on_ray import session
 

@@ -97,11 +97,21 @@ def test_workers_without_the_drivers_disk_write_through_its_keeper(
     assert workers_pids(made, 1)
 
 
-def test_mistakes_are_not_tried_again(tiny: Tiny, ray_here: None, tmp_path: Path) -> None:
+def test_mistakes_are_not_tried_again(
+    tiny: Tiny, ray_here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(UserError, match=r"model.name"):
         run(tiny(model={"name": "lstn"}, scaling={"num_workers": 2}), argv=[])
     with pytest.raises(UserError, match="4 workers of 4 CPU each can never be placed"):
         run(tiny(scaling={"num_workers": 4, "cpus_per_worker": 4}), argv=[])
+    from rayexp.launch.on_ray import session
+
+    # Where there are several nodes, it is said on which one the data is missing.
+    nodes = session.nodes()
+    monkeypatch.setattr(session, "nodes", lambda: [*nodes, *nodes])
+    missing = {"name": "text", "root": str(tmp_path / "missing")}
+    with pytest.raises(UserError, match=r"^node \S+ \(\S+\): .*missing"):
+        run(tiny(data=missing, scaling={"num_workers": 2, "cpus_per_worker": 0.5}), argv=[])
     assert Run.all(tmp_path / "runs") == []
 
 

@@ -83,9 +83,10 @@ FAULTS = {
 }
 IMAGES: dict[str, Any] = {
     "workload": "image_classification",
-    "data": {"name": "shapes", "max_train_samples": 64, "max_val_samples": 64},
+    "data": {"name": "shapes", "max_train_samples": 128, "max_val_samples": 64},
     "model": {"name": "resnet18"},
-    "batch_size": 32,
+    "batch_size": 64,
+    "shards": 8,
     "lr": 0.05,
     "optimizer": {},
     "scaling": {"lanes": 1},
@@ -143,7 +144,7 @@ def test_a_planted_fault_is_found(
     process = command(
         "verify", "c.yaml", "--workers", "0,2", "--steps", "2", "--launcher", "processes", "--no-contrast", "--json"
     )
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == (1 if fault else 0), err
     verdict = json.loads(out)
     assert verdict["ok"] is (fault is None)
