@@ -92,12 +92,13 @@ def _cause(error: TrainingFailedError) -> Exception:
     """What a worker raised, or LostError."""
     if isinstance(error, WorkerGroupError):
         failures = [(rank, getattr(e, "_base_exc", e)) for rank, e in sorted(error.worker_failures.items())]
+        dead = [(rank, e) for rank, e in failures if not isinstance(e, UserError | RunError | LostError)]
         for kind in (UserError, RunError):
             for _, failure in failures:
-                if isinstance(failure, kind):
+                # Whatever others ran into, a worker that is gone is the reason.
+                if isinstance(failure, kind) and (kind is UserError or not dead):
                     return kind(str(failure))
-        gone = [(rank, e) for rank, e in failures if not isinstance(e, LostError)] or failures
-        return LostError("; ".join(f"rank {rank}: {_fate(e)}" for rank, e in gone))
+        return LostError("; ".join(f"rank {rank}: {_fate(e)}" for rank, e in dead or failures))
     if isinstance(error, ControllerError):
         return LostError(f"the workers could not be started ({_line(error.controller_failure)})")
     return LostError(_line(error))
