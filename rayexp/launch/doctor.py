@@ -52,7 +52,7 @@ def _torch_pair(folder: Path) -> Finding:
     return Finding(
         "torch pair",
         f"{pair} do not fit together ({last}); install both from one index, in one command: "
-        "pip install --force-reinstall torch torchvision (CPU only: --index-url https://download.pytorch.org/whl/cpu)",
+        "pip install --force-reinstall torch torchvision",
         ok=False,
     )
 
