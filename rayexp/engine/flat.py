@@ -227,19 +227,34 @@ class Replica:
     def watch(self, passed: Callable[[int], None]) -> None:
         """Call `passed(i)` whenever autograd has completed the gradient of parameter i."""
         for i, parameter in enumerate(self._parameters):
-            hook = functools.partial(_called, passed, i)
+            hook = functools.partial(self._completed, passed, i)
             parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
-    def bind(self, row: Row) -> None:
-        """Write into this row from now on."""
+    def bind(self, row: Row, empty: bool) -> None:
+        """Write into this row from now on.
+
+        Args:
+            empty: the next pass starts the row: its gradients are copied there, over what the row holds, which saves
+                zeroing it and adding to zeros. `settle` must follow that pass.
+        """
+        self._row = row
         for parameter, gradient in zip(self._parameters, row.gradients, strict=True):
-            parameter.grad = gradient
+            parameter.grad = None if empty else gradient
         for (module, name), stat in zip(self._buffers, row.stats, strict=True):
             module._buffers[name] = stat
 
+    def settle(self) -> None:
+        """Zero the gradients of parameters that the pass did not use."""
+        for parameter, gradient in zip(self._parameters, self._row.gradients, strict=True):
+            if parameter.grad is None:
+                parameter.grad = gradient.zero_()
 
-def _called(passed: Callable[[int], None], index: int, parameter: Tensor) -> None:
-    passed(index)
+    def _completed(self, passed: Callable[[int], None], index: int, parameter: Tensor) -> None:
+        gradient = self._row.gradients[index]
+        if parameter.grad is not gradient:
+            assert parameter.grad is not None
+            parameter.grad = gradient.copy_(parameter.grad)
+        passed(index)
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

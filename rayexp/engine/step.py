@@ -74,11 +74,14 @@ class Lane:
         for module in self._keeping:
             module.begin_step()
 
-    def take(self, touched: Sequence[Touched]) -> Row:
-        """A zeroed row, and the replica writes into it."""
+    def take(self, touched: Sequence[Touched], returned: bool) -> Row:
+        """A row, and the replica writes into it. Where gradients are `returned` by autograd, it need not be zeroed."""
         row = self._spare.pop() if self._spare else Row(self.master.layout, self.master.device)
-        row.clear(touched)
-        self.replica.bind(row)
+        if returned:
+            self.master.layout.rest(row.tensor).zero_()
+        else:
+            row.clear(touched)
+        self.replica.bind(row, empty=returned)
         return row
 
     def give(self, row: Row) -> None:
@@ -171,7 +174,7 @@ class Stepper:
             lane.begin_step()
             runs = self._runs(number)
             for node, shards in runs:
-                row = lane.take(touched)
+                row = lane.take(touched, self.workload.returns_gradients)
                 for shard in shards:
                     if (node, shard) == (runs[-1][0], shards[-1]):
                         assembly.held[number] = [*forest.nodes(), (node, row)]
@@ -219,7 +222,7 @@ class Stepper:
         touched, lane = self._touched(epoch, step), self.lanes[0]
         assembly = Assembly(self.plan, self.exchange, 1, touched)
         lane.begin_step()
-        row = lane.take(touched)
+        row = lane.take(touched, self.workload.returns_gradients)
         assembly.held[0] = [((0, 0), row)]
         lane.passed = lambda parameter: assembly.passed(0, parameter)
         self._pass(lane, row, epoch, step, self.shards, wish, seconds)
@@ -248,6 +251,7 @@ class Stepper:
         with self.autocast():
             loss, after = self.workload.loss(lane.forward, batch, carry)
         loss.backward()  # type: ignore[no-untyped-call]
+        lane.replica.settle()
         self._keep(shards, batch.sizes, after)
         tail = layout.tail(row.tensor)
         tail.copy_(torch.tensor([0.0, batch.count, len(shards), wish.stop, wish.save]))

@@ -313,7 +313,7 @@ def leave(group: Group) -> None:
         torch.distributed.destroy_process_group()
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str]) -> None:
     """`python -m rayexp.launch.worker PAYLOAD.json RANK WORLD HOST:PORT`: one worker of launch.processes."""
     from rayexp.runs import Run
 
@@ -322,9 +322,11 @@ def main(argv: list[str]) -> int:
     group = join(world, rank, argv[3])
     device = place.device(payload["device"], rank % max(1, place.gpus()))
     work(payload, group, Recorder(Run(Path(payload["run"]))), device)
-    leave(group)
-    return 0
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # All is written. Taking down gloo's threads in turn aborts now and then when another worker is gone already.
+    os._exit(0)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1:])
