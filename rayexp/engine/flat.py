@@ -207,8 +207,9 @@ class Row:
 class Replica:
     """A model for training whose weights are the master's and which leaves what it computes in a row.
 
-    Gradients accumulate in the row. Batch norm leaves the batch's own mean and (unbiased) variance there: with
-    momentum 1, "running" means "last".
+    Gradients accumulate in the row. A module may put a weight's gradient there by itself, and hand None to autograd:
+    into `weight.into`, over what is there where `weight.grad` is None (which it then sets to `into`), else added to it.
+    Batch norm leaves the batch's own mean and (unbiased) variance there: with momentum 1, "running" means "last".
     """
 
     def __init__(self, master: Master) -> None:
@@ -225,21 +226,24 @@ class Replica:
                 module.num_batches_tracked = None
 
     def watch(self, passed: Callable[[int], None]) -> None:
-        """Call `passed(i)` whenever autograd has completed the gradient of parameter i."""
-        for i, parameter in enumerate(self._parameters):
-            hook = functools.partial(self._completed, passed, i)
-            parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+        """Call `passed(i)` whenever a backward pass has completed the gradient of parameter i, whether autograd or a
+        module has put it there."""
+        # As DistributedDataParallel does; held, since a tensor refers to its accumulator but weakly.
+        self._accumulators = [p.view_as(p).grad_fn.next_functions[0][0] for p in self._parameters]  # type: ignore[union-attr]
+        for i, accumulator in enumerate(self._accumulators):
+            accumulator.register_hook(functools.partial(self._completed, passed, i))  # type: ignore[union-attr]
 
     def bind(self, row: Row, empty: bool) -> None:
         """Write into this row from now on.
 
         Args:
-            empty: the next pass starts the row: its gradients are copied there, over what the row holds, which saves
-                zeroing it and adding to zeros. `settle` must follow that pass.
+            empty: the next pass starts the row: its gradients are copied over what the row holds, which saves zeroing
+                it and adding to zeros. `settle` must follow that pass.
         """
         self._row = row
         for parameter, gradient in zip(self._parameters, row.gradients, strict=True):
             parameter.grad = None if empty else gradient
+            parameter.into = gradient  # type: ignore[attr-defined]
         for (module, name), stat in zip(self._buffers, row.stats, strict=True):
             module._buffers[name] = stat
 
@@ -249,10 +253,9 @@ class Replica:
             if parameter.grad is None:
                 parameter.grad = gradient.zero_()
 
-    def _completed(self, passed: Callable[[int], None], index: int, parameter: Tensor) -> None:
-        gradient = self._row.gradients[index]
-        if parameter.grad is not gradient:
-            assert parameter.grad is not None
+    def _completed(self, passed: Callable[[int], None], index: int, *_: object) -> None:
+        parameter, gradient = self._parameters[index], self._row.gradients[index]
+        if parameter.grad is not gradient and parameter.grad is not None:
             parameter.grad = gradient.copy_(parameter.grad)
         passed(index)
 

@@ -1,33 +1,39 @@
-"""3x3 convolutions onto 2x2 maps as matrix products (CPU).
+"""3x3 convolutions onto maps of one or two pixels' height and width as matrix products (CPU).
 
-On so small a map most taps fall on padding: 20 of 36 from a 2x2 map, 11 of 36 from a 4x4 map with stride 2. One
-product for what is seen at a time, with the taps that see it, wastes nothing. The last
-stage of a ResNet at 64 px is a third of its time otherwise.
+On so small a map many taps fall on padding: 20 of 36 from a 2x2 map, 11 of 36 from a 4x4 map with stride 2. One
+product for what is seen at a time, with the taps that see it, wastes nothing. The last stage of a ResNet at 64 px is a
+third of its time otherwise.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from rayexp.engine.matmul import product
 
-OUT = 2
-"""Height and width of the output maps that take the short way."""
+LARGEST = 2
+"""Height and width of the largest output map that takes the short way."""
 Taps = tuple[slice, slice]
 View = tuple[slice, slice, range, list[Taps]]
 """Rows and columns of the map that are seen, the output pixels that see them, and for each of these its taps."""
 
 
+def out_size(size: int, stride: int) -> int:
+    """Height and width of the output from a map of `size` x `size`, with padding 1."""
+    return (size - 1) // stride + 1
+
+
 def views(size: int, stride: int) -> list[View]:
-    """What the OUT x OUT output pixels see of a map of `size` x `size` with padding 1; neighbours that see the same
-    share a view."""
+    """What the output pixels, in order, see of a map of `size` x `size`; neighbours that see the same share a view."""
     spans = []
-    for out in range(OUT):
+    for out in range(out_size(size, stride)):
         corner = out * stride - 1
         rows = slice(max(0, corner), min(size, corner + 3))
         spans.append((rows, slice(rows.start - corner, rows.stop - corner)))
@@ -50,46 +56,72 @@ def as_matrices(weight: Tensor, seen: Sequence[View]) -> list[Tensor]:
 
 class _SmallMap(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, seen: Sequence[View], matrices: Sequence[Tensor]) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, stride: int, seen: Sequence[View], matrices: Sequence[Tensor]
+    ) -> Tensor:
         n, cout = len(x), len(weight)
         pixels = x.permute(0, 2, 3, 1)
+        ctx.save_for_backward(pixels, *matrices)
+        ctx.leaf, ctx.stride, ctx.seen = weight, stride, seen
         parts = [pixels[:, rows, columns].flatten(1) for rows, columns, _, _ in seen]
-        ctx.save_for_backward(*parts, *matrices)
-        ctx.x, ctx.weight, ctx.seen = pixels.shape, weight.shape, seen
         outs = [product(*pair).view(n, -1, cout) for pair in zip(parts, matrices, strict=True)]
         out = outs[0] if len(outs) == 1 else torch.cat(outs, 1)
-        return out.view(n, OUT, OUT, cout).permute(0, 3, 1, 2)
+        high = out_size(pixels.shape[1], stride)
+        return out.view(n, high, high, cout).permute(0, 3, 1, 2)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        parts, matrices = ctx.saved_tensors[: len(ctx.seen)], ctx.saved_tensors[len(ctx.seen) :]
-        cout, cin = ctx.weight[:2]
-        grad = grads[0].permute(0, 2, 3, 1).flatten(1, 2)
-        grad_x, grad_taps = torch.zeros(ctx.x), torch.zeros(cout, 3, 3, cin)
-        for part, matrix, (rows, columns, pixels, taps) in zip(parts, matrices, ctx.seen, strict=True):
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        pixels, *matrices = ctx.saved_tensors
+        grad = grad.permute(0, 2, 3, 1)
+        grad_x = torch.zeros(pixels.shape)
+        outs = grad.flatten(1, 2)
+        for matrix, (rows, columns, seers, _) in zip(matrices, ctx.seen, strict=True):
             into = grad_x[:, rows, columns]
-            outs = grad[:, pixels.start : pixels.stop]
-            into += product(outs.flatten(1), matrix.t()).view(into.shape)
-            # A pixel at a time, which the cache still holds when it is folded.
-            for out, (up, along) in zip(outs.unbind(1), taps, strict=True):
-                into = grad_taps[:, up, along]
-                into += product(out.t(), part.t()).view(into.shape)
-        return grad_x.permute(0, 3, 1, 2), grad_taps.permute(0, 3, 1, 2), None, None
+            into += product(outs[:, seers.start : seers.stop].flatten(1), matrix.t()).view(into.shape)
+        weight = ctx.leaf
+        sink: Tensor | None = getattr(weight, "into", None)  # see engine.flat.Replica
+        given = sink is None
+        if sink is None:
+            sink = torch.empty_like(weight)
+        held = not given and weight.grad is not None
+        taps = sink.detach().permute(0, 2, 3, 1)
+        spans = [_pairs(pixels.shape[1], ctx.stride, tap) for tap in range(3)]
+        for up, (out_rows, rows) in enumerate(spans):
+            for along, (out_columns, columns) in enumerate(spans):
+                # A tap at a time, which the cache still holds when it is written. Copied: see `as_matrices`.
+                out = grad[:, out_rows, out_columns].clone(memory_format=torch.contiguous_format).flatten(0, 2)
+                part = pixels[:, rows, columns].clone(memory_format=torch.contiguous_format).flatten(0, 2)
+                tap = product(out.t(), part.t()) if len(out) else torch.zeros(())
+                taps[:, up, along].add_(tap) if held else taps[:, up, along].copy_(tap)
+        if not given:
+            weight.grad = sink
+        return grad_x.permute(0, 3, 1, 2), sink if given else None, None, None, None
+
+
+def _pairs(size: int, stride: int, tap: int) -> tuple[slice, slice]:
+    """The output rows that use a row of taps, and the rows of the map that they meet there; perhaps none."""
+    outs = [out for out in range(out_size(size, stride)) if 0 <= out * stride - 1 + tap < size]
+    if not outs:
+        return slice(0, 0), slice(0, 0)
+    start = outs[0] * stride - 1 + tap
+    return slice(outs[0], outs[-1] + 1), slice(start, start + (len(outs) - 1) * stride + 1, stride)
 
 
 class SmallMapConv2d(nn.Conv2d):
-    """`nn.Conv2d` that takes the short way where it is one: fp32 on a CPU, a 2x2 output."""
+    """`nn.Conv2d` that takes the short way where it is one: fp32 on a CPU, a small output map."""
 
-    matrices: list[Tensor] | None = None
+    matrices: Mapping[int, list[Tensor]] = MappingProxyType({})
+    """By the size of the map."""
 
     def begin_step(self) -> None:
         """The weights have changed."""
-        self.matrices = None
+        self.matrices = {}
 
     def forward(self, x: Tensor) -> Tensor:
         """The convolution."""
         size, stride = x.shape[-1], self.stride[0]
-        short = x.shape[-2] == size and size in (OUT * stride, OUT * stride - 1)
+        short = x.shape[-2] == size and out_size(size, stride) <= LARGEST
         if (
             short
             and x.device.type == "cpu"
@@ -99,9 +131,9 @@ class SmallMapConv2d(nn.Conv2d):
             and not torch._C._get_tracing_state()
         ):
             seen = views(size, stride)
-            if self.matrices is None:
-                self.matrices = as_matrices(self.weight, seen)
-            out: Tensor = _SmallMap.apply(x, self.weight, seen, self.matrices)
+            if size not in self.matrices:
+                self.matrices = {**self.matrices, size: as_matrices(self.weight, seen)}
+            out: Tensor = _SmallMap.apply(x, self.weight, stride, seen, self.matrices[size])
             return out
         return super().forward(x)
 
