@@ -11,9 +11,10 @@ overlaps the backward; buckets leave in one order, which the layout fixes, since
 from __future__ import annotations
 
 import itertools
+import queue
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ from torch import Tensor
 from rayexp.engine.flat import Layout, Row, Touched
 from rayexp.engine.group import Group
 from rayexp.engine.reduce import Forest, Node, forest_nodes
+
+T = TypeVar("T")
 
 BUCKET = 1 << 20  # elements, 4 MiB
 
@@ -55,7 +58,9 @@ class Exchange:
         self.staged = group.world > 1 and group.staged(torch.empty(0, device=device))
         self._device = torch.device("cpu") if self.staged else device
         self._boxes: dict[tuple[str, int], Tensor] = {}
-        self._sent: list[tuple[int, Tensor, Any]] = []
+        self._sent: list[tuple[int, Tensor, Tensor, Any]] = []
+        # NCCL would have all workers scatter and collect in one order; there, the adding waits for `finish`.
+        self._adder = Background(self._add) if group.direct else None
 
     def send(self, bucket: int, rows: Sequence[Tensor]) -> None:
         """Send a bucket of this worker's forest; returns at once. All workers must send in the same order.
@@ -75,31 +80,68 @@ class Exchange:
             parts = out.view(self.group.world, self.width, -1)
             for i, row in enumerate(rows):
                 parts[:, i].copy_(row.view(self.group.world, -1))
-        self._sent.append((bucket, rows[0], self.group.scatter(out, inbox)))
+        self._sent.append((bucket, rows[0], out, self.group.scatter(out, inbox)))
+        if self._adder is not None:
+            self._adder.put(self._sent[-1])
 
     def finish(self) -> None:
-        """Wait until every bucket that was sent holds the root of the tree: the same bits on every worker."""
-        gathered = []
-        for bucket, row, sent in self._sent:
-            sent.wait()
-            parts = self._boxes["in", bucket].view(self.group.world, self.width, -1)
-            tree = Forest[Tensor](self.shards, lambda left, right: left.add_(right))
-            for rank, nodes in enumerate(self.nodes):
-                for i, node in enumerate(nodes):
-                    tree.push(node, parts[rank, i])
-            whole = self._box("whole", bucket, row.numel()) if self.staged else row
-            gathered.append((row, whole, self.group.collect(tree.root(), whole)))
+        """Wait until every bucket that was sent holds the root of the tree: the same bits on every worker.
+
+        Raises:
+            RuntimeError: another worker is gone.
+        """
+        sent, self._sent = self._sent, []
+        gathered = [self._adder.result() if self._adder else self._add(*each) for each in sent]
         for row, whole, done in gathered:
             done.wait()
             if whole is not row:
                 row.copy_(whole)
-        self._sent.clear()
+
+    def _add(self, bucket: int, row: Tensor, out: Tensor, sent: Any) -> tuple[Tensor, Tensor, Any]:
+        """Add this worker's part of a bucket in tree order, and begin to gather the whole."""
+        sent.wait()
+        came, mine = (t.view(self.group.world, self.width, -1) for t in (self._boxes["in", bucket], out))
+        tree = Forest[Tensor](self.shards, lambda left, right: left.add_(right))
+        for rank, nodes in enumerate(self.nodes):
+            for i, node in enumerate(nodes):
+                tree.push(node, (mine if rank == self.group.rank else came)[rank, i])
+        whole = self._box("whole", bucket, row.numel()) if self.staged else row
+        return row, whole, self.group.collect(tree.root(), whole)
 
     def _box(self, name: str, bucket: int, size: int) -> Tensor:
         held = self._boxes.get((name, bucket))
         if held is None or held.numel() != size:
             self._boxes[name, bucket] = torch.zeros(size, device=self._device)
         return self._boxes[name, bucket]
+
+
+class Background(Generic[T]):
+    """Calls a function with what is put, in order, in a thread of its own; results come back in the same order."""
+
+    def __init__(self, function: Callable[..., T]) -> None:
+        self._function = function
+        self._work: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[T | BaseException] = queue.SimpleQueue()
+        threading.Thread(target=self._run, name="exchange", daemon=True).start()
+
+    def put(self, arguments: tuple[Any, ...]) -> None:
+        """Call the function with these, some time."""
+        self._work.put(arguments)
+
+    def result(self) -> T:
+        """The next result; raises what the function raised."""
+        done = self._done.get()
+        if isinstance(done, BaseException):
+            raise done
+        return done
+
+    def _run(self) -> None:
+        torch.set_num_threads(1)
+        while True:
+            try:
+                self._done.put(self._function(*self._work.get()))
+            except BaseException as error:
+                self._done.put(error)
 
 
 class AllReduce:

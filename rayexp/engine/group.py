@@ -6,8 +6,8 @@ with gloo a row is staged in host memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,8 +16,19 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class _All:
+    """Several transfers as one."""
+
+    under_way: list[Any]
+
+    def wait(self) -> None:
+        for each in self.under_way:
+            each.wait()
+
+
+@dataclass(frozen=True)
 class Group:
-    """`rank` of `world` workers; `rows` and `control` are process groups (None where the group has one member).
+    """`rank` of `world` workers; the others are process groups (None where the group has one member).
 
     `control` can carry CPU tensors whatever the backend of `rows` is.
     """
@@ -26,6 +37,7 @@ class Group:
     world: int = 1
     rows: Any = None
     control: Any = None
+    _calls: list[int] = field(default_factory=lambda: [0, 0])
 
     @classmethod
     def join(cls, members: int | None = None) -> Group:
@@ -46,6 +58,12 @@ class Group:
     def member(self) -> bool:
         """Whether this process takes part."""
         return self.rank < self.world
+
+    @property
+    def direct(self) -> bool:
+        """Whether rows go from worker to worker (gloo): `collect` may then be called in another thread than `scatter`,
+        and between any two of its calls."""
+        return self.world > 1 and "gloo" in dist.get_backend(self.rows)
 
     def gather(self, data: bytes) -> list[bytes]:
         """Everyone's bytes, in rank order, on every rank."""
@@ -83,15 +101,35 @@ class Group:
         return row.is_cuda and "nccl" not in dist.get_backend(self.rows)
 
     def scatter(self, rows: Tensor, out: Tensor) -> Any:
-        """All-to-all, under way: part w of `rows` (W equal parts) goes to worker w; part w of `out` came from worker w.
+        """All-to-all, under way: part w of `rows` (W equal parts) goes to worker w; part w of `out` came from worker w,
+        but for this worker's own, which is left as it was where rows go directly.
 
-        The handle's `wait()` returns when `out` is there.
+        The handle's `wait()` returns when `out` is there and `rows` may be written again.
         """
-        return dist.all_to_all_single(out, rows, group=self.rows, async_op=True)
+        if not self.direct:
+            return dist.all_to_all_single(out, rows, group=self.rows, async_op=True)
+        sent, received = rows.view(self.world, -1), out.view(self.world, -1)
+        return self._swap(0, [sent[peer] for peer in range(self.world)], received)
 
     def collect(self, part: Tensor, out: Tensor) -> Any:
         """All-gather, under way: part w of `out` is worker w's `part`."""
-        return dist.all_gather_into_tensor(out, part, group=self.rows, async_op=True)
+        if not self.direct:
+            return dist.all_gather_into_tensor(out, part, group=self.rows, async_op=True)
+        parts = out.view(self.world, -1)
+        if parts[self.rank].data_ptr() != part.data_ptr():
+            parts[self.rank].copy_(part)
+        return self._swap(1, [part] * self.world, parts)
+
+    def _swap(self, kind: int, sent: Sequence[Tensor], received: Tensor) -> _All:
+        """Send every other worker its tensor and receive one from each. gloo's own collectives copy once more."""
+        tag = self._calls[kind] * 2 + kind + 1
+        self._calls[kind] = (self._calls[kind] + 1) % (1 << 20)
+        under_way = []
+        for step in range(1, self.world):
+            to, source = (self.rank + step) % self.world, (self.rank - step) % self.world
+            under_way.append(dist.irecv(received[source], source, self.rows, tag))
+            under_way.append(dist.isend(sent[to], to, self.rows, tag))
+        return _All(under_way)
 
     def sum(self, row: Tensor) -> Callable[[], object]:
         """All-reduce in place, under way, in the backend's own order of additions; the function returned waits."""

@@ -64,15 +64,10 @@ class Lane:
         if batched:
             per_shard(self.replica.model, self.draws)
         self.forward: nn.Module = torch.compile(self.replica.model) if compiled else self.replica.model  # type: ignore[assignment]
-        self._keeping: list[Any] = [m for m in self.replica.model.modules() if hasattr(m, "begin_step")]
+        self.keeping: list[Any] = [m for m in self.replica.model.modules() if hasattr(m, "begin_step")]
         self.passed: Callable[[int], None] | None = None
         self.replica.watch(lambda parameter: self.passed(parameter) if self.passed else None)
         self._spare: list[Row] = []
-
-    def begin_step(self) -> None:
-        """The weights have changed: modules that keep something made from them (`begin_step`) drop it."""
-        for module in self._keeping:
-            module.begin_step()
 
     def take(self, touched: Sequence[Touched], returned: bool) -> Row:
         """A row, and the replica writes into it. Where gradients are `returned` by autograd, it need not be zeroed."""
@@ -92,6 +87,23 @@ class Lane:
     def spares(self) -> int:
         """Rows that wait to be used again."""
         return len(self._spare)
+
+
+def begin_step(lanes: Sequence[Lane], place: Place) -> None:
+    """The weights have changed: modules that keep something made from them make it anew.
+
+    Such a module has `begin_step()` and leaves what it made in `kept`, which its twins on the other lanes share.
+    """
+    twins = list(zip(*(lane.keeping for lane in lanes), strict=True))
+
+    def work(number: int) -> None:
+        for first, *others in twins[number :: len(lanes)]:
+            first.begin_step()
+            for other in others:
+                other.kept = first.kept
+
+    if twins:
+        place.run([lambda i=i: work(i) for i in range(len(lanes))])  # type: ignore[misc]
 
 
 class Stepper:
@@ -134,6 +146,7 @@ class Stepper:
         if step == 0:
             self.carries = {}
         seconds = _Seconds()
+        begin_step(self.lanes, self.place)
         row = (self._exact if self.exact else self._ddp)(epoch, step, wish, seconds, clock)
         self.place.synchronize()
         clock.append(time.perf_counter())
@@ -171,7 +184,6 @@ class Stepper:
         def work(number: int) -> _Seconds:
             lane, spent = self.lanes[number], _Seconds()
             forest = Forest[Row](self.config.shards, _add, lane.give)
-            lane.begin_step()
             runs = self._runs(number)
             for node, shards in runs:
                 row = lane.take(touched, self.workload.returns_gradients)
@@ -221,7 +233,6 @@ class Stepper:
     def _ddp(self, epoch: int, step: int, wish: Wish, seconds: _Seconds, clock: list[float]) -> Tensor:
         touched, lane = self._touched(epoch, step), self.lanes[0]
         assembly = Assembly(self.plan, self.exchange, 1, touched)
-        lane.begin_step()
         row = lane.take(touched, self.workload.returns_gradients)
         assembly.held[0] = [((0, 0), row)]
         lane.passed = lambda parameter: assembly.passed(0, parameter)

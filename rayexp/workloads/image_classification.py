@@ -20,6 +20,7 @@ from rayexp.engine.workload import Batch, Carry
 from rayexp.errors import UserError, nearest
 from rayexp.records import Predictions
 from rayexp.workloads.augment import DRAWS, augment
+from rayexp.workloads.pool_first import pool_first
 from rayexp.workloads.small_map import shorten
 
 # Channel means and standard deviations of ImageNet, as in pytorch/examples imagenet/main.py, here for 0..255.
@@ -73,6 +74,7 @@ class ImageClassification:
             torch.manual_seed(order.key(self.config.seed, "init"))
             model = build(self.config.model.name, self.options, len(self.data.classes), self.config.data.image_size)
         shorten(model)
+        pool_first(model)
         return model.to(memory_format=torch.channels_last)
 
     def example(self) -> tuple[Tensor]:

@@ -111,12 +111,15 @@ def _pairs(size: int, stride: int, tap: int) -> tuple[slice, slice]:
 class SmallMapConv2d(nn.Conv2d):
     """`nn.Conv2d` that takes the short way where it is one: fp32 on a CPU, a small output map."""
 
-    matrices: Mapping[int, list[Tensor]] = MappingProxyType({})
-    """By the size of the map."""
+    kept: Mapping[int, list[Tensor]] = MappingProxyType({})
+    """The weights as matrices, by the size of the map."""
 
     def begin_step(self) -> None:
-        """The weights have changed."""
-        self.matrices = {}
+        """The weights have changed: make the same matrices anew (see engine.step.Lane)."""
+        self.kept = {size: self._matrices(size) for size in self.kept}
+
+    def _matrices(self, size: int) -> list[Tensor]:
+        return as_matrices(self.weight, views(size, self.stride[0]))
 
     def forward(self, x: Tensor) -> Tensor:
         """The convolution."""
@@ -130,10 +133,9 @@ class SmallMapConv2d(nn.Conv2d):
             and not torch.is_autocast_enabled("cpu")
             and not torch._C._get_tracing_state()
         ):
-            seen = views(size, stride)
-            if size not in self.matrices:
-                self.matrices = {**self.matrices, size: as_matrices(self.weight, seen)}
-            out: Tensor = _SmallMap.apply(x, self.weight, stride, seen, self.matrices[size])
+            if size not in self.kept:
+                self.kept = {**self.kept, size: self._matrices(size)}
+            out: Tensor = _SmallMap.apply(x, self.weight, stride, views(size, stride), self.kept[size])
             return out
         return super().forward(x)
 

@@ -33,6 +33,8 @@ def add(left: Tensor, right: Tensor) -> None:
 class Postbox(Group):
     """A group of threads, with the same two exchanges as torch.distributed."""
 
+    direct = False
+
     def __init__(
         self, rank: int, world: int, shared: dict[tuple[str, int], Tensor], barrier: threading.Barrier
     ) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
+import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -16,6 +19,7 @@ from rayexp.engine.matmul import product
 from rayexp.errors import UserError
 from rayexp.workloads.augment import DRAWS, augment, boxes, resampling
 from rayexp.workloads.image_classification import ImageClassification, Options, build
+from rayexp.workloads.pool_first import pool_first
 from rayexp.workloads.small_map import shorten
 
 
@@ -104,6 +108,20 @@ def test_the_short_convolution_is_the_convolution(n: int, cin: int, cout: int, s
         short[0].weight.mul_(2)
     short[0].begin_step()
     assert torch.allclose(short(x2), 2 * out, atol=1e-3)
+
+
+def test_pooling_first_changes_nothing() -> None:
+    torch.manual_seed(1)
+    plain = torchvision.models.resnet18(num_classes=7)
+    swapped = copy.deepcopy(plain)
+    pool_first(swapped)
+    x = torch.randn(4, 3, 64, 64)
+    x[0, :, :32] = 0  # equal pixels: which of them is the largest must not matter
+    for model in (plain, swapped):
+        model(x).square().sum().backward()
+    for (name, p), q in zip(plain.named_parameters(), swapped.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad), name
+    assert list(plain.state_dict()) == list(swapped.state_dict())
 
 
 def test_product_is_the_product() -> None:
