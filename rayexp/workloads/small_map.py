@@ -20,6 +20,8 @@ from rayexp.engine.matmul import product
 
 LARGEST = 2
 """Height and width of the largest output map that takes the short way."""
+FEW = 128
+"""Fewer rows than this are the second operand of a product."""
 Taps = tuple[slice, slice]
 View = tuple[slice, slice, range, list[Taps]]
 """Rows and columns of the map that are seen, the output pixels that see them, and for each of these its taps."""
@@ -54,6 +56,12 @@ def as_matrices(weight: Tensor, seen: Sequence[View]) -> list[Tensor]:
     return [torch.stack([taps[:, up, along] for up, along in view[3]]).flatten(2).flatten(0, 1) for view in seen]
 
 
+def times(rows: Tensor, matrix: Tensor) -> Tensor:
+    """rows @ matrix.T for fp32[n, k] and fp32[m, k]."""
+    # oneDNN rearranges its second operand in every call: better few rows than a large matrix.
+    return product(matrix, rows).t().contiguous() if len(rows) < FEW else product(rows, matrix)
+
+
 class _SmallMap(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -64,7 +72,7 @@ class _SmallMap(torch.autograd.Function):
         ctx.save_for_backward(pixels, *matrices)
         ctx.leaf, ctx.stride, ctx.seen = weight, stride, seen
         parts = [pixels[:, rows, columns].flatten(1) for rows, columns, _, _ in seen]
-        outs = [product(*pair).view(n, -1, cout) for pair in zip(parts, matrices, strict=True)]
+        outs = [times(*pair).view(n, -1, cout) for pair in zip(parts, matrices, strict=True)]
         out = outs[0] if len(outs) == 1 else torch.cat(outs, 1)
         high = out_size(pixels.shape[1], stride)
         return out.view(n, high, high, cout).permute(0, 3, 1, 2)
