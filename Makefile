@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export RAY_USAGE_STATS_ENABLED = 0
 
-.PHONY: install quickstart test lint clean
+.PHONY: install quickstart test test-slow lint clean
 
 install: $(VENV)/.installed
 
@@ -22,8 +22,13 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Everything that is done within ten minutes on two cores.
 test: install lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow and not netns"
+
+# Real data in length, clusters that grow, die and are resumed, and several hosts (as root, in network namespaces).
+test-slow: install
+	$(BIN)/python -m pytest -m "slow or netns"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

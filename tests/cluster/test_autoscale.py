@@ -36,6 +36,7 @@ def test_what_can_be_added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_run_brings_its_machines(bare_head: Any, tiny: Path, undisturbed: list[str]) -> None:
     config = {
         "cluster_name": "pretended",

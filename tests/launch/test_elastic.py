@@ -12,7 +12,7 @@ from rayexp.config import ExperimentConfig
 from rayexp.launch.train import run
 from rayexp.runs import Run
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 def test_an_elastic_run_grows_and_shrinks_with_its_cluster(
