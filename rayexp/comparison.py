@@ -10,7 +10,6 @@ compare.json is rewritten whole after every row, so that a killed comparison goe
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
 import secrets
@@ -20,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from rayexp.config import CompareConfig, ExperimentConfig, load
-from rayexp.errors import UserError, nearest
-from rayexp.runs import Run, now, write_atomic, write_json
+from rayexp.disk import find_directory, make_directory, now, write_atomic, write_json
+from rayexp.errors import UserError
+from rayexp.runs import Run
 
 LAYOUT = 1
 PLAIN = "plain"
@@ -103,13 +103,9 @@ class Comparison:
         Raises:
             UserError: the directory cannot be made.
         """
-        stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
         storage = config.storage_path.expanduser().resolve()
-        made = cls(storage / f"{stamp}-{config.name}-{secrets.token_hex(2)}")
-        try:
-            made.cells_path.mkdir(parents=True)
-        except OSError as error:
-            raise UserError(f"storage_path: {made.root} cannot be made ({error.strerror})") from error
+        made = cls(make_directory(storage, config.name))
+        made.cells_path.mkdir()
         import yaml
 
         tree = {**config.model_dump(mode="json"), "base": "base.yaml", "storage_path": str(storage)}
@@ -127,21 +123,7 @@ class Comparison:
         Raises:
             UserError: none or several match, or it is of a newer layout.
         """
-        path = Path(name).expanduser()
-        if (path / "compare.json").is_file():
-            found = cls(path.resolve())
-        else:
-            there = sorted(storage.iterdir()) if storage.is_dir() else []
-            names = [p.name for p in there if (p / "compare.json").is_file()]
-            fits = [n for n in names if n == name] or [n for n in names if name and name in n]
-            if len(fits) > 1:
-                raise UserError(f"{name!r} names several comparisons in {storage}: {', '.join(fits)}")
-            if not fits:
-                raise UserError(
-                    f"no comparison {name!r} in {storage}{nearest(name, names)}; give a directory's path or name "
-                    "(--runs DIR looks elsewhere)"
-                )
-            found = cls((storage / fits[0]).resolve())
+        found = cls(find_directory(name, storage, "compare.json", "comparison"))
         found.meta()
         return found
 

@@ -14,8 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rayexp.disk import now, sweep, write_atomic, write_directory, write_json
 from rayexp.records import EpochRecord
-from rayexp.runs import Run, broken, epoch_name, now, step_name, sweep, write_atomic, write_directory, write_json
+from rayexp.runs import Run, broken, epoch_name, step_name
 
 KEEP_SNAPSHOTS = 2
 

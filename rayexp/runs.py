@@ -5,21 +5,17 @@
       checkpoints/epoch_007/{state.safetensors, state.json}   checkpoints/step_00000123/   (inside an epoch)
       predictions/epoch_007.npz   tb/   logs/
 
-Every file and every checkpoint directory is complete or absent: it is written under a temporary name, flushed to
-disk and renamed. Nothing here knows torch or Ray.
+Every file and every checkpoint directory is complete or absent (see disk.py). Nothing here knows torch or Ray.
 """
 
 from __future__ import annotations
 
 import builtins
-import datetime
 import hashlib
 import json
 import os
-import secrets
-import shutil
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,70 +23,12 @@ from typing import Any, TypeVar
 import psutil
 
 from rayexp.config import ExperimentConfig, load
-from rayexp.errors import RunError, UserError, nearest
+from rayexp.disk import directories, find_directory, make_directory, now, write_atomic, write_json
+from rayexp.errors import UserError
 from rayexp.records import EpochRecord, Predictions, RunRef
 
 LAYOUT = 1
 T = TypeVar("T")
-TEMPORARY = ".tmp-"  # the prefix of everything that is being written
-
-
-def now() -> str:
-    """UTC, ISO 8601, whole seconds."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-def write_atomic(path: Path, data: bytes | str) -> None:
-    """Write a file so that a reader, or a crash, sees the old bytes or the new ones and never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(4)}-{path.name}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def write_json(path: Path, value: Any) -> None:
-    """`write_atomic` for a JSON value, indented."""
-    write_atomic(path, json.dumps(value, indent=2, default=str) + "\n")
-
-
-def write_directory(path: Path, files: Mapping[str, bytes]) -> None:
-    """Write a directory of files in one step; one that stands there already is replaced."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(4)}-{path.name}")
-    old = temporary.with_name(temporary.name + "-old")
-    try:
-        temporary.mkdir()
-        for name, data in files.items():
-            write_atomic(temporary / name, data)
-        if path.exists():
-            path.replace(old)
-        temporary.replace(path)
-        sync_directory(path.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def sync_directory(path: Path) -> None:
-    """Flush a directory's entries, so that a rename survives a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def sweep(path: Path) -> None:
-    """Remove what a killed writer left under a temporary name."""
-    for leftover in path.glob(f"{TEMPORARY}*"):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 
 def epoch_name(epoch: int) -> str:
@@ -133,12 +71,7 @@ class Run:
             UserError: the directory cannot be made.
         """
         config = config.absolute()
-        stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
-        run = cls(config.storage_path / f"{stamp}-{config.name}-{secrets.token_hex(2)}")
-        try:
-            run.root.mkdir(parents=True)
-        except OSError as error:
-            raise UserError(f"storage_path: {run.root} cannot be made ({error.strerror})") from error
+        run = cls(make_directory(config.storage_path, config.name))
         write_atomic(run.config_path, config.to_yaml())
         meta = {
             "layout": LAYOUT,
@@ -163,29 +96,14 @@ class Run:
         Raises:
             UserError: none or several match, or the directory is no run or of a newer layout.
         """
-        path = Path(name).expanduser()
-        if (path / "run.json").is_file():
-            run = cls(path.resolve())
-        else:
-            names = [run.id for run in cls.all(storage)]
-            found = [n for n in names if n == name] or [n for n in names if name and name in n]
-            if len(found) > 1:
-                raise UserError(f"{name!r} names several runs in {storage}: {', '.join(found)}")
-            if not found:
-                raise UserError(
-                    f"no run {name!r} in {storage}{nearest(name, names)}; "
-                    "give a run directory's path or name (`rayexp runs` lists them; --runs DIR looks elsewhere)"
-                )
-            run = cls((storage / found[0]).resolve())
+        run = cls(find_directory(name, storage, "run.json", "run", "`rayexp runs` lists them; "))
         run.meta()
         return run
 
     @classmethod
     def all(cls, storage: Path) -> builtins.list[Run]:
         """All runs in a folder, oldest first."""
-        if not storage.is_dir():
-            return []
-        return [cls(path) for path in sorted(storage.iterdir()) if (path / "run.json").is_file()]
+        return [cls(path) for path in directories(storage, "run.json")]
 
     # ------------------------------------------------------------------ the layout
 
@@ -375,17 +293,6 @@ def resolve(text: str, storage: Path) -> tuple[Run, int]:
     ref = RunRef.parse(text)
     run = Run.find(ref.run, storage)
     return run, run.epoch(ref.epoch)
-
-
-def check_space(folder: Path, needed: int, what: str) -> None:
-    """Refuse early where a disk is too full.
-
-    Raises:
-        RunError: fewer than `needed` bytes are free.
-    """
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise RunError(f"{folder}: {what} needs {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free")
 
 
 def _read_lines(path: Path, make: Callable[[Any], T]) -> list[T]:

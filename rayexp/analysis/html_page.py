@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from rayexp import __version__
+from rayexp.disk import write_atomic
 from rayexp.errors import UserError
-from rayexp.runs import write_atomic
 
 TEMPLATES = Path(__file__).parent / "templates"
 

@@ -151,8 +151,8 @@ def _show(made: Comparison, page: Path, markdown: Path | None, as_json: bool, ju
     from rayexp.analysis.compare_tables import markdown as to_markdown
     from rayexp.analysis.report import write_compare_page
     from rayexp.cli import _show_compare as view
+    from rayexp.disk import write_atomic
     from rayexp.errors import RunError
-    from rayexp.runs import write_atomic
 
     found = read(made)
     if as_json:

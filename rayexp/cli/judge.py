@@ -82,7 +82,7 @@ def diff(
             view.show_weights(moved, limit)
         view.show_verdict(report)
     if csv:
-        from rayexp.runs import write_atomic
+        from rayexp.disk import write_atomic
 
         write_atomic(csv, report.to_csv())
         say(f"list: {csv}")
@@ -185,7 +185,8 @@ def generate(
     """Write text with a trained language model."""
     import time
 
-    from rayexp.runs import resolve, write_atomic
+    from rayexp.disk import write_atomic
+    from rayexp.runs import resolve
 
     run, epoch = resolve(ref, runs)
 

@@ -28,8 +28,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from rayexp.data import pool
 from rayexp.data.fetch import Source, read
+from rayexp.disk import TEMPORARY, now, sync_directory, write_json
 from rayexp.errors import UserError
-from rayexp.runs import TEMPORARY, now, sync_directory, write_json
 
 FORMAT = 1
 SPLITS = ("train", "val")

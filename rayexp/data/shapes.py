@@ -26,8 +26,8 @@ from rayexp.data.fetch import cache_dir, open_source
 from rayexp.data.pack import Plan, done, pack
 from rayexp.data.packed import info, open_packed
 from rayexp.data.tiny_imagenet import SIZE, make_plan
+from rayexp.disk import TEMPORARY
 from rayexp.errors import UserError
-from rayexp.runs import TEMPORARY
 
 __all__ = ["draw", "draw_archive", "fetch", "home", "info", "open_data"]
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -203,44 +203,76 @@ class Plan:
 
 
 class Assembly:
-    """One step's buckets: adds up what the lanes hold of a bucket and sends it when all lanes are past it."""
+    """One step's buckets: each lane adds up what it holds of a bucket when it is past it; when all lanes are, the
+    bucket leaves.
 
-    def __init__(self, plan: Plan, exchange: Exchange | AllReduce, lanes: int, touched: Sequence[Touched] = ()) -> None:
-        self.plan, self.exchange, self.touched = plan, exchange, touched
+    Args:
+        lanes: how many lanes fill `held`, each with its part of the tree in order.
+        touched: parts of the row of which only these rows are sent.
+        side_by_side: runs one task a lane (`Place.run`).
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        exchange: Exchange | AllReduce,
+        lanes: int,
+        touched: Sequence[Touched],
+        side_by_side: Callable[[Sequence[Callable[[], None]]], object],
+    ) -> None:
+        self.plan, self.exchange, self.touched, self.side_by_side = plan, exchange, touched, side_by_side
         self.waits = [list(plan.waits) for _ in range(lanes)]
         self.held: list[list[tuple[Node, Row]]] = [[] for _ in range(lanes)]
+        self._own: list[dict[int, list[tuple[Node, Tensor]]]] = [{} for _ in range(lanes)]
         self._next = 0
         self._lock = threading.Lock()
 
     def passed(self, lane: int, parameter: int) -> None:
         """The lane's last pass has completed a parameter's gradient."""
-        with self._lock:
-            for bucket in self.plan.of[parameter]:
-                self.waits[lane][bucket] -= 1
-            self._send()
+        waits = self.waits[lane]
+        for bucket in self.plan.of[parameter]:
+            waits[bucket] -= 1
+        self._merge(lane, [bucket for bucket in self.plan.of[parameter] if waits[bucket] == 0])
 
     def ended(self, lane: int) -> None:
         """The lane's last pass has ended."""
-        with self._lock:
-            self.waits[lane] = [0] * len(self.plan.order)
-            self._send()
+        self._merge(lane, [bucket for bucket in self.plan.order if bucket not in self._own[lane]])
+
+    def _merge(self, lane: int, buckets: Sequence[int]) -> None:
+        for bucket in buckets:
+            where = self.exchange.buckets[bucket]
+            own = self._tree((node, row.tensor[where]) for node, row in self.held[lane])
+            with self._lock:
+                self._own[lane][bucket] = own
+        if self.exchange.group.world > 1:
+            with self._lock:
+                self._send()
 
     def _send(self) -> None:
         while self._next < len(self.plan.order):
             bucket = self.plan.order[self._next]
-            if any(waits[bucket] > 0 for waits in self.waits):
+            if any(bucket not in own for own in self._own):
                 return
             self._next += 1
-            where = self.exchange.buckets[bucket]
-            forest = Forest[Tensor](self.exchange.shards, lambda left, right: left.add_(right))
-            for held in self.held:
-                for node, row in held:
-                    forest.push(node, row.tensor[where])
-            self.exchange.send(bucket, [value for _, value in forest.nodes()])
+            self.exchange.send(bucket, self._across(bucket))
+
+    def _across(self, bucket: int) -> list[Tensor]:
+        """The forest of all lanes."""
+        return [value for _, value in self._tree(pair for own in self._own for pair in own[bucket])]
+
+    def _tree(self, values: Iterable[tuple[Node, Tensor]]) -> list[tuple[Node, Tensor]]:
+        forest = Forest[Tensor](self.exchange.shards, lambda left, right: left.add_(right))
+        for node, value in values:
+            forest.push(node, value)
+        return forest.nodes()
 
     def finish(self) -> Tensor:
         """The root of the tree, the same bits on every worker: in the first row that was held."""
         root = self.held[0][0][1].tensor
+        lanes, buckets = len(self.held), len(self.exchange.buckets)
+        if self.exchange.group.world == 1 and lanes > 1:
+            # Nothing leaves, so lanes need not wait for each other before: they share what is left.
+            self.side_by_side([lambda i=i: [self._across(b) for b in range(i, buckets, lanes)] for i in range(lanes)])  # type: ignore[misc]
         packed = [self._pack(i, part) for i, part in enumerate(self.touched)]
         self.exchange.finish()
         for part, rows in zip(self.touched, packed, strict=True):
@@ -249,15 +281,13 @@ class Assembly:
 
     def _pack(self, number: int, part: Touched) -> Tensor:
         """Send the touched rows only; where their sum will be."""
-        forest = Forest[Tensor](self.exchange.shards, lambda left, right: left.add_(right))
         unit, count = self.exchange.group.world, part.rows.numel() * part.shape[1]
-        size = -(-count // unit) * unit
-        for held in self.held:
-            for node, row in held:
-                packed = torch.zeros(size, device=row.tensor.device)
-                rows = packed[:count].view(-1, part.shape[1])
-                torch.index_select(part.matrix(row.tensor), 0, part.rows, out=rows)
-                forest.push(node, packed)
-        values = [value for _, value in forest.nodes()]
+        leaves = []
+        for node, row in itertools.chain.from_iterable(self.held):
+            packed = torch.zeros(-(-count // unit) * unit, device=row.tensor.device)
+            rows = packed[:count].view(-1, part.shape[1])
+            torch.index_select(part.matrix(row.tensor), 0, part.rows, out=rows)
+            leaves.append((node, packed))
+        values = [value for _, value in self._tree(leaves)]
         self.exchange.send(len(self.exchange.buckets) + number, values)
         return values[0]

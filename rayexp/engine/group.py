@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name before torch 2.14
+
 
 @dataclass(frozen=True)
 class _All:
@@ -70,13 +72,13 @@ class Group:
         if self.world == 1:
             return [data]
         sizes = torch.zeros(self.world, dtype=torch.int64)
-        dist.all_gather_into_tensor(sizes, torch.tensor([len(data)]), group=self.control)
+        _all_gather(sizes, torch.tensor([len(data)]), group=self.control)
         width = max(int(sizes.max()), 1)
         mine = torch.zeros(width, dtype=torch.uint8)
         if data:
             mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         everyone = torch.empty(self.world * width, dtype=torch.uint8)
-        dist.all_gather_into_tensor(everyone, mine, group=self.control)
+        _all_gather(everyone, mine, group=self.control)
         return [bytes(everyone[r * width : r * width + int(n)].numpy()) for r, n in enumerate(sizes)]
 
     def broadcast(self, data: bytes | None) -> bytes:
@@ -114,7 +116,7 @@ class Group:
     def collect(self, part: Tensor, out: Tensor) -> Any:
         """All-gather, under way: part w of `out` is worker w's `part`."""
         if not self.direct:
-            return dist.all_gather_into_tensor(out, part, group=self.rows, async_op=True)
+            return _all_gather(out, part, group=self.rows, async_op=True)
         parts = out.view(self.world, -1)
         if parts[self.rank].data_ptr() != part.data_ptr():
             parts[self.rank].copy_(part)

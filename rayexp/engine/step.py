@@ -179,7 +179,7 @@ class Stepper:
 
     def _exact(self, epoch: int, step: int, wish: Wish, seconds: _Seconds, clock: list[float]) -> Tensor:
         touched = self._touched(epoch, step)
-        assembly = Assembly(self.plan, self.exchange, len(self.lanes), touched)
+        assembly = Assembly(self.plan, self.exchange, len(self.lanes), touched, self.place.run)
 
         def work(number: int) -> _Seconds:
             lane, spent = self.lanes[number], _Seconds()
@@ -232,7 +232,7 @@ class Stepper:
 
     def _ddp(self, epoch: int, step: int, wish: Wish, seconds: _Seconds, clock: list[float]) -> Tensor:
         touched, lane = self._touched(epoch, step), self.lanes[0]
-        assembly = Assembly(self.plan, self.exchange, 1, touched)
+        assembly = Assembly(self.plan, self.exchange, 1, touched, self.place.run)
         row = lane.take(touched, self.workload.returns_gradients)
         assembly.held[0] = [((0, 0), row)]
         lane.passed = lambda parameter: assembly.passed(0, parameter)

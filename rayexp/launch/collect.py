@@ -15,10 +15,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from rayexp.disk import TEMPORARY, now, sync_directory, write_atomic, write_json
 from rayexp.errors import RunError, UserError
 from rayexp.launch.sources import Source, Storage, below
 from rayexp.records import Predictions
-from rayexp.runs import TEMPORARY, Run, broken, epoch_name, now, sync_directory, write_atomic, write_json
+from rayexp.runs import Run, broken, epoch_name
 
 MARK = "collected.json"  # says that a run directory is a copy, and of what
 RECORDS = ("config.yaml", "data.json", "steps.jsonl", "trace.jsonl")  # where they are there

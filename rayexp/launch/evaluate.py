@@ -10,11 +10,12 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from rayexp.disk import write_atomic
 from rayexp.errors import RunError, UserError
 from rayexp.launch import plan
 from rayexp.launch.local import here
 from rayexp.records import Predictions
-from rayexp.runs import Run, broken, write_atomic
+from rayexp.runs import Run, broken
 
 Part = Mapping[str, NDArray[Any]]
 

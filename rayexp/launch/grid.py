@@ -7,7 +7,6 @@ killed goes on without Tune's pickled state.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -24,12 +23,13 @@ from typing import TYPE_CHECKING, Any
 
 from rayexp.comparison import PLAIN, Cell, Comparison, Row
 from rayexp.config import CompareConfig, ExperimentConfig, parse
+from rayexp.disk import now, only_driver
 from rayexp.errors import RunError, UserError
 from rayexp.launch.cells import base_of, plan, with_overrides
 from rayexp.launch.grid_screen import Follower, callback
 from rayexp.launch.plan import Node
 from rayexp.launch.screen import chatter_to
-from rayexp.runs import Run, now
+from rayexp.runs import Run
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -138,7 +138,7 @@ def go(comparison: Comparison, *, address: str | None = None, console: Console |
         UserError: another process is at it.
         KeyboardInterrupt: Ctrl-C; what is done stays.
     """
-    with _only_driver(comparison):
+    with only_driver(comparison.root):
         _bury(comparison)
         session = comparison.begin()
         try:
@@ -156,16 +156,6 @@ def go(comparison: Comparison, *, address: str | None = None, console: Console |
             _bury(comparison)
             raise
         comparison.update(status="done", finished=now())
-
-
-@contextlib.contextmanager
-def _only_driver(comparison: Comparison) -> Iterator[None]:
-    with (comparison.root / "driver.lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{comparison.id}: another process is running it") from None
-        yield
 
 
 def _bury(comparison: Comparison) -> None:

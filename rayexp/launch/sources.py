@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit, urlunsplit
 
+from rayexp.disk import TEMPORARY
 from rayexp.errors import RunError, UserError, nearest
 from rayexp.launch import as_job, doors
-from rayexp.runs import TEMPORARY, Run
+from rayexp.runs import Run
 
 SHELF = "rayexp"  # folder in a Ray node's logs
 

@@ -6,19 +6,18 @@ and with how many workers, is decided here and not by Ray.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import importlib
 import os
 import secrets
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from typing import IO, TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from rayexp.config import ExperimentConfig
 from rayexp.data import open_data
+from rayexp.disk import only_driver, write_atomic
 from rayexp.errors import UserError
 from rayexp.launch import plan as planning
 from rayexp.launch.as_job import at_home, job_id
@@ -26,7 +25,7 @@ from rayexp.launch.plan import Plan
 from rayexp.launch.screen import chatter_to, screen
 from rayexp.launch.stopping import stoppable
 from rayexp.recorder import Recorder
-from rayexp.runs import Run, write_atomic
+from rayexp.runs import Run
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -72,7 +71,7 @@ def run(
     if resume is not None:
         check_unchanged(resume, config)
     made = resume or Run.create(config, argv=list(argv), parent=parent)
-    with _only_driver(made):
+    with only_driver(made.root):
         if resume is not None:
             _reopen(made, config, argv)
         payload = {
@@ -120,25 +119,6 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(tree, dict):
         return {prefix: tree}
     return {k: v for name, sub in tree.items() for k, v in _flat(sub, f"{prefix}.{name}" if prefix else name).items()}
-
-
-@contextlib.contextmanager
-def _only_driver(run: Run) -> Iterator[None]:
-    """Hold the run's lock; the system lets go of it whenever this process ends, however it ends."""
-    with (run.root / "driver.lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{run.id}: another process is training it (pid {_holder(file)})") from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
-
-
-def _holder(file: IO[str]) -> str:
-    file.seek(0)
-    return file.read() or "unknown"
 
 
 def _reopen(run: Run, config: ExperimentConfig, argv: Sequence[str]) -> None:

@@ -70,12 +70,14 @@ def resampling(start: Tensor, length: Tensor, size: int, out: int, clip: bool = 
 
 def augment(images: Tensor, config: AugmentConfig, draws: NDArray[np.float64]) -> Tensor:
     """Augmented images fp32[n, 3, h, w] (0..255) from uint8[n, h, w, 3] and float64[n, DRAWS]."""
-    _, height, width, _ = images.shape
+    n, height, width, _ = images.shape
     box = torch.from_numpy(boxes(config, draws, height, width).astype(np.float32)).to(images.device)
     rows = resampling(box[:, 0], box[:, 2], height, height, clip=not config.pad)
     columns = resampling(box[:, 1], box[:, 3], width, width, clip=not config.pad)
     if config.flip:
         mirrored = torch.from_numpy(draws[:, 2 * TRIES + 2] < 0.5).to(images.device)
         columns = torch.where(mirrored[:, None, None], columns.flip(1), columns)
-    planes = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-    return torch.matmul(torch.matmul(rows[:, None], planes), columns.transpose(1, 2)[:, None])
+    # [n, row, channel, column]: one product an image for all its channels, first over rows, then over columns.
+    pixels = images.permute(0, 1, 3, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    cut = torch.bmm(rows, pixels.flatten(2)).view(n, height * 3, width)
+    return torch.bmm(cut, columns.transpose(1, 2)).view(n, height, 3, width).permute(0, 2, 1, 3)

@@ -17,12 +17,13 @@ from rayexp.analysis.report import answers, compare_page, write_compare_page, wr
 from rayexp.cli import app
 from rayexp.comparison import Comparison, Row
 from rayexp.config import CompareConfig, ExperimentConfig, parse
+from rayexp.disk import now
 from rayexp.errors import RunError, UserError
 from rayexp.launch.cells import plan
 from rayexp.launch.plan import Node
 from rayexp.recorder import Recorder
 from rayexp.records import Predictions
-from rayexp.runs import Run, now
+from rayexp.runs import Run
 
 ENVIRONMENT = {
     "cpu": "a <processor> & more", "cores": 8, "cpu_capability": "AVX2", "memory_bytes": 16e9, "gpus": [],

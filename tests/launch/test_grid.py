@@ -16,11 +16,12 @@ import pytest
 
 from rayexp.comparison import PLAIN, Comparison, Row
 from rayexp.config import CompareConfig, ExperimentConfig, load, parse
+from rayexp.disk import now
 from rayexp.errors import UserError
 from rayexp.launch import grid
 from rayexp.launch.cells import base_of, plan, with_overrides
 from rayexp.launch.plan import Node
-from rayexp.runs import Run, now
+from rayexp.runs import Run
 
 LAPTOP = [Node("here", 2, 0)]
 CLUSTER = [Node("a", 16, 4), Node("b", 16, 4)]

@@ -12,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rayexp.config import ExperimentConfig, parse
+from rayexp.disk import write_directory, write_json
 from rayexp.engine import order
 from rayexp.engine.checkpoint import State, encode
 from rayexp.errors import RunError, UserError
-from rayexp.runs import Run, write_directory, write_json
+from rayexp.runs import Run
 from rayexp.workloads import open_workload
 from rayexp.workloads.generate import choose, generate, lines, open_writer, read_prompt
 

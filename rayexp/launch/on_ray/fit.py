@@ -19,8 +19,8 @@ from rayexp.launch.on_ray.member import member
 from rayexp.launch.on_ray.session import environment
 from rayexp.launch.plan import Plan
 
-# Ray Train polls its workers this often; short, because a lost worker is seen by a poll.
-POLL_S = 0.2
+# Ray Train polls its workers this often: a lost worker is seen by a poll, and a poll takes time from the worker.
+POLL_S = 0.5
 # A worker that does not answer for so long (stopped, or its host is) is replaced.
 SILENCE_S = 120
 
