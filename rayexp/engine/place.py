@@ -140,16 +140,15 @@ def settle(config: ExperimentConfig, device: torch.device, shards: int, cpus: fl
         torch.cuda.set_device(device)
         torch.set_num_threads(THREADS_PER_LANE)
         return Place(device, 1, THREADS_PER_LANE, None)
-    if config.reduction == "ddp":
-        torch.set_num_threads(budget)
-        return Place(device, 1, budget, None)
     lanes = lanes_of(config, shards, cpus)
-    torch.set_num_threads(THREADS_PER_LANE)
-    pool = None
-    if lanes > 1:
-        # OpenMP's thread count belongs to each thread.
-        pool = ThreadPoolExecutor(lanes, "lane", initializer=torch.set_num_threads, initargs=(THREADS_PER_LANE,))
-    return Place(device, lanes, THREADS_PER_LANE, pool)
+    threads = budget if config.reduction == "ddp" else THREADS_PER_LANE
+    if lanes == 1 and _in_first_arena():
+        _set_threads(threads)
+        return Place(device, 1, threads, None)
+    # Beside a pool one thread is enough here, and more would cost: where GNU OpenMP has more threads than there are
+    # cores, all of them sleep at every barrier.
+    _set_threads(1)
+    return Place(device, lanes, threads, _threads(lanes, threads) if lanes > 1 else _thread_in_first_arena(threads))
 
 
 def lanes_of(config: ExperimentConfig, shards: int, cpus: float | None = None) -> int:
@@ -161,13 +160,63 @@ def _budget(cpus: float | None) -> int:
     return max(1, min(cores(), int(cpus) if cpus else cores()))
 
 
+def _threads(count: int, threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(count, "lane", initializer=_set_threads, initargs=(threads,))
+
+
+def _set_threads(threads: int) -> None:
+    """Intra-op threads of this thread."""
+    torch.get_num_threads()  # which a thread's first operation would otherwise set to what the last caller asked for
+    torch.set_num_threads(threads)
+
+
+def _thread_in_first_arena(threads: int) -> ThreadPoolExecutor:
+    """A thread for the work of a caller that is in another arena, as Ray's training threads are.
+
+    Only the first arena holds blocks of more than 64 MiB; elsewhere each is a mapping of its own, whose pages fault in
+    anew every step (13 % of a pass over 256 images). glibc deals its arenas out to new threads in turn.
+    """
+    tried: list[ThreadPoolExecutor] = []
+    found = None
+    while found is None and len(tried) < 64:
+        tried.append(_threads(1, threads))
+        # Those that were in vain stay until the end: the arena of one that is gone would be dealt out first.
+        found = tried[-1] if tried[-1].submit(_in_first_arena).result() else None
+    for pool in tried:
+        if pool is not found:
+            pool.shutdown()
+    return found or _threads(1, threads)
+
+
+def _in_first_arena() -> bool:
+    """Whether glibc allocates this thread's memory in its first arena; True on another C library."""
+    libc = _glibc()
+    if libc is None:
+        return True
+    libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = (
+        ctypes.c_void_p,
+        [ctypes.c_size_t],
+        [ctypes.c_void_p],
+    )
+    block = libc.malloc(1 << 16)
+    size = ctypes.c_size_t.from_address(block - ctypes.sizeof(ctypes.c_size_t)).value
+    libc.free(block)
+    other_arena = 4  # NON_MAIN_ARENA in a chunk's size field (glibc, malloc/malloc.c)
+    return not size & other_arena
+
+
+def _glibc() -> ctypes.CDLL | None:
+    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
+
+
 def tune_allocator() -> None:
     """Let glibc keep freed memory: activations of the same sizes come back every step, and giving their pages to the
     kernel and faulting them in again costs up to a fifth of a CPU step. Does nothing on another C library."""
-    if platform.libc_ver()[0] != "glibc":
+    libc = _glibc()
+    if libc is None:
         return
-    libc = ctypes.CDLL(None)
-    m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8
+    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
     libc.mallopt(m_mmap_max, 0)
     libc.mallopt(m_trim_threshold, 2**31 - 1)
-    libc.mallopt(m_arena_max, 1)
+    # Heaps of threads hold 64 MiB, and an empty one is given back unless this much should be spare.
+    libc.mallopt(m_top_pad, 1 << 27)

@@ -21,9 +21,6 @@ from rayexp.launch.plan import Node, Plan, capacity
 CONNECT_S = 10.0
 # Read by processes that Ray starts from here.
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", "RAY_prestart_worker_first_driver": "0"}
-# Ray calls a training function in a thread. A glibc arena of its own cannot keep freed blocks of many MB, as
-# engine.place.tune_allocator asks of the first one: with it a batch of 256 images takes 13 % longer.
-_ONE_ARENA = {"MALLOC_ARENA_MAX": "1"}
 
 
 @contextlib.contextmanager
@@ -62,9 +59,9 @@ def session(address: str | None) -> Iterator[bool]:
     if not address:
         words |= {"address": "local", "include_dashboard": False, "num_cpus": _cores()}
     else:
-        words |= {"address": address, "runtime_env": {"env_vars": _ONE_ARENA}}
+        words["address"] = address
     try:
-        with environment(_QUIET | _ONE_ARENA):
+        with environment(_QUIET):
             _bring_token(address)
             ray.init(**words)
     except ConnectionError as error:
