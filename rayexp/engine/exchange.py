@@ -101,7 +101,10 @@ class Exchange:
         """Add this worker's part of a bucket in tree order, and begin to gather the whole."""
         sent.wait()
         came, mine = (t.view(self.group.world, self.width, -1) for t in (self._boxes["in", bucket], out))
-        tree = Forest[Tensor](self.shards, lambda left, right: left.add_(right))
+        # Into this worker's own part where it takes part: there the sum belongs. Addition commutes, to the bit.
+        own = mine[self.group.rank].data_ptr()
+        inside = range(own, own + mine[self.group.rank].nbytes)
+        tree = Forest[Tensor](self.shards, lambda a, b: b.add_(a) if b.data_ptr() in inside else a.add_(b))
         for rank, nodes in enumerate(self.nodes):
             for i, node in enumerate(nodes):
                 tree.push(node, (mine if rank == self.group.rank else came)[rank, i])

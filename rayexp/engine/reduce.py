@@ -38,13 +38,11 @@ class Forest(Generic[T]):
 
     Args:
         shards: number of leaves of the tree.
-        add: `add(left, right)` adds in place into `left`.
+        add: `add(left, right)` adds in place into one of the two and returns that one.
         free: is called with every value that is no longer needed.
     """
 
-    def __init__(
-        self, shards: int, add: Callable[[T, T], object], free: Callable[[T], object] = lambda _: None
-    ) -> None:
+    def __init__(self, shards: int, add: Callable[[T, T], T], free: Callable[[T], object] = lambda _: None) -> None:
         self.shards, self.add, self.free = shards, add, free
         self._values: dict[Node, T] = {}
 
@@ -57,9 +55,8 @@ class Forest(Generic[T]):
                     break
                 found = self._values.pop(other)
                 left, right = (value, found) if node < other else (found, value)
-                self.add(left, right)
-                self.free(right)
-                value = left
+                value = self.add(left, right)
+                self.free(right if value is left else left)
             node = parent(node)
         self._values[node] = value
 

@@ -296,5 +296,6 @@ class Stepper:
             self.carries[shard] = {name: part[i].contiguous() for name, part in parts.items()}
 
 
-def _add(left: Row, right: Row) -> None:
+def _add(left: Row, right: Row) -> Row:
     left.tensor.add_(right.tensor)
+    return left

@@ -26,8 +26,8 @@ def reference(leaves: list[Tensor]) -> Tensor:
     return reference(leaves[:half]) + reference(leaves[half:])
 
 
-def add(left: Tensor, right: Tensor) -> None:
-    left.add_(right)
+def add(left: Tensor, right: Tensor) -> Tensor:
+    return left.add_(right)
 
 
 class Postbox(Group):
