@@ -58,7 +58,7 @@ def main() -> None:
     if args.diff:
         picture(args.diff, here / "diff.png", 1100, 1000)
     if args.compare:
-        picture(args.compare, here / "compare.png", 1100, 1000)
+        picture(args.compare, here / "compare.png", 1160, 1000)
 
 
 if __name__ == "__main__":
