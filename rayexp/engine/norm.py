@@ -27,8 +27,8 @@ class _PerShard(torch.autograd.Function):
         for part, into in zip(torch.split(x, list(sizes)), torch.split(out, list(sizes)), strict=True):
             mean, var = torch.zeros_like(sums[0]), torch.zeros_like(sums[1])
             # momentum 1: "running" becomes this shard's mean and unbiased variance
-            y, m, s = torch.native_batch_norm(part, weight, bias, mean, var, True, 1.0, eps)
-            into.copy_(y)
+            m, s = torch.empty_like(mean), torch.empty_like(var)
+            torch.native_batch_norm(part, weight, bias, mean, var, True, 1.0, eps, out=(into, m, s))
             sums[0].add_(mean)
             sums[1].add_(var)
             saved += [m, s]
