@@ -63,9 +63,9 @@ class Group:
 
     @property
     def direct(self) -> bool:
-        """Whether rows go from worker to worker (gloo): `collect` may then be called in another thread than `scatter`,
-        and between any two of its calls."""
-        return self.world > 1 and "gloo" in dist.get_backend(self.rows)
+        """Whether rows go from worker to worker (not NCCL): `collect` may then be called in another thread than
+        `scatter`, and between any two of its calls."""
+        return self.world > 1 and "nccl" not in dist.get_backend(self.rows)
 
     def gather(self, data: bytes) -> list[bytes]:
         """Everyone's bytes, in rank order, on every rank."""
@@ -100,7 +100,7 @@ class Group:
 
     def staged(self, row: Tensor) -> bool:
         """Whether rows on this device travel through host memory."""
-        return row.is_cuda and "nccl" not in dist.get_backend(self.rows)
+        return row.is_cuda and self.direct
 
     def scatter(self, rows: Tensor, out: Tensor) -> Any:
         """All-to-all, under way: part w of `rows` (W equal parts) goes to worker w; part w of `out` came from worker w,
