@@ -9,6 +9,7 @@ from typing import Any
 
 from ray.exceptions import OutOfMemoryError, RayActorError, RayError
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
@@ -49,6 +50,21 @@ class Trainer(TorchTrainer):
         out = {"DatasetsCallback"} | ({"PlacementGroupCleanerCallback"} if self.own_ray else set())
         made: list[Any] = super()._create_default_callbacks()  # type: ignore[misc]
         return [c for c in made if type(c).__name__ not in out]
+
+    def _initialize_and_run_controller(self, **words: Any) -> Any:
+        if self.own_ray:
+            words["scaling_policy"] = Fixed(self.scaling_config)  # type: ignore[arg-type]
+        return super()._initialize_and_run_controller(**words)  # type: ignore[misc]
+
+
+class Fixed(FixedScalingPolicy):
+    """A fixed number of workers, without the actor that asks a cluster to grow for them."""
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """Nothing to register with."""
+
+    def _maybe_send_resource_request(self) -> None:
+        pass
 
 
 def fit(payload: Mapping[str, Any], plan: Plan, own_ray: bool) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import ray
 import ray._private.authentication.authentication_token_setup
+import ray._private.node
 import ray._private.state
 import ray._private.utils
 
@@ -22,6 +23,16 @@ CONNECT_S = 10.0
 # Read by processes that Ray starts from here.
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", "RAY_prestart_worker_first_driver": "0"}
 
+# A Ray that serves one run alone keeps no books that others would read, and does without the Python processes that
+# stream logs to the driver's screen (rayexp reads the files), ask a cloud for machines, and answer for a dashboard:
+# each starts beside the workers and then takes from their cores.
+_NO_BOOKS = {
+    "RAY_task_events_report_interval_ms": "0",
+    "RAY_enable_metrics_collection": "0",
+    "REPORTER_UPDATE_INTERVAL_MS": "600000",
+}
+_NOT_NEEDED = ("start_log_monitor", "start_monitor", "start_api_server")
+
 
 @contextlib.contextmanager
 def environment(fields: Mapping[str, str]) -> Iterator[None]:
@@ -33,6 +44,21 @@ def environment(fields: Mapping[str, str]) -> Iterator[None]:
     finally:
         for name in new:
             os.environ.pop(name, None)
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Ray starts without what a single run has no use for; by name, so that a Ray without it is no trouble."""
+    node = ray._private.node.Node
+    kept = {name: getattr(node, name) for name in _NOT_NEEDED if hasattr(node, name)}
+    for name in kept:
+        setattr(node, name, lambda self, **words: None)
+    try:
+        with environment(_NO_BOOKS):
+            yield
+    finally:
+        for name, method in kept.items():
+            setattr(node, name, method)
 
 
 @contextlib.contextmanager
@@ -61,7 +87,7 @@ def session(address: str | None) -> Iterator[bool]:
     else:
         words["address"] = address
     try:
-        with environment(_QUIET):
+        with environment(_QUIET), contextlib.nullcontext() if address else _alone():
             _bring_token(address)
             ray.init(**words)
     except ConnectionError as error:
