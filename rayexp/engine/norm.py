@@ -1,4 +1,4 @@
-"""Batch norm over each shard of a batched pass: what `reduction: ddp` needs to be the same mathematics as `exact`.
+"""Batch norm over each shard of a pass: the same mathematics however many shards are in it.
 
 (Hoffer, Hubara, Soudry 2017 call it ghost batch normalisation.)
 """
@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rayexp.engine.draws import Draws
+from rayexp.engine.reduce import total
+
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 
 class _PerShard(torch.autograd.Function):
@@ -23,15 +26,17 @@ class _PerShard(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, sizes: Sequence[int], eps: float, sums: Any
     ) -> Tensor:
         out = torch.empty_like(x)
-        saved = []
+        saved, means, variances = [], [], []
         for part, into in zip(torch.split(x, list(sizes)), torch.split(out, list(sizes)), strict=True):
             mean, var = torch.zeros_like(sums[0]), torch.zeros_like(sums[1])
             # momentum 1: "running" becomes this shard's mean and unbiased variance
             m, s = torch.empty_like(mean), torch.empty_like(var)
             torch.native_batch_norm(part, weight, bias, mean, var, True, 1.0, eps, out=(into, m, s))
-            sums[0].add_(mean)
-            sums[1].add_(var)
             saved += [m, s]
+            means.append(mean)
+            variances.append(var)
+        sums[0].add_(total(means))
+        sums[1].add_(total(variances))
         ctx.save_for_backward(x, weight, *saved)
         ctx.sizes, ctx.eps = list(sizes), eps
         return out
@@ -39,7 +44,7 @@ class _PerShard(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, *saved = ctx.saved_tensors
-        grad_x, grad_w, grad_b = torch.empty_like(x), torch.zeros_like(weight), torch.zeros_like(weight)
+        grad_x, of_weight, of_bias = torch.empty_like(x), [], []
         split = [torch.split(t, ctx.sizes) for t in (x, grads[0], grad_x)]
         for i, (part, grad, into) in enumerate(zip(*split, strict=True)):
             mean, invstd = saved[2 * i], saved[2 * i + 1]
@@ -47,9 +52,9 @@ class _PerShard(torch.autograd.Function):
                 grad, part, weight, None, None, mean, invstd, True, ctx.eps, [True, True, True]
             )
             into.copy_(gx)
-            grad_w += gw
-            grad_b += gb
-        return grad_x, grad_w, grad_b, None, None, None
+            of_weight.append(gw)
+            of_bias.append(gb)
+        return grad_x, total(of_weight), total(of_bias), None, None, None
 
 
 def per_shard(model: nn.Module, draws: Draws) -> None:

@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Generic, TypeVar
 
+from torch import Tensor
+
 T = TypeVar("T")
 
 Node = tuple[int, int]
@@ -74,6 +76,21 @@ class Forest(Generic[T]):
         if len(nodes) != 1 or 1 << nodes[0][0][0] < self.shards:
             raise RuntimeError(f"the tree over {self.shards} shards is not complete: {[n for n, _ in nodes]}")
         return nodes[0][1]
+
+
+def total(parts: Iterable[Tensor]) -> Tensor:
+    """The sum of consecutive shards' parts in tree order. Parts are added to: each must be a tensor of its own."""
+    held: list[tuple[int, Tensor]] = []
+    for part in parts:
+        level = 0
+        while held and held[-1][0] == level:
+            part = held.pop()[1].add_(part)
+            level += 1
+        held.append((level, part))
+    _, root = held.pop()
+    while held:
+        root = held.pop()[1].add_(root)
+    return root
 
 
 def forest_nodes(shards: Iterable[int], total: int) -> list[Node]:

@@ -1,6 +1,7 @@
 """One optimizer step: shards on lanes, the tree, the exchange, the update.
 
-`exact` runs each shard as its own forward and backward with shapes that never change, and adds in tree order.
+`exact` computes each shard's gradients by themselves and adds in tree order. Where that has the same bits, a few shards
+go through the model together; else each has its own forward and backward, with shapes that never change.
 `ddp` runs all of a worker's shards in one batched pass and adds by ordinary all-reduce.
 """
 
@@ -25,8 +26,13 @@ from rayexp.engine.group import Group
 from rayexp.engine.norm import per_shard
 from rayexp.engine.optimize import Optimizer
 from rayexp.engine.place import Place
-from rayexp.engine.reduce import Forest, Node
-from rayexp.engine.workload import Carry, Workload
+from rayexp.engine.reduce import Forest, Node, total
+from rayexp.engine.shardwise import can, shardwise
+from rayexp.engine.workload import Batch, Carry, Workload
+
+TOGETHER = 2
+"""At most 2^this shards go through the model together: more gain nothing, and their activations take memory."""
+_IDENTITY = nn.Identity()
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +62,15 @@ class _Seconds:
 class Lane:
     """One lane of a worker: a replica of the model for training, and rows for its part of the tree."""
 
-    def __init__(self, master: Master, batch_dim: int, batched: bool, compiled: bool) -> None:
+    def __init__(
+        self, master: Master, batch_dim: int, keep_apart: Callable[[nn.Module, Draws], None] | None, compiled: bool
+    ) -> None:
         self.master = master
         self.draws = Draws()
         self.replica = Replica(master)
         adopt(self.replica.model, self.draws, batch_dim)
-        if batched:
-            per_shard(self.replica.model, self.draws)
+        if keep_apart is not None:
+            keep_apart(self.replica.model, self.draws)
         self.forward: nn.Module = torch.compile(self.replica.model) if compiled else self.replica.model  # type: ignore[assignment]
         self.keeping: list[Any] = [m for m in self.replica.model.modules() if hasattr(m, "begin_step")]
         self.passed: Callable[[int], None] | None = None
@@ -122,10 +130,14 @@ class Stepper:
         self.group, self.place = group, place
         self.exact = config.reduction == "exact"
         self.shards = order.share(config.shards, group.world, group.rank)
+        on_cpu = place.device.type == "cpu"
+        self.together = self.exact and on_cpu and config.precision == "fp32" and workload.together and can(master.model)
+        keep_apart = shardwise if self.together else None if self.exact else per_shard
         self.lanes = [
-            Lane(master, workload.batch_dim, not self.exact, config.compile and place.device.type == "cuda")
-            for _ in range(place.lanes)
+            Lane(master, workload.batch_dim, keep_apart, config.compile and not on_cpu) for _ in range(place.lanes)
         ]
+        # Whether shards of these sizes have the same bits together as one by one.
+        self.tried: dict[tuple[int, ...], bool] = {}
         self.carries: dict[int, Carry] = {}
         length, without = master.layout.row, self._touched(1, 0)
         self.exchange: Exchange | AllReduce = AllReduce(group, length, without=without)
@@ -184,14 +196,14 @@ class Stepper:
         def work(number: int) -> _Seconds:
             lane, spent = self.lanes[number], _Seconds()
             forest = Forest[Row](self.config.shards, _add, lane.give)
-            runs = self._runs(number)
-            for node, shards in runs:
+            runs = self._runs(number, epoch, step)
+            for node, passes in runs:
                 row = lane.take(touched, self.workload.returns_gradients)
-                for shard in shards:
-                    if (node, shard) == (runs[-1][0], shards[-1]):
+                for shards in passes:
+                    if (node, shards) == (runs[-1][0], passes[-1]):
                         assembly.held[number] = [*forest.nodes(), (node, row)]
                         lane.passed = lambda parameter: assembly.passed(number, parameter)
-                    self._pass(lane, row, epoch, step, range(shard, shard + 1), wish, spent)
+                    self._pass(lane, row, epoch, step, shards, wish, spent)
                 if node != runs[-1][0]:
                     forest.push(node, row)
             lane.passed = None
@@ -209,21 +221,47 @@ class Stepper:
                 self._recycle(row)
         return root
 
-    def _runs(self, lane: int) -> list[tuple[Node, range]]:
-        """A lane's shards, each pair of siblings together with the node above them.
-
-        Autograd's accumulation into a row is the tree's addition, so the right sibling may go into the left one's row:
-        no zeroing and no adding in between.
-        """
+    def _runs(self, lane: int, epoch: int, step: int) -> list[tuple[Node, list[range]]]:
+        """A lane's passes, and the nodes of the tree whose rows they fill."""
         part = order.share(len(self.shards), len(self.lanes), lane)
-        shards = range(self.shards.start + part.start, self.shards.start + part.stop)
-        runs: list[tuple[Node, range]] = []
-        at = shards.start
-        while at < shards.stop:
-            pair = self.workload.returns_gradients and at % 2 == 0 and at + 1 < shards.stop
-            runs.append(((1, at // 2), range(at, at + 2)) if pair else ((0, at), range(at, at + 1)))
-            at = runs[-1][1].stop
+        at, stop = self.shards.start + part.start, self.shards.start + part.stop
+        runs: list[tuple[Node, list[range]]] = []
+        while at < stop:
+            level = 0
+            while level < self._highest and at % (2 << level) == 0 and at + (2 << level) <= stop:
+                level += 1
+            shards = range(at, at + (1 << level))
+            if self.together and self._alike(self.lanes[lane], epoch, step, shards):
+                runs.append(((level, at >> level), [shards]))
+            elif level == 1 and self.workload.returns_gradients:
+                # Autograd's accumulation into a row is the tree's addition: the right sibling may go into the left
+                # one's row, and no zeroing and no adding is in between.
+                runs.append(((level, at >> level), [range(shard, shard + 1) for shard in shards]))
+            else:
+                runs += [((0, shard), [range(shard, shard + 1)]) for shard in shards]
+            at = shards.stop
         return runs
+
+    @property
+    def _highest(self) -> int:
+        """The level of the largest node that one row is filled for without a forest."""
+        return TOGETHER if self.together else 1
+
+    def _alike(self, lane: Lane, epoch: int, step: int, shards: range) -> bool:
+        """Whether these shards have the same bits together as one by one. What kernels do depends on the sizes alone,
+        so sizes are tried once, with the first data that has them."""
+        sizes = self.workload.sizes(step, shards)
+        if len(sizes) > 1 and sizes not in self.tried:
+            found = []
+            for passes in ([shards], [range(shard, shard + 1) for shard in shards]):
+                forest = Forest[Row](len(passes), _add)
+                for i, one in enumerate(passes):
+                    row = lane.take((), self.workload.returns_gradients)
+                    self._pass(lane, row, epoch, step, one, Wish(), _Seconds())
+                    forest.push((0, i), row)
+                found.append(forest.root().tensor.view(torch.int32))
+            self.tried[sizes] = torch.equal(*found)
+        return len(sizes) == 1 or self.tried[sizes]
 
     def _recycle(self, row: Row) -> None:
         min(self.lanes, key=lambda lane: lane.spares).give(row)
@@ -259,15 +297,28 @@ class Stepper:
         rest = layout.rest(row.tensor)
         before = rest.clone()
         rest.zero_()
-        with self.autocast():
-            loss, after = self.workload.loss(lane.forward, batch, carry)
-        loss.backward()  # type: ignore[no-untyped-call]
+        if self.together:
+            losses, after = self._apart(lane, batch), carry
+        else:
+            with self.autocast():
+                loss, after = self.workload.loss(lane.forward, batch, carry)
+            losses = [loss]
+        torch.autograd.backward(losses)
         lane.replica.settle()
         self._keep(shards, batch.sizes, after)
         tail = layout.tail(row.tensor)
         tail.copy_(torch.tensor([0.0, batch.count, len(shards), wish.stop, wish.save]))
-        tail[0].copy_(loss.detach())
+        tail[0].copy_(total(loss.detach() for loss in losses))
         torch.add(before, rest, out=rest)
+
+    def _apart(self, lane: Lane, batch: Batch) -> list[Tensor]:
+        """The losses of shards that go through the model together, each by itself."""
+        outputs, sizes = lane.forward(*batch.inputs), list(batch.sizes)
+        losses = []
+        for part, targets in zip(torch.split(outputs, sizes), torch.split(batch.targets, sizes), strict=True):
+            one = Batch((part,), targets, (len(part),), len(part))
+            losses.append(self.workload.loss(_IDENTITY, one, {})[0])
+        return losses
 
     def autocast(self) -> AbstractContextManager[object]:
         """The precision that the configuration asks for, in this thread."""

@@ -54,6 +54,10 @@ class Workload(Protocol):
     """Whether backward hands every gradient to autograd; False: it also writes into `.grad` by itself, so that every
     shard needs a zeroed one."""
 
+    together: bool
+    """Whether the shards of a pass may go through the model together: it has one input and one output, along whose
+    first dimension the samples lie, nothing is carried, and there is one loss term a sample."""
+
     def __init__(self, config: ExperimentConfig) -> None:
         """Open the data and check the configuration (UserError)."""
 
@@ -66,8 +70,11 @@ class Workload(Protocol):
     def batch(self, epoch: int, step: int, shards: range, device: torch.device) -> Batch:
         """The training samples of consecutive shards, augmented; never depends on the number of workers.
 
-        Called for one shard at a time under `exact`, for all of a worker's shards at once under `ddp`.
+        Called for one shard or a few of them under `exact`, for all of a worker's shards at once under `ddp`.
         """
+
+    def sizes(self, step: int, shards: range) -> tuple[int, ...]:
+        """The `sizes` of that batch, in any epoch."""
 
     def carry(self, size: int, device: torch.device) -> Carry:
         """The carried state at the start of an epoch for a shard of that many samples; the batch dimension is

@@ -45,6 +45,7 @@ class ImageClassification:
     unit = "images"
     batch_dim = 0
     returns_gradients = True
+    together = True
 
     def __init__(self, config: ExperimentConfig) -> None:
         if config.data.name not in IMAGE_DATA:
@@ -102,7 +103,11 @@ class ImageClassification:
             draws = order.uniform(order.key(self.config.seed, "augment", epoch), samples, DRAWS)
             planes = augment(images, recipe, draws)
         targets = torch.from_numpy(self.data.train.labels[samples]).to(device)
-        return Batch((self._normalise(planes),), targets, self.cut.sizes(step, shards), len(samples))
+        return Batch((self._normalise(planes),), targets, self.sizes(step, shards), len(samples))
+
+    def sizes(self, step: int, shards: range) -> tuple[int, ...]:
+        """Images of each shard."""
+        return self.cut.sizes(step, shards)
 
     def carry(self, size: int, device: torch.device) -> Carry:
         """Images carry nothing from step to step."""

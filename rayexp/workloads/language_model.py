@@ -36,6 +36,7 @@ class LanguageModel:
     unit = "tokens"
     batch_dim = 1
     returns_gradients = False
+    together = False
 
     def __init__(self, config: ExperimentConfig) -> None:
         self.config = config

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from rayexp.engine.draws import Draws
 from rayexp.engine.matmul import product
+from rayexp.engine.reduce import total
 
 LARGEST = 2
 """Height and width of the largest output map that takes the short way."""
@@ -65,12 +67,18 @@ def times(rows: Tensor, matrix: Tensor) -> Tensor:
 class _SmallMap(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, stride: int, seen: Sequence[View], matrices: Sequence[Tensor]
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        stride: int,
+        seen: Sequence[View],
+        matrices: Sequence[Tensor],
+        sizes: Sequence[int],
     ) -> Tensor:
         n, cout = len(x), len(weight)
         pixels = x.permute(0, 2, 3, 1)
         ctx.save_for_backward(pixels, *matrices)
-        ctx.leaf, ctx.stride, ctx.seen = weight, stride, seen
+        ctx.leaf, ctx.stride, ctx.seen, ctx.sizes = weight, stride, seen, list(sizes)
         parts = [pixels[:, rows, columns].flatten(1) for rows, columns, _, _ in seen]
         outs = [times(*pair).view(n, -1, cout) for pair in zip(parts, matrices, strict=True)]
         out = outs[0] if len(outs) == 1 else torch.cat(outs, 1)
@@ -98,13 +106,19 @@ class _SmallMap(torch.autograd.Function):
         for up, (out_rows, rows) in enumerate(spans):
             for along, (out_columns, columns) in enumerate(spans):
                 # A tap at a time, which the cache still holds when it is written. Copied: see `as_matrices`.
-                out = grad[:, out_rows, out_columns].clone(memory_format=torch.contiguous_format).flatten(0, 2)
-                part = pixels[:, rows, columns].clone(memory_format=torch.contiguous_format).flatten(0, 2)
-                tap = product(out.t(), part.t()) if len(out) else torch.zeros(())
+                out = grad[:, out_rows, out_columns].clone(memory_format=torch.contiguous_format)
+                part = pixels[:, rows, columns].clone(memory_format=torch.contiguous_format)
+                tap = _of_tap(out, part, ctx.sizes) if out.numel() else torch.zeros(())
                 taps[:, up, along].add_(tap) if held else taps[:, up, along].copy_(tap)
         if not given:
             weight.grad = sink
-        return grad_x.permute(0, 3, 1, 2), sink if given else None, None, None, None
+        return grad_x.permute(0, 3, 1, 2), sink if given else None, None, None, None, None
+
+
+def _of_tap(out: Tensor, part: Tensor, sizes: list[int]) -> Tensor:
+    """A tap's gradient: each shard's by itself, added in tree order."""
+    pairs = zip(torch.split(out, sizes), torch.split(part, sizes), strict=True)
+    return total(product(o.flatten(0, 2).t(), p.flatten(0, 2).t()) for o, p in pairs)
 
 
 def _pairs(size: int, stride: int, tap: int) -> tuple[slice, slice]:
@@ -121,6 +135,8 @@ class SmallMapConv2d(nn.Conv2d):
 
     kept: Mapping[int, list[Tensor]] = MappingProxyType({})
     """The weights as matrices, by the size of the map."""
+    draws: Draws | None = None
+    """Says which shards a pass holds (see engine.shardwise); None: one."""
 
     def begin_step(self) -> None:
         """The weights have changed: make the same matrices anew (see engine.step.Lane)."""
@@ -143,7 +159,8 @@ class SmallMapConv2d(nn.Conv2d):
         ):
             if size not in self.kept:
                 self.kept = {**self.kept, size: self._matrices(size)}
-            out: Tensor = _SmallMap.apply(x, self.weight, stride, views(size, stride), self.kept[size])
+            sizes = (len(x),) if self.draws is None else self.draws.sizes
+            out: Tensor = _SmallMap.apply(x, self.weight, stride, views(size, stride), self.kept[size], sizes)
             return out
         return super().forward(x)
 

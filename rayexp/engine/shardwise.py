@@ -1,0 +1,120 @@
+"""Several shards in one pass, with each shard's gradients by themselves and added in tree order (CPU, fp32).
+
+One pass over four shards costs less than four passes: weights are rearranged once, a layer's gradients are added while
+the cache holds them, and a row is written once. It may be taken where it has the same bits, that is where every kernel
+treats an image alike whatever else is in the batch; engine.step tries that out before it relies on it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from rayexp.engine.draws import Draws
+from rayexp.engine.norm import NORMS, per_shard
+from rayexp.engine.reduce import total
+
+
+class _Conv(torch.autograd.Function):
+    """`F.conv2d`; `words` are stride, padding, dilation and groups."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, words: tuple[Any, ...], sizes: Sequence[int]
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.bias, ctx.words, ctx.sizes = bias is not None, words, sizes
+        return F.conv2d(x, weight, bias, *words)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.words
+        extent = [len(weight)] if ctx.bias else None
+
+        def gradients(grad: Tensor, x: Tensor, of_x: bool, of_weight: bool) -> tuple[Tensor, ...]:
+            mask = [of_x, of_weight, of_weight and ctx.bias]
+            found: tuple[Tensor, ...] = torch.ops.aten.convolution_backward(
+                grad, x, weight, extent, stride, padding, dilation, False, [0, 0], groups, mask
+            )
+            return found
+
+        need_x = ctx.needs_input_grad[0]
+        if len(ctx.sizes) == 1:
+            return *gradients(grad, x, need_x, True), None, None
+        grad_x = gradients(grad, x, True, False)[0] if need_x else None
+        parts = (gradients(g, p, False, True)[1:] for g, p in _split(ctx.sizes, grad, x))
+        if not ctx.bias:
+            return grad_x, total(of_weight for of_weight, _ in parts), None, None, None
+        of_weight, of_bias = zip(*parts, strict=True)
+        return grad_x, total(of_weight), total(of_bias), None, None
+
+
+class _Linear(torch.autograd.Function):
+    """`F.linear`, shard by shard: a product's order of addition may depend on its height."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, sizes: Sequence[int]) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.bias, ctx.sizes = bias is not None, sizes
+        return torch.cat([F.linear(part, weight, bias) for part in torch.split(x, list(sizes))])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        pairs = [(g.flatten(0, -2), p.flatten(0, -2)) for g, p in _split(ctx.sizes, grad, x)]
+        grad_x = torch.cat([g @ weight for g, _ in pairs]).view(x.shape)
+        return (
+            grad_x,
+            total(g.t() @ part for g, part in pairs),
+            total(g.sum(0) for g, _ in pairs) if ctx.bias else None,
+            None,
+        )
+
+
+def _split(sizes: Sequence[int], *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    return zip(*(torch.split(t, list(sizes)) for t in tensors), strict=True)
+
+
+def can(model: nn.Module) -> bool:
+    """Whether every layer with parameters is one that is known here."""
+    owners = [m for m in model.modules() if next(m.parameters(recurse=False), None) is not None]
+    return all(
+        (isinstance(m, nn.Conv2d) and m.padding_mode == "zeros" and not isinstance(m.padding, str))
+        or type(m) is nn.Linear
+        or type(m) in NORMS
+        for m in owners
+    )
+
+
+def shardwise(model: nn.Module, draws: Draws) -> None:
+    """Let a training replica, for which `can` holds, keep the shards of a pass apart.
+
+    A convolution that goes a way of its own finds the shards in its `draws`.
+    """
+    per_shard(model, draws)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.draws = draws  # type: ignore[assignment]
+            module._conv_forward = functools.partial(_conv, module, draws)  # type: ignore[method-assign]
+        elif isinstance(module, nn.Linear):
+            module.forward = functools.partial(_linear, module, draws)  # type: ignore[method-assign]
+
+
+def _conv(module: nn.Conv2d, draws: Draws, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    words = module.stride, module.padding, module.dilation, module.groups
+    out: Tensor = _Conv.apply(x, weight, bias, words, draws.sizes)
+    return out
+
+
+def _linear(module: nn.Linear, draws: Draws, x: Tensor) -> Tensor:
+    out: Tensor = _Linear.apply(x, module.weight, module.bias, draws.sizes)
+    return out

@@ -1,0 +1,108 @@
+"""Shards that go through the model together: the same bits as one by one, or they do not go together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torchvision import models
+
+from rayexp.config import ExperimentConfig, parse
+from rayexp.engine import checkpoint, shardwise, step
+from rayexp.engine.draws import Draws
+from rayexp.engine.loop import Session, StepDone
+from rayexp.engine.reduce import Forest, total
+
+Open = Callable[[ExperimentConfig], Session]
+
+
+def config(model: str, **changes: Any) -> ExperimentConfig:
+    tree = {
+        "data": {"name": "shapes", "max_train_samples": 90, "max_val_samples": 20},
+        "model": {"name": model},
+        "batch_size": 32,
+        "shards": 8,
+        "lr": 0.01,
+        "scaling": {"lanes": 1},
+    }
+    return parse({**tree, **changes}, ExperimentConfig, "test")
+
+
+def shas(session: Session) -> list[str]:
+    """state_sha after each step of an epoch, whose last batch has shards of two sizes."""
+    return [checkpoint.sha(session.state().tensors) for e in session.train() if isinstance(e, StepDone)]
+
+
+@pytest.mark.parametrize(
+    "model", ["resnet18", "squeezenet1_1", "shufflenet_v2_x0_5", "efficientnet_b0", "regnet_y_400mf"]
+)
+def test_together_or_one_by_one(session: Open, monkeypatch: pytest.MonkeyPatch, model: str) -> None:
+    together = session(config(model, epochs=1))
+    found = shas(together)
+    assert {len(sizes) for sizes in together.stepper.tried} == {4}
+    assert len(together.stepper.tried) > 1
+    monkeypatch.setattr(step, "TOGETHER", 0)
+    assert shas(session(config(model, epochs=1))) == found
+
+
+def test_a_kernel_that_minds_the_batch_is_found_out(session: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    true = torch.nn.functional.conv2d
+
+    def minds(x: Tensor, *words: Any) -> Tensor:
+        return true(x, *words) * (1 + 1e-6 * len(x))
+
+    monkeypatch.setattr(shardwise.F, "conv2d", minds)
+    minding = session(config("squeezenet1_1", epochs=1))
+    found = shas(minding)
+    assert minding.stepper.tried
+    assert not any(minding.stepper.tried.values())
+    monkeypatch.setattr(step, "TOGETHER", 0)
+    assert shas(session(config("squeezenet1_1", epochs=1))) == found
+
+
+def test_layers_are_what_they_were() -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2, padding=1),
+        nn.BatchNorm2d(8),
+        nn.Conv2d(8, 8, 3, groups=4, dilation=2),
+        nn.Flatten(),
+    )
+    plain.append(nn.Linear(8 * 12 * 12, 5))
+    apart, draws = nn.Sequential(*plain), Draws()
+    x, sizes = torch.randn(7, 3, 32, 32), [3, 4]
+    expected: dict[str, Tensor] = {}
+    for part in x.split(sizes):
+        plain(part).square().sum().backward()
+    for name, parameter in plain.named_parameters():
+        assert parameter.grad is not None
+        expected[name], parameter.grad = parameter.grad, None
+    assert shardwise.can(apart)
+    shardwise.shardwise(apart, draws)
+    draws.begin([0, 1], sizes, x.device)
+    apart(x).square().sum().backward()
+    for name, parameter in apart.named_parameters():
+        assert parameter.grad is not None
+        assert torch.allclose(parameter.grad, expected[name], rtol=1e-4, atol=1e-4), name
+
+
+def test_what_cannot() -> None:
+    assert shardwise.can(models.mobilenet_v3_small())
+    assert not shardwise.can(nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4)))
+    assert not shardwise.can(nn.Sequential(nn.Conv2d(3, 4, 3, padding="same")))
+    assert not shardwise.can(nn.TransformerEncoderLayer(8, 2, 16))
+
+
+@given(st.integers(1, 40))
+@settings(deadline=None)
+def test_total_is_the_tree(count: int) -> None:
+    leaves = [torch.randn(3, generator=torch.Generator().manual_seed(i)) * 10.0 ** (i % 7) for i in range(count)]
+    forest = Forest[Tensor](count, lambda left, right: left.add_(right))
+    for i, leaf in enumerate(leaves):
+        forest.push((0, i), leaf.clone())
+    assert torch.equal(total(leaf.clone() for leaf in leaves), forest.root())
