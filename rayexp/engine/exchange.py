@@ -58,8 +58,12 @@ class Exchange:
         self.staged = group.world > 1 and group.staged(torch.empty(0, device=device))
         self._device = torch.device("cpu") if self.staged else device
         self._boxes: dict[tuple[str, int], Tensor] = {}
-        self._sent: list[tuple[int, Tensor, Tensor, Any]] = []
-        # NCCL would have all workers scatter and collect in one order; there, the adding waits for `finish`.
+        self._under_way: list[tuple[int, Tensor, Tensor, Any]] = []
+        self._sent = 0
+        # gloo writes to the socket in the thread that sends if the other side waits already, which would make a worker
+        # that is late later still: so a thread sends, and another adds what has come. NCCL would have all workers
+        # scatter and collect in one order; there, the adding waits for `finish`.
+        self._sender = Background(self._scatter) if group.direct else None
         self._adder = Background(self._add) if group.direct else None
 
     def send(self, bucket: int, rows: Sequence[Tensor]) -> None:
@@ -80,9 +84,11 @@ class Exchange:
             parts = out.view(self.group.world, self.width, -1)
             for i, row in enumerate(rows):
                 parts[:, i].copy_(row.view(self.group.world, -1))
-        self._sent.append((bucket, rows[0], out, self.group.scatter(out, inbox)))
-        if self._adder is not None:
-            self._adder.put(self._sent[-1])
+        self._sent += 1
+        if self._sender is not None:
+            self._sender.put((bucket, rows[0], out, inbox))
+        else:
+            self._scatter(bucket, rows[0], out, inbox)
 
     def finish(self) -> None:
         """Wait until every bucket that was sent holds the root of the tree: the same bits on every worker.
@@ -90,12 +96,26 @@ class Exchange:
         Raises:
             RuntimeError: another worker is gone.
         """
-        sent, self._sent = self._sent, []
-        gathered = [self._adder.result() if self._adder else self._add(*each) for each in sent]
+        gathered = [self._next() for _ in range(self._sent)]
+        self._sent = 0
         for row, whole, done in gathered:
             done.wait()
             if whole is not row:
                 row.copy_(whole)
+
+    def _scatter(self, bucket: int, row: Tensor, out: Tensor, inbox: Tensor) -> None:
+        each = bucket, row, out, self.group.scatter(out, inbox)
+        if self._adder is not None:
+            self._adder.put(each)
+        else:
+            self._under_way.append(each)
+
+    def _next(self) -> tuple[Tensor, Tensor, Any]:
+        """The next bucket's row, where its whole will be, and the gathering under way."""
+        if self._sender is None or self._adder is None:
+            return self._add(*self._under_way.pop(0))
+        self._sender.result()  # raises what went wrong there; else the adder has it
+        return self._adder.result()
 
     def _add(self, bucket: int, row: Tensor, out: Tensor, sent: Any) -> tuple[Tensor, Tensor, Any]:
         """Add this worker's part of a bucket in tree order, and begin to gather the whole."""
