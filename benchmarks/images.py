@@ -8,7 +8,7 @@ two. The table gives medians over rounds and ratios of medians.
 
     peer       imagenet/main.py with its data loader processes
     bare       the engine's mathematics as a plain loop: packed data, batched augmentation, channels_last, short
-               convolutions, fused SGD, the allocator's settings; one batch on all threads
+               convolutions, batch norm over each shard, fused SGD, the allocator's settings; one batch on all threads
     ddp        rayexp, in-process, reduction: ddp
     exact      rayexp, in-process, reduction: exact (a lane a core)
     ray1       rayexp, one Ray worker, exact
@@ -103,6 +103,8 @@ def bare_loop(packed: Path, images: int, batch: int) -> list[float]:
 
     from rayexp.config import ExperimentConfig, parse
     from rayexp.engine import order
+    from rayexp.engine.draws import Draws
+    from rayexp.engine.norm import per_shard
     from rayexp.engine.place import cores, tune_allocator
     from rayexp.workloads.augment import DRAWS, augment
     from rayexp.workloads.image_classification import MEAN, STD, ImageClassification
@@ -113,7 +115,9 @@ def bare_loop(packed: Path, images: int, batch: int) -> list[float]:
     split, recipe = workload.data.train, config.data.augment
     tune_allocator()
     torch.set_num_threads(cores())
-    model = workload.model().train()
+    model, draws = workload.model().train(), Draws()
+    draws.begin((), workload.sizes(0, range(config.shards)), torch.device("cpu"))
+    per_shard(model, draws)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4, fused=True)
     mean, std = (torch.tensor(v)[:, None, None] for v in (MEAN, STD))
     permutation = torch.randperm(len(split), generator=torch.Generator().manual_seed(0)).numpy()
@@ -121,8 +125,7 @@ def bare_loop(packed: Path, images: int, batch: int) -> list[float]:
     for start in range(0, len(split) - batch + 1, batch):
         began = time.perf_counter()
         samples = permutation[start : start + batch].astype(np.int64)
-        draws = order.uniform(1, samples, DRAWS)
-        x = augment(torch.from_numpy(split.read(samples)), recipe, draws)
+        x = augment(torch.from_numpy(split.read(samples)), recipe, order.uniform(1, samples, DRAWS))
         x = ((x - mean) / std).contiguous(memory_format=torch.channels_last)
         for module in model.modules():
             if hasattr(module, "begin_step"):
