@@ -9,20 +9,19 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rayexp.config import ExperimentConfig
 from rayexp.engine import order
-from rayexp.engine.draws import Draws, adopt
 from rayexp.engine.exchange import AllReduce, Assembly, Exchange, Plan
-from rayexp.engine.flat import Master, Replica, Row, Touched
+from rayexp.engine.flat import Master, Row, Touched
 from rayexp.engine.group import Group
+from rayexp.engine.lane import Lane, begin_step
 from rayexp.engine.norm import per_shard
 from rayexp.engine.optimize import Optimizer
 from rayexp.engine.place import Place
@@ -59,61 +58,6 @@ class _Seconds:
     transfer: float = 0.0
 
 
-class Lane:
-    """One lane of a worker: a replica of the model for training, and rows for its part of the tree."""
-
-    def __init__(
-        self, master: Master, batch_dim: int, keep_apart: Callable[[nn.Module, Draws], None] | None, compiled: bool
-    ) -> None:
-        self.master = master
-        self.draws = Draws()
-        self.replica = Replica(master)
-        adopt(self.replica.model, self.draws, batch_dim)
-        if keep_apart is not None:
-            keep_apart(self.replica.model, self.draws)
-        self.forward: nn.Module = torch.compile(self.replica.model) if compiled else self.replica.model  # type: ignore[assignment]
-        self.keeping: list[Any] = [m for m in self.replica.model.modules() if hasattr(m, "begin_step")]
-        self.passed: Callable[[int], None] | None = None
-        self.replica.watch(lambda parameter: self.passed(parameter) if self.passed else None)
-        self._spare: list[Row] = []
-
-    def take(self, touched: Sequence[Touched], returned: bool) -> Row:
-        """A row, and the replica writes into it. Where gradients are `returned` by autograd, it need not be zeroed."""
-        row = self._spare.pop() if self._spare else Row(self.master.layout, self.master.device)
-        if returned:
-            self.master.layout.rest(row.tensor).zero_()
-        else:
-            row.clear(touched)
-        self.replica.bind(row, empty=returned)
-        return row
-
-    def give(self, row: Row) -> None:
-        """Take back a row that is no longer needed."""
-        self._spare.append(row)
-
-    @property
-    def spares(self) -> int:
-        """Rows that wait to be used again."""
-        return len(self._spare)
-
-
-def begin_step(lanes: Sequence[Lane], place: Place) -> None:
-    """The weights have changed: modules that keep something made from them make it anew.
-
-    Such a module has `begin_step()` and leaves what it made in `kept`, which its twins on the other lanes share.
-    """
-    twins = list(zip(*(lane.keeping for lane in lanes), strict=True))
-
-    def work(number: int) -> None:
-        for first, *others in twins[number :: len(lanes)]:
-            first.begin_step()
-            for other in others:
-                other.kept = first.kept
-
-    if twins:
-        place.run([lambda i=i: work(i) for i in range(len(lanes))])  # type: ignore[misc]
-
-
 class Stepper:
     """Computes this worker's part of every step, and updates the master with the sum over all workers."""
 
@@ -133,9 +77,7 @@ class Stepper:
         on_cpu = place.device.type == "cpu"
         self.together = self.exact and on_cpu and config.precision == "fp32" and workload.together and can(master.model)
         keep_apart = shardwise if self.together else None if self.exact else per_shard
-        self.lanes = [
-            Lane(master, workload.batch_dim, keep_apart, config.compile and not on_cpu) for _ in range(place.lanes)
-        ]
+        self.lanes = [Lane(master, workload, keep_apart, config.compile and not on_cpu) for _ in range(place.lanes)]
         # Whether shards of these sizes have the same bits together as one by one.
         self.tried: dict[tuple[int, ...], bool] = {}
         self.carries: dict[int, Carry] = {}
@@ -198,7 +140,7 @@ class Stepper:
             forest = Forest[Row](self.config.shards, _add, lane.give)
             runs = self._runs(number, epoch, step)
             for node, passes in runs:
-                row = lane.take(touched, self.workload.returns_gradients)
+                row = lane.take(touched)
                 for shards in passes:
                     if (node, shards) == (runs[-1][0], passes[-1]):
                         assembly.held[number] = [*forest.nodes(), (node, row)]
@@ -256,7 +198,7 @@ class Stepper:
             for passes in ([shards], [range(shard, shard + 1) for shard in shards]):
                 forest = Forest[Row](len(passes), _add)
                 for i, one in enumerate(passes):
-                    row = lane.take((), self.workload.returns_gradients)
+                    row = lane.take(())
                     self._pass(lane, row, epoch, step, one, Wish(), _Seconds())
                     forest.push((0, i), row)
                 found.append(forest.root().tensor.view(torch.int32))
@@ -271,7 +213,7 @@ class Stepper:
     def _ddp(self, epoch: int, step: int, wish: Wish, seconds: _Seconds, clock: list[float]) -> Tensor:
         touched, lane = self._touched(epoch, step), self.lanes[0]
         assembly = Assembly(self.plan, self.exchange, 1, touched, self.place.run)
-        row = lane.take(touched, self.workload.returns_gradients)
+        row = lane.take(touched)
         assembly.held[0] = [((0, 0), row)]
         lane.passed = lambda parameter: assembly.passed(0, parameter)
         self.place.run([lambda: self._pass(lane, row, epoch, step, self.shards, wish, seconds)])

@@ -139,7 +139,7 @@ class SmallMapConv2d(nn.Conv2d):
     """Says which shards a pass holds (see engine.shardwise); None: one."""
 
     def begin_step(self) -> None:
-        """The weights have changed: make the same matrices anew (see engine.step.Lane)."""
+        """The weights have changed: make the same matrices anew (see engine.lane)."""
         self.kept = {size: self._matrices(size) for size in self.kept}
 
     def _matrices(self, size: int) -> list[Tensor]:

@@ -54,6 +54,13 @@ def workers_pids(made: Run, rank: int) -> list[int]:
     return [int(pid) for pid in re.findall(r"pid (\d+)", log.read_text())] if log.exists() else []
 
 
+def test_a_ray_for_one_run_is_no_more_than_it_needs(ray_here: None) -> None:
+    import ray
+
+    node = ray._private.worker._global_node
+    assert {kind for kind, processes in node.all_processes.items() if processes} == {"gcs_server", "raylet"}
+
+
 def test_two_workers_do_what_this_process_does(tiny: Tiny, ray_here: None) -> None:
     alone = run(tiny(), argv=[])
     made = run(tiny(scaling={"num_workers": 2}), argv=[])

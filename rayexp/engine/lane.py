@@ -1,0 +1,79 @@
+"""A lane: what one thread of a worker (or its GPU) needs to compute shards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from rayexp.engine.draws import Draws, adopt
+from rayexp.engine.flat import Master, Replica, Row, Touched
+from rayexp.engine.place import Place
+from rayexp.engine.workload import Workload
+
+
+class Lane:
+    """One lane of a worker: a replica of the model for training, and rows for its part of the tree.
+
+    Args:
+        keep_apart: what keeps the shards of a pass apart in the replica; None: nothing need.
+        compiled: whether the forward goes through torch.compile.
+    """
+
+    def __init__(
+        self,
+        master: Master,
+        workload: Workload,
+        keep_apart: Callable[[nn.Module, Draws], None] | None,
+        compiled: bool = False,
+    ) -> None:
+        self.master, self.returned = master, workload.returns_gradients
+        self.draws = Draws()
+        self.replica = Replica(master)
+        adopt(self.replica.model, self.draws, workload.batch_dim)
+        if keep_apart is not None:
+            keep_apart(self.replica.model, self.draws)
+        self.forward: nn.Module = torch.compile(self.replica.model) if compiled else self.replica.model  # type: ignore[assignment]
+        self.keeping: list[Any] = [m for m in self.replica.model.modules() if hasattr(m, "begin_step")]
+        self.passed: Callable[[int], None] | None = None
+        self.replica.watch(lambda parameter: self.passed(parameter) if self.passed else None)
+        self._spare: list[Row] = []
+
+    def take(self, touched: Sequence[Touched]) -> Row:
+        """A row whose head is zero, and the replica writes into it. Its gradients need not be zeroed where autograd
+        returns them."""
+        row = self._spare.pop() if self._spare else Row(self.master.layout, self.master.device)
+        if self.returned:
+            self.master.layout.rest(row.tensor).zero_()
+        else:
+            row.clear(touched)
+        self.replica.bind(row, empty=self.returned)
+        return row
+
+    def give(self, row: Row) -> None:
+        """Take back a row that is no longer needed."""
+        self._spare.append(row)
+
+    @property
+    def spares(self) -> int:
+        """Rows that wait to be used again."""
+        return len(self._spare)
+
+
+def begin_step(lanes: Sequence[Lane], place: Place) -> None:
+    """The weights have changed: modules that keep something made from them make it anew.
+
+    Such a module has `begin_step()` and leaves what it made in `kept`, which its twins on the other lanes share.
+    """
+    twins = list(zip(*(lane.keeping for lane in lanes), strict=True))
+
+    def work(number: int) -> None:
+        for first, *others in twins[number :: len(lanes)]:
+            first.begin_step()
+            for other in others:
+                other.kept = first.kept
+
+    if twins:
+        place.run([lambda i=i: work(i) for i in range(len(lanes))])  # type: ignore[misc]
