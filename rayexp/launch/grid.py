@@ -180,7 +180,7 @@ def _tune(comparison: Comparison, jobs: list[dict[str, Any]], address: str | Non
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     cells = {cell.id: cell for cell in comparison.cells()}
     books = comparison.root / "tune"
-    with on_ray.environment(_ENVIRONMENT), on_ray.session(address):
+    with on_ray.environment(_ENVIRONMENT), on_ray.session(address, for_tune=True):
         host = f"node:{on_ray.nodes()[0].name}"
         cores = on_ray.nodes()[0].cpus
 

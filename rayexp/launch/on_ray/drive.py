@@ -62,7 +62,7 @@ def drive(
         fields = placed(plan) | {"nodes": len(session.nodes())}
         (run.root / NONCE).write_text(fields["nonce"])
         keeper = keep(run, fields["nonce"], session.node_id()) if fields["nodes"] > 1 else None
-        attempt = Fit(payload | fields, plan, own_ray)
+        attempt = Fit(payload | fields, plan)
         attempt.start()
         growing = _watch(run, config, plan, attempt, stopped)
         (run.root / NONCE).unlink(missing_ok=True)

@@ -17,7 +17,7 @@ from rayexp.errors import RunError, UserError
 from rayexp.launch.faults import LostError
 from rayexp.launch.on_ray.meeting import Meeting
 from rayexp.launch.on_ray.member import member
-from rayexp.launch.on_ray.session import environment
+from rayexp.launch.on_ray.session import environment, lone
 from rayexp.launch.plan import Plan
 
 # Ray Train polls its workers this often: a lost worker is seen by a poll, and a poll takes time from the worker.
@@ -41,24 +41,23 @@ class Trainer(TorchTrainer):
     """A TorchTrainer without the helper actors that a run has no use for; each costs a second of a core at the start.
 
     They are left out by name, so that a Ray without them is no trouble: the manager of Ray Data's datasets, and, in a
-    Ray that ends with the run anyway, the cleaner that frees what a killed controller held.
+    Ray that ends with our runs anyway, the cleaner that frees what a killed controller held (which asks the dashboard)
+    and the coordinator that asks a cluster to grow.
     """
 
-    own_ray = False
-
     def _create_default_callbacks(self) -> list[Any]:
-        out = {"DatasetsCallback"} | ({"PlacementGroupCleanerCallback"} if self.own_ray else set())
+        out = {"DatasetsCallback"} | ({"PlacementGroupCleanerCallback"} if lone() else set())
         made: list[Any] = super()._create_default_callbacks()  # type: ignore[misc]
         return [c for c in made if type(c).__name__ not in out]
 
     def _initialize_and_run_controller(self, **words: Any) -> Any:
-        if self.own_ray:
+        if lone():
             words["scaling_policy"] = Fixed(self.scaling_config)  # type: ignore[arg-type]
         return super()._initialize_and_run_controller(**words)  # type: ignore[misc]
 
 
 class Fixed(FixedScalingPolicy):
-    """A fixed number of workers, without the actor that asks a cluster to grow for them."""
+    """A fixed number of workers, for which no cluster is asked to grow."""
 
     def after_controller_start(self, train_run_context: Any) -> None:
         """Nothing to register with."""
@@ -67,13 +66,12 @@ class Fixed(FixedScalingPolicy):
         pass
 
 
-def fit(payload: Mapping[str, Any], plan: Plan, own_ray: bool) -> str:
+def fit(payload: Mapping[str, Any], plan: Plan) -> str:
     """Run the workers once; returns `done` or `stopped`.
 
     Args:
         payload: see launch.worker and member.
         plan: how many workers, and what each holds.
-        own_ray: whether this Ray was started for the run.
 
     Raises:
         UserError, RunError: as a worker raised it.
@@ -95,7 +93,6 @@ def fit(payload: Mapping[str, Any], plan: Plan, own_ray: bool) -> str:
                 failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
             ),
         )
-        trainer.own_ray = own_ray
         try:
             return str(trainer.fit().return_value)  # type: ignore[attr-defined]
         except TrainingFailedError as error:
@@ -137,15 +134,15 @@ def _line(error: BaseException) -> str:
 class Fit(threading.Thread):
     """`fit` in a thread, so that the main thread keeps the screen and the signals."""
 
-    def __init__(self, payload: Mapping[str, Any], plan: Plan, own_ray: bool) -> None:
+    def __init__(self, payload: Mapping[str, Any], plan: Plan) -> None:
         super().__init__(name="fit", daemon=True)
-        self.payload, self.plan, self.own_ray = payload, plan, own_ray
+        self.payload, self.plan = payload, plan
         self.status = ""
         self.error: BaseException | None = None
 
     def run(self) -> None:
         """See threading.Thread."""
         try:
-            self.status = fit(self.payload, self.plan, self.own_ray)
+            self.status = fit(self.payload, self.plan)
         except BaseException as error:
             self.error = error

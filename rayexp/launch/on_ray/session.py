@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -13,6 +13,8 @@ import ray._private.authentication.authentication_token_setup
 import ray._private.node
 import ray._private.state
 import ray._private.utils
+import ray._private.worker
+from ray._private.ray_constants import PROCESS_TYPE_DASHBOARD
 
 from rayexp.config import ExperimentConfig
 from rayexp.errors import UserError
@@ -23,15 +25,16 @@ CONNECT_S = 10.0
 # Read by processes that Ray starts from here.
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", "RAY_prestart_worker_first_driver": "0"}
 
-# A Ray that serves one run alone keeps no books that others would read, and does without the Python processes that
-# stream logs to the driver's screen (rayexp reads the files), ask a cloud for machines, and answer for a dashboard:
-# each starts beside the workers and then takes from their cores.
+# A Ray of our own keeps no books that others would read, and does without the Python processes that stream logs to the
+# driver's screen (rayexp reads the files) and ask a cloud for machines; where runs come one after another, also without
+# the one that answers for a dashboard. Each starts beside the workers and then takes from their cores.
 _NO_BOOKS = {
     "RAY_task_events_report_interval_ms": "0",
     "RAY_enable_metrics_collection": "0",
     "REPORTER_UPDATE_INTERVAL_MS": "600000",
 }
-_NOT_NEEDED = ("start_log_monitor", "start_monitor", "start_api_server")
+_NOT_NEEDED = ("start_log_monitor", "start_monitor")
+_DASHBOARD = "start_api_server"
 
 
 @contextlib.contextmanager
@@ -47,10 +50,10 @@ def environment(fields: Mapping[str, str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _alone() -> Iterator[None]:
-    """Ray starts without what a single run has no use for; by name, so that a Ray without it is no trouble."""
+def _small(names: Sequence[str]) -> Iterator[None]:
+    """Ray starts without these; by name, so that a Ray that does not know one is no trouble."""
     node = ray._private.node.Node
-    kept = {name: getattr(node, name) for name in _NOT_NEEDED if hasattr(node, name)}
+    kept = {name: getattr(node, name) for name in names if hasattr(node, name)}
     for name in kept:
         setattr(node, name, lambda self, **words: None)
     try:
@@ -62,11 +65,12 @@ def _alone() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def session(address: str | None) -> Iterator[bool]:
+def session(address: str | None, for_tune: bool = False) -> Iterator[bool]:
     """A connection to Ray for as long as the block lasts; one that is there already is used and left open.
 
     Args:
         address: of a running Ray; None: RAY_ADDRESS, else the one `ray start` has left here, else a new one.
+        for_tune: whether runs are started by Ray Tune's trials, and so in other processes than this.
 
     Gives whether this Ray was started here, for this block alone.
 
@@ -87,7 +91,8 @@ def session(address: str | None) -> Iterator[bool]:
     else:
         words["address"] = address
     try:
-        with environment(_QUIET), contextlib.nullcontext() if address else _alone():
+        without = _NOT_NEEDED if for_tune else (*_NOT_NEEDED, _DASHBOARD)
+        with environment(_QUIET), contextlib.nullcontext() if address else _small(without):
             _bring_token(address)
             ray.init(**words)
     except ConnectionError as error:
@@ -96,6 +101,12 @@ def session(address: str | None) -> Iterator[bool]:
         yield not address
     finally:
         ray.shutdown()
+
+
+def lone() -> bool:
+    """Whether this process has started the connected Ray, and for its own runs only."""
+    node = ray._private.worker._global_node
+    return node is not None and node.head and PROCESS_TYPE_DASHBOARD not in node.all_processes
 
 
 def running(address: str | None) -> str | None:
