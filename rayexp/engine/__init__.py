@@ -4,15 +4,20 @@ The number of workers may decide who computes a shard, never what the shard is, 
 
     order       which sample comes when, and where every random draw comes from
     draws       dropout whose mask is drawn per shard
+    norm        batch norm over each shard of a pass
+    shardwise   several shards in one pass, each with gradients of its own
+    matmul      matrix products on the CPU
     flat        a model's tensors as views of one buffer; the layout of what is reduced
     reduce      the fixed tree over shards
     group       the workers of a run as one group
     exchange    what travels between workers to complete the tree
     optimize    SGD and AdamW on the flat buffers; schedules
     place       device, threads, lanes, determinism, fingerprint
+    lane        what a thread of a worker needs to compute shards
     step        one optimizer step: shards on lanes, then the tree, then the update
     evaluate    validation predictions, cut into streams
     checkpoint  state to bytes and back, hashes
     link        how fast the workers' link is
+    summary     the layer table
     loop        epochs and steps as a generator
 """
