@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,6 +37,14 @@ def tiny(tmp_path: Path) -> Callable[..., ExperimentConfig]:
         return parse({**TINY, "storage_path": str(tmp_path / "runs"), **changes}, ExperimentConfig, "test")
 
     return make
+
+
+@pytest.fixture
+def alone() -> Iterator[dict[str, str]]:
+    """An environment in which no Ray runs that another process has started here (its address lies in RAY_TMPDIR)."""
+    folder = tempfile.mkdtemp(prefix="rx-")  # short: sockets lie below it
+    yield {**{k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}, "RAY_TMPDIR": folder}
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture

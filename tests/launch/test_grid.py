@@ -1,20 +1,14 @@
-"""The plan of a device grid, what is on disk, and (marked ray) the grid itself, killed and resumed."""
+"""The plan of a device grid, and what of it is on disk."""
 
 from __future__ import annotations
 
 import json
-import math
-import os
-import shutil
-import signal
 import subprocess
 import sys
-import tempfile
-import time
 
 import pytest
 
-from rayexp.comparison import PLAIN, Comparison, Row
+from rayexp.comparison import Comparison, Row
 from rayexp.config import CompareConfig, ExperimentConfig, load, parse
 from rayexp.disk import now
 from rayexp.errors import UserError
@@ -45,14 +39,6 @@ def gpu(workers, **more):
 
 def by_id(config, nodes=LAPTOP, **base):
     return {cell.id: cell for cell in plan(config, experiment(**base), nodes)}
-
-
-@pytest.fixture
-def alone():
-    """An environment in which no Ray runs that another process has started here (its address lies in RAY_TMPDIR)."""
-    folder = tempfile.mkdtemp(prefix="rx-")  # short: sockets lie below it
-    yield {**{k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}, "RAY_TMPDIR": folder}
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 # ---------------------------------------------------------------------- plan
@@ -318,174 +304,3 @@ def test_dry_run_shows_the_plan_and_makes_nothing(tmp_path, alone):
     assert cells["cpu-x1-exact"]["skip"] is None
     assert "64 GPUs asked" in cells["gpu-x64-exact"]["skip"]
     assert not (tmp_path / "runs").exists()
-
-
-# ---------------------------------------------------------------------- the plain script
-
-TINY = {
-    "data": {"name": "shapes", "max_train_samples": 64, "max_val_samples": 32, "image_size": 32},
-    "batch_size": 16,
-    "shards": 2,
-    "epochs": 2,
-    "lr": 0.01,
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "tree",
-    [
-        TINY,
-        {
-            "workload": "language_model", "model": {"name": "gru", "emsize": 16, "nhid": 16, "nlayers": 1},
-            "data": {"name": "python_docs", "max_train_tokens": 2000, "max_val_tokens": 500}, "batch_size": 4,
-            "shards": 2, "lr": 1.0, "epochs": 2, "optimizer": {"name": "sgd", "momentum": 0, "clip": 0.25},
-        },
-    ],
-    ids=["images", "text"],
-)  # fmt: skip
-def test_the_plain_script_is_measured_like_a_cell(tmp_path, tree):
-    config = parse({**tree, "name": "plain", "storage_path": str(tmp_path)}, ExperimentConfig, "x")
-    run = grid.plain(config, "cpu", ["x"], time.time(), "parent")
-    assert run.meta()["status"] == "done"
-    assert run.meta()["startup_seconds"]["to_first_step"] > 0
-    records, steps = run.records(), run.steps()
-    assert [r.epoch for r in records] == [1, 2]
-    assert [line["first"] for line in steps] == [True, False]
-    for record, line in zip(records, steps, strict=True):
-        phases = [line[name] for name in ("data", "transfer", "compute", "optimizer")]
-        assert [sum(parts) for parts in zip(*phases, strict=True)] == pytest.approx(line["total"], abs=1e-5)
-        assert record.seconds["total"] >= sum(line["total"])
-        assert math.isfinite(record.val_loss)
-    expected = 64 if tree is TINY else (2000 // 4 - 1) * 4
-    assert sum(steps[0]["count"]) == expected
-
-
-def test_the_plain_script_s_failure_is_one_line(tmp_path):
-    tree = {**TINY, "data": {"name": "folder", "root": str(tmp_path / "none")}, "storage_path": str(tmp_path / "runs")}
-    config = parse(tree, ExperimentConfig, "x")
-    with pytest.raises(grid.RunError, match="none"):
-        grid.plain(config, "cpu", ["x"], time.time(), "parent")
-    (run,) = Run.all(tmp_path / "runs")
-    assert run.meta()["status"] == "failed"
-
-
-def test_the_plain_script_steps_like_the_engine():
-    """One step of the engine (one shard, so that batch norm sees the whole batch) and of the script, same weights."""
-    import torch
-
-    from rayexp.engine.group import Group
-    from rayexp.engine.loop import Session, StepDone
-    from rayexp.engine.place import settle
-    from rayexp.workloads import open_workload
-    from rayexp.workloads.plain import Images, optimizer_of
-
-    words = {**TINY, "shards": 1, "reduction": "ddp", "weight_decay": 0.01}
-    config = parse({**words, "data": {**TINY["data"], "augment": None}}, ExperimentConfig, "x")
-    threads = torch.get_num_threads()
-    try:
-        device = torch.device("cpu")
-        workload = open_workload(config)
-        session = Session(config, workload, Group(), settle(config, device, 1))
-        script = Images(config, device)
-        script.model.load_state_dict({n: t.clone() for n, t in session.master.tensors(0).items()})
-        script.model.train()
-        optimizer = optimizer_of(config, script.model)
-        batch = workload.batch(1, 0, range(1), device)
-        loss = script.loss(batch.inputs[0], batch.targets)
-        loss.backward()
-        optimizer.step()
-        event = next(session.train())
-        assert isinstance(event, StepDone)
-        assert event.loss == pytest.approx(loss.item(), rel=1e-4)
-        for name, parameter in script.model.named_parameters():
-            ours = session.master.tensors(1)[name]
-            assert torch.allclose(ours, parameter, rtol=1e-3, atol=2e-4), name
-    finally:
-        torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(False)
-
-
-# ---------------------------------------------------------------------- the grid itself
-
-GRID = """
-name: small
-base: base.yaml
-scaling:
-  - {num_workers: 0, use_gpu: false}
-  - {num_workers: 2, use_gpu: false, cpus_per_worker: 0.5}
-  - {num_workers: 8, use_gpu: true}
-repeats: 1
-"""
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_killed_in_the_middle_of_a_cell_and_resumed_gives_the_full_table(tmp_path, alone):
-    import yaml
-
-    (tmp_path / "grid.yaml").write_text(GRID)
-    (tmp_path / "base.yaml").write_text(yaml.safe_dump({"name": "base", **TINY}))
-    command = [sys.executable, "-m", "rayexp", "compare"]
-    with (tmp_path / "err").open("w") as err:
-        first = subprocess.Popen([*command, "grid.yaml"], cwd=tmp_path, env=alone, stderr=err, stdout=err)
-        try:
-            deadline = time.monotonic() + 240
-            while time.monotonic() < deadline and not list(tmp_path.glob("runs/*/cells/*cpu-x2*")):
-                assert first.poll() is None, (tmp_path / "err").read_text()
-                time.sleep(0.1)
-        finally:
-            first.kill()
-            first.wait()
-    (root,) = (tmp_path / "runs").iterdir()
-    comparison = Comparison(root)
-    before = {row.cell: row.run for row in comparison.rows()}
-    assert set(before) == {"cpu-plain", "cpu-inprocess-exact"}
-    done = subprocess.run(
-        [*command, "--resume", str(root), "--json"], cwd=tmp_path, env=alone, capture_output=True, text=True
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert {cell["cell"] for cell in found["cells"]} == {"cpu-plain", "cpu-inprocess-exact", "cpu-x2-exact"}
-    assert found["equal_weights"] is True
-    assert found["groups"][0]["runs"] == 2
-    assert found["skipped"][-1]["cell"] == "gpu-x8-exact"
-    assert found["missing"] == 0
-    after = {row.cell: row.run for row in comparison.rows()}
-    assert {cell: after[cell] for cell in before} == before  # nothing that was done ran again
-    assert (root / "report.html").is_file()
-    assert not (root / "tune").exists()
-    statuses = {run.meta()["status"] for run in Run.all(comparison.cells_path)}
-    assert statuses <= {"done", "stopped"}
-    assert all(cell["reduction"] in ("exact", PLAIN) for cell in found["cells"])
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_a_cell_whose_process_is_killed_fails_alone(tmp_path, alone):
-    import yaml
-
-    scaling = [{"num_workers": n, "use_gpu": False, "cpus_per_worker": 0.5} for n in (1, 2)]
-    tree = {"base": "base.yaml", "scaling": scaling, "repeats": 1, "baseline": False, "overrides": {"epochs": 30}}
-    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(tree))
-    (tmp_path / "base.yaml").write_text(yaml.safe_dump({"name": "base", **TINY}))
-    command = [sys.executable, "-m", "rayexp", "compare", "grid.yaml", "--json"]
-    with (tmp_path / "out").open("w") as out, (tmp_path / "err").open("w") as err:
-        grid_process = subprocess.Popen(command, cwd=tmp_path, env=alone, stdout=out, stderr=err)
-        try:
-            deadline = time.monotonic() + 240
-            while not (begun := list(tmp_path.glob("runs/*/cells/*cpu-x1*/epochs.jsonl"))):
-                assert time.monotonic() < deadline
-                assert grid_process.poll() is None, (tmp_path / "err").read_text()
-                time.sleep(0.1)
-            os.kill(json.loads((begun[0].parent / "run.json").read_bytes())["pid"], signal.SIGKILL)
-            assert grid_process.wait(timeout=300) == 1
-        finally:
-            grid_process.kill()
-            grid_process.wait()
-    found = json.loads((tmp_path / "out").read_text())
-    assert [cell["cell"] for cell in found["cells"]] == ["cpu-x2-exact"]  # whose workers had room
-    assert found["failed"] == [
-        {"cell": "cpu-x1-exact", "repeat": 1, "error": "its process died: killed, or out of memory"}
-    ]
-    assert "1 of the runs failed (cpu-x1-exact)" in (tmp_path / "err").read_text()
