@@ -18,6 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from rayexp.engine.place import set_threads
 from rayexp.engine.workload import Workload
 from rayexp.errors import RunError
 
@@ -144,6 +145,7 @@ class Writer:
             raise error
 
     def _work(self) -> None:
+        set_threads(1)
         while (write := self._queue.get()) is not None:
             try:
                 if self._error is None:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from rayexp.engine.flat import Layout, Row, Touched
 from rayexp.engine.group import Group
+from rayexp.engine.place import set_threads
 from rayexp.engine.reduce import Forest, Node, forest_nodes
 
 T = TypeVar("T")
@@ -159,7 +160,7 @@ class Background(Generic[T]):
         return done
 
     def _run(self) -> None:
-        torch.set_num_threads(1)
+        set_threads(1)
         while True:
             try:
                 self._done.put(self._function(*self._work.get()))

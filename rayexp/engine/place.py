@@ -143,11 +143,9 @@ def settle(config: ExperimentConfig, device: torch.device, shards: int, cpus: fl
     lanes = lanes_of(config, shards, cpus)
     threads = budget if config.reduction == "ddp" else THREADS_PER_LANE
     if lanes == 1 and _in_first_arena():
-        _set_threads(threads)
+        set_threads(threads)
         return Place(device, 1, threads, None)
-    # Beside a pool one thread is enough here, and more would cost: where GNU OpenMP has more threads than there are
-    # cores, all of them sleep at every barrier.
-    _set_threads(1)
+    set_threads(1)
     return Place(device, lanes, threads, _threads(lanes, threads) if lanes > 1 else _thread_in_first_arena(threads))
 
 
@@ -161,11 +159,15 @@ def _budget(cpus: float | None) -> int:
 
 
 def _threads(count: int, threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(count, "lane", initializer=_set_threads, initargs=(threads,))
+    return ThreadPoolExecutor(count, "lane", initializer=set_threads, initargs=(threads,))
 
 
-def _set_threads(threads: int) -> None:
-    """Intra-op threads of this thread."""
+def set_threads(threads: int) -> None:
+    """Intra-op threads of this thread.
+
+    Every thread that computes beside lanes takes one: where GNU OpenMP has more threads than there are cores, all of
+    them sleep at every barrier from then on.
+    """
     torch.get_num_threads()  # which a thread's first operation would otherwise set to what the last caller asked for
     torch.set_num_threads(threads)
 
