@@ -171,20 +171,15 @@ class _Worker:
     def _step(self, event: StepDone) -> None:
         if event.first and self.lead:
             self._first_step()
+        if self.payload.get("trace"):
+            self._trace(event)  # before the snapshot: a step that is saved is not done again
         every = self.config.checkpoint.every_steps
         due = event.save or (every is not None and self.session.global_step % every == 0)
         if event.stopped or (due and event.step < event.steps):
             self._snapshot()
-        # Every worker must call it: each has the carried state of its own shards.
-        state = self.session.state() if self.payload.get("trace") else None
         if not self.lead:
             return
         self.steps.append(event)
-        if state is not None:
-            hashes = {name: checkpoint.sha({name: tensor}) for name, tensor in state.tensors.items()}
-            weights = checkpoint.sha(state.weights())
-            rate = event.rate
-            self.pen.trace({"step": self.session.global_step, "weights_sha": weights, "tensors": hashes, "rate": rate})
         now = time.monotonic()
         if now - self.told >= PROGRESS_SECONDS or event.step == event.steps:
             self.told = now
@@ -199,6 +194,13 @@ class _Worker:
                     "unit": self.workload.unit,
                 }
             )
+
+    def _trace(self, event: StepDone) -> None:
+        state = self.session.state()  # every worker must call it: each has the carried state of its own shards
+        if self.lead:
+            hashes = {name: checkpoint.sha({name: tensor}) for name, tensor in state.tensors.items()}
+            weights, step = checkpoint.sha(state.weights()), self.session.global_step
+            self.pen.trace({"step": step, "weights_sha": weights, "tensors": hashes, "rate": event.rate})
 
     def _first_step(self) -> None:
         now, started = time.time(), self.payload.get("started") or self.entered
