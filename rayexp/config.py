@@ -27,8 +27,6 @@ from rayexp.errors import UserError, nearest
 
 IMAGE_DATA = ("shapes", "tiny_imagenet", "folder")
 TEXT_DATA = ("python_docs", "wikitext2", "text")
-_IMAGE_KEYS = ("max_train_samples", "max_val_samples", "image_size", "augment")
-_TEXT_KEYS = ("max_train_tokens", "max_val_tokens", "bptt", "eval_columns")
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
@@ -102,15 +100,6 @@ class DataConfig(_Section):
         if name not in known:
             raise ValueError(f"unknown data {name!r}{nearest(name, known)}; allowed: {', '.join(known)}")
         return name
-
-    @model_validator(mode="after")
-    def _of_its_kind(self) -> Self:
-        images = self.name in IMAGE_DATA
-        for key in _TEXT_KEYS if images else _IMAGE_KEYS:
-            if getattr(self, key) != type(self).model_fields[key].default:
-                kind, known = ("images", _IMAGE_KEYS) if images else ("text", _TEXT_KEYS)
-                raise ValueError(f"{key}: {self.name} is {kind}, for which there are {', '.join(known)}")
-        return self
 
     @model_validator(mode="after")
     def _root_where_needed(self) -> Self:
