@@ -167,11 +167,14 @@ class Stepper:
         """A lane's passes, and the nodes of the tree whose rows they fill."""
         part = order.share(len(self.shards), len(self.lanes), lane)
         at, stop = self.shards.start + part.start, self.shards.start + part.stop
+        highest = TOGETHER if self.together else 1
         runs: list[tuple[Node, list[range]]] = []
         while at < stop:
             level = 0
-            while level < self._highest and at % (2 << level) == 0 and at + (2 << level) <= stop:
+            while level < highest and at % (2 << level) == 0 and at + (2 << level) <= stop:
                 level += 1
+            while level > 1 and not self._alike(self.lanes[lane], epoch, step, range(at, at + (1 << level))):
+                level -= 1
             shards = range(at, at + (1 << level))
             if self.together and self._alike(self.lanes[lane], epoch, step, shards):
                 runs.append(((level, at >> level), [shards]))
@@ -183,11 +186,6 @@ class Stepper:
                 runs += [((0, shard), [range(shard, shard + 1)]) for shard in shards]
             at = shards.stop
         return runs
-
-    @property
-    def _highest(self) -> int:
-        """The level of the largest node that one row is filled for without a forest."""
-        return TOGETHER if self.together else 1
 
     def _alike(self, lane: Lane, epoch: int, step: int, shards: range) -> bool:
         """Whether these shards have the same bits together as one by one. What kernels do depends on the sizes alone,

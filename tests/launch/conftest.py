@@ -30,6 +30,18 @@ TINY: dict[str, Any] = {
 
 
 @pytest.fixture
+def tiny_images() -> dict[str, Any]:
+    """The keys of a small image classification."""
+    return {
+        "data": {"name": "shapes", "max_train_samples": 64, "max_val_samples": 32, "image_size": 32},
+        "batch_size": 16,
+        "shards": 2,
+        "epochs": 2,
+        "lr": 0.01,
+    }
+
+
+@pytest.fixture
 def tiny(tmp_path: Path) -> Callable[..., ExperimentConfig]:
     """A small configuration, its runs in tmp_path/runs; keywords replace its keys."""
 

@@ -14,14 +14,6 @@ import pytest
 from rayexp.comparison import PLAIN, Comparison
 from rayexp.runs import Run
 
-TINY = {
-    "data": {"name": "shapes", "max_train_samples": 64, "max_val_samples": 32, "image_size": 32},
-    "batch_size": 16,
-    "shards": 2,
-    "epochs": 2,
-    "lr": 0.01,
-}
-
 GRID = """
 name: small
 base: base.yaml
@@ -35,11 +27,11 @@ repeats: 1
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_killed_in_the_middle_of_a_cell_and_resumed_gives_the_full_table(tmp_path, alone):
+def test_killed_in_the_middle_of_a_cell_and_resumed_gives_the_full_table(tmp_path, alone, tiny_images):
     import yaml
 
     (tmp_path / "grid.yaml").write_text(GRID)
-    (tmp_path / "base.yaml").write_text(yaml.safe_dump({"name": "base", **TINY}))
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump({"name": "base", **tiny_images}))
     command = [sys.executable, "-m", "rayexp", "compare"]
     with (tmp_path / "err").open("w") as err:
         first = subprocess.Popen([*command, "grid.yaml"], cwd=tmp_path, env=alone, stderr=err, stdout=err)
@@ -76,13 +68,13 @@ def test_killed_in_the_middle_of_a_cell_and_resumed_gives_the_full_table(tmp_pat
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_cell_whose_process_is_killed_fails_alone(tmp_path, alone):
+def test_a_cell_whose_process_is_killed_fails_alone(tmp_path, alone, tiny_images):
     import yaml
 
     scaling = [{"num_workers": n, "use_gpu": False, "cpus_per_worker": 0.5} for n in (1, 2)]
     tree = {"base": "base.yaml", "scaling": scaling, "repeats": 1, "baseline": False, "overrides": {"epochs": 30}}
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(tree))
-    (tmp_path / "base.yaml").write_text(yaml.safe_dump({"name": "base", **TINY}))
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump({"name": "base", **tiny_images}))
     command = [sys.executable, "-m", "rayexp", "compare", "grid.yaml", "--json"]
     with (tmp_path / "out").open("w") as out, (tmp_path / "err").open("w") as err:
         grid_process = subprocess.Popen(command, cwd=tmp_path, env=alone, stdout=out, stderr=err)

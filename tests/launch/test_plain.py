@@ -11,20 +11,12 @@ from rayexp.config import ExperimentConfig, parse
 from rayexp.launch import grid
 from rayexp.runs import Run
 
-TINY = {
-    "data": {"name": "shapes", "max_train_samples": 64, "max_val_samples": 32, "image_size": 32},
-    "batch_size": 16,
-    "shards": 2,
-    "epochs": 2,
-    "lr": 0.01,
-}
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "tree",
+    "changes",
     [
-        TINY,
+        {},
         {
             "workload": "language_model", "model": {"name": "gru", "emsize": 16, "nhid": 16, "nlayers": 1},
             "data": {"name": "python_docs", "max_train_tokens": 2000, "max_val_tokens": 500}, "batch_size": 4,
@@ -33,8 +25,8 @@ TINY = {
     ],
     ids=["images", "text"],
 )  # fmt: skip
-def test_the_plain_script_is_measured_like_a_cell(tmp_path, tree):
-    config = parse({**tree, "name": "plain", "storage_path": str(tmp_path)}, ExperimentConfig, "x")
+def test_the_plain_script_is_measured_like_a_cell(tmp_path, tiny_images, changes):
+    config = parse({**tiny_images, **changes, "name": "plain", "storage_path": str(tmp_path)}, ExperimentConfig, "x")
     run = grid.plain(config, "cpu", ["x"], time.time(), "parent")
     assert run.meta()["status"] == "done"
     assert run.meta()["startup_seconds"]["to_first_step"] > 0
@@ -46,12 +38,16 @@ def test_the_plain_script_is_measured_like_a_cell(tmp_path, tree):
         assert [sum(parts) for parts in zip(*phases, strict=True)] == pytest.approx(line["total"], abs=1e-5)
         assert record.seconds["total"] >= sum(line["total"])
         assert math.isfinite(record.val_loss)
-    expected = 64 if tree is TINY else (2000 // 4 - 1) * 4
+    expected = 64 if not changes else (2000 // 4 - 1) * 4
     assert sum(steps[0]["count"]) == expected
 
 
-def test_the_plain_script_s_failure_is_one_line(tmp_path):
-    tree = {**TINY, "data": {"name": "folder", "root": str(tmp_path / "none")}, "storage_path": str(tmp_path / "runs")}
+def test_the_plain_script_s_failure_is_one_line(tmp_path, tiny_images):
+    tree = {
+        **tiny_images,
+        "data": {"name": "folder", "root": str(tmp_path / "none")},
+        "storage_path": str(tmp_path / "runs"),
+    }
     config = parse(tree, ExperimentConfig, "x")
     with pytest.raises(grid.RunError, match="none"):
         grid.plain(config, "cpu", ["x"], time.time(), "parent")
@@ -59,7 +55,7 @@ def test_the_plain_script_s_failure_is_one_line(tmp_path):
     assert run.meta()["status"] == "failed"
 
 
-def test_the_plain_script_steps_like_the_engine():
+def test_the_plain_script_steps_like_the_engine(tiny_images):
     """One step of the engine (one shard, so that batch norm sees the whole batch) and of the script, same weights."""
     import torch
 
@@ -69,8 +65,8 @@ def test_the_plain_script_steps_like_the_engine():
     from rayexp.workloads import open_workload
     from rayexp.workloads.plain import Images, optimizer_of
 
-    words = {**TINY, "shards": 1, "reduction": "ddp", "weight_decay": 0.01}
-    config = parse({**words, "data": {**TINY["data"], "augment": None}}, ExperimentConfig, "x")
+    words = {**tiny_images, "shards": 1, "reduction": "ddp", "weight_decay": 0.01}
+    config = parse({**words, "data": {**tiny_images["data"], "augment": None}}, ExperimentConfig, "x")
     threads = torch.get_num_threads()
     try:
         device = torch.device("cpu")
