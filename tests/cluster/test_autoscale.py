@@ -50,9 +50,10 @@ def test_a_run_brings_its_machines(bare_head: Any, tiny: Path, undisturbed: list
             "disable_launch_config_check": True,
             "gcs_address": f"{bare_head.address}:{bare_head.port}",
         },
-        "head_node_type": "head",
+        # The pretended provider's name for it: under another, the autoscaler adds and removes heads all the time.
+        "head_node_type": "ray.head.default",
         "available_node_types": {
-            "head": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+            "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
             "two": {
                 "resources": {"CPU": 2, "object_store_memory": 80_000_000},
                 "node_config": {},
