@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import tempfile
 import threading
 from collections.abc import Mapping
 from typing import Any
 
+import ray
 from ray.exceptions import OutOfMemoryError, RayActorError, RayError
+from ray.runtime_context import RuntimeContext
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.execution.controller.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+from ray.train.v2._internal.execution.worker_group import state, worker_group
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
@@ -17,7 +23,7 @@ from rayexp.errors import RunError, UserError
 from rayexp.launch.faults import LostError
 from rayexp.launch.on_ray.meeting import Meeting
 from rayexp.launch.on_ray.member import member
-from rayexp.launch.on_ray.session import environment, lone
+from rayexp.launch.on_ray.session import environment, replaced
 from rayexp.launch.plan import Plan
 
 # Ray Train polls its workers this often: a lost worker is seen by a poll, and a poll takes time from the worker.
@@ -38,32 +44,56 @@ _ENVIRONMENT = {
 
 
 class Trainer(TorchTrainer):
-    """A TorchTrainer without the helper actors that a run has no use for; each costs a second of a core at the start.
+    """A TorchTrainer that starts no processes but its workers; each other costs a second of a core at the start, and
+    wakes a hundred times a second beside the workers.
 
-    They are left out by name, so that a Ray without them is no trouble: the manager of Ray Data's datasets, and, in a
-    Ray that ends with our runs anyway, the cleaner that frees what a killed controller held (which asks the dashboard)
-    and the coordinator that asks a cluster to grow.
+    The controller runs in the calling thread, not in an actor. Workers have nobody to agree with on a report, because
+    they write to the run directory. What follows from the controller's being an actor is left out too, by name, so that
+    a Ray without it is no trouble: the manager of Ray Data's datasets, and in a driver, whose end frees what it holds,
+    the cleaner. (In a trial of Ray Tune it is needed: a killed trial would keep its places.)
     """
 
     def _create_default_callbacks(self) -> list[Any]:
-        out = {"DatasetsCallback"} | ({"PlacementGroupCleanerCallback"} if lone() else set())
+        out = {"DatasetsCallback"} | (set() if _in_actor() else {"PlacementGroupCleanerCallback"})
         made: list[Any] = super()._create_default_callbacks()  # type: ignore[misc]
         return [c for c in made if type(c).__name__ not in out]
 
     def _initialize_and_run_controller(self, **words: Any) -> Any:
-        if lone():
-            words["scaling_policy"] = Fixed(self.scaling_config)  # type: ignore[arg-type]
-        return super()._initialize_and_run_controller(**words)  # type: ignore[misc]
+        words["scaling_policy"] = Fixed(self.scaling_config)  # type: ignore[arg-type]
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(replaced(worker_group, SynchronizationActor=_Nobody))
+            stack.enter_context(replaced(state, _shutdown_sync_actor=lambda nobody: None))
+            if not _in_actor():
+                stack.enter_context(replaced(RuntimeContext, current_actor=None))
+            controller = TrainController(**words)
+            asyncio.run(controller.run())  # type: ignore[no-untyped-call]
+            return controller.get_result()
 
 
 class Fixed(FixedScalingPolicy):
-    """A fixed number of workers, for which no cluster is asked to grow."""
+    """A fixed number of workers, for which no cluster is asked to grow: `autoscale` has done that."""
 
     def after_controller_start(self, train_run_context: Any) -> None:
         """Nothing to register with."""
 
     def _maybe_send_resource_request(self) -> None:
         pass
+
+
+class _Nobody:
+    """Stands for the actor through which Ray Train's workers agree on a report."""
+
+    @classmethod
+    def options(cls, **words: Any) -> type[_Nobody]:
+        return cls
+
+    @classmethod
+    def remote(cls, **words: Any) -> _Nobody:
+        return cls()
+
+
+def _in_actor() -> bool:
+    return ray.get_runtime_context().get_actor_id() is not None
 
 
 def fit(payload: Mapping[str, Any], plan: Plan) -> str:

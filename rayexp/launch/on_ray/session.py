@@ -5,16 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import psutil
 import ray
 import ray._private.authentication.authentication_token_setup
 import ray._private.node
 import ray._private.state
 import ray._private.utils
 import ray._private.worker
-from ray._private.ray_constants import PROCESS_TYPE_DASHBOARD
 
 from rayexp.config import ExperimentConfig
 from rayexp.errors import UserError
@@ -50,18 +50,17 @@ def environment(fields: Mapping[str, str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _small(names: Sequence[str]) -> Iterator[None]:
-    """Ray starts without these; by name, so that a Ray that does not know one is no trouble."""
-    node = ray._private.node.Node
-    kept = {name: getattr(node, name) for name in names if hasattr(node, name)}
+def replaced(owner: Any, **fields: Any) -> Iterator[None]:
+    """Set attributes for as long as the block lasts; one that is not there stays away, so that another Ray is no
+    trouble."""
+    kept = {name: getattr(owner, name) for name in fields if hasattr(owner, name)}
     for name in kept:
-        setattr(node, name, lambda self, **words: None)
+        setattr(owner, name, fields[name])
     try:
-        with environment(_NO_BOOKS):
-            yield
+        yield
     finally:
-        for name, method in kept.items():
-            setattr(node, name, method)
+        for name, value in kept.items():
+            setattr(owner, name, value)
 
 
 @contextlib.contextmanager
@@ -92,7 +91,11 @@ def session(address: str | None, for_tune: bool = False) -> Iterator[bool]:
         words["address"] = address
     try:
         without = _NOT_NEEDED if for_tune else (*_NOT_NEEDED, _DASHBOARD)
-        with environment(_QUIET), contextlib.nullcontext() if address else _small(without):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(environment(_QUIET))
+            if not address:
+                stack.enter_context(environment(_NO_BOOKS))
+                stack.enter_context(replaced(ray._private.node.Node, **dict.fromkeys(without, _nothing)))
             _bring_token(address)
             ray.init(**words)
     except ConnectionError as error:
@@ -100,13 +103,24 @@ def session(address: str | None, for_tune: bool = False) -> Iterator[bool]:
     try:
         yield not address
     finally:
+        started = [] if address else _started()
         ray.shutdown()
+        # A process of Ray's whose end falls together with Ray's own may wait for ever for what is gone.
+        for process in started:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
-def lone() -> bool:
-    """Whether this process has started the connected Ray, and for its own runs only."""
-    node = ray._private.worker._global_node
-    return node is not None and node.head and PROCESS_TYPE_DASHBOARD not in node.all_processes
+def _started() -> list[psutil.Process]:
+    """The processes of the Ray that was started here."""
+    found = []
+    node: Any = ray._private.worker._global_node
+    for kind in node.all_processes.values():
+        for entry in kind:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process = psutil.Process(entry.process.pid)
+                found += [process, *process.children(recursive=True)]
+    return found
 
 
 def running(address: str | None) -> str | None:
@@ -118,6 +132,10 @@ def _left_here() -> str | None:
     """The Ray that `ray start` has left on this machine; its address stays behind where it was killed."""
     address = ray._private.utils.read_ray_address()
     return address if address and _answers(address) else None
+
+
+def _nothing(node: Any, **words: Any) -> None:
+    """What a Ray of our own does instead of starting a process that it does without."""
 
 
 def _answers(address: str) -> bool:
