@@ -128,7 +128,7 @@ def fit(payload: Mapping[str, Any], plan: Plan) -> str:
         except TrainingFailedError as error:
             raise _cause(error) from error
         except RayError as error:
-            raise LostError(f"Ray Train's controller is gone ({_line(error)})") from error
+            raise LostError(f"Ray does not answer ({_line(error)})") from error
 
 
 def _cause(error: TrainingFailedError) -> Exception:

@@ -1,4 +1,4 @@
-"""Where the workers of Ray Train meet. The controller imports this: nothing here needs PyTorch."""
+"""Where the workers of Ray Train meet. Nothing here needs PyTorch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ray.train.backend import Backend, BackendConfig
 class Meeting(BackendConfig):
     """Tells the workers where to meet; they join torch.distributed themselves, all at once.
 
-    Ray's own TorchConfig does the same from the controller, which then imports PyTorch too.
+    Ray's own TorchConfig does the same one phase after another: PyTorch is imported in all, then they join.
     """
 
     backend = "gloo"  # TorchTrainer asks for it; the workers decide
