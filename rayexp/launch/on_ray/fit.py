@@ -48,9 +48,9 @@ class Trainer(TorchTrainer):
     wakes a hundred times a second beside the workers.
 
     The controller runs in the calling thread, not in an actor. Workers have nobody to agree with on a report, because
-    they write to the run directory. What follows from the controller's being an actor is left out too, by name, so that
-    a Ray without it is no trouble: the manager of Ray Data's datasets, and in a driver, whose end frees what it holds,
-    the cleaner. (In a trial of Ray Tune it is needed: a killed trial would keep its places.)
+    they write to the run directory. Left out by name, so that a Ray without them is no trouble: the manager of Ray
+    Data's datasets, and in a driver, whose end frees what it holds, the cleaner. (A trial of Ray Tune needs it: killed,
+    it would keep its places.)
     """
 
     def _create_default_callbacks(self) -> list[Any]:
@@ -60,11 +60,11 @@ class Trainer(TorchTrainer):
 
     def _initialize_and_run_controller(self, **words: Any) -> Any:
         words["scaling_policy"] = Fixed(self.scaling_config)  # type: ignore[arg-type]
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(replaced(worker_group, SynchronizationActor=_Nobody))
-            stack.enter_context(replaced(state, _shutdown_sync_actor=lambda nobody: None))
-            if not _in_actor():
-                stack.enter_context(replaced(RuntimeContext, current_actor=None))
+        with (
+            replaced(worker_group, SynchronizationActor=_Nobody),
+            replaced(state, _shutdown_sync_actor=lambda nobody: None),
+            contextlib.nullcontext() if _in_actor() else replaced(RuntimeContext, current_actor=None),
+        ):
             controller = TrainController(**words)
             asyncio.run(controller.run())  # type: ignore[no-untyped-call]
             return controller.get_result()

@@ -112,10 +112,10 @@ def session(address: str | None, for_tune: bool = False) -> Iterator[bool]:
 
 
 def _started() -> list[psutil.Process]:
-    """The processes of the Ray that was started here."""
+    """The processes of the Ray that was started here; none if it has been shut down meanwhile."""
     found = []
     node: Any = ray._private.worker._global_node
-    for kind in node.all_processes.values():
+    for kind in node.all_processes.values() if node else ():
         for entry in kind:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process = psutil.Process(entry.process.pid)
