@@ -6,6 +6,7 @@ The number of workers may decide who computes a shard, never what the shard is, 
     draws       dropout whose mask is drawn per shard
     norm        batch norm over each shard of a pass
     shardwise   several shards in one pass, each with gradients of its own
+    taps        a convolution's weight gradient on small maps
     matmul      matrix products on the CPU
     flat        a model's tensors as views of one buffer; the layout of what is reduced
     reduce      the fixed tree over shards

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from rayexp.engine import taps
 from rayexp.engine.draws import Draws
 from rayexp.engine.norm import NORMS, per_shard
 from rayexp.engine.reduce import total
@@ -29,7 +30,7 @@ class _Conv(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, words: tuple[Any, ...], sizes: Sequence[int]
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.bias, ctx.words, ctx.sizes = bias is not None, words, sizes
+        ctx.leaf, ctx.bias, ctx.words, ctx.sizes = weight, bias is not None, words, sizes
         return F.conv2d(x, weight, bias, *words)
 
     @staticmethod
@@ -47,9 +48,12 @@ class _Conv(torch.autograd.Function):
             return found
 
         need_x = ctx.needs_input_grad[0]
-        if len(ctx.sizes) == 1:
+        by_taps = not ctx.bias and taps.pay(weight, x, *ctx.words)
+        if len(ctx.sizes) == 1 and not by_taps:
             return *gradients(grad, x, need_x, True), None, None
         grad_x = gradients(grad, x, True, False)[0] if need_x else None
+        if by_taps:
+            return grad_x, taps.weight_gradient(ctx.leaf, grad, x, stride, ctx.sizes), None, None, None
         parts = (gradients(g, p, False, True)[1:] for g, p in _split(ctx.sizes, grad, x))
         if not ctx.bias:
             return grad_x, total(of_weight for of_weight, _ in parts), None, None, None

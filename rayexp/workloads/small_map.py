@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from rayexp.engine.draws import Draws
 from rayexp.engine.matmul import product
-from rayexp.engine.reduce import total
+from rayexp.engine.taps import out_size, weight_gradient
 
 LARGEST = 2
 """Height and width of the largest output map that takes the short way."""
@@ -27,11 +27,6 @@ FEW = 128
 Taps = tuple[slice, slice]
 View = tuple[slice, slice, range, list[Taps]]
 """Rows and columns of the map that are seen, the output pixels that see them, and for each of these its taps."""
-
-
-def out_size(size: int, stride: int) -> int:
-    """Height and width of the output from a map of `size` x `size`, with padding 1."""
-    return (size - 1) // stride + 1
 
 
 def views(size: int, stride: int) -> list[View]:
@@ -89,45 +84,13 @@ class _SmallMap(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         pixels, *matrices = ctx.saved_tensors
-        grad = grad.permute(0, 2, 3, 1)
         grad_x = torch.zeros(pixels.shape)
-        outs = grad.flatten(1, 2)
+        outs = grad.permute(0, 2, 3, 1).flatten(1, 2)
         for matrix, (rows, columns, seers, _) in zip(matrices, ctx.seen, strict=True):
             into = grad_x[:, rows, columns]
             into += product(outs[:, seers.start : seers.stop].flatten(1), matrix.t()).view(into.shape)
-        weight = ctx.leaf
-        sink: Tensor | None = getattr(weight, "into", None)  # see engine.flat.Replica
-        given = sink is None
-        if sink is None:
-            sink = torch.empty_like(weight)
-        held = not given and weight.grad is not None
-        taps = sink.detach().permute(0, 2, 3, 1)
-        spans = [_pairs(pixels.shape[1], ctx.stride, tap) for tap in range(3)]
-        for up, (out_rows, rows) in enumerate(spans):
-            for along, (out_columns, columns) in enumerate(spans):
-                # A tap at a time, which the cache still holds when it is written. Copied: see `as_matrices`.
-                out = grad[:, out_rows, out_columns].clone(memory_format=torch.contiguous_format)
-                part = pixels[:, rows, columns].clone(memory_format=torch.contiguous_format)
-                tap = _of_tap(out, part, ctx.sizes) if out.numel() else torch.zeros(())
-                taps[:, up, along].add_(tap) if held else taps[:, up, along].copy_(tap)
-        if not given:
-            weight.grad = sink
-        return grad_x.permute(0, 3, 1, 2), sink if given else None, None, None, None, None
-
-
-def _of_tap(out: Tensor, part: Tensor, sizes: list[int]) -> Tensor:
-    """A tap's gradient: each shard's by itself, added in tree order."""
-    pairs = zip(torch.split(out, sizes), torch.split(part, sizes), strict=True)
-    return total(product(o.flatten(0, 2).t(), p.flatten(0, 2).t()) for o, p in pairs)
-
-
-def _pairs(size: int, stride: int, tap: int) -> tuple[slice, slice]:
-    """The output rows that use a row of taps, and the rows of the map that they meet there; perhaps none."""
-    outs = [out for out in range(out_size(size, stride)) if 0 <= out * stride - 1 + tap < size]
-    if not outs:
-        return slice(0, 0), slice(0, 0)
-    start = outs[0] * stride - 1 + tap
-    return slice(outs[0], outs[-1] + 1), slice(start, start + (len(outs) - 1) * stride + 1, stride)
+        of_weight = weight_gradient(ctx.leaf, grad, pixels.permute(0, 3, 1, 2), (ctx.stride, ctx.stride), ctx.sizes)
+        return grad_x.permute(0, 3, 1, 2), of_weight, None, None, None, None
 
 
 class SmallMapConv2d(nn.Conv2d):
