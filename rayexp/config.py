@@ -27,6 +27,8 @@ from rayexp.errors import UserError, nearest
 
 IMAGE_DATA = ("shapes", "tiny_imagenet", "folder")
 TEXT_DATA = ("python_docs", "wikitext2", "text")
+_IMAGES_ONLY = ("max_train_samples", "max_val_samples", "image_size", "augment")
+_TEXT_ONLY = ("max_train_tokens", "max_val_tokens", "bptt", "eval_columns")
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
@@ -292,7 +294,8 @@ def load(path: Path | str, overrides: Sequence[str] = (), kind: type[ConfigT] = 
     """Read a YAML file, set `KEY=VALUE` words on top, and check all of it.
 
     Raises:
-        UserError: no such file, no YAML mapping, an unknown key, a value that is not allowed; the line names it.
+        UserError: no such file, no YAML mapping, an unknown key, a value that is not allowed, a key that this data does
+            not read; the line names it.
     """
     path = Path(path)
     try:
@@ -307,7 +310,20 @@ def load(path: Path | str, overrides: Sequence[str] = (), kind: type[ConfigT] = 
         raise UserError(f"{path}: expected a mapping of keys to values, found {type(tree).__name__}")
     for word in overrides:
         _set(tree, word)
-    return parse(tree, kind, str(path))
+    config = parse(tree, kind, str(path))
+    if isinstance(config, ExperimentConfig):
+        refuse_unread(config.data, str(path))
+    return config
+
+
+def refuse_unread(data: DataConfig, source: str) -> None:
+    """Refuse a setting under `data` that this data would pass over in silence (UserError). Not part of the check that
+    an old run's config.yaml must pass: there it did no harm."""
+    images = data.name in IMAGE_DATA
+    kind, names = ("text", TEXT_DATA) if images else ("images", IMAGE_DATA)
+    for key in _TEXT_ONLY if images else _IMAGES_ONLY:
+        if getattr(data, key) != DataConfig.model_fields[key].default:
+            raise UserError(f"{source}: data.{key} is for {kind} ({', '.join(names)}); data.name is {data.name}")
 
 
 def shipped(name: str) -> Path:

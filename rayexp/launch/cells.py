@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rayexp.comparison import PLAIN, Cell
-from rayexp.config import CompareConfig, ExperimentConfig, ScaleConfig, load, parse
+from rayexp.config import CompareConfig, ExperimentConfig, ScaleConfig, load, parse, refuse_unread
 from rayexp.errors import UserError, nearest
 from rayexp.launch import plan as planning
 from rayexp.launch.plan import Node
@@ -36,7 +36,7 @@ def with_overrides(base: ExperimentConfig, overrides: Mapping[str, Any]) -> Expe
     """The base with the grid's overrides on top, nested or with dotted keys (nested ones win).
 
     Raises:
-        UserError: a key is unknown, is part of the grid, or its value is not allowed.
+        UserError: a key is unknown, is part of the grid, or is not for this data, or its value is not allowed.
     """
     tree = base.model_dump(mode="json")
     dotted = {k: v for k, v in overrides.items() if "." in k}
@@ -49,7 +49,9 @@ def with_overrides(base: ExperimentConfig, overrides: Mapping[str, Any]) -> Expe
                 inner[key] = {}
             inner = inner[key]
         inner[keys[-1]] = value
-    return parse(tree, ExperimentConfig, "overrides")
+    settled = parse(tree, ExperimentConfig, "overrides")
+    refuse_unread(settled.data, "overrides")
+    return settled
 
 
 def _leaves(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[list[str], Any]]:

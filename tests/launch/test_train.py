@@ -14,8 +14,9 @@ import pytest
 import yaml
 from rich.console import Console
 
-from rayexp.config import ExperimentConfig
+from rayexp.config import ExperimentConfig, load
 from rayexp.errors import RunError, UserError
+from rayexp.launch.cells import with_overrides
 from rayexp.launch.screen import epoch_line
 from rayexp.launch.train import check_unchanged, run
 from rayexp.runs import Run
@@ -178,6 +179,18 @@ def test_the_command_names_the_key_and_exits_with_2(tiny: Tiny, tmp_path: Path, 
         assert process.returncode == 2
         assert expected in err
         assert len(err.strip().splitlines()) == 1, err
+
+
+def test_a_setting_that_the_data_passes_over_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "text.yaml").write_text(tiny().to_yaml())
+    (tmp_path / "images.yaml").write_text("{}")
+    assert load(tmp_path / "text.yaml", ["data.image_size=64"]) == tiny()
+    with pytest.raises(UserError, match=r"text.yaml: data.max_train_samples is for images .*; data.name is python_do"):
+        load(tmp_path / "text.yaml", ["data.max_train_samples=9"])
+    with pytest.raises(UserError, match=r"data.bptt is for text \(python_docs, wikitext2, text\); data.name is shapes"):
+        load(tmp_path / "images.yaml", ["data.bptt=20"])
+    with pytest.raises(UserError, match=r"overrides: data.augment is for images"):
+        with_overrides(load(tmp_path / "text.yaml"), {"data": {"augment": None}})
 
 
 def test_a_dry_run_touches_nothing(tiny: Tiny, tmp_path: Path, command: Command) -> None:
