@@ -7,8 +7,6 @@ import io
 import itertools
 import json
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 
 import numpy as np
@@ -195,41 +193,31 @@ def test_contrast():
 
 # ---------------------------------------------------------------------- in a browser
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-browser = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")]
-FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
 WATCH = "<script>addEventListener('error', e => document.documentElement.dataset.error = e.message)</script>"
 
 
-def look(tmp_path, page, state="", act=""):
-    """The page's DOM after the browser opened it with `#state` and ran the script `act`."""
-    path = tmp_path / "page.html"
-    path.write_text(page.replace("<head>", "<head>" + WATCH, 1).replace("</body>", f"<script>{act}</script></body>"))
-    url = path.as_uri() + (f"#{state}" if state else "")
-    command = [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", url]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
-    assert "data-error" not in dom.split(">", 3)[1], dom[:300]
-    return dom
+@pytest.fixture
+def look(tmp_path, chromium):
+    def look(page, state="", act=""):
+        """The page's DOM after the browser opened it with `#state` and ran the script `act`."""
+        path = tmp_path / "page.html"
+        acting = f"<script>{act}</script></body>"
+        path.write_text(page.replace("<head>", "<head>" + WATCH, 1).replace("</body>", acting))
+        dom = chromium("--dump-dom", path.as_uri() + (f"#{state}" if state else ""))
+        assert "data-error" not in dom.split(">", 3)[1], dom[:300]
+        return dom
+
+    return look
 
 
+@pytest.mark.browser
 class TestBrowser:
-    pytestmark = browser
-
     def cards(self, dom):
         return [a["class"] for a in Outline(dom.split('id="grid"', 1)[1].split("</ul>", 1)[0]).all("li")]
 
-    def test_gallery(self, pictures, tmp_path):
+    def test_gallery(self, pictures, look):
         r = image_report(pictures)
-        dom = look(tmp_path, image_page(r))
+        dom = look(image_page(r))
         assert len(self.cards(dom)) == 120
         assert f"{r.churn} images, the first 120 shown." in dom
         images = Outline(dom).all("img")
@@ -237,50 +225,50 @@ class TestBrowser:
         assert images[0]["alt"] == f"{r.flips[0].name}, {r.words(r.flips[0].label)}"
         assert all(i["src"].startswith("data:image/webp;base64,") for i in images)
 
-    def test_filters_by_address(self, pictures, tmp_path):
+    def test_filters_by_address(self, pictures, look):
         r = image_report(pictures)
         label = r.flips[0].label
         expected = [f for f in r.flips if f.label == label and f.kind == "lost"]
-        dom = look(tmp_path, image_page(r), f"filter=lost&class={label}")
+        dom = look(image_page(r), f"filter=lost&class={label}")
         assert self.cards(dom) == ["lost"] * len(expected)
         assert expected[0].name in dom
-        dom = look(tmp_path, image_page(r), "filter=nonsense&class=99999&sort=x&find=no-such-name")
+        dom = look(image_page(r), "filter=nonsense&class=99999&sort=x&find=no-such-name")
         assert self.cards(dom) == []
         assert "No image fits this filter." in dom
 
-    def test_filters_by_hand(self, pictures, tmp_path):
+    def test_filters_by_hand(self, pictures, look):
         r = image_report(pictures)
         act = "document.querySelector('input[value=gained]').click()"
-        dom = look(tmp_path, image_page(r), act=act)
+        dom = look(image_page(r), act=act)
         assert self.cards(dom) == ["gained"] * min(120, r.gained)
         act = "document.getElementById('more').click(); document.title = document.activeElement.tagName"
-        dom = look(tmp_path, image_page(r), act=act)
+        dom = look(image_page(r), act=act)
         assert len(self.cards(dom)) == min(240, r.churn)
         assert "<title>LI</title>" in dom  # the focus goes on where the new cards begin
         label = r.classes[0].label
         act = f"document.querySelector('button[data-class=\"{label}\"]').click(); document.title = location.hash"
-        dom = look(tmp_path, image_page(r), act=act)
+        dom = look(image_page(r), act=act)
         assert len(self.cards(dom)) == sum(f.label == label for f in r.flips)
         assert f"<title>#class={label}</title>" in dom
 
-    def test_hostile_names(self, pages, tmp_path):
-        dom = look(tmp_path, pages["hostile"])
+    def test_hostile_names(self, pages, look):
+        dom = look(pages["hostile"])
         assert "<title>owned" not in dom
         assert not [a for a in Outline(dom).all("img") if "onerror" in a]
 
     @pytest.mark.parametrize("name", ["nothing", "text", "short text", "churn", "one epoch"])
-    def test_the_others_open(self, pages, tmp_path, name):
-        look(tmp_path, pages[name])
+    def test_the_others_open(self, pages, look, name):
+        look(pages[name])
 
-    def test_passages(self, pages, tmp_path):
+    def test_passages(self, pages, look):
         shown = "document.title = [...document.querySelectorAll('.passage')].filter(p => p.offsetHeight).length"
         everything = pages["text"].count('<article class="passage')
         worse = pages["text"].count('<article class="passage worse')
         assert 0 < worse < everything
-        assert f"<title>{everything}</title>" in look(tmp_path, pages["text"], act=shown)
-        assert f"<title>{worse}</title>" in look(tmp_path, pages["text"], "filter=worse", act=shown)
+        assert f"<title>{everything}</title>" in look(pages["text"], act=shown)
+        assert f"<title>{worse}</title>" in look(pages["text"], "filter=worse", act=shown)
 
-    def test_six_thousand_flips_without_lag(self, makes, tmp_path):
+    def test_six_thousand_flips_without_lag(self, makes, look):
         r = image_report(makes.random_images(10_000, 100, 8, seed=1), (1, 8))
         assert r.churn > 4000
         act = (
@@ -290,7 +278,7 @@ class TestBrowser:
         )
         page = image_page(r)
         assert len(page) < 2_000_000  # without pictures
-        took = float(re.search(r"<title>([\d.]+)</title>", look(tmp_path, page, act=act))[1])
+        took = float(re.search(r"<title>([\d.]+)</title>", look(page, act=act))[1])
         assert took < 500  # milliseconds a filter, layout included
         data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])
         assert len(data["name"]) == r.churn
