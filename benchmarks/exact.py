@@ -1,6 +1,6 @@
 """The price of `reduction: exact` against `ddp`: ResNet-18, batch 256, 8 shards, in this process and with 2 workers.
 
-    python benchmarks/exact.py --data PACKED [--rounds 5] [--steps 12] [--workers 0 2]
+    python benchmarks/exact.py --data PACKED [--rounds 5] [--steps 12] [--workers 0 2] [--device cuda]
 
 The contenders run in turn in one call, without Ray (workers are processes that talk over gloo). A run's figures are
 medians over its steps without the first two; the table gives medians over rounds. `compute` holds the forward and
@@ -24,7 +24,9 @@ from rayexp.runs import Run
 PHASES = ("data", "compute", "reduce", "optimizer")
 
 
-def measure(data: Path, folder: Path, reduction: str, workers: int, steps: int, batch: int) -> dict[str, float]:
+def measure(
+    data: Path, folder: Path, reduction: str, workers: int, steps: int, batch: int, device: str
+) -> dict[str, float]:
     """Median seconds of a step and of its phases."""
     tree = {
         "name": f"{reduction}-{workers}",
@@ -43,7 +45,7 @@ def measure(data: Path, folder: Path, reduction: str, workers: int, steps: int, 
     payload = {
         "run": str(run.root),
         "config": config.model_dump(mode="json"),
-        "device": "cpu",
+        "device": device,
         "cpus": max(1, cores() // max(1, workers)),
     }
     processes.wait(payload, processes.start(payload, max(1, workers)))
@@ -59,6 +61,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--workers", type=int, nargs="*", default=[0, 2])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     found: dict[str, list[dict[str, float]]] = {}
@@ -67,7 +70,7 @@ def main() -> None:
             for workers in args.workers:
                 for reduction in ("ddp", "exact") if number % 2 else ("exact", "ddp"):
                     key = f"{workers} workers, {reduction}"
-                    one = measure(args.data, Path(name), reduction, workers, args.steps, args.batch)
+                    one = measure(args.data, Path(name), reduction, workers, args.steps, args.batch, args.device)
                     found.setdefault(key, []).append(one)
                     print(
                         f"round {number + 1}: {key} {args.batch / one['total']:.1f} images/s",
