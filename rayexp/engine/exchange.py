@@ -135,7 +135,7 @@ class Exchange:
     def _box(self, name: str, bucket: int, size: int) -> Tensor:
         held = self._boxes.get((name, bucket))
         if held is None or held.numel() != size:
-            self._boxes[name, bucket] = torch.zeros(size, device=self._device)
+            self._boxes[name, bucket] = torch.zeros(size, device=self._device, pin_memory=self.staged)
         return self._boxes[name, bucket]
 
 

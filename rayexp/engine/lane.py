@@ -35,7 +35,7 @@ class Lane:
         adopt(self.replica.model, self.draws, workload.batch_dim)
         if keep_apart is not None:
             keep_apart(self.replica.model, self.draws)
-        self.forward: nn.Module = torch.compile(self.replica.model) if compiled else self.replica.model  # type: ignore[assignment]
+        self.forward: nn.Module = torch.compile(self.replica.model, dynamic=False) if compiled else self.replica.model  # type: ignore[assignment]
         self.keeping: list[Any] = [m for m in self.replica.model.modules() if hasattr(m, "begin_step")]
         self.passed: Callable[[int], None] | None = None
         self.replica.watch(lambda parameter: self.passed(parameter) if self.passed else None)

@@ -17,7 +17,7 @@ from rayexp.config import ExperimentConfig
 from rayexp.engine.flat import Layout
 from rayexp.engine.place import Place
 
-_CHUNK = 1 << 20  # elements; 4 MiB of each of three or four buffers stay in a last-level cache
+_CHUNK = 1 << 20  # elements on a CPU; 4 MiB of each of three or four buffers stay in a last-level cache
 _ALIGN = 16
 
 
@@ -34,7 +34,7 @@ class Optimizer:
         self.state = {name: torch.zeros_like(params) for name in names}
         self.chunks: list[tuple[slice, float]] = []
         for start, end, decay in ((0, layout.decayed, config.weight_decay), (layout.decayed, layout.size, 0.0)):
-            count = max(1, round((end - start) / _CHUNK))
+            count = 1 if params.is_cuda else max(1, round((end - start) / _CHUNK))
             edges = [start + (end - start) * i // count // _ALIGN * _ALIGN for i in range(count)] + [end]
             self.chunks += [(slice(a, b), decay) for a, b in itertools.pairwise(edges) if a < b]
 
@@ -47,15 +47,15 @@ class Optimizer:
         lanes = range(place.lanes)
         scale = 1.0 / count if count else 0.0
         if self.config.clip is not None:
-            norms: list[float] = [0.0] * len(self.chunks)
+            norms: list[Tensor] = [gradient] * len(self.chunks)
 
             def measure(lane: int) -> None:
                 for i in range(lane, len(self.chunks), place.lanes):
-                    norms[i] = float(torch.linalg.vector_norm(gradient[self.chunks[i][0]], dtype=torch.float64))
+                    norms[i] = torch.linalg.vector_norm(gradient[self.chunks[i][0]], dtype=torch.float64)
 
             place.run([lambda lane=lane: measure(lane) for lane in lanes])  # type: ignore[misc]
             # As torch.nn.utils.clip_grad_norm_: the factor is at most 1; NaN stays NaN.
-            norm = math.sqrt(sum(n * n for n in norms)) * scale
+            norm = math.sqrt(sum(n * n for n in torch.stack(norms).tolist())) * scale
             factor = self.config.clip / (norm + 1e-6)
             scale *= factor if not factor >= 1 else 1.0
 
@@ -76,7 +76,7 @@ class Optimizer:
                 [self.state["exp_avg"][where]],
                 [self.state["exp_avg_sq"][where]],
                 [],
-                [torch.tensor(float(step), device=grad.device)],
+                [torch.full((), float(step), device=grad.device)],
                 lr=lr,
                 beta1=c.betas[0],
                 beta2=c.betas[1],

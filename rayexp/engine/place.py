@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from rayexp.config import ExperimentConfig
 
@@ -83,6 +84,7 @@ class Place:
     def fingerprint(self) -> dict[str, Any]:
         """What the bits depend on beside the configuration."""
         cuda = self.device.type == "cuda"
+        override = os.environ.get("NVIDIA_TF32_OVERRIDE")
         return {
             "device": torch.cuda.get_device_name(self.device)
             if cuda
@@ -92,6 +94,7 @@ class Place:
             "cuda": torch.version.cuda if cuda else None,
             "cudnn": torch.backends.cudnn.version() if cuda else None,  # type: ignore[no-untyped-call]
             "threads_per_lane": self.threads,
+            **({"tf32_override": override} if cuda and override else {}),
         }
 
 
@@ -103,6 +106,12 @@ def cpu_capability() -> str:
 def cores() -> int:
     """CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def upload(array: NDArray[Any], device: torch.device) -> torch.Tensor:
+    """The array on the device. A GPU copies it from pinned memory when it comes to that; nothing waits for it here."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def gpus() -> int:
@@ -129,7 +138,8 @@ def settle(config: ExperimentConfig, device: torch.device, shards: int, cpus: fl
         shards: shards this worker computes in a step.
         cpus: cores this worker may use; None: all of the process's.
     """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic cuBLAS
+    # Makes cuBLAS deterministic; set over what is there, since another workspace may mean other kernels.
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     tune_allocator()
     torch.use_deterministic_algorithms(config.reduction == "exact" or device.type == "cpu", warn_only=False)
     torch.backends.cudnn.benchmark = device.type == "cuda" and config.reduction == "ddp"
@@ -138,6 +148,7 @@ def settle(config: ExperimentConfig, device: torch.device, shards: int, cpus: fl
     budget = _budget(cpus)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        torch.cuda.reset_peak_memory_stats(device)
         torch.set_num_threads(THREADS_PER_LANE)
         return Place(device, 1, THREADS_PER_LANE, None)
     lanes = lanes_of(config, shards, cpus)

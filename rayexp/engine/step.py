@@ -24,7 +24,7 @@ from rayexp.engine.group import Group
 from rayexp.engine.lane import Lane, begin_step
 from rayexp.engine.norm import per_shard
 from rayexp.engine.optimize import Optimizer
-from rayexp.engine.place import Place
+from rayexp.engine.place import Place, upload
 from rayexp.engine.reduce import Forest, Node, total
 from rayexp.engine.shardwise import can, shardwise
 from rayexp.engine.workload import Batch, Carry, Workload
@@ -127,7 +127,7 @@ class Stepper:
 
     def _touched(self, epoch: int, step: int) -> list[Touched]:
         rows = self.workload.touched_rows(epoch, step)
-        return self.master.layout.touched({n: torch.from_numpy(r).to(self.place.device) for n, r in rows.items()})
+        return self.master.layout.touched({n: upload(r, self.place.device) for n, r in rows.items()})
 
     # ------------------------------------------------------------------ exact
 
@@ -247,8 +247,10 @@ class Stepper:
         lane.replica.settle()
         self._keep(shards, batch.sizes, after)
         tail = layout.tail(row.tensor)
-        tail.copy_(torch.tensor([0.0, batch.count, len(shards), wish.stop, wish.save]))
         tail[0].copy_(total(loss.detach() for loss in losses))
+        # Filled: a GPU would be waited for before a tensor of ours could be copied there.
+        for i, value in enumerate((batch.count, len(shards), wish.stop, wish.save), 1):
+            tail[i].fill_(float(value))
         torch.add(before, rest, out=rest)
 
     def _apart(self, lane: Lane, batch: Batch) -> list[Tensor]:

@@ -99,4 +99,11 @@ def _placed(config: ExperimentConfig, nodes: Sequence[Node], workers: int, gpus:
 
 def _fit(node: Node, cpus: float, gpus: float) -> int:
     by_cpu = math.floor(node.cpus / cpus + _ROUNDING)
-    return min(by_cpu, math.floor(node.gpus / gpus + _ROUNDING)) if gpus else by_cpu
+    if not gpus:
+        return by_cpu
+    if gpus >= 1:
+        return min(by_cpu, math.floor(node.gpus / gpus + _ROUNDING))
+    # A fraction lies within one GPU.
+    whole = math.floor(node.gpus + _ROUNDING)
+    by_gpu = whole * math.floor(1 / gpus + _ROUNDING) + math.floor((node.gpus - whole) / gpus + _ROUNDING)
+    return min(by_cpu, by_gpu)

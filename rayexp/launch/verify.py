@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import signal
@@ -185,7 +186,7 @@ def _with(config: ExperimentConfig, workers: int) -> ExperimentConfig:
     scaling: dict[str, Any] = {"num_workers": workers}
     gpus = here().gpus if config.scaling.use_gpu is not False else 0
     if workers > gpus > 0:
-        scaling["gpus_per_worker"] = gpus / workers
+        scaling["gpus_per_worker"] = 1 / math.ceil(workers / gpus)
     tree = config.model_dump(mode="json")
     tree["scaling"] |= scaling
     return parse(tree, ExperimentConfig, "--workers")

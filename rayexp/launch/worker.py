@@ -59,7 +59,16 @@ def work(
         UserError: the configuration or the data is wrong.
         RunError: training cannot go on.
     """
-    return _Worker(payload, group, pen, device, world_size).run()
+    try:
+        return _Worker(payload, group, pen, device, world_size).run()
+    except RuntimeError as error:
+        operation, found, _ = str(error).partition(" does not have a deterministic implementation")
+        if not found:
+            raise
+        raise UserError(
+            f"reduction: exact takes deterministic operations only, and {operation} has no such kernel for "
+            f"{device.type}; allowed with this model: ddp"
+        ) from error
 
 
 class _Worker:
@@ -127,7 +136,8 @@ class _Worker:
         self._same_data(state.words.get("data"))
         then, now = state.words.get("fingerprint"), self.place.fingerprint()
         if self.lead and then and then != now:
-            differs = ", ".join(f"{k} {then.get(k)} -> {now[k]}" for k in now if then.get(k) != now[k])
+            keys = [k for k in {**then, **now} if then.get(k) != now.get(k)]
+            differs = ", ".join(f"{k} {then.get(k)} -> {now.get(k)}" for k in keys)
             warning = f"resumed under another fingerprint: {differs}; the bits may differ from here on"
             self._log(warning)
             self.pen.progress({"warning": warning})
@@ -321,8 +331,10 @@ def main(argv: list[str]) -> None:
 
     payload = json.loads(Path(argv[0]).read_text())
     rank, world = int(argv[1]), int(argv[2])
-    group = join(world, rank, argv[3])
-    device = place.device(payload["device"], rank % max(1, place.gpus()))
+    there = place.gpus() if payload["device"] == "cuda" else 0
+    device = place.device(payload["device"], rank % max(1, there))
+    # NCCL refuses two workers on one GPU.
+    group = join(world, rank, argv[3], backend="nccl" if 1 < world <= there else "gloo", device=device)
     work(payload, group, Recorder(Run(Path(payload["run"]))), device)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rayexp.config import AugmentConfig
+from rayexp.engine.place import upload
 
 TRIES = 10
 DRAWS = 2 * TRIES + 3
@@ -71,11 +72,11 @@ def resampling(start: Tensor, length: Tensor, size: int, out: int, clip: bool = 
 def augment(images: Tensor, config: AugmentConfig, draws: NDArray[np.float64]) -> Tensor:
     """Augmented images fp32[n, 3, h, w] (0..255) from uint8[n, h, w, 3] and float64[n, DRAWS]."""
     n, height, width, _ = images.shape
-    box = torch.from_numpy(boxes(config, draws, height, width).astype(np.float32)).to(images.device)
+    box = upload(boxes(config, draws, height, width).astype(np.float32), images.device)
     rows = resampling(box[:, 0], box[:, 2], height, height, clip=not config.pad)
     columns = resampling(box[:, 1], box[:, 3], width, width, clip=not config.pad)
     if config.flip:
-        mirrored = torch.from_numpy(draws[:, 2 * TRIES + 2] < 0.5).to(images.device)
+        mirrored = upload(draws[:, 2 * TRIES + 2] < 0.5, images.device)
         columns = torch.where(mirrored[:, None, None], columns.flip(1), columns)
     # [n, row, channel, column]: one product an image for all its channels, first over rows, then over columns.
     pixels = images.permute(0, 1, 3, 2).to(torch.float32, memory_format=torch.contiguous_format)

@@ -14,8 +14,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
 from rayexp.config import IMAGE_DATA, ExperimentConfig, explain
-from rayexp.data import ImageData, ImageSplit, open_data
+from rayexp.data import ImageData, open_data
 from rayexp.engine import order
+from rayexp.engine.place import upload
 from rayexp.engine.workload import Batch, Carry
 from rayexp.errors import UserError, nearest
 from rayexp.records import Predictions
@@ -95,14 +96,14 @@ class ImageClassification:
             self._order = epoch, order.permutation(self.config.seed, epoch, len(self.data.train))
         positions = self.cut.positions(step, shards)
         samples = self._order[1][positions.start : positions.stop]
-        images = self._pixels(self.data.train, samples, device)
+        images = upload(self.data.train.read(samples), device)
         recipe = self.config.data.augment
         if recipe is None:
             planes = images.permute(0, 3, 1, 2).float()
         else:
             draws = order.uniform(order.key(self.config.seed, "augment", epoch), samples, DRAWS)
             planes = augment(images, recipe, draws)
-        targets = torch.from_numpy(self.data.train.labels[samples]).to(device)
+        targets = upload(self.data.train.labels[samples], device)
         return Batch((self._normalise(planes),), targets, self.sizes(step, shards), len(samples))
 
     def sizes(self, step: int, shards: range) -> tuple[int, ...]:
@@ -123,13 +124,9 @@ class ImageClassification:
         """Every gradient is dense."""
         return {}
 
-    def _pixels(self, split: ImageSplit, samples: NDArray[np.int64], device: torch.device) -> Tensor:
-        images = torch.from_numpy(split.read(samples))
-        return images.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else images
-
     def _normalise(self, planes: Tensor) -> Tensor:
-        shift, scale = self._shift.to(planes.device), self._scale.to(planes.device)
-        return torch.addcmul(shift, planes, scale).contiguous(memory_format=torch.channels_last)
+        self._shift, self._scale = self._shift.to(planes.device), self._scale.to(planes.device)
+        return torch.addcmul(self._shift, planes, self._scale).contiguous(memory_format=torch.channels_last)
 
     # ------------------------------------------------------------------ judging
 
@@ -141,8 +138,8 @@ class ImageClassification:
         """The five likeliest classes, the confidence in the first, and the loss."""
         size = self.config.batch_size
         samples = np.arange(stream * size, min(len(self.data.val), (stream + 1) * size))
-        labels = torch.from_numpy(self.data.val.labels[samples]).to(device)
-        planes = self._pixels(self.data.val, samples, device).permute(0, 3, 1, 2).float()
+        labels = upload(self.data.val.labels[samples], device)
+        planes = upload(self.data.val.read(samples), device).permute(0, 3, 1, 2).float()
         with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             logits = model(self._normalise(planes)).float()
         logs = F.log_softmax(logits, 1)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from rayexp.config import TEXT_DATA, ExperimentConfig
 from rayexp.data import TextData, open_data
 from rayexp.engine import order
+from rayexp.engine.place import upload
 from rayexp.engine.workload import Batch, Carry
 from rayexp.errors import UserError
 from rayexp.records import Predictions
@@ -80,7 +81,7 @@ class LanguageModel:
         size = self.config.batch_size // self.config.shards
         start = step * self.config.data.bptt
         rows = self.columns[shards.start * size : shards.stop * size, start : start + self.config.data.bptt + 1]
-        window = torch.from_numpy(rows.T.astype(np.int64)).to(device)
+        window = upload(rows.T.astype(np.int64), device)
         inputs, targets = window[:-1], window[1:].reshape(-1)
         return Batch((inputs,), targets, (size,) * len(shards), targets.numel())
 
@@ -160,7 +161,7 @@ class LanguageModel:
         columns = _columns(text, self.config.data.eval_columns)
         group = order.share(len(columns), self.val_streams(), stream)
         ours = columns[group.start : group.stop]
-        tokens = torch.from_numpy(ours.T.astype(np.int64)).to(device)
+        tokens = upload(ours.T.astype(np.int64), device)
         carry = self.carry(len(group), device)
         window = self.config.data.bptt
         if self.recurrent:

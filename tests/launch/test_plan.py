@@ -42,6 +42,13 @@ def test_workers_do_not_straddle_nodes(tiny: Tiny) -> None:
     assert make(scaled(tiny, num_workers=4), nodes).cpus == 1
 
 
+@pytest.mark.parametrize(
+    ("gpus", "each", "fit"), [(2, 0.5, 4), (2, 2 / 3, 2), (1, 1 / 3, 3), (0.5, 0.25, 2), (4, 2, 2)]
+)
+def test_a_fraction_lies_within_one_gpu(gpus: float, each: float, fit: int) -> None:
+    assert capacity([Node("a", 64.0, gpus)], 1, each) == fit
+
+
 def test_eight_fractions_fill_two_cores() -> None:
     assert capacity([Node("a", 2.0)], 0.25, 0) == 8
     assert capacity([Node("a", 1.0)], 0.1, 0) == 10

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from rich.console import Console
 
@@ -191,6 +192,18 @@ def test_a_setting_that_the_data_passes_over_is_refused(tiny: Tiny, tmp_path: Pa
         load(tmp_path / "images.yaml", ["data.bptt=20"])
     with pytest.raises(UserError, match=r"overrides: data.augment is for images"):
         with_overrides(load(tmp_path / "text.yaml"), {"data": {"augment": None}})
+
+
+def test_an_operation_that_is_not_deterministic_is_named(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loss(*_: Any) -> Any:
+        return torch.zeros(2).put_(torch.zeros(1, dtype=torch.int64), torch.ones(1)), {}
+
+    monkeypatch.setattr(LanguageModel, "loss", loss)
+    with pytest.raises(UserError, match=r"reduction: exact takes deterministic operations only, and put_.* allowed"):
+        run(tiny(), argv=[])
+    assert not list((tmp_path / "runs").iterdir())
 
 
 def test_a_dry_run_touches_nothing(tiny: Tiny, tmp_path: Path, command: Command) -> None:
