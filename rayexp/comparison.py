@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rayexp.config import CompareConfig, ExperimentConfig, load
+from rayexp.config import CompareConfig, ExperimentConfig, read
 from rayexp.disk import find_directory, make_directory, now, write_atomic, write_json
 from rayexp.errors import UserError
 from rayexp.runs import Run
@@ -161,11 +161,11 @@ class Comparison:
 
     def config(self) -> CompareConfig:
         """The resolved grid."""
-        return load(self.root / "compare.yaml", kind=CompareConfig)
+        return read(self.root / "compare.yaml", kind=CompareConfig)
 
     def base(self) -> ExperimentConfig:
         """The base experiment, without the grid's overrides."""
-        return load(self.root / "base.yaml")
+        return read(self.root / "base.yaml")
 
     def cells(self) -> list[Cell]:
         """The plan, skipped cells too."""

@@ -291,11 +291,18 @@ ConfigT = TypeVar("ConfigT", ExperimentConfig, CompareConfig)
 
 
 def load(path: Path | str, overrides: Sequence[str] = (), kind: type[ConfigT] = ExperimentConfig) -> ConfigT:  # type: ignore[assignment]
+    """What a user wrote: `read`, and a setting that the data would pass over is refused too (UserError)."""
+    config = read(path, overrides, kind)
+    if isinstance(config, ExperimentConfig):
+        refuse_unread(config.data, str(path))
+    return config
+
+
+def read(path: Path | str, overrides: Sequence[str] = (), kind: type[ConfigT] = ExperimentConfig) -> ConfigT:  # type: ignore[assignment]
     """Read a YAML file, set `KEY=VALUE` words on top, and check all of it.
 
     Raises:
-        UserError: no such file, no YAML mapping, an unknown key, a value that is not allowed, a key that this data does
-            not read; the line names it.
+        UserError: no such file, no YAML mapping, an unknown key, a value that is not allowed; the line names it.
     """
     path = Path(path)
     try:
@@ -310,15 +317,12 @@ def load(path: Path | str, overrides: Sequence[str] = (), kind: type[ConfigT] = 
         raise UserError(f"{path}: expected a mapping of keys to values, found {type(tree).__name__}")
     for word in overrides:
         _set(tree, word)
-    config = parse(tree, kind, str(path))
-    if isinstance(config, ExperimentConfig):
-        refuse_unread(config.data, str(path))
-    return config
+    return parse(tree, kind, str(path))
 
 
 def refuse_unread(data: DataConfig, source: str) -> None:
     """Refuse a setting under `data` that this data would pass over in silence (UserError). Not part of the check that
-    an old run's config.yaml must pass: there it did no harm."""
+    a run's own config.yaml must pass: there it did no harm."""
     images = data.name in IMAGE_DATA
     kind, names = ("text", TEXT_DATA) if images else ("images", IMAGE_DATA)
     for key in _TEXT_ONLY if images else _IMAGES_ONLY:

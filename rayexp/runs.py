@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 import psutil
 
-from rayexp.config import ExperimentConfig, load
+from rayexp.config import ExperimentConfig, read
 from rayexp.disk import directories, find_directory, make_directory, now, write_atomic, write_json
 from rayexp.errors import UserError
 from rayexp.records import EpochRecord, Predictions, RunRef
@@ -199,7 +199,7 @@ class Run:
 
     def config(self) -> ExperimentConfig:
         """The resolved configuration."""
-        return load(self.config_path)
+        return read(self.config_path)
 
     def data(self) -> dict[str, Any]:
         """data.json.

@@ -123,7 +123,7 @@ def _settle(
     config: str | None, words: list[str], runs: Path | None, name: str | None, resume: str | None
 ) -> tuple[Run | None, ExperimentConfig]:
     """The run to go on with, if any, and the configuration."""
-    from rayexp.config import load
+    from rayexp.config import load, read
     from rayexp.errors import UserError
     from rayexp.launch.as_job import at_home, below_home
     from rayexp.runs import Run
@@ -136,7 +136,7 @@ def _settle(
         if not resume:
             raise UserError("train needs a CONFIG (or --resume RUN)")
         run = Run.find(resume, below_home(runs or RUNS))
-        return run, load(run.config_path, words)
+        return run, read(run.config_path, words)
     settled = at_home(load(config, words))
     return Run.find(resume, settled.storage_path) if resume else None, settled
 

@@ -190,6 +190,9 @@ def test_a_setting_that_the_data_passes_over_is_refused(tiny: Tiny, tmp_path: Pa
         load(tmp_path / "text.yaml", ["data.max_train_samples=9"])
     with pytest.raises(UserError, match=r"data.bptt is for text \(python_docs, wikitext2, text\); data.name is shapes"):
         load(tmp_path / "images.yaml", ["data.bptt=20"])
+    # A run that was made before this was refused can still be opened.
+    old = tiny(data={"name": "python_docs", "max_train_tokens": 3000, "max_val_tokens": 600, "image_size": 32})
+    assert Run.create(old, argv=[]).config() == old
     with pytest.raises(UserError, match=r"overrides: data.augment is for images"):
         with_overrides(load(tmp_path / "text.yaml"), {"data": {"augment": None}})
 
