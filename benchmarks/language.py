@@ -2,9 +2,10 @@
 
     python benchmarks/language.py --examples DIR --data DIR [--rounds 3] [--steps 200] [--config FILE] [KEY=VALUE ...]
 
-`--examples` is a checkout of github.com/pytorch/examples, `--data` a folder with train.txt, valid.txt and test.txt (or
-wiki.*.tokens). Both train the example's default LSTM on the same words for the same number of steps, each in a process
-of its own and in turns. The peer runs its own main.py; the only change is a line that notes time and loss of each step.
+`--examples` is a checkout of github.com/pytorch/examples, `--data` the folder that `rayexp data fetch wikitext2` filled, or
+one with train.txt, valid.txt and test.txt. Both train the example's default LSTM on the same words for the same number
+of steps, each in a process of its own and in turns. The peer runs its own main.py; the only change is a line that notes
+time and loss of each step.
 
 A step's time is from the end of one optimizer step to the end of the next; the first 10 are left out. Reported: the
 median step of each, tokens/s, the ratio of every round, and the loss in bins of 20 steps, each round with a seed of its
@@ -94,6 +95,17 @@ def child(config: str, steps: str, *overrides: str) -> None:
     print("NOTES " + json.dumps(found))
 
 
+def plain_text(root: Path) -> dict[str, str]:
+    """The three texts as the peer reads them; words that ours takes for `<unk>` are that for both."""
+    from rayexp.config import DataConfig
+    from rayexp.data.text import EOS, SPLITS, open_data
+
+    data = open_data(DataConfig(name="text", root=root))
+    words = [f"{word} " for word in data.vocabulary]
+    words[data.vocabulary.index(EOS)] = "\n"
+    return {name: "".join(words[token] for token in getattr(data, name)) for name in SPLITS}
+
+
 def step_time(run: list[tuple[float, float]]) -> float:
     """Median seconds of a step."""
     times = [when for when, _ in run]
@@ -137,19 +149,21 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for our configuration, e.g. reduction=ddp")
     args = parser.parse_args()
     from rayexp.config import load
-    from rayexp.data import text, wikitext2
+    from rayexp.errors import UserError
 
-    batch = load(args.config, ["data.root=."])
+    root = args.data.resolve()
+    try:
+        batch = load(args.config, ["data.name=text", f"data.root={root}"])
+        texts = plain_text(root)
+    except UserError as error:
+        sys.exit(str(error))
     tokens = batch.batch_size * batch.data.bptt
     pairs = []
     with tempfile.TemporaryDirectory() as folder:
-        packed, plain = Path(folder, "packed"), Path(folder, "plain")
-        wikitext2.fetch(args.data, packed)  # the example's own vocabulary: all three splits
-        plain.mkdir()
-        for name in text.SPLITS:
-            found = next(p for p in (args.data / f"{name}.txt", args.data / f"wiki.{name}.tokens") if p.exists())
-            (plain / f"{name}.txt").symlink_to(found.resolve())
-        overrides = [f"data.root={packed}", *args.overrides]
+        plain = Path(folder)
+        for name, text in texts.items():
+            (plain / f"{name}.txt").write_text(text, encoding="utf-8")
+        overrides = ["data.name=text", f"data.root={root}", *args.overrides]
         for number in range(args.rounds):
             seed = 1111 + number
             pairs.append((peer(args.examples, plain, args.steps, seed), ours(args.config, overrides, args.steps, seed)))
