@@ -2,10 +2,10 @@
 
     python benchmarks/language.py --examples DIR --data DIR [--rounds 3] [--steps 200] [--config FILE] [KEY=VALUE ...]
 
-`--examples` is a checkout of github.com/pytorch/examples, `--data` the folder that `rayexp data fetch wikitext2` filled, or
-one with train.txt, valid.txt and test.txt. Both train the example's default LSTM on the same words for the same number
-of steps, each in a process of its own and in turns. The peer runs its own main.py; the only change is a line that notes
-time and loss of each step.
+`--examples` is a checkout of github.com/pytorch/examples, `--data` the folder that `data fetch wikitext2` filled,
+or one with train.txt, valid.txt and test.txt. Both train the example's default LSTM on the same words for the same
+number of steps, each in a process of its own and in turns. The peer runs its own main.py; the only change is a line
+that notes time and loss of each step.
 
 A step's time is from the end of one optimizer step to the end of the next; the first 10 are left out. Reported: the
 median step of each, tokens/s, the ratio of every round, and the loss in bins of 20 steps, each round with a seed of its

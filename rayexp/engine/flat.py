@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -83,9 +83,10 @@ class Layout:
     def touched(self, rows: Mapping[str, Tensor]) -> list[Touched]:
         """Parts of a row of which only some rows are touched, by parameter name; in the order of the buffer."""
         found = []
-        for slot, after in zip(self.params, [*(s.start for s in self.params[1:]), self.size], strict=True):
+        stops = [*(s.start for s in self.params[1:]), self.size]
+        for i, (slot, stop) in enumerate(zip(self.params, stops, strict=True)):
             if slot.name in rows:
-                found.append(Touched(self.head + slot.start, self.head + after, slot.shape, rows[slot.name]))
+                found.append(Touched(i, self.head + slot.start, self.head + stop, slot.shape, rows[slot.name]))
         return found
 
     def gradient(self, row: Tensor) -> Tensor:
@@ -171,8 +172,10 @@ class Master:
 
 @dataclass(frozen=True, slots=True)
 class Touched:
-    """A part of a row, elements [start, stop) with its padding, that is zero but for some rows of its matrix."""
+    """A parameter's part of a row, elements [start, stop) with its padding, that is zero but for some rows of its
+    matrix."""
 
+    parameter: int
     start: int
     stop: int
     shape: tuple[int, ...]
@@ -188,19 +191,17 @@ class Row:
 
     def __init__(self, layout: Layout, device: torch.device) -> None:
         self.tensor = torch.zeros(layout.row, device=device)
+        self.rest = layout.rest(self.tensor)
         self._dirty: Sequence[Touched] = ()
         self.gradients = [slot.view(layout.gradient(self.tensor)) for slot in layout.params]
         # .data: batch norm saves its buffers for backward, and views that share a version counter would disturb it.
         self.stats = [slot.view(layout.batch_stats(self.tensor)).data for slot in layout.stats]
 
     def clear(self, touched: Sequence[Touched]) -> None:
-        """Zero the row, which will be written in these parts only where they say so."""
-        at = 0
-        for last, next_ in zip(self._dirty, touched, strict=False):
-            self.tensor[at : next_.start].zero_()
-            next_.matrix(self.tensor).index_fill_(0, last.rows, 0.0)
-            at = next_.stop
-        self.tensor[at:].zero_()
+        """Zero what comes before the gradients, and these parts, which will be written only where they say so."""
+        self.rest.zero_()
+        for last in self._dirty:
+            last.matrix(self.tensor).index_fill_(0, last.rows, 0.0)
         self._dirty = touched
 
 
@@ -208,7 +209,8 @@ class Replica:
     """A model for training whose weights are the master's and which leaves what it computes in a row.
 
     Gradients accumulate in the row. A module may put a weight's gradient there by itself, and hand None to autograd:
-    into `weight.into`, over what is there where `weight.grad` is None (which it then sets to `into`), else added to it.
+    into `weight.into`, over what is there where `weight.grad` is None (which it then sets to `into`), else added to it
+    as a whole, since it may be another shard's. Where `into` is None, `weight.grad` is this shard's alone.
     Batch norm leaves the batch's own mean and (unbiased) variance there: with momentum 1, "running" means "last".
     """
 
@@ -233,17 +235,17 @@ class Replica:
         for i, accumulator in enumerate(self._accumulators):
             accumulator.register_hook(functools.partial(self._completed, passed, i))  # type: ignore[union-attr]
 
-    def bind(self, row: Row, empty: bool) -> None:
+    def bind(self, row: Row, zeroed: Container[int] | None) -> None:
         """Write into this row from now on.
 
         Args:
-            empty: the next pass starts the row: its gradients are copied over what the row holds, which saves zeroing
-                it and adding to zeros. `settle` must follow that pass.
+            zeroed: parameters whose gradients in the row are zero. The others are written over by the next pass, which
+                saves zeroing them and adding to zeros; `settle` must follow it. None: all are, and add up.
         """
         self._row = row
-        for parameter, gradient in zip(self._parameters, row.gradients, strict=True):
-            parameter.grad = None if empty else gradient
-            parameter.into = gradient  # type: ignore[attr-defined]
+        for i, (parameter, gradient) in enumerate(zip(self._parameters, row.gradients, strict=True)):
+            parameter.grad = gradient if zeroed is None or i in zeroed else None
+            parameter.into = None if zeroed is None else gradient  # type: ignore[attr-defined]
         for (module, name), stat in zip(self._buffers, row.stats, strict=True):
             module._buffers[name] = stat
 

@@ -29,7 +29,7 @@ class Lane:
         keep_apart: Callable[[nn.Module, Draws], None] | None,
         compiled: bool = False,
     ) -> None:
-        self.master, self.returned = master, workload.returns_gradients
+        self.master, self.shares = master, workload.shares_rows
         self.draws = Draws()
         self.replica = Replica(master)
         adopt(self.replica.model, self.draws, workload.batch_dim)
@@ -42,14 +42,14 @@ class Lane:
         self._spare: list[Row] = []
 
     def take(self, touched: Sequence[Touched]) -> Row:
-        """A row whose head is zero, and the replica writes into it. Its gradients need not be zeroed where autograd
-        returns them."""
+        """A row for the next pass, and the replica writes into it. Its gradients need not be zeroed where shards may
+        share a row, but for parts that are written only where `touched` says so."""
         row = self._spare.pop() if self._spare else Row(self.master.layout, self.master.device)
-        if self.returned:
-            self.master.layout.rest(row.tensor).zero_()
-        else:
+        if self.shares:
             row.clear(touched)
-        self.replica.bind(row, empty=self.returned)
+        else:
+            row.tensor.zero_()
+        self.replica.bind(row, {part.parameter for part in touched} if self.shares else None)
         return row
 
     def give(self, row: Row) -> None:

@@ -178,7 +178,7 @@ class Stepper:
             shards = range(at, at + (1 << level))
             if self.together and self._alike(self.lanes[lane], epoch, step, shards):
                 runs.append(((level, at >> level), [shards]))
-            elif level == 1 and self.workload.returns_gradients:
+            elif level == 1 and self.workload.shares_rows:
                 # Autograd's accumulation into a row is the tree's addition: the right sibling may go into the left
                 # one's row, and no zeroing and no adding is in between.
                 runs.append(((level, at >> level), [range(shard, shard + 1) for shard in shards]))

@@ -50,9 +50,10 @@ class Workload(Protocol):
     batch_dim: int
     """The dimension of activations along which samples lie (0 for images, 1 for [time, column, feature])."""
 
-    returns_gradients: bool
-    """Whether backward hands every gradient to autograd; False: it also writes into `.grad` by itself, so that every
-    shard needs a zeroed one."""
+    shares_rows: bool
+    """Whether a second shard's gradients may be added to a first one's where they lie: backward completes each
+    parameter's gradient before it adds it, by autograd or by itself (see engine.flat.Replica). False: every shard has
+    zeroed ones of its own."""
 
     together: bool
     """Whether the shards of a pass may go through the model together: it has one input and one output, along whose

@@ -8,8 +8,9 @@ softmax is p = e * exp(peak - log_sum), a factor per token and block. So the gra
 the factor is applied to the narrow `hidden` rather than to the wide e. The e of the first blocks are kept for the
 backward pass, up to a fixed number of bytes; the others are computed again, with the same bits.
 
-Where a parameter's `.grad` is there already, its gradient is added to it in place, block by block (for the embedding:
-row by row), and no dense temporary is made. Such a parameter fires no autograd hooks.
+A parameter's gradient goes straight to where it belongs, block by block (for the embedding: row by row), and no dense
+temporary is made: it is added to the `.grad` that is there, else written into `.into` (see engine.flat.Replica). What
+is added is complete before, as if the gradients of two passes had been added as a whole.
 """
 
 from __future__ import annotations
@@ -75,17 +76,39 @@ def _blocks(words: int, block: int) -> Iterator[slice]:
     return (slice(start, min(start + block, words)) for start in range(0, words, block))
 
 
-def _sink(leaf: Tensor | None, needed: bool) -> Tensor | None:
-    """Where a gradient is added up: the one that the leaf holds already, or a new one, or None where none is needed."""
-    if leaf is None or not needed:
+class _Sink:
+    """Where a parameter's gradient goes: `tensor`, and whether it is added to what is there.
+
+    Args:
+        leaf: the parameter.
+    """
+
+    def __init__(self, leaf: Tensor) -> None:
+        held = leaf.grad if leaf.is_leaf else None
+        into: Tensor | None = getattr(leaf, "into", None)
+        self.adds, self.shared = held is not None, into is not None
+        self._leaf = leaf if self.adds or self.shared else None
+        self.tensor = held if held is not None else torch.empty_like(leaf) if into is None else into
+
+    @staticmethod
+    def of(leaf: Tensor | None, needed: bool) -> _Sink | None:
+        """None where no gradient is needed."""
+        return _Sink(leaf) if leaf is not None and needed else None
+
+    def put(self, part: slice, found: Tensor) -> None:
+        """A part of the gradient, complete."""
+        if self.adds:
+            self.tensor[part].add_(found)
+        else:
+            self.tensor[part].copy_(found)
+
+    @staticmethod
+    def hand_on(sink: _Sink | None) -> Tensor | None:
+        """What autograd still has to add: nothing, where the parameter has the gradient now."""
+        if sink is None or sink._leaf is None:
+            return None if sink is None else sink.tensor
+        sink._leaf.grad = sink.tensor
         return None
-    held = leaf.grad if leaf.is_leaf else None
-    return torch.zeros_like(leaf) if held is None else held
-
-
-def _handed_on(leaf: Tensor | None, sink: Tensor | None) -> Tensor | None:
-    """What autograd still has to add: nothing, where the leaf holds the sum already."""
-    return None if leaf is None or (leaf.is_leaf and leaf.grad is sink) else sink
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -124,31 +147,52 @@ class _CrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, peak, log_sum = ctx.saved_tensors
-        weight_grad = _sink(ctx.leaves[0], ctx.needs_input_grad[1])
-        bias_grad = _sink(ctx.leaves[1], ctx.needs_input_grad[2])
+        weight_sink, bias_sink = map(_Sink.of, ctx.leaves, ctx.needs_input_grad[1:3])
         wide = hidden.to(log_sum.dtype)
         hidden_grad = torch.zeros_like(wide)
         with torch.autocast(hidden.device.type, enabled=False):
             scale = (peak - log_sum[:, None]).exp_().mul_(grad[:, None]).t().contiguous()
             narrow, across = hidden.to(ctx.dtype), wide.t().contiguous()
+            of_targets = _ToTargets(wide * -grad[:, None], targets, len(weight), ctx.block)
+            of_bias = wide.new_empty(len(weight))
             for i, part in enumerate(_blocks(len(weight), ctx.block)):
                 e, ctx.kept[i] = ctx.kept[i], None
                 if e is None:
                     e = _logits(narrow, weight, bias, part).sub_(peak[:, i : i + 1]).exp_()
                 factor = scale[i]
-                if bias_grad is not None:
-                    bias_grad[part].addmv_(e.t(), factor)
+                if bias_sink is not None:
+                    torch.mv(e.t(), factor, out=of_bias[part])
                 e = e.to(ctx.dtype)
-                if weight_grad is not None:
-                    weight_grad[part].add_(product(e.t(), (across * factor).to(ctx.dtype)))
+                if weight_sink is not None:
+                    found = product(e.t(), (across * factor).to(ctx.dtype)).to(wide.dtype)
+                    weight_sink.put(part, of_targets.add(i, part, found))
                 hidden_grad.addcmul_(product(e, weight[part].to(ctx.dtype).t()), factor[:, None])
-            if weight_grad is not None:
-                weight_grad.index_add_(0, targets, wide * -grad[:, None])
-            if bias_grad is not None:
-                bias_grad.index_add_(0, targets, -grad)
+            if bias_sink is not None:
+                bias_sink.put(slice(None), of_bias.index_add_(0, targets, -grad))
             hidden_grad.addcmul_(weight.index_select(0, targets), grad[:, None], value=-1)
-        weight_out, bias_out = map(_handed_on, ctx.leaves, (weight_grad, bias_grad))
-        return hidden_grad.to(hidden.dtype), weight_out, bias_out, None, None, None, None
+        weight_grad, bias_grad = map(_Sink.hand_on, (weight_sink, bias_sink))
+        return hidden_grad.to(hidden.dtype), weight_grad, bias_grad, None, None, None, None
+
+
+class _ToTargets:
+    """Adds a row of `values` for each token to its target's row, a block of the vocabulary at a time."""
+
+    def __init__(self, values: Tensor, targets: Tensor, words: int, block: int) -> None:
+        self.values, self.targets = values, targets
+        self.ordered: list[tuple[Tensor, Tensor]] | None = None
+        if not targets.is_cuda:  # a GPU would be waited for
+            targets, order = targets.sort(stable=True)
+            counts = torch.bincount(targets // block, minlength=-(-words // block)).tolist()
+            rows, summands = (torch.split(x, counts) for x in (targets % block, values[order]))
+            self.ordered = list(zip(rows, summands, strict=True))
+
+    def add(self, i: int, part: slice, found: Tensor) -> Tensor:
+        """Add what belongs to block i, in which these words lie, to fp[words of the block, features]."""
+        if self.ordered is not None:
+            return found.index_add_(0, *self.ordered[i])
+        at = self.targets - part.start
+        inside = (at >= 0) & (at < len(found))
+        return found.index_add_(0, at.clamp_(0, len(found) - 1), torch.where(inside[:, None], self.values, 0.0))
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, part: slice) -> Tensor:
@@ -170,7 +214,22 @@ class _Embedding(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (tokens,) = ctx.saved_tensors
-        found = _sink(ctx.leaf, ctx.needs_input_grad[1])
-        if found is not None:
-            found.index_add_(0, tokens.reshape(-1), grad.reshape(-1, found.shape[1]).to(found.dtype))
-        return None, _handed_on(ctx.leaf, found)
+        sink = _Sink.of(ctx.leaf, ctx.needs_input_grad[1])
+        if sink is not None:
+            words, vectors = tokens.reshape(-1), grad.reshape(-1, grad.shape[-1]).to(sink.tensor.dtype)
+            if not sink.adds:
+                sink.tensor.zero_()
+            elif sink.shared:
+                words, vectors = _summed(words, vectors)
+            sink.tensor.index_add_(0, words, vectors)
+        return None, _Sink.hand_on(sink)
+
+
+def _summed(words: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of each word's vectors, in their order; what is left of both is filled with a word and zeros."""
+    ordered, order = words.sort(stable=True)
+    first = torch.ones_like(ordered, dtype=torch.bool)
+    first[1:] = ordered[1:] != ordered[:-1]
+    group = first.cumsum(0) - 1
+    rows = ordered[:1].expand_as(ordered).clone().scatter_(0, group, ordered)
+    return rows, torch.zeros_like(vectors).index_add_(0, group, vectors[order])

@@ -45,7 +45,7 @@ class ImageClassification:
 
     unit = "images"
     batch_dim = 0
-    returns_gradients = True
+    shares_rows = True
     together = True
 
     def __init__(self, config: ExperimentConfig) -> None:

@@ -36,7 +36,6 @@ class LanguageModel:
 
     unit = "tokens"
     batch_dim = 1
-    returns_gradients = False
     together = False
 
     def __init__(self, config: ExperimentConfig) -> None:
@@ -48,6 +47,8 @@ class LanguageModel:
             raise UserError("label_smoothing: language_model has none; set it to 0")
         self.options = options_of(config)
         self.recurrent = isinstance(self.options, RecurrentOptions)
+        # A tied matrix has two gradients, and the second would come after the sum.
+        self.shares_rows = not self.options.tied
         self.parts = ("h", "c") if config.model.name == "lstm" else ("h",)
         self.data: TextData = open_data(data)
         self.words: int = len(self.data.vocabulary)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from rayexp.engine.draws import Draws
-from rayexp.engine.matmul import product
+from rayexp.engine.matmul import onednn
 from rayexp.engine.taps import out_size, weight_gradient
 
 LARGEST = 2
@@ -56,7 +56,7 @@ def as_matrices(weight: Tensor, seen: Sequence[View]) -> list[Tensor]:
 def times(rows: Tensor, matrix: Tensor) -> Tensor:
     """rows @ matrix.T for fp32[n, k] and fp32[m, k]."""
     # oneDNN rearranges its second operand in every call: better few rows than a large matrix.
-    return product(matrix, rows).t().contiguous() if len(rows) < FEW else product(rows, matrix)
+    return onednn(matrix, rows).t().contiguous() if len(rows) < FEW else onednn(rows, matrix)
 
 
 class _SmallMap(torch.autograd.Function):
@@ -88,7 +88,7 @@ class _SmallMap(torch.autograd.Function):
         outs = grad.permute(0, 2, 3, 1).flatten(1, 2)
         for matrix, (rows, columns, seers, _) in zip(matrices, ctx.seen, strict=True):
             into = grad_x[:, rows, columns]
-            into += product(outs[:, seers.start : seers.stop].flatten(1), matrix.t()).view(into.shape)
+            into += onednn(outs[:, seers.start : seers.stop].flatten(1), matrix.t()).view(into.shape)
         of_weight = weight_gradient(ctx.leaf, grad, pixels.permute(0, 3, 1, 2), (ctx.stride, ctx.stride), ctx.sizes)
         return grad_x.permute(0, 3, 1, 2), of_weight, None, None, None, None
 

@@ -168,7 +168,7 @@ def test_power_of_two_shares_are_single_nodes() -> None:
 
 
 def test_buckets_cover_a_row_and_leave_out_what_they_must() -> None:
-    without = [Touched(64, 128, (3, 20), torch.arange(2)), Touched(640, 704, (64, 1), torch.arange(2))]
+    without = [Touched(0, 64, 128, (3, 20), torch.arange(2)), Touched(1, 640, 704, (64, 1), torch.arange(2))]
     for unit in (1, 2, 4, 8):
         buckets = cut(1024, 100, unit, without)
         covered = [i for b in buckets for i in range(b.start, b.stop)]

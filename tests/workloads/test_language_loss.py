@@ -119,6 +119,42 @@ def test_the_gradient_is_added_into_the_tensor_that_is_there() -> None:
     assert torch.equal(mine[0].grad, plain[0].grad)
 
 
+def test_passes_that_share_a_row_leave_the_sum_of_two_to_the_bit() -> None:
+    """The first writes over what is there, the second adds its gradient as a whole."""
+    alone = []
+    for seed in (0, 1):
+        hidden, weight, bias, targets = problem(40, 8, 3000, torch.float32, seed)
+        fixed = problem(40, 8, 3000, torch.float32)
+        weight, bias = fixed[1], fixed[2]
+        blocked_cross_entropy(hidden, weight, bias, targets, 500).sum().backward()
+        alone.append((weight.grad, bias.grad))
+    _, weight, bias, _ = problem(40, 8, 3000, torch.float32)
+    weight.into, bias.into = torch.full_like(weight, 7.0), torch.full_like(bias, 7.0)
+    for seed in (0, 1):
+        hidden, _, _, targets = problem(40, 8, 3000, torch.float32, seed)
+        blocked_cross_entropy(hidden, weight, bias, targets, 500).sum().backward()
+        for leaf in (weight, bias):
+            assert leaf.grad is leaf.into
+        if seed == 0:
+            assert torch.equal(weight.grad, alone[0][0])
+            assert torch.equal(bias.grad, alone[0][1])
+    for leaf, first, second in zip((weight, bias), *alone, strict=True):
+        assert torch.equal(leaf.grad, first + second)
+
+
+def test_the_way_of_a_gpu_leads_to_the_same_rows() -> None:
+    g = torch.Generator().manual_seed(0)
+    values, targets = torch.randn(90, 3, generator=g), torch.randint(70, (90,), generator=g)
+    whole = torch.zeros(70, 3).index_add_(0, targets, values)
+    for ordered in (True, False):
+        ways = blocked_loss._ToTargets(values, targets, 70, 16)
+        assert ways.ordered is not None
+        ways.ordered = ways.ordered if ordered else None
+        parts = [slice(start, min(start + 16, 70)) for start in range(0, 70, 16)]
+        found = [ways.add(i, part, torch.zeros(part.stop - part.start, 3)) for i, part in enumerate(parts)]
+        assert torch.equal(torch.cat(found), whole)
+
+
 def test_frozen_parameters_get_no_gradient() -> None:
     hidden, weight, bias, targets = problem(5, 4, 30, torch.float32)
     weight.requires_grad_(False).grad = torch.zeros_like(weight)
@@ -207,6 +243,23 @@ def test_the_embedding_equals_pytorchs() -> None:
     embedding(tokens, weight).backward(outer)
     assert weight.grad is held
     torch.testing.assert_close(held - 1, true)
+
+
+@settings(max_examples=25, deadline=None)
+@given(words=st.integers(1, 9), tokens=st.integers(1, 30), seed=st.integers(0, 99), zeroed=st.booleans())
+def test_embeddings_that_share_a_row_leave_the_sum_of_two_to_the_bit(
+    words: int, tokens: int, seed: int, zeroed: bool
+) -> None:
+    g = torch.Generator().manual_seed(seed)
+    passes = [(torch.randint(words, (tokens,), generator=g), torch.randn(tokens, 3, generator=g)) for _ in range(2)]
+    weight = torch.zeros(words, 3, requires_grad=True)
+    alone = [torch.autograd.grad(embedding(read, weight), weight, outer)[0] for read, outer in passes]
+    weight.into = torch.full_like(weight, 0.0 if zeroed else 7.0)
+    weight.grad = weight.into if zeroed else None
+    for read, outer in passes:
+        embedding(read, weight).backward(outer)
+        assert weight.grad is weight.into
+    assert torch.equal(weight.grad, alone[0] + alone[1])
 
 
 def test_tied_weights_collect_both_gradients() -> None:
