@@ -181,9 +181,10 @@ class Touched:
     shape: tuple[int, ...]
     rows: Tensor
 
-    def matrix(self, row: Tensor) -> Tensor:
-        """fp32[n, width], a view."""
-        return row[self.start : self.start + math.prod(self.shape)].view(self.shape)
+    def matrix(self, row: Tensor, head: int = 0) -> Tensor:
+        """fp32[n, width], a view of a row, or of a buffer that lacks a row's head of so many elements."""
+        start = self.start - head
+        return row[start : start + math.prod(self.shape)].view(self.shape)
 
 
 class Row:

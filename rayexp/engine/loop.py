@@ -24,7 +24,7 @@ from rayexp.engine.flat import Layout, Master
 from rayexp.engine.group import Group
 from rayexp.engine.optimize import Optimizer, Schedule
 from rayexp.engine.place import Place
-from rayexp.engine.step import Stepper, Wish
+from rayexp.engine.step import Stepper, Wish, touched
 from rayexp.engine.workload import Workload
 from rayexp.errors import RunError
 from rayexp.records import PHASES, EpochRecord, Predictions
@@ -73,7 +73,8 @@ class Session:
         model = workload.model()
         self.layout = Layout(model, config.shards, config.optimizer.decay_norm_and_bias)
         self.master = Master(model, self.layout, place.device)
-        self.optimizer = Optimizer(config, self.layout, self.master.params)
+        sparse = touched(workload, self.layout, place.device, 1, 0)
+        self.optimizer = Optimizer(config, self.layout, self.master.params, sparse)
         self.stepper = Stepper(config, workload, self.master, self.optimizer, group, place)
         self.judges = [self.master.judge() for _ in range(place.lanes)]
         self.steps = workload.steps()

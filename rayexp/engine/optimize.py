@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rayexp.config import ExperimentConfig
-from rayexp.engine.flat import Layout
+from rayexp.engine.flat import Layout, Touched
 from rayexp.engine.place import Place
 
 _CHUNK = 1 << 20  # elements on a CPU; 4 MiB of each of three or four buffers stay in a last-level cache
@@ -25,33 +27,57 @@ class Optimizer:
     """One optimizer over the master's flat parameters.
 
     `state` maps a buffer's name (momentum_buffer, exp_avg, exp_avg_sq) to fp32[P], laid out like the parameters.
+
+    Args:
+        touched: parameters whose gradient is zero but for some rows; `update` is told which.
     """
 
-    def __init__(self, config: ExperimentConfig, layout: Layout, params: Tensor) -> None:
-        self.config, self.params = config.optimizer, params
+    def __init__(
+        self, config: ExperimentConfig, layout: Layout, params: Tensor, touched: Sequence[Touched] = ()
+    ) -> None:
+        self.config, self.layout, self.params = config.optimizer, layout, params
         adam = config.optimizer.name == "adamw"
         names = ("exp_avg", "exp_avg_sq") if adam else ("momentum_buffer",) if config.optimizer.momentum else ()
         self.state = {name: torch.zeros_like(params) for name in names}
+        # Without momentum and decay, SGD leaves a parameter alone whose gradient is zero.
+        self.rows_alone = not names and config.weight_decay == 0
+        apart = [(t.start - layout.head, t.stop - layout.head) for t in touched] if self.rows_alone else []
+        # What is left out lies where everything is treated alike: edges stay in order.
+        edges = sorted({0, layout.decayed, layout.size, *itertools.chain.from_iterable(apart)})
         self.chunks: list[tuple[slice, float]] = []
-        for start, end, decay in ((0, layout.decayed, config.weight_decay), (layout.decayed, layout.size, 0.0)):
+        for start, end in itertools.pairwise(edges):
+            if (start, end) in apart:
+                continue
             count = 1 if params.is_cuda else max(1, round((end - start) / _CHUNK))
-            edges = [start + (end - start) * i // count // _ALIGN * _ALIGN for i in range(count)] + [end]
-            self.chunks += [(slice(a, b), decay) for a, b in itertools.pairwise(edges) if a < b]
+            cuts = [start + (end - start) * i // count // _ALIGN * _ALIGN for i in range(count)] + [end]
+            decay = config.weight_decay if start < layout.decayed else 0.0
+            self.chunks += [(slice(a, b), decay) for a, b in itertools.pairwise(cuts) if a < b]
 
-    def update(self, gradient: Tensor, count: float, lr: float, step: int, place: Place) -> None:
-        """One step. `gradient` (fp32[P], the SUM over samples) is divided by `count` and clipped in place.
+    def update(
+        self, row: Tensor, count: float, lr: float, step: int, place: Place, touched: Sequence[Touched] = ()
+    ) -> None:
+        """One step. The gradient in the row (the SUM over samples) is divided by `count` and clipped in place.
 
         Args:
             step: counts from 1, for AdamW's bias correction.
+            touched: this step's rows.
         """
+        gradient = self.layout.gradient(row)
+        parts = [
+            _Part(self.params[where], gradient[where], {n: s[where] for n, s in self.state.items()}, decay)
+            for where, decay in self.chunks
+        ]
+        sparse = [(t.rows, t.matrix(self.params, self.layout.head), t.matrix(row)) for t in touched if self.rows_alone]
+        gathered = [_Part(weight[rows], grad[rows], {}, 0.0) for rows, weight, grad in sparse]
+        parts += gathered
         lanes = range(place.lanes)
         scale = 1.0 / count if count else 0.0
         if self.config.clip is not None:
-            norms: list[Tensor] = [gradient] * len(self.chunks)
+            norms: list[Tensor] = [gradient] * len(parts)
 
             def measure(lane: int) -> None:
-                for i in range(lane, len(self.chunks), place.lanes):
-                    norms[i] = torch.linalg.vector_norm(gradient[self.chunks[i][0]], dtype=torch.float64)
+                for i in range(lane, len(parts), place.lanes):
+                    norms[i] = torch.linalg.vector_norm(parts[i].gradient, dtype=torch.float64)
 
             place.run([lambda lane=lane: measure(lane) for lane in lanes])  # type: ignore[misc]
             # As torch.nn.utils.clip_grad_norm_: the factor is at most 1; NaN stays NaN.
@@ -61,37 +87,38 @@ class Optimizer:
 
         def advance(lane: int) -> None:
             with torch.no_grad():
-                for where, decay in self.chunks[lane :: place.lanes]:
-                    self._advance(where, gradient[where].mul_(scale), decay, lr, step)
+                for part in parts[lane :: place.lanes]:
+                    part.gradient.mul_(scale)
+                    self._advance(part, lr, step)
 
         place.run([lambda lane=lane: advance(lane) for lane in lanes])  # type: ignore[misc]
+        for part, (rows, weight, _) in zip(gathered, sparse, strict=True):
+            weight.index_copy_(0, rows, part.params)
 
-    def _advance(self, where: slice, grad: Tensor, decay: float, lr: float, step: int) -> None:
+    def _advance(self, part: _Part, lr: float, step: int) -> None:
         c = self.config
-        params = [self.params[where]]
         if c.name == "adamw":
             torch._fused_adamw_(
-                params,
-                [grad],
-                [self.state["exp_avg"][where]],
-                [self.state["exp_avg_sq"][where]],
+                [part.params],
+                [part.gradient],
+                [part.state["exp_avg"]],
+                [part.state["exp_avg_sq"]],
                 [],
-                [torch.full((), float(step), device=grad.device)],
+                [torch.full((), float(step), device=part.params.device)],
                 lr=lr,
                 beta1=c.betas[0],
                 beta2=c.betas[1],
-                weight_decay=decay,
+                weight_decay=part.decay,
                 eps=c.eps,
                 amsgrad=False,
                 maximize=False,
             )
             return
-        momentum = [self.state["momentum_buffer"][where]] if c.momentum else []
         torch._fused_sgd_(
-            params,
-            [grad],
-            momentum,
-            weight_decay=decay,
+            [part.params],
+            [part.gradient],
+            list(part.state.values()),
+            weight_decay=part.decay,
             momentum=c.momentum,
             lr=lr,
             dampening=0.0,
@@ -99,6 +126,16 @@ class Optimizer:
             maximize=False,
             is_first_step=False,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Parameters that are updated by one call, with their gradient and the optimizer's state."""
+
+    params: Tensor
+    gradient: Tensor
+    state: dict[str, Tensor]
+    decay: float
 
 
 class Schedule:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from rayexp.config import ExperimentConfig
 from rayexp.engine import order
 from rayexp.engine.exchange import AllReduce, Assembly, Exchange, Plan
-from rayexp.engine.flat import Master, Row, Touched
+from rayexp.engine.flat import Layout, Master, Row, Touched
 from rayexp.engine.group import Group
 from rayexp.engine.lane import Lane, begin_step
 from rayexp.engine.norm import per_shard
@@ -101,11 +101,12 @@ class Stepper:
             self.carries = {}
         seconds = _Seconds()
         begin_step(self.lanes, self.place)
-        row = (self._exact if self.exact else self._ddp)(epoch, step, wish, seconds, clock)
+        touched = self._touched(epoch, step)
+        row = (self._exact if self.exact else self._ddp)(epoch, step, touched, wish, seconds, clock)
         self.place.synchronize()
         clock.append(time.perf_counter())
         loss, count, shards, stops, saves = self.master.layout.tail(row).tolist()
-        self.optimizer.update(self.master.layout.gradient(row), count, lr, global_step + 1, self.place)
+        self.optimizer.update(row, count, lr, global_step + 1, self.place, touched)
         self.master.update_stats(row, shards)
         self.place.synchronize()
         clock.append(time.perf_counter())
@@ -126,13 +127,13 @@ class Stepper:
         return 4 * (self.master.layout.row - saved)
 
     def _touched(self, epoch: int, step: int) -> list[Touched]:
-        rows = self.workload.touched_rows(epoch, step)
-        return self.master.layout.touched({n: upload(r, self.place.device) for n, r in rows.items()})
+        return touched(self.workload, self.master.layout, self.place.device, epoch, step)
 
     # ------------------------------------------------------------------ exact
 
-    def _exact(self, epoch: int, step: int, wish: Wish, seconds: _Seconds, clock: list[float]) -> Tensor:
-        touched = self._touched(epoch, step)
+    def _exact(
+        self, epoch: int, step: int, touched: list[Touched], wish: Wish, seconds: _Seconds, clock: list[float]
+    ) -> Tensor:
         assembly = Assembly(self.plan, self.exchange, len(self.lanes), touched, self.place.run)
 
         def work(number: int) -> _Seconds:
@@ -179,8 +180,8 @@ class Stepper:
             if self.together and self._alike(self.lanes[lane], epoch, step, shards):
                 runs.append(((level, at >> level), [shards]))
             elif level == 1 and self.workload.shares_rows:
-                # Autograd's accumulation into a row is the tree's addition: the right sibling may go into the left
-                # one's row, and no zeroing and no adding is in between.
+                # Accumulation into a row is the tree's addition: the right sibling may go into the left one's row, and
+                # no zeroing and no adding is in between.
                 runs.append(((level, at >> level), [range(shard, shard + 1) for shard in shards]))
             else:
                 runs += [((0, shard), [range(shard, shard + 1)]) for shard in shards]
@@ -208,8 +209,10 @@ class Stepper:
 
     # ------------------------------------------------------------------ ddp
 
-    def _ddp(self, epoch: int, step: int, wish: Wish, seconds: _Seconds, clock: list[float]) -> Tensor:
-        touched, lane = self._touched(epoch, step), self.lanes[0]
+    def _ddp(
+        self, epoch: int, step: int, touched: list[Touched], wish: Wish, seconds: _Seconds, clock: list[float]
+    ) -> Tensor:
+        lane = self.lanes[0]
         assembly = Assembly(self.plan, self.exchange, 1, touched, self.place.run)
         row = lane.take(touched)
         assembly.held[0] = [((0, 0), row)]
@@ -287,6 +290,12 @@ class Stepper:
         parts = {name: torch.split(tensor, list(sizes), dim) for name, tensor in after.items()}
         for i, shard in enumerate(shards):
             self.carries[shard] = {name: part[i].contiguous() for name, part in parts.items()}
+
+
+def touched(workload: Workload, layout: Layout, device: torch.device, epoch: int, step: int) -> list[Touched]:
+    """The parts of a step's row that are zero but for some rows."""
+    rows = workload.touched_rows(epoch, step)
+    return layout.touched({name: upload(r, device) for name, r in rows.items()})
 
 
 def _add(left: Row, right: Row) -> Row:
