@@ -89,11 +89,14 @@ class _Worker:
         self.buffers: dict[str, torch.Tensor] = {}
         self.steps: list[StepDone] = []  # of the present epoch
         self.energy: dict[str, float] = {}
+        self.warnings: list[str] = []
         self.saved = self.told = time.monotonic()
 
     def run(self) -> str:
         where = f"{self.place.device}, {self.place.lanes} lanes, pid {os.getpid()} on {socket.gethostname()}"
         self._log(f"rank {self.group.rank} of {self.group.world}: {where}")
+        if self.lead and self.config.precision == "bf16" and not self.place.has_bf16():
+            self._warn("precision: this processor has no instructions for bf16; fp32 is many times as fast here")
         self._resume()
         measured = None
         if self.payload.get("measure_link") and self.group.world > 1:
@@ -138,9 +141,16 @@ class _Worker:
         if self.lead and then and then != now:
             keys = [k for k in {**then, **now} if then.get(k) != now.get(k)]
             differs = ", ".join(f"{k} {then.get(k)} -> {now.get(k)}" for k in keys)
-            warning = f"resumed under another fingerprint: {differs}; the bits may differ from here on"
-            self._log(warning)
-            self.pen.progress({"warning": warning})
+            self._warn(f"resumed under another fingerprint: {differs}; the bits may differ from here on")
+
+    def _warn(self, warning: str) -> None:
+        self._log(warning)
+        self.warnings.append(warning)
+        self._tell({})
+
+    def _tell(self, progress: dict[str, Any]) -> None:
+        # Warnings every time: a driver looks when it looks.
+        self.pen.progress(progress | ({"warning": "; ".join(self.warnings)} if self.warnings else {}))
 
     def _same_data(self, then: Mapping[str, str] | None) -> None:
         now = self._words()["data"]
@@ -193,7 +203,7 @@ class _Worker:
         now = time.monotonic()
         if now - self.told >= PROGRESS_SECONDS or event.step == event.steps:
             self.told = now
-            self.pen.progress(
+            self._tell(
                 {
                     "epoch": event.epoch,
                     "epochs": self.config.epochs,

@@ -16,6 +16,7 @@ import yaml
 from rich.console import Console
 
 from rayexp.config import ExperimentConfig, load
+from rayexp.engine.place import Place
 from rayexp.errors import RunError, UserError
 from rayexp.launch.cells import with_overrides
 from rayexp.launch.screen import epoch_line
@@ -165,6 +166,17 @@ def test_without_a_terminal_there_is_a_line_an_epoch(tiny: Tiny) -> None:
     text = io.StringIO()
     made = run(tiny(), argv=[], console=Console(file=text, width=300))
     assert text.getvalue().splitlines() == [epoch_line(record) for record in made.records()]
+
+
+def test_bf16_without_instructions_for_it_is_warned_of(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    for has in (False, True):
+        monkeypatch.setattr(Place, "has_bf16", lambda _, has=has: has)
+        for precision in ("bf16", "fp32"):
+            text = io.StringIO()
+            made = run(tiny(precision=precision, epochs=1), argv=[], console=Console(file=text, width=300))
+            warned = [line for line in text.getvalue().splitlines() if line.startswith("warning: precision: ")]
+            assert len(warned) == (precision == "bf16" and not has)
+            assert ("fp32 is many times as fast" in (made.logs / "rank_0.log").read_text()) == bool(warned)
 
 
 def test_the_command_names_the_key_and_exits_with_2(tiny: Tiny, tmp_path: Path, command: Command) -> None:
