@@ -145,7 +145,7 @@ def test_a_failed_run_says_so(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_signal_saves_and_exits_with_130(
     tiny: Tiny, tmp_path: Path, command: Command, until: Callable[..., None], number: int
 ) -> None:
-    config = tiny(epochs=40)
+    config = tiny(epochs=16)
     (tmp_path / "c.yaml").write_text(config.to_yaml())
     process = command("train", "c.yaml")
     until(lambda: list((tmp_path / "runs").glob("*/progress.json")))
