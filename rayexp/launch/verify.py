@@ -158,7 +158,7 @@ def verify(
             trials = [bench.run(c, str(n), n) for n, c in configs.items()]
             if kill:
                 most = max(n for n in configs if n)
-                trials.append(bench.run_killed(configs[most], f"{most}, one killed", most))
+                trials.append(bench.run_killed(configs[most], f"{most}, one killed", most, len(trials[0].steps)))
             others = []
             if contrast and config.reduction == "exact":
                 others = [
@@ -221,16 +221,20 @@ class _Bench:
             made = train(config, argv=["verify"], max_steps=self.steps, trace=True)
         return self._read(made, label, workers)
 
-    def run_killed(self, config: ExperimentConfig, label: str, workers: int) -> Trial:
-        """One trial that loses its last worker half way."""
+    def run_killed(self, config: ExperimentConfig, label: str, workers: int, steps: int) -> Trial:
+        """One trial that loses its last worker half way through its steps, which may be fewer than were asked for."""
+        if steps < 2:
+            raise UserError("--kill: a worker is killed after a step and before another, and this run has only one")
         checkpoint = config.checkpoint.model_copy(update={"every_steps": 1})
         failures = max(1, config.max_failures)
         config = config.model_copy(update={"checkpoint": checkpoint, "max_failures": failures})
         known = set(self.folder.iterdir())
-        with _Killer(self.folder, known, workers - 1, max(1, self.steps // 2)) as killer:
+        with _Killer(self.folder, known, workers - 1, steps // 2) as killer:
             trial = self.run(config, label, workers)
         if not killer.pid:
-            raise RunError(f"no worker could be killed within {self.steps} steps; more --steps give more time")
+            raise RunError(
+                f"no worker could be killed within {steps} steps; more of them (--steps, or more epochs or data) give more time"
+            )
         self.say(f"  (worker {workers - 1}, pid {killer.pid}, was killed after step {killer.step})")
         return trial
 
@@ -290,6 +294,8 @@ class _Killer:
                 trace, log = root / "trace.jsonl", root / "logs" / f"rank_{self.rank}.log"
                 if not (trace.exists() and log.exists()) or trace.read_text().count("\n") < self.step:
                     continue
-                self.pid = int(re.findall(r"pid (\d+)", log.read_text())[-1])
-                os.kill(self.pid, signal.SIGKILL)
+                pid = int(re.findall(r"pid (\d+)", log.read_text())[-1])
+                with contextlib.suppress(ProcessLookupError):  # the run was faster
+                    os.kill(pid, signal.SIGKILL)
+                    self.pid = pid
                 return

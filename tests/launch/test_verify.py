@@ -109,12 +109,13 @@ def test_the_first_step_and_tensor_that_differ_are_named() -> None:
     assert (found.label, found.step, found.tensor) == ("2", 2, "b")
 
 
-def test_equal_in_this_process_and_in_two_one_of_them_killed(tiny: Tiny) -> None:
-    verdict = verify(tiny(), [0, 2], steps=8, kill=True, launcher="processes", contrast=False)
+@pytest.mark.parametrize(("asked", "done"), [(8, 8), (100, 10)])  # the run has ten
+def test_equal_in_this_process_and_in_two_one_of_them_killed(tiny: Tiny, asked: int, done: int) -> None:
+    verdict = verify(tiny(epochs=1), [0, 2], steps=asked, kill=True, launcher="processes", contrast=False)
     assert verdict.ok
     assert [row["workers"] for row in verdict.rows()] == ["0", "2", "2, one killed"]
-    assert all(len(trial.steps) == 8 for trial in verdict.trials)
-    assert "same bits after each of 8 steps" in verdict.sentence()
+    assert all(len(trial.steps) == done for trial in verdict.trials)
+    assert f"same bits after each of {done} steps" in verdict.sentence()
 
 
 def test_ddp_is_not_equal_and_is_named(tiny: Tiny) -> None:
@@ -129,6 +130,8 @@ def test_counts_that_cannot_be_compared_are_refused(tiny: Tiny) -> None:
             verify(tiny(), workers, launcher="processes")
     with pytest.raises(UserError, match="--kill"):
         verify(tiny(), [0, 1], kill=True, launcher="processes")
+    with pytest.raises(UserError, match="--kill: .* has only one"):
+        verify(tiny(), [0, 2], steps=1, kill=True, launcher="processes")
 
 
 @pytest.mark.parametrize("fault", [None, *FAULTS])
