@@ -130,7 +130,7 @@ def test_counts_that_cannot_be_compared_are_refused(tiny: Tiny) -> None:
             verify(tiny(), workers, launcher="processes")
     with pytest.raises(UserError, match="--kill"):
         verify(tiny(), [0, 1], kill=True, launcher="processes")
-    with pytest.raises(UserError, match="--kill: .* has only one"):
+    with pytest.raises(UserError, match=r"--kill: .* has only one"):
         verify(tiny(), [0, 2], steps=1, kill=True, launcher="processes")
 
 
