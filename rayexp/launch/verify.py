@@ -233,7 +233,7 @@ class _Bench:
             trial = self.run(config, label, workers)
         if not killer.pid:
             raise RunError(
-                f"no worker could be killed within {steps} steps; more of them (--steps, or more epochs or data) give more time"
+                f"no worker could be killed within {steps} steps; more of them (--steps, epochs, data) give more time"
             )
         self.say(f"  (worker {workers - 1}, pid {killer.pid}, was killed after step {killer.step})")
         return trial
