@@ -16,9 +16,7 @@ from torch import Tensor
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """a @ b.T (+ bias[n]) for fp32[m, k] and fp32[n, k], without gradient; fp32[m, n]. Other dtypes and devices as
     PyTorch does."""
-    if _avx512():
-        return onednn(a, b, bias)
-    return a @ b.t() if bias is None else torch.addmm(bias, a, b.t())
+    return onednn(a, b, bias) if _avx512() else _pytorchs(a, b, bias)
 
 
 def onednn(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -26,6 +24,10 @@ def onednn(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     if a.dtype == b.dtype == torch.float32 and not a.is_cuda and not b.is_cuda and _found():
         out: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
         return out
+    return _pytorchs(a, b, bias)
+
+
+def _pytorchs(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     return a @ b.t() if bias is None else torch.addmm(bias, a, b.t())
 
 

@@ -237,7 +237,7 @@ class Stepper:
         lane.draws.begin(keys, batch.sizes, self.place.device)
         carry = self._carry(shards, batch.sizes)
         layout = self.master.layout
-        rest = layout.rest(row.tensor)
+        rest = row.rest
         before = rest.clone()
         rest.zero_()
         if self.together:

@@ -105,8 +105,10 @@ class _Sink:
     @staticmethod
     def hand_on(sink: _Sink | None) -> Tensor | None:
         """What autograd still has to add: nothing, where the parameter has the gradient now."""
-        if sink is None or sink._leaf is None:
-            return None if sink is None else sink.tensor
+        if sink is None:
+            return None
+        if sink._leaf is None:
+            return sink.tensor
         sink._leaf.grad = sink.tensor
         return None
 
