@@ -1,4 +1,4 @@
-"""`rayexp data fetch`, `rayexp data info`."""
+"""`rayexp data fetch`, `rayexp data info`, `rayexp data cache`."""
 
 from __future__ import annotations
 
@@ -78,6 +78,39 @@ def info(
         print_table(classes[:SHOWN])
         if len(classes) > SHOWN:
             print(f"... and {len(classes) - SHOWN} more classes (--json lists all)")
+
+
+@data.command()
+def cache(
+    prune: Annotated[bool, typer.Option("--prune", help="Remove what is stale.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """What rayexp keeps in its cache, and what of it is stale: nothing that still stands leads to it.
+
+    Never removed: what is packed for a folder that still stands, finished downloads, and what a process is using.
+    """
+    from rayexp.data import prune as cleaning
+    from rayexp.data.download import cache_dir
+
+    found = list(cleaning.prune()) if prune else cleaning.entries()
+    if as_json:
+        print_json([entry.to_json() for entry in found])
+        return
+    if found:
+        print_table(
+            [
+                {"what": one.what, "MB": one.bytes / 1e6, "stale": "yes" if one.stale else "", "why": one.state,
+                 "path": str(one.path)}
+                for one in found
+            ]
+        )  # fmt: skip
+    stale = [entry for entry in found if entry.stale]
+    amount = f"{len(stale)} of {len(found)}" if not prune else f"{len(stale)}"
+    size = f"{sum(entry.bytes for entry in stale) / 1e6:,.1f} MB"
+    if prune:
+        print(f"removed: {amount}, {size}, from {cache_dir()}")
+    else:
+        print(f"stale: {amount}, {size}, in {cache_dir()}{' (--prune removes them)' if stale else ''}")
 
 
 def _line(summary: dict[str, Any]) -> str:

@@ -31,6 +31,7 @@ class Screen:
         self.shown = len(run.records())
         self.written = 0
         self.warned: set[str] = set()
+        self.told = False  # what the data are
         self._end = threading.Event()
         self._bar: Any = None
         self._task: Any = None
@@ -70,10 +71,18 @@ class Screen:
         while not ended:
             ended = self._end.wait(POLL_S)
             try:
+                self._layout()
                 self._progress()
                 self._epochs()
             except Exception as error:  # a picture must not cost a run; the file may be of another moment
                 self.warned.add(repr(error))
+
+    def _layout(self) -> None:
+        """What of the data folder was taken for which split, as soon as a worker has opened it."""
+        if not self.told and "data" in (meta := self.run.meta()):
+            self.told = True
+            if layout := meta["data"].get("layout"):
+                self.say(f"data: {layout}")
 
     def _progress(self) -> None:
         try:

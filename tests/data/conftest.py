@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -70,6 +71,19 @@ def write_zip(path: Path, files: dict[str, bytes], top: str = TOP) -> Path:
     return path
 
 
+def write_tar(path: Path, files: dict[str, bytes], top: str = TOP, mode: str = "w:gz") -> Path:
+    """The same in a tar; `mode` as tarfile.open has it, plain for a name that ends so."""
+    with tarfile.open(path, "w:" if path.suffix == ".tar" else mode) as archive:
+        folder = tarfile.TarInfo(top or "./")
+        folder.type, folder.mode = tarfile.DIRTYPE, 0o755
+        archive.addfile(folder)
+        for name, data in files.items():
+            entry = tarfile.TarInfo(top + name)
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
+    return path
+
+
 def write_folder(path: Path, files: dict[str, bytes]) -> Path:
     """The same as a folder."""
     for name, data in files.items():
@@ -80,9 +94,15 @@ def write_folder(path: Path, files: dict[str, bytes]) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny() -> SimpleNamespace:
-    """Makers of small datasets: `layout`, `picture`, `write_zip`, `write_folder`."""
+    """Makers of small datasets: `layout`, `picture`, `write_zip`, `write_tar`, `write_folder`."""
     return SimpleNamespace(
-        layout=layout, picture=picture, write_zip=write_zip, write_folder=write_folder, wnids=WNIDS, top=TOP
+        layout=layout,
+        picture=picture,
+        write_zip=write_zip,
+        write_tar=write_tar,
+        write_folder=write_folder,
+        wnids=WNIDS,
+        top=TOP,
     )
 
 

@@ -15,6 +15,7 @@ import psutil
 import pytest
 from PIL import Image
 
+from rayexp.data import decode as decoding
 from rayexp.data import pack as packing
 from rayexp.data import packed, tiny_imagenet
 from rayexp.errors import RunError, UserError
@@ -229,7 +230,7 @@ def test_other_modes_become_rgb(tiny, mode):
         gradient = (np.arange(64 * 64, dtype=np.uint16) * 16).reshape(64, 64)
         out = io.BytesIO()
         Image.fromarray(gradient).save(out, "PNG")
-        assert np.array_equal(np.asarray(packing._rgb(out.getvalue(), None))[..., 0], gradient >> 8)
+        assert np.array_equal(np.asarray(decoding.rgb(out.getvalue(), None))[..., 0], gradient >> 8)
     else:
-        image = packing._rgb(tiny.picture(1, mode, format="PNG"), None)
+        image = decoding.rgb(tiny.picture(1, mode, format="PNG"), None)
         assert (image.mode, image.size) == ("RGB", (64, 64))
