@@ -70,8 +70,8 @@ def find_layout(root: Path, files: Iterable[str]) -> Layout:
         return _splits(root, images, loose, folders, roles)
     suspects = [name for name in folders if SPLIT_LIKE.fullmatch(name.lower()) and name not in roles["train"]]
     if suspects:
-        beside = f"no class folders in {roles['train'][0]}/" if roles["train"] else "no train/ beside it"
-        raise _refused(root, f"{suspects[0]}/ looks like a split, and there is {beside}")
+        flat = f"are no class folders in {roles['train'][0]}/" if roles["train"] else "is no train/ beside it"
+        raise _refused(root, f"{suspects[0]}/ looks like a split, and there {flat}")
     return _classes(root, images, loose, folders)
 
 
@@ -156,7 +156,9 @@ def _refused(root: Path, found: str) -> UserError:
 
 def _line(parts: list[str], left: Sequence[str]) -> str:
     if left:
-        parts.append(f"{len(left):,} image{'s' * (len(left) > 1)} outside the class folders left out: {_some(left)}")
+        parts.append(
+            f"{len(left):,} image{'s' * (len(left) > 1)} outside the class folders left out: {_some(sorted(left))}"
+        )
     return "; ".join(parts)
 
 
