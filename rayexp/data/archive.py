@@ -39,6 +39,10 @@ BROKEN = (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, zlib.error, lz
 TARS: dict[bytes, Callable[[Path], Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 
 
+class BrokenArchiveError(UserError):
+    """A file is no archive, or a truncated or damaged one."""
+
+
 def list_zip(path: Path, shown: Path) -> dict[str, tuple[int, int]]:
     """The files of a ZIP -> (size, CRC), every entry checked; `shown` is what error lines call it.
 
@@ -117,10 +121,15 @@ def read(path: Path, name: str, where: str, most: int = LARGEST) -> bytes:
 @functools.lru_cache(maxsize=2)
 def _open_archive(path: Path, size: int, mtime: int) -> zipfile.ZipFile:
     archive = zipfile.ZipFile(path)
-    if archive.fp is not None:
-        with contextlib.suppress(OSError):  # so that nobody prunes the cache's own meanwhile
-            fcntl.flock(archive.fp, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    _hold(archive)
     return archive
+
+
+def _hold(archive: zipfile.ZipFile) -> None:
+    """Share a lock of its file while it is open, so that nobody prunes the cache's own."""
+    if archive.fp is not None:
+        with contextlib.suppress(OSError):
+            fcntl.flock(archive.fp, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
 
 def _archive(path: Path, shown: Path) -> zipfile.ZipFile:
@@ -129,7 +138,7 @@ def _archive(path: Path, shown: Path) -> zipfile.ZipFile:
         info = path.stat()
         return _open_archive(path, info.st_size, info.st_mtime_ns)
     except BROKEN as error:
-        raise UserError(f"{shown}: not a ZIP archive, or a truncated one ({error}{_looks(path)})") from error
+        raise BrokenArchiveError(f"{shown}: not a ZIP archive, or a truncated one ({error}{_looks(path)})") from error
     except OSError as error:
         raise UserError(f"{shown}: cannot be read ({error.strerror or error})") from error
 
@@ -150,31 +159,40 @@ def as_zip(path: Path) -> Path:
     Raises:
         UserError: the tar is damaged, an entry is unsafe or too large, or the cache cannot be written.
     """
+    unpack = _tar(path)
+    if unpack is None:
+        return path
     try:
-        with path.open("rb") as file:
-            head = file.read(512)
-        unpack = next((how for magic, how in TARS.items() if head.startswith(magic)), None)
-        if unpack is None and head[257:262] != b"ustar":
-            return path
         info = path.stat()
-        key = hashlib.sha256(f"{path.absolute()} {info.st_size} {info.st_mtime_ns} {info.st_ctime_ns}".encode(
-            "utf-8", "surrogateescape"
-        )).hexdigest()  # fmt: skip
+        identity = f"{path.absolute()} {info.st_size} {info.st_mtime_ns} {info.st_ctime_ns}"
+        key = hashlib.sha256(identity.encode("utf-8", "surrogateescape")).hexdigest()
         made = cache_dir() / "archives" / f"{path.name}-{key[:16]}.zip"
         if not made.exists():
             made.parent.mkdir(parents=True, exist_ok=True)
             temporary = made.with_name(f"{TEMPORARY}{secrets.token_hex(4)}-{made.name}")
             try:
-                with unpack(path) if unpack else path.open("rb") as stream:
+                with unpack(path) as stream:
                     _convert(path, _Forward(path, stream), temporary)
                 temporary.replace(made)
             finally:
                 temporary.unlink(missing_ok=True)
     except BROKEN as error:
-        raise UserError(f"{path}: not a tar archive, or a truncated one ({error})") from error
+        raise BrokenArchiveError(f"{path}: not a tar archive, or a truncated one ({error})") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be unpacked into {cache_dir()} ({error.strerror or error})") from error
     return made
+
+
+def _tar(path: Path) -> Callable[[Path], Any] | None:
+    """How the tar in a file is read; None where there is none."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(tarfile.BLOCKSIZE)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+    if head[257:262] == b"ustar":
+        return lambda path: path.open("rb")
+    return next((how for magic, how in TARS.items() if head.startswith(magic)), None)
 
 
 def _convert(path: Path, stream: _Forward, to: Path) -> None:
@@ -183,6 +201,7 @@ def _convert(path: Path, stream: _Forward, to: Path) -> None:
         tarfile.open(fileobj=cast(IO[bytes], stream), mode="r:", encoding="utf-8", errors="surrogateescape") as archive,
         zipfile.ZipFile(to, "w") as zipped,
     ):
+        _hold(zipped)
         while (entry := archive.next()) is not None:
             archive.members.clear()  # type: ignore[attr-defined]  # or it keeps them all
             if entry.isdir():

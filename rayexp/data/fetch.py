@@ -59,7 +59,7 @@ class Source:
         return read(self.path, self.prefix + name, self.where(name))
 
     def release(self) -> None:
-        """All has been read: the ZIP that was made of a tar goes."""
+        """All has been read, or is not to be: the ZIP that was made of a tar goes."""
         if self.shown is not None:
             self.path.unlink(missing_ok=True)
 
@@ -97,22 +97,34 @@ def open_source(source: str | Path, marker: str, *, layout: str = "") -> Source:
         if found := next((files[0].parent for files in depths if files), None):
             return Source(found, "", list_folder(found))
     elif path.is_file():
-        try:
-            zipped = archive.as_zip(path)
-            files = archive.list_zip(zipped, path)
-        except UserError as error:
-            if url:
-                path.unlink(missing_ok=True)
-                raise UserError(f"{url}: {error}; it is not kept, and the same command fetches it again") from error
-            raise
-        at = [name for name in files if f"/{name}".endswith(f"/{marker}") and not name.startswith("__MACOSX/")]
-        if at:
-            prefix = min(at, key=lambda name: (name.count("/"), name)).removesuffix(marker)
-            inside = {name.removeprefix(prefix): mark for name, mark in files.items() if name.startswith(prefix)}
-            return Source(zipped, prefix, inside, url, None if zipped == path else path)
+        return _open_archive(path, url, marker, layout)
     else:
         raise UserError(f"{source}: no such file or folder")
-    raise UserError(f"{source}: no {marker} in it{f'; expected {layout}' if layout else ''}")
+    raise _without(str(source), marker, layout)
+
+
+def _open_archive(path: Path, url: str | None, marker: str, layout: str) -> Source:
+    zipped = path
+    try:
+        zipped = archive.as_zip(path)
+        files = archive.list_zip(zipped, path)
+        at = [name for name in files if f"/{name}".endswith(f"/{marker}") and not name.startswith("__MACOSX/")]
+        if not at:
+            raise _without(url or str(path), marker, layout)
+    except UserError as error:
+        if zipped != path:
+            zipped.unlink(missing_ok=True)
+        if url is None or not isinstance(error, archive.BrokenArchiveError):
+            raise
+        path.unlink(missing_ok=True)
+        raise UserError(f"{url}: {error}; it is not kept, and the same command fetches it again") from error
+    prefix = min(at, key=lambda name: (name.count("/"), name)).removesuffix(marker)
+    inside = {name.removeprefix(prefix): mark for name, mark in files.items() if name.startswith(prefix)}
+    return Source(zipped, prefix, inside, url, None if zipped == path else path)
+
+
+def _without(source: str, marker: str, layout: str) -> UserError:
+    return UserError(f"{source}: no {marker} in it{f'; expected {layout}' if layout else ''}")
 
 
 def read(path: Path, name: str, where: str, most: int = archive.LARGEST) -> bytes:

@@ -87,7 +87,8 @@ def _lock(path: Path) -> Path:
     """The file by whose lock an entry is in use: of a packing, of a download, or of those who read."""
     if path.is_dir():
         return path / "meta.json" if (path / "meta.json").exists() else path / PARTIAL / "lock"
-    return path.with_name(f"{path.name}.lock") if path.name.startswith(TEMPORARY) else path
+    beside = path.with_name(f"{path.name}.lock")
+    return beside if beside.exists() else path
 
 
 def _entry(path: Path, what: str, of: str, stale: str | None, kept: str = "") -> Entry:

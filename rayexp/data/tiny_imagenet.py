@@ -70,9 +70,14 @@ def fetch(source: str | Path | None, to: Path) -> bool:
         if found.key() != meta["source_key"]:
             raise UserError(f"{to}: holds other data already (from {meta['source']}); choose another folder")
         return False
-    plan = make_plan(open_source(source or URL, "wnids.txt", layout=LAYOUT), "tiny_imagenet")
-    packed = pack(to, lambda: plan)
-    plan.source.release()
+    found = open_source(source or URL, "wnids.txt", layout=LAYOUT)
+    try:
+        plan = make_plan(found, "tiny_imagenet")
+        packed = pack(to, lambda: plan)
+    except UserError:
+        found.release()
+        raise
+    found.release()  # not where it was interrupted: the next call goes on with it
     return packed
 
 

@@ -38,10 +38,12 @@ def fetch(source: str | Path, to: Path) -> dict[str, Any]:
         except UserError:
             raise error from None
     splits = {}
-    for name in text.SPLITS:
-        where = archive.where(form.format(name))
-        splits[name] = text.words(text.decode(archive.read(form.format(name)), where), where)
-    archive.release()
+    try:
+        for name in text.SPLITS:
+            where = archive.where(form.format(name))
+            splits[name] = text.words(text.decode(archive.read(form.format(name)), where), where)
+    finally:
+        archive.release()
     vocabulary, tokens = text.encode(splits)
     found = {**{name: len(array) for name, array in tokens.items()}, "vocabulary": len(vocabulary)}
     notes = [
