@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import io
+import json
 import os
 import tarfile
+import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,9 +33,25 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.fixture(autouse=True)
-def one_helper(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Packing within a test's own process starts one helper: for a few images more would only cost time."""
+def in_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pool without its processes, which take longer to start than a few images to decode. Tests of the pool itself
+    ask for `helpers`."""
     monkeypatch.setattr(pool, "cores", lambda: 1)
+    if "helpers" in request.fixturenames:
+        return
+
+    def ordered(function: str, calls: Iterable[list[Any]], processes: int | None = None) -> Generator[bytes]:
+        module, _, name = function.partition(":")
+        for arguments in calls:
+            with warnings.catch_warnings():
+                yield getattr(importlib.import_module(module), name)(*json.loads(json.dumps(arguments)))
+
+    monkeypatch.setattr(pool, "ordered", ordered)
+
+
+@pytest.fixture
+def helpers() -> None:
+    """The pool as it is."""
 
 
 def picture(seed: int, mode: str = "RGB", size: tuple[int, int] = (64, 64), format: str = "JPEG") -> bytes:

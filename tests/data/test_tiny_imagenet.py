@@ -431,7 +431,7 @@ def test_damaged_packed_data(tmp_path, tiny, damage):
 
 
 @pytest.mark.slow
-def test_real_archive(tmp_path, real_data):
+def test_real_archive(tmp_path, real_data, helpers):
     to = tmp_path / "d"
     archive = real_data / "tiny-imagenet-200-first80.zip"
     assert tiny_imagenet.fetch(archive, to) is True
@@ -456,7 +456,7 @@ def test_real_archive(tmp_path, real_data):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL, signal.SIGTERM])
-def test_real_archive_interrupted(tmp_path, real_data, how):
+def test_real_archive_interrupted(tmp_path, real_data, how, helpers):
     """Stopped in the middle, the same command goes on, and the result is the same."""
     to = tmp_path / "d"
     command = [sys.executable, "-m", "rayexp", "data", "fetch", "tiny_imagenet"]
