@@ -159,7 +159,8 @@ def _line(parts: list[str], left: Sequence[str]) -> str:
         parts.append(
             f"{len(left):,} image{'s' * (len(left) > 1)} outside the class folders left out: {_some(sorted(left))}"
         )
-    return "; ".join(parts)
+    # For people: what a terminal would obey is escaped.
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in "; ".join(parts))
 
 
 def _some(names: Sequence[str]) -> str:

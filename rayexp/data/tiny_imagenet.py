@@ -95,6 +95,7 @@ def make_plan(source: Source, dataset: str, size: int = SIZE) -> Plan:
     order = sorted(wnids)
     label = {wnid: number for number, wnid in enumerate(order)}
     val = _sorted_val(source, label)
+    of = "val/<class>/" if val else "val/images/"
     return Plan(
         dataset=dataset,
         source=source,
@@ -102,7 +103,7 @@ def make_plan(source: Source, dataset: str, size: int = SIZE) -> Plan:
         splits={"train": _train(source, label), "val": val or _val(source, label)},
         size=size,
         resize=size != SIZE,
-        layout=f"{len(order):,} classes; train from train/; val from {'val/<class>/' if val else 'val/images/'}",
+        layout="" if dataset == "shapes" else f"{len(order):,} classes; train from train/; val from {of}",
     )
 
 

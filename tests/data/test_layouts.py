@@ -64,6 +64,8 @@ def test_splits_of_any_known_name(tmp_path, tiny, train, val):
         (["plots/readme.txt", "labels.csv"], ""),
         ([".cache/x.png", "__MACOSX/y.png"], ""),
         (["train/c/9.png"], "; val/ has none of c"),
+        (["\x1b[2J.png"], "; 1 image outside the class folders left out: \\x1b[2J.png"),
+        (["caf\udce9.png"], "; 1 image outside the class folders left out: caf\\udce9.png"),
     ],
 )
 def test_what_lies_beside_known_splits(tmp_path, tiny, extra, said):
