@@ -147,7 +147,7 @@ def _looks(path: Path) -> str:
     """That a file which should be an archive is a web page."""
     with path.open("rb") as file:
         head = file.read(512).lstrip().lower()
-    return "; it is a web page, as a login or an error" if head.startswith((b"<!doctype html", b"<html")) else ""
+    return "; it is a web page: a login, or an error" if head.startswith((b"<!doctype html", b"<html")) else ""
 
 
 # ---------------------------------------------------------------------- tar

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,36 +81,37 @@ def is_url(source: str | Path) -> bool:
     return re.match("https?://", str(source), re.IGNORECASE) is not None
 
 
-def open_source(source: str | Path, marker: str, *, layout: str = "") -> Source:
-    """List an archive (ZIP or tar) or a folder (download a URL first). `marker` is a file name that shows where the
-    data begins: at the top, or in a folder below it (in a folder: at most two deep).
+def open_source(source: str | Path, *markers: str, layout: str = "") -> Source:
+    """List an archive (ZIP or tar) or a folder (download a URL first). A marker is a file name that shows where the
+    data begins: at the top, or in a folder below it (in a folder: at most two deep). The first that is there counts.
 
     Raises:
         UserError: there is no such file, it is no archive or a truncated one, an entry is unsafe, too large or stands
-            there twice, or no `marker` is in it (`layout` then says what was expected). A downloaded file that is no
+            there twice, or no marker is in it (`layout` then says what was expected). A downloaded file that is no
             archive is not kept.
     """
     url = str(source) if is_url(source) else None
     path = download(url) if url else Path(source).expanduser()
     if path.is_dir():
-        depths = (sorted(path.glob(f"{above}{marker}")) for above in ("", "*/", "*/*/"))
+        places = (f"{above}{marker}" for marker in markers for above in ("", "*/", "*/*/"))
+        depths = (sorted(path.glob(place)) for place in places)
         if found := next((files[0].parent for files in depths if files), None):
             return Source(found, "", list_folder(found))
     elif path.is_file():
-        return _open_archive(path, url, marker, layout)
+        return _open_archive(path, url, markers, layout)
     else:
         raise UserError(f"{source}: no such file or folder")
-    raise _without(str(source), marker, layout)
+    raise _without(str(source), markers, layout)
 
 
-def _open_archive(path: Path, url: str | None, marker: str, layout: str) -> Source:
+def _open_archive(path: Path, url: str | None, markers: Sequence[str], layout: str) -> Source:
     zipped = path
     try:
         zipped = archive.as_zip(path)
         files = archive.list_zip(zipped, path)
-        at = [name for name in files if f"/{name}".endswith(f"/{marker}") and not name.startswith("__MACOSX/")]
-        if not at:
-            raise _without(url or str(path), marker, layout)
+        prefixes = [prefix for marker in markers if (prefix := _prefix(files, marker)) is not None]
+        if not prefixes:
+            raise _without(url or str(path), markers, layout)
     except UserError as error:
         if zipped != path:
             zipped.unlink(missing_ok=True)
@@ -118,13 +119,19 @@ def _open_archive(path: Path, url: str | None, marker: str, layout: str) -> Sour
             raise
         path.unlink(missing_ok=True)
         raise UserError(f"{url}: {error}; it is not kept, and the same command fetches it again") from error
-    prefix = min(at, key=lambda name: (name.count("/"), name)).removesuffix(marker)
+    prefix = prefixes[0]
     inside = {name.removeprefix(prefix): mark for name, mark in files.items() if name.startswith(prefix)}
     return Source(zipped, prefix, inside, url, None if zipped == path else path)
 
 
-def _without(source: str, marker: str, layout: str) -> UserError:
-    return UserError(f"{source}: no {marker} in it{f'; expected {layout}' if layout else ''}")
+def _prefix(files: Iterable[str], marker: str) -> str | None:
+    """What stands before the marker that is the least deep."""
+    at = [name for name in files if f"/{name}".endswith(f"/{marker}") and not name.startswith("__MACOSX/")]
+    return min(at, key=lambda name: (name.count("/"), name)).removesuffix(marker) if at else None
+
+
+def _without(source: str, markers: Sequence[str], layout: str) -> UserError:
+    return UserError(f"{source}: no {markers[0]} in it{f'; expected {layout}' if layout else ''}")
 
 
 def read(path: Path, name: str, where: str, most: int = archive.LARGEST) -> bytes:

@@ -71,7 +71,7 @@ def check_images(
                 f"{path}: damaged (images {bad} to {last} are not those that were packed); remove {path.parent}, "
                 f"and the same command (or `rayexp data fetch`) packs it again"
             )
-        if note and settled and identity(path) == opened:
+        if note and settled:
             with contextlib.suppress(OSError):  # a memory that cannot be written only costs time
                 write_atomic(note, json.dumps({"path": str(path), "identity": opened, "chunks": digest}))
 

@@ -30,13 +30,8 @@ def fetch(source: str | Path, to: Path) -> dict[str, Any]:
             Nothing is written then.
     """
     text.check_target(to)
-    try:
-        archive, form = open_source(source, "wiki.train.tokens", layout=LAYOUT), "wiki.{}.tokens"
-    except UserError as error:
-        try:
-            archive, form = open_source(source, "train.txt"), "{}.txt"
-        except UserError:
-            raise error from None
+    archive = open_source(source, "wiki.train.tokens", "train.txt", layout=LAYOUT)
+    form = "wiki.{}.tokens" if "wiki.train.tokens" in archive else "{}.txt"
     splits = {}
     try:
         for name in text.SPLITS:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from rayexp.data import download as downloads
-from rayexp.data import tiny_imagenet
+from rayexp.data import tiny_imagenet, wikitext2
 from rayexp.data.download import download
 from rayexp.errors import UserError
 
@@ -170,6 +170,14 @@ def test_what_is_no_archive_is_not_cached(server, cache, tmp_path, tiny, page):
     server.files["/t.zip"] = tiny.write_zip(tmp_path / "a.zip", tiny.layout()).read_bytes()
     assert tiny_imagenet.fetch(url, tmp_path / "d") is True
     assert len(server.asked) == 3
+
+
+def test_a_page_in_place_of_wikitext_is_asked_for_once(server, cache, tmp_path):
+    server.files["/w.zip"] = PAGE
+    with pytest.raises(UserError, match="not kept"):
+        wikitext2.fetch(server.url + "/w.zip", tmp_path / "d")
+    assert len(server.asked) == 1
+    assert leftovers(cache) == []
 
 
 def test_a_page_that_was_cached_before(server, cache, tmp_path, tiny):

@@ -235,25 +235,24 @@ def test_a_damaged_memory_is_made_anew(folder, cache, hashed, damage):
     assert hashed == [20, 9, 20, 9]
 
 
-def test_what_is_remembered_is_of_these_hashes(folder, hashed):
-    """Pixels and meta.json replaced together: another digest."""
-    open_(folder)
-    path = folder / "val_images.npy"
+def rewritten(folder: Path, chunks: list[str]) -> None:
+    """A meta.json that is whole and of one piece, with other hashes of the pixels."""
     meta = json.loads((folder / "meta.json").read_text())
-    flip(path)
-    pixels = np.load(path)
-    chunk = meta["chunk"]
-    meta["chunks"]["val"] = [
-        hashlib.sha256(pixels[at : at + chunk].tobytes()).hexdigest() for at in range(0, len(pixels), chunk)
-    ]
-    with pytest.raises(UserError, match="damaged"):
-        open_(folder)
+    meta["chunks"]["val"] = chunks
     labels = np.load(folder / "val_labels.npy").tolist()
-    meta["sha"]["val"] = packing.split_sha(meta["names"]["val"], labels, meta["chunks"]["val"])
+    meta["sha"]["val"] = packing.split_sha(meta["names"]["val"], labels, chunks)
     meta["meta_sha"] = packing.meta_sha(meta)
     (folder / "meta.json").write_text(json.dumps(meta))
-    open_(folder)
-    assert hashed == [20, 9, 9, 9]
+
+
+def test_what_is_remembered_is_of_these_hashes(folder, hashed):
+    before = open_(folder).val.sha
+    chunks = json.loads((folder / "meta.json").read_text())["chunks"]["val"]
+    rewritten(folder, [chunks[0], chunks[0], chunks[2]])  # the pixels are as they were
+    with pytest.raises(UserError, match=r"val_images\.npy: damaged \(images 4 to 7"):
+        open_(folder)
+    rewritten(folder, chunks)
+    assert open_(folder).val.sha == before
 
 
 def test_the_first_chunk_that_differs():

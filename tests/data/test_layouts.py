@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -163,6 +163,7 @@ NAMES = st.sampled_from(
 )
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.one_of(NAMES, st.tuples(NAMES, st.sampled_from(["a", "b", "0.png"])).map("/".join)).map(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rayexp.config import DataConfig
@@ -225,6 +225,7 @@ WORDS = st.lists(st.sampled_from(["the", "cat", "<unk>", "=", "@-@", "é", "<eos
 TEXT = st.lists(WORDS.map(" ".join), min_size=1, max_size=6).map(lambda lines: "".join(f" {line} \n" for line in lines))
 
 
+@settings(deadline=None)
 @given(st.fixed_dictionaries({name: TEXT.filter(lambda lines: lines.strip()) for name in text.SPLITS}))
 def test_wikitext2_is_numbered_as_by_the_example(tmp_path_factory: pytest.TempPathFactory, splits: dict) -> None:
     """One <eos> a line, empty ones too; words by first appearance in train, valid, test."""
@@ -243,6 +244,7 @@ def test_wikitext2_is_numbered_as_by_the_example(tmp_path_factory: pytest.TempPa
     }
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.sampled_from("abcde"), min_size=1, max_size=30),
     st.lists(st.sampled_from("abcdefg"), min_size=1, max_size=30),
