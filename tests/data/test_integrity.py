@@ -194,6 +194,20 @@ def test_a_write_just_after_packing_shows(folder, monkeypatch):
     assert path.exists()
 
 
+def test_hashing_begins_when_the_times_have_settled(folder, hashed, monkeypatch):
+    seen: list[int] = []
+
+    def settle(opened):
+        seen.append(len(hashed))
+        return False  # the clocks disagree
+
+    monkeypatch.setattr(integrity, "_let_settle", settle)
+    open_(folder)
+    open_(folder)
+    assert seen == [0, 1, 2, 3]
+    assert hashed == [20, 9, 20, 9]  # nothing was remembered
+
+
 def test_nothing_is_remembered_of_a_file_that_changed_meanwhile(folder, hashed, monkeypatch):
     look = integrity._first_difference
 
