@@ -254,6 +254,7 @@ def test_a_disk_that_fills_and_is_enlarged(tmp_path, tiny):
         subprocess.run(["mount", "-o", "remount,size=20m", disk], check=True)
         assert packing.pack(disk / "d", lambda: plan) is True
         packed.check(disk / "d")
+        assert plan.bytes() > (disk / "d" / "meta.json").stat().st_size  # names count beforehand
     finally:
         subprocess.run(["umount", disk], check=True)
 
