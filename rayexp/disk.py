@@ -10,7 +10,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from rayexp.errors import UserError, nearest
@@ -74,6 +74,34 @@ def sweep(path: Path) -> None:
     """Remove what a killed writer left under a temporary name."""
     for leftover in path.glob(f"{TEMPORARY}*"):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+
+
+def relative(name: str) -> PurePosixPath:
+    """A file's name that came from outside (an archive's entry, a listing, a description), as a path that stays below
+    whatever it is joined to. A leading `./` and a folder's trailing `/` say nothing and are dropped.
+
+    Raises:
+        UserError: it is empty or absolute, or a part of it is empty, `.` or `..`; backslashes count as slashes.
+    """
+    trimmed = name.removeprefix("./").removesuffix("/")
+    parts = trimmed.replace("\\", "/").split("/")
+    if {"", ".", ".."} & set(parts) or parts[0].endswith(":") or "\0" in name:
+        raise UserError(f"{name!r} leads out of its folder; refused")
+    return PurePosixPath(trimmed)
+
+
+def inside(root: Path, name: str) -> Path:
+    """Where a file with a name from outside belongs below `root`: see `relative`, and no link stands on the way.
+
+    Raises:
+        UserError: as `relative`, or a part of the path below `root` is a symbolic link.
+    """
+    path = root
+    for part in relative(name).parts:
+        path /= part
+        if path.is_symlink():
+            raise UserError(f"{name!r}: {path} is a symbolic link; refused")
+    return path
 
 
 def make_directory(storage: Path, name: str) -> Path:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rayexp.data.download import cache_dir, download
+from rayexp.disk import relative
 from rayexp.errors import UserError
 
 __all__ = ["Source", "cache_dir", "download", "is_url", "list_folder", "open_source", "read"]
@@ -147,9 +148,10 @@ def _list_zip(path: Path) -> dict[str, tuple[int, int]]:
     files: dict[str, tuple[int, int]] = {}
     for entry in _archive(path).infolist():
         name = entry.filename
-        parts = name.replace("\\", "/").split("/")
-        if parts[0] == "" or parts[0].endswith(":") or ".." in parts:
-            raise UserError(f"{path}: entry {name!r} leads out of the archive; refused")
+        try:
+            relative(name)
+        except UserError:
+            raise UserError(f"{path}: entry {name!r} leads out of the archive; refused") from None
         if stat.S_ISLNK(entry.external_attr >> 16):
             raise UserError(f"{path}: entry {name!r} is a symbolic link; refused")
         if entry.file_size > LARGEST:
