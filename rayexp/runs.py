@@ -11,6 +11,7 @@ Every file and every checkpoint directory is complete or absent (see disk.py). N
 from __future__ import annotations
 
 import builtins
+import contextlib
 import hashlib
 import json
 import os
@@ -25,7 +26,7 @@ import psutil
 from rayexp.config import ExperimentConfig, read
 from rayexp.disk import directories, find_directory, make_directory, now, write_atomic, write_json
 from rayexp.errors import UserError
-from rayexp.records import EpochRecord, Predictions, RunRef
+from rayexp.records import EpochRecord, Predictions, RunRef, best
 
 LAYOUT = 1
 T = TypeVar("T")
@@ -102,8 +103,18 @@ class Run:
 
     @classmethod
     def all(cls, storage: Path) -> builtins.list[Run]:
-        """All runs in a folder, oldest first."""
+        """All runs in a folder, oldest first; those too whose run.json cannot be read."""
         return [cls(path) for path in directories(storage, "run.json")]
+
+    @classmethod
+    def readable(cls, storage: Path) -> builtins.list[Run]:
+        """The runs in a folder whose run.json can be read, oldest first."""
+        found = []
+        for run in cls.all(storage):
+            with contextlib.suppress(UserError):
+                run.meta()
+                found.append(run)
+        return found
 
     # ------------------------------------------------------------------ the layout
 
@@ -181,12 +192,14 @@ class Run:
         try:
             meta = json.loads(self.meta_path.read_bytes())
             layout = meta["layout"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{self.meta_path}: not a run's description ({error})") from error
+        except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+            raise UserError(f"{self.meta_path}: not a run's description ({_line(error)})") from error
         if not isinstance(layout, int) or layout > LAYOUT:
             raise UserError(
                 f"{self.meta_path}: layout {layout} is newer than this rayexp knows ({LAYOUT}); upgrade rayexp"
             )
+        if not isinstance(meta.get("status"), str):
+            raise UserError(f"{self.meta_path}: damaged, it has no status")
         return dict(meta)
 
     def status(self) -> str:
@@ -209,11 +222,15 @@ class Run:
         """
         try:
             return dict(json.loads(self.data_path.read_bytes()))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.data_path}: cannot be read ({error})") from error
+        except (OSError, ValueError, RecursionError, TypeError) as error:
+            raise UserError(f"{self.data_path}: cannot be read ({_line(error)})") from error
 
     def records(self) -> builtins.list[EpochRecord]:
-        """The finished epochs in order; a line that a crash left unfinished is passed over."""
+        """The finished epochs in order; a line that a crash left unfinished is passed over.
+
+        Raises:
+            UserError: a line is damaged, or the file cannot be read.
+        """
         return _read_lines(self.epochs_path, EpochRecord.from_json)
 
     def steps(self) -> builtins.list[dict[str, Any]]:
@@ -227,15 +244,20 @@ class Run:
         return sorted(int(text) for text in found if text.isdecimal())
 
     def best(self) -> int:
-        """The epoch with the smallest validation loss (images: the highest acc1), the earliest of equals.
+        """The epoch with the smallest validation loss (images: the highest acc1), the earliest of equals; epochs whose
+        loss is not finite are passed over.
 
         Raises:
-            UserError: no epoch is finished.
+            UserError: no epoch is finished, or none has a finite loss.
         """
-        records = [r for r in self.records() if r.val_loss == r.val_loss]
+        records = self.records()
         if not records:
             raise UserError(f"{self.root}: no epoch has finished, so there is no best one")
-        return min(records, key=lambda r: (-r.metrics["acc1"] if "acc1" in r.metrics else r.val_loss, r.epoch)).epoch
+        found = best(records)
+        if found is None:
+            epochs = _ranges(sorted(r.epoch for r in records))
+            raise UserError(f"{self.id}@best: no finite validation loss in epochs {epochs}, so there is no best one")
+        return found.epoch
 
     def epoch(self, ref: int | str) -> int:
         """The number behind `7`, `best` or `last`.
@@ -298,18 +320,28 @@ def resolve(text: str, storage: Path) -> tuple[Run, int]:
 def _read_lines(path: Path, make: Callable[[Any], T]) -> list[T]:
     """One value a line of JSON; a last line that a crash left unfinished is passed over."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
         return []
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     rows = []
     for number, line in enumerate(lines, 1):
+        if not line:
+            continue
         try:
             rows.append(make(json.loads(line)))
-        except (ValueError, TypeError, AttributeError) as error:
-            if number == len(lines):
+        except (ValueError, RecursionError, TypeError, AttributeError) as error:
+            if number == len(lines):  # no newline behind it
                 break
-            raise UserError(f"{path}: line {number} is damaged ({error})") from error
+            raise UserError(f"{path}: line {number} is damaged ({_line(error)})") from error
     return rows
+
+
+def _line(error: BaseException) -> str:
+    """One line of an error, without the path where the system names it too."""
+    text = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+    return " ".join(text.split())
 
 
 def _ranges(numbers: list[int]) -> str:
