@@ -8,16 +8,19 @@ RunRef         RUN@7, RUN@best, RUN@last, as typed
 from __future__ import annotations
 
 import io
+import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rayexp.errors import UserError
 
+T = TypeVar("T")
 # The phases of an epoch's wall-clock, in the order in which reports stack them. They add up to `total`.
 PHASES = ("data", "transfer", "compute", "reduce", "optimizer", "evaluate", "checkpoint", "other")
 
@@ -40,6 +43,7 @@ class EpochRecord:
         seconds: `total` and the PHASES, in seconds of rank 0's clock, and `first_step` where the epoch held it.
         weights_sha: sha256 over the model's tensors. Two rows with one sha are the same model.
         state_sha: sha256 over model, optimizer and carried state.
+        predictions_sha: sha256 of the predictions' file; empty where an older rayexp wrote the record.
         world_size: number of workers (0: in-process).
         peak_memory: bytes of rank 0's process: `host`, and on a GPU `device`.
         energy_joules: what the workers' GPUs used in the epoch; None where it is not known.
@@ -58,6 +62,7 @@ class EpochRecord:
     world_size: int = 0
     peak_memory: Mapping[str, int] = field(default_factory=dict)
     energy_joules: float | None = None
+    predictions_sha: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """A flat JSON object: the metrics' names stand beside `epoch`, `step`, `train_loss` ..."""
@@ -73,6 +78,7 @@ class EpochRecord:
             "seconds": {name: _finite(value) for name, value in self.seconds.items()},
             "weights_sha": self.weights_sha,
             "state_sha": self.state_sha,
+            "predictions_sha": self.predictions_sha,
             "world_size": self.world_size,
             "peak_memory": dict(self.peak_memory),
             "energy_joules": None if self.energy_joules is None else _finite(self.energy_joules),
@@ -91,7 +97,7 @@ class EpochRecord:
         for name in ("epoch", "step", "world_size"):
             if not isinstance(named.get(name, 0), int):
                 raise ValueError(f"{name}: expected a whole number, got {named[name]!r}")
-        for name in ("weights_sha", "state_sha"):
+        for name in ("weights_sha", "state_sha", "predictions_sha"):
             if not isinstance(named.get(name, ""), str):
                 raise ValueError(f"{name}: expected text, got {named[name]!r}")
         for name in ("train_loss", "val_loss", "lr", "samples_per_second"):
@@ -118,6 +124,49 @@ def best(records: Iterable[EpochRecord]) -> EpochRecord | None:
         return (-record.metrics["acc1"] if "acc1" in record.metrics else record.val_loss, record.epoch)
 
     return min((r for r in records if r.finite), key=rank, default=None)
+
+
+def step_line(row: Any) -> dict[str, Any]:
+    """A line of steps.jsonl (ValueError where it is none)."""
+    if not isinstance(row, dict) or not isinstance(row.get("epoch"), int):
+        raise ValueError("epoch is missing")
+    return row
+
+
+def read_lines(path: Path, make: Callable[[Any], T], damaged: list[str] | None = None) -> list[T]:
+    """One value a line of JSON; a last line that a crash left unfinished is passed over.
+
+    Args:
+        damaged: is told of damaged lines, which are then passed over too.
+
+    Raises:
+        UserError: the file cannot be read, or a line is damaged.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        try:
+            rows.append(make(json.loads(line)))
+        except (ValueError, RecursionError, TypeError, AttributeError, OverflowError) as error:
+            if number == len(lines):  # no newline behind it
+                break
+            if damaged is None:
+                raise UserError(f"{path}: line {number} is damaged ({one_line(error)})") from error
+            damaged.append(f"line {number} is damaged ({one_line(error)})")
+    return rows
+
+
+def one_line(error: BaseException) -> str:
+    """One line of an error, without the path where the system names it too."""
+    text = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+    return " ".join(text.split())
 
 
 def _finite(value: float) -> float | None:
