@@ -24,11 +24,17 @@ def runs_command(
         str | None, typer.Argument(metavar="RUN", help="Show this one with its epochs.", show_default=False)
     ] = None,
     runs: RunsOption = RUNS,
+    check: Annotated[
+        bool, typer.Option("--check", help="Check every file against its hash (of all runs, where none is named).")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """List the runs, oldest first; or show one with its epochs."""
+    """List the runs, oldest first; or show one with its epochs. --check exits with 1 where something is damaged."""
     from rayexp.runs import Run
 
+    if check:
+        _check([Run.locate(run, runs)] if run is not None else Run.all(runs), as_json)
+        return
     if run is not None:
         _one(Run.find(run, runs), as_json)
         return
@@ -39,6 +45,34 @@ def runs_command(
         print_table(found)
     else:
         print(f"no runs in {runs}")
+
+
+def _check(found: list[Run], as_json: bool) -> None:
+    from rayexp.integrity import examine
+
+    checked = {run.id: examine(run) for run in found}
+    damaged = {name: [f for f in findings if f.state == "damaged"] for name, findings in checked.items()}
+    if as_json:
+        print_json(
+            [
+                {
+                    "run": name,
+                    "ok": not damaged[name],
+                    "checked": [{"what": f.what, "state": f.state, "detail": f.detail} for f in findings],
+                }
+                for name, findings in checked.items()
+            ]
+        )
+    elif len(checked) == 1:
+        print_table([{"what": f.what, "state": f.state, "detail": f.detail} for f in next(iter(checked.values()))])
+    for name, findings in {} if as_json else checked.items():
+        covered = sum(f.state == "ok" for f in findings)
+        without = sum(f.state == "not covered" for f in findings)
+        print(
+            f"{name}: {'damaged: ' + '; '.join(map(str, damaged[name])) if damaged[name] else 'ok'} "
+            f"({covered} of {len(findings)} by their hashes, {without} not covered by one)"
+        )
+    raise typer.Exit(1 if any(damaged.values()) else 0)
 
 
 def _row(run: Run) -> dict[str, Any]:
