@@ -107,6 +107,12 @@ def test_the_epochs_own_checkpoint_counts_as_later_than_its_last_step(run: Run) 
     assert broken(run.checkpoints / step_name(20)) is None
 
 
+def test_the_order_of_keys_says_nothing(run: Run) -> None:
+    words = json.loads(newest(run).read_text())
+    newest(run).write_text(json.dumps(dict(reversed(words.items()))))
+    assert resumed(run) == (26, [])
+
+
 EDITS = [
     ('"step_in_epoch": 6', '"step_in_epoch": 5'),
     ('"step_in_epoch": 6', '"step_in_epocX": 6'),

@@ -193,6 +193,46 @@ def test_the_line_of_the_damage_is_named(make: Make) -> None:
         run.records()
 
 
+def test_check_names_what_is_damaged_and_exits_with_1(make: Make, tmp_path: Path, command: Callable[..., Any]) -> None:
+    good, bad, gone = make("good", 50.0), make("bad", 50.0), make("gone", 50.0)
+    for run in (good, bad, gone):  # lines only, as the plain script of a comparison leaves them
+        run.epochs_path.write_text(run.epochs_path.read_text().replace(f"{1:064d}", ""))
+        run.update(status="stopped")
+    bad.config_path.write_text(bad.config_path.read_text() + "#")
+    gone.meta_path.write_text("{}")
+    storage = ["--runs", str(tmp_path / "runs"), "--check"]
+    fine = command("runs", "good", *storage)
+    assert fine.exit_code == 0
+    assert f"{good.id}: ok (1 of 2 by their hashes, 1 not covered by one)" in fine.stdout
+    for name, what in (("bad", "config.yaml"), ("gone", "run.json")):
+        found = command("runs", name, *storage, "--json")
+        assert found.exit_code == 1
+        (told,) = json.loads(found.stdout)
+        assert told["ok"] is False
+        assert [part["what"] for part in told["checked"] if part["state"] == "damaged"] == [what]
+        shown = command("runs", name, *storage)
+        assert shown.exit_code == 1
+        assert f": damaged: {what}: " in shown.stdout
+    everything = command("runs", *storage, "--json")
+    assert everything.exit_code == 1
+    assert {told["run"]: told["ok"] for told in json.loads(everything.stdout)} == {
+        good.id: True,
+        bad.id: False,
+        gone.id: False,
+    }
+    with pytest.raises(UserError, match="no run"):
+        command("runs", "nothing", *storage)
+
+
+def test_a_damaged_comparison_is_not_called_missing(tmp_path: Path, command: Callable[..., Any]) -> None:
+    (tmp_path / "20260101T000000Z-grid-0000").mkdir()
+    (tmp_path / "20260101T000000Z-grid-0000" / "compare.json").write_text("{}")
+    with pytest.raises(UserError, match=r"grid-0000/compare\.json: not a comparison's description"):
+        command("report", "grid", "--runs", str(tmp_path))
+    with pytest.raises(UserError, match="no run and no comparison 'other'"):
+        command("report", "other", "--runs", str(tmp_path))
+
+
 @pytest.mark.skipif(os.getuid() == 0, reason="root may read everything")
 def test_a_run_that_may_not_be_read_is_named(make: Make, tmp_path: Path, command: Callable[..., Any]) -> None:
     make("good", 50.0)
