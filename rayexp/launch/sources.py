@@ -185,7 +185,10 @@ def _explain_job(what: str, place: str) -> None:
 
 def _glob(address: str, node: str, pattern: str) -> list[str]:
     groups = doors.get(address, "/api/v0/logs", node_id=node, glob=pattern)
-    return [path for group in groups.values() for path in group if TEMPORARY not in path]
+    try:
+        return [str(path) for group in groups.values() for path in group if TEMPORARY not in str(path)]
+    except (AttributeError, TypeError) as error:
+        raise RunError(f"{address}: not a listing of files ({error})") from error
 
 
 def _literal(text: str) -> str:
