@@ -79,10 +79,10 @@ class Recorder:
         if records or self.run.epochs_path.exists():
             self._write_lines(self.run.epochs_path, [records[e] for e in sorted(records)])
         damaged: list[str] = []
-        steps = read_lines(self.run.steps_path, step_line, damaged)
-        if damaged:
-            notes += [f"{self.run.steps_path.name}: {note}" for note in damaged]
+        steps = [row for row in read_lines(self.run.steps_path, step_line, damaged) if row["epoch"] <= done]
+        if self.run.steps_path.exists():
             self._write_lines(self.run.steps_path, steps)
+        notes += [f"{self.run.steps_path.name}: {note}" for note in damaged]
         return notes
 
     # ------------------------------------------------------------------ writing

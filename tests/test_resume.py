@@ -297,6 +297,7 @@ def test_lines_beyond_the_checkpoint_go(run: Run) -> None:
     step, notes = resumed(run)
     assert (step, len(notes)) == (10, 3)
     assert [r.epoch for r in run.records()] == [1]
+    assert [row["epoch"] for row in run.steps()] == [1]
 
 
 def test_damaged_steps_are_named_and_do_not_stop_the_run(run: Run) -> None:
