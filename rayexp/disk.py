@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import fcntl
 import json
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from rayexp.errors import UserError, nearest
 
 TEMPORARY = ".tmp-"  # the prefix of everything that is being written
+MADE = re.compile(r"\d{8}T\d{6}Z-(?P<name>.+)-[0-9a-f]{4}")  # a directory's name as `make_directory` gives it
 
 
 def now() -> str:
@@ -120,12 +123,40 @@ def make_directory(storage: Path, name: str) -> Path:
 
 
 def directories(storage: Path, file: str) -> list[Path]:
-    """The directories in a folder that hold such a file, by name (made by `make_directory`: oldest first)."""
-    return [path for path in sorted(storage.iterdir()) if (path / file).is_file()] if storage.is_dir() else []
+    """The directories in a folder that hold such a file, by name (made by `make_directory`: oldest first); those too
+    in which it is there, or may be, but cannot be read.
+
+    Raises:
+        UserError: the folder cannot be read.
+    """
+    try:
+        return [path for path in sorted(storage.iterdir()) if _has(path, file)] if storage.is_dir() else []
+    except OSError as error:
+        raise UserError(f"{storage}: cannot be read ({error.strerror})") from error
+
+
+def _has(path: Path, file: str) -> bool:
+    try:
+        os.lstat(path / file)
+    except OSError as error:
+        # A link that leads round in a circle and a folder that may not be entered are for a reader to name.
+        return error.errno not in (errno.ENOENT, errno.ENOTDIR)
+    return True
+
+
+def matching(name: str, names: Iterable[str]) -> list[str]:
+    """The names of directories that `name` means: the one that is called so, else those that were made under that name
+    (`txt` of `<utc>-txt-<4 hex>`), else those that contain it."""
+    names = list(names)
+    return (
+        [n for n in names if n == name]
+        or [n for n in names if (made := MADE.fullmatch(n)) and made["name"] == name]
+        or [n for n in names if name and name in n]
+    )
 
 
 def find_directory(name: str, storage: Path, file: str, noun: str, hint: str = "") -> Path:
-    """The directory with such a file whose path, name, or unambiguous part of the name is `name`.
+    """The directory with such a file whose path is `name`, or that `name` means among those in a folder (`matching`).
 
     Args:
         noun: what such a directory is called (plural with an s).
@@ -135,10 +166,11 @@ def find_directory(name: str, storage: Path, file: str, noun: str, hint: str = "
         UserError: none or several match.
     """
     path = Path(name).expanduser()
-    if (path / file).is_file():
-        return path.resolve()
+    with contextlib.suppress(OSError):  # a name longer than any file's
+        if path.is_dir() and _has(path, file):
+            return path.resolve()
     names = [path.name for path in directories(storage, file)]
-    found = [n for n in names if n == name] or [n for n in names if name and name in n]
+    found = matching(name, names)
     if len(found) > 1:
         raise UserError(f"{name!r} names several {noun}s in {storage}: {', '.join(found)}")
     if not found:
@@ -146,7 +178,7 @@ def find_directory(name: str, storage: Path, file: str, noun: str, hint: str = "
             f"no {noun} {name!r} in {storage}{nearest(name, names)}; give a {noun} directory's path or name "
             f"({hint}--runs DIR looks elsewhere)"
         )
-    return (storage / found[0]).resolve()
+    return storage.resolve() / found[0]
 
 
 @contextlib.contextmanager

@@ -14,8 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rayexp.disk import now, sweep, write_atomic, write_directory, write_json
-from rayexp.records import EpochRecord
+from rayexp.disk import now, sweep, write_atomic, write_directory
+from rayexp.manifest import SEAL, digest, state_fault
+from rayexp.records import EpochRecord, read_lines, step_line
 from rayexp.runs import Run, broken, epoch_name, step_name
 
 KEEP_SNAPSHOTS = 2
@@ -31,7 +32,8 @@ class Recorder:
     # ------------------------------------------------------------------ reading for a resume
 
     def resume(self) -> tuple[dict[str, bytes] | None, list[str]]:
-        """The files of the most advanced whole checkpoint, and one line for every damaged one passed over.
+        """The files of the most advanced whole checkpoint, and one line for everything damaged that was found: newer
+        checkpoints that were passed over, older ones whose state.json is damaged, and what was mended.
 
         Also mends the run: leftovers of a killed writer go, a record that was lost between checkpoint and
         epochs.jsonl comes back, records of epochs beyond the checkpoint go.
@@ -40,24 +42,48 @@ class Recorder:
         sweep(self.run.checkpoints)
         sweep(self.run.root / "predictions")
         notes = []
+        for name in self.run.files():
+            if name != "config.yaml" and (why := self.run.fault(name)):  # the driver has refused another config.yaml
+                notes.append(f"{name}: {why}; it is made anew")
+        self.run.uncover("epochs.jsonl", "steps.jsonl")
+        files: dict[str, bytes] | None = None
+        done = 0
         for path, state in self.run.resumable():
-            why = broken(path)
+            why = broken(path) if files is None else state_fault(state, path.name)
             if why:
                 notes.append(f"{path.name}: passed over, {why}")
-                continue
-            self._mend(int(state["epoch"]))
-            return {file.name: file.read_bytes() for file in path.iterdir()}, notes
-        self._mend(0)
-        return None, notes
+            elif files is None:
+                done, files = int(state["epoch"]), {file.name: file.read_bytes() for file in path.iterdir()}
+        if files is None and notes and any(self.run.resumable()):
+            notes.append("no checkpoint is whole: starting from the beginning")
+        return files, [*notes, *self._mend(done)]
 
-    def _mend(self, done: int) -> None:
-        records = {r.epoch: r.to_json() for r in self.run.records() if r.epoch <= done}
+    def _mend(self, done: int) -> list[str]:
+        """Bring epochs.jsonl and steps.jsonl to the end of that epoch; one line for everything that was damaged."""
+        notes: list[str] = []
+        records = {
+            r.epoch: r.to_json()
+            for r in read_lines(self.run.epochs_path, EpochRecord.from_json, notes)
+            if r.epoch <= done
+        }
         for path, state in self.run.resumable():
-            record = state.get("record")
-            if record and record["epoch"] <= done and path.name.startswith("epoch_"):
-                records.setdefault(record["epoch"], record)
+            if path.name.startswith("epoch_") and state.get("epoch", done + 1) <= done and "record" in state:
+                record = dict(state["record"])
+                if SEAL in state and not state_fault(state, path.name):
+                    records[record["epoch"]] = record  # what a hash covers counts for more than a line
+                else:
+                    records.setdefault(int(path.name.partition("_")[2]), record)
+        notes = [f"{self.run.epochs_path.name}: {note}" for note in notes]
+        if lost := [epoch for epoch in range(1, done + 1) if epoch not in records]:
+            notes.append(f"{self.run.epochs_path.name}: the lines of epochs {lost} are lost")
         if records or self.run.epochs_path.exists():
             self._write_lines(self.run.epochs_path, [records[e] for e in sorted(records)])
+        damaged: list[str] = []
+        steps = [row for row in read_lines(self.run.steps_path, step_line, damaged) if row["epoch"] <= done]
+        if self.run.steps_path.exists():
+            self._write_lines(self.run.steps_path, steps)
+        notes += [f"{self.run.steps_path.name}: {note}" for note in damaged]
+        return notes
 
     # ------------------------------------------------------------------ writing
 
@@ -68,7 +94,7 @@ class Recorder:
     def begin(self, meta: Mapping[str, Any], data: Mapping[str, Any]) -> None:
         """Training begins: fields for run.json, and the data's description for data.json."""
         self.run.update(**meta)
-        write_json(self.run.data_path, data)
+        self.run.write("data.json", json.dumps(data, indent=2, default=str) + "\n")
         board = self._tensorboard()
         board.add_text("config", "```yaml\n" + self.run.config_path.read_text() + "```", 0)
         board.flush()
@@ -128,7 +154,9 @@ class Recorder:
             self._board.close()
             self._board = None
         self.run.progress_path.unlink(missing_ok=True)
-        self.run.update(status=status, error=error, finished=now(), **fields)
+        written = (path for path in (self.run.epochs_path, self.run.steps_path) if path.is_file())
+        files = self.run.files() | {path.name: digest(path.read_bytes()) for path in written}
+        self.run.update(status=status, error=error, finished=now(), files=files, **fields)
 
     def stop_requested(self) -> bool:
         """Whether someone asked the run to save and stop."""

@@ -17,9 +17,9 @@ HOUSE = Path(__file__).parents[1] / "rayexp"
 # From the ground up; a module imports only from floors below its own, and from its own floor.
 FLOORS = (
     ("errors",),
-    ("config", "disk", "records"),
+    ("config", "disk", "records", "manifest"),
     ("runs",),
-    ("comparison",),
+    ("comparison", "integrity"),
     ("recorder",),
     ("data",),
     ("engine",),

@@ -116,11 +116,11 @@ class Session:
         """Go on from a state.
 
         Raises:
-            RunError: the state is of another model or another length of epoch.
+            RunError: the state is of another model or another length of epoch, or lacks something.
         """
         words = state.words
-        if words["steps"] != self.steps:
-            raise RunError(f"checkpoint: an epoch had {words['steps']} steps there and has {self.steps} here")
+        if words.get("steps") != self.steps:
+            raise RunError(f"checkpoint: an epoch had {words.get('steps')} steps there and has {self.steps} here")
         try:
             self.master.load(state.weights())
             for buffer, flat in self.optimizer.state.items():
@@ -128,9 +128,12 @@ class Session:
                     view.copy_(state.tensors[f"optimizer.{buffer}.{name}"])
         except (KeyError, RuntimeError) as error:
             raise RunError(f"checkpoint: does not fit this model ({error})") from error
-        self.epoch, self.step = words["epoch"], words["step_in_epoch"]
-        self.loss_sum, self.loss_count = words["loss_sum"], words["loss_count"]
-        self.schedule.load(words["schedule"])
+        try:
+            self.epoch, self.step = words["epoch"], words["step_in_epoch"]
+            self.loss_sum, self.loss_count = words["loss_sum"], words["loss_count"]
+            self.schedule.load(words["schedule"])
+        except (KeyError, TypeError) as error:
+            raise RunError(f"checkpoint: its state.json lacks what a resume needs ({error})") from error
         carries: dict[int, dict[str, Tensor]] = {}
         for name, tensor in state.tensors.items():
             if name.startswith("carry."):

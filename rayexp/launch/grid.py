@@ -164,7 +164,7 @@ def _bury(comparison: Comparison) -> None:
     What a killed driver started ends by itself within seconds; it must not disturb the next cell until then.
     """
     until = time.monotonic() + ORPHANS_S
-    for run in Run.all(comparison.cells_path):
+    for run in Run.readable(comparison.cells_path):
         while run.status() == "running" and time.monotonic() < until:
             time.sleep(0.5)
         if run.status() in ("died", "running"):
@@ -215,7 +215,7 @@ def _record_death(comparison: Comparison, job: Mapping[str, Any], error: Excepti
     if error is None:
         return  # the trial has written its failure itself
     line = "its process died: killed, or out of memory" if isinstance(error, RayActorError) else _line(error)
-    mine = [run for run in Run.all(comparison.cells_path) if run.meta()["name"] == f"{cell}-r{repeat}"]
+    mine = [run for run in Run.readable(comparison.cells_path) if run.meta().get("name") == f"{cell}-r{repeat}"]
     for run in mine:
         if run.status() == "died":
             run.update(status="failed", error=line, finished=now())

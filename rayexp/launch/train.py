@@ -17,22 +17,21 @@ from typing import TYPE_CHECKING, Any
 
 from rayexp.config import ExperimentConfig
 from rayexp.data import open_data
-from rayexp.disk import only_driver, write_atomic
+from rayexp.disk import only_driver
 from rayexp.errors import UserError
+from rayexp.integrity import FREE, changes, check_config
 from rayexp.launch import plan as planning
 from rayexp.launch.as_job import at_home, job_id
 from rayexp.launch.plan import Plan
 from rayexp.launch.screen import chatter_to, screen
 from rayexp.launch.stopping import stoppable
+from rayexp.manifest import state_fault
 from rayexp.recorder import Recorder
 from rayexp.runs import Run
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-# Keys that say where and how, not what: a resumed run may change them. That data.root holds the same data is checked
-# by its hash; the run keeps its name and its place.
-FREE = ("scaling", "checkpoint", "max_failures", "storage_path", "name", "data.root")
 TIMEOUT_S = 300.0  # a worker that says nothing for so long counts as lost
 
 
@@ -103,29 +102,18 @@ def run(
 
 
 def check_unchanged(run: Run, config: ExperimentConfig) -> None:
-    """Refuse to resume under a configuration that would make another model (UserError names the changed keys)."""
-    before, after = (_flat(c.model_dump(mode="json")) for c in (run.config(), config))
-    changed = [
-        key
-        for key in sorted({*before, *after})
-        if before.get(key) != after.get(key) and not any(f"{key}.".startswith(f"{free}.") for free in FREE)
-    ]
-    if changed:
-        shown = "; ".join(f"{key} {before.get(key)} -> {after.get(key)}" for key in changed)
-        raise UserError(f"--resume {run.id}: the configuration has changed: {shown}; allowed: {', '.join(FREE)}")
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {k: v for name, sub in tree.items() for k, v in _flat(sub, f"{prefix}.{name}" if prefix else name).items()}
+    """Refuse to resume under a configuration that would make another model (UserError names the changed keys), or where
+    the run's own is no longer what it began with."""
+    check_config(run)
+    if changed := changes(run.config(), config):
+        raise UserError(f"--resume {run.id}: the configuration has changed: {changed}; allowed: {', '.join(FREE)}")
 
 
 def _reopen(run: Run, config: ExperimentConfig, argv: Sequence[str]) -> None:
     meta = run.meta()
     before = run.config()
     kept = config.model_copy(update={"name": before.name, "storage_path": before.storage_path})
-    write_atomic(run.config_path, kept.to_yaml())
+    run.write(run.config_path.name, kept.to_yaml())
     resumed = [*meta.get("resumed", ()), {"argv": list(argv), "after": meta["status"]}]
     run.update(status="running", error=None, finished=None, pid=os.getpid(), resumed=resumed)
 
@@ -136,7 +124,7 @@ def _finish(run: Run, status: str, error: str) -> None:
 
 
 def _steps_done(run: Run) -> int:
-    return max((int(state.get("step", 0)) for _, state in run.resumable()), default=0)
+    return max((state["step"] for path, state in run.resumable() if not state_fault(state, path.name)), default=0)
 
 
 def outline(config: ExperimentConfig, address: str | None = None) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from rayexp.engine.group import Group
 from rayexp.engine.loop import EpochDone, Session, StepDone
 from rayexp.engine.step import Wish
 from rayexp.errors import UserError
+from rayexp.manifest import digest
 from rayexp.recorder import Recorder
 
 PROGRESS_SECONDS = 0.3
@@ -128,7 +129,7 @@ class _Worker:
         if self.lead:
             files, notes = self.pen.resume()
             for note in notes:
-                self._log(note)
+                self._warn(note)
         words = self.group.broadcast(files[WORDS] if files else b"")
         if not words:
             return
@@ -252,11 +253,14 @@ class _Worker:
 
         def write() -> None:
             weights, state = checkpoint.sha(held.weights()), checkpoint.sha(held.tensors)
-            row = dataclasses.replace(record, weights_sha=weights, state_sha=state).to_json()
+            judged = predictions.to_npz()
+            row = dataclasses.replace(
+                record, weights_sha=weights, state_sha=state, predictions_sha=digest(judged)
+            ).to_json()
             files = checkpoint.encode(
                 held, {**self._words(), "weights_sha": weights, "state_sha": state, "record": row}
             )
-            self.pen.epoch(row, files, predictions.to_npz(), {"epoch": record.epoch, **steps})
+            self.pen.epoch(row, files, judged, {"epoch": record.epoch, **steps})
 
         self.writer.submit(write)
         if record.epoch == 1 and not self.payload.get("trace"):
@@ -278,7 +282,8 @@ class _Worker:
 
     def _words(self) -> dict[str, Any]:
         data = {key: self.described[key] for key in ("train_sha", "val_sha")}
-        return {"fingerprint": self.place.fingerprint(), "data": data}
+        config = self.config.model_dump(mode="json")
+        return {"fingerprint": self.place.fingerprint(), "data": data, "config": config}
 
     def _log(self, text: str) -> None:
         self.pen.log(self.group.rank, text)

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from rayexp.config import ExperimentConfig, parse
 from rayexp.data import ImageSplit, open_data
+from rayexp.records import EpochRecord
 from rayexp.workloads.image_classification import MEAN, STD, Options, build
 
 COLUMNS = ("count", "total", "data", "transfer", "compute", "optimizer")
@@ -253,7 +254,7 @@ def main(argv: list[str]) -> int:
         with (run / "steps.jsonl").open("a") as file:
             file.write(json.dumps({"epoch": epoch, "first": epoch == 1, **columns}) + "\n")
         with (run / "epochs.jsonl").open("a") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(EpochRecord.from_json(record).to_json()) + "\n")
     return 0
 
 
