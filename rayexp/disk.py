@@ -1,21 +1,22 @@
-"""Files and directories that are complete or absent, a directory by part of its name, and one driver at a time."""
+"""Files and directories that are complete or absent, and a directory by part of its name."""
 
 from __future__ import annotations
 
-import contextlib
 import datetime
-import fcntl
+import errno
 import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rayexp.errors import UserError, nearest
 
 TEMPORARY = ".tmp-"  # the prefix of everything that is being written
+UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EBADF})
+"""What file systems answer that cannot flush a directory by itself."""
 
 
 def now() -> str:
@@ -62,10 +63,13 @@ def write_directory(path: Path, files: Mapping[str, bytes]) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Flush a directory's entries, so that a rename survives a power cut."""
+    """Flush a directory's entries, so that a rename survives a power cut; where a file system cannot, it is left."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
     finally:
         os.close(handle)
 
@@ -119,22 +123,3 @@ def find_directory(name: str, storage: Path, file: str, noun: str, hint: str = "
             f"({hint}--runs DIR looks elsewhere)"
         )
     return (storage / found[0]).resolve()
-
-
-@contextlib.contextmanager
-def only_driver(root: Path) -> Iterator[None]:
-    """Hold a directory's lock; the system lets go of it whenever this process ends, however it ends.
-
-    Raises:
-        UserError: another process holds it.
-    """
-    with (root / "driver.lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            raise UserError(f"{root.name}: another process is running it (pid {file.read() or 'unknown'})") from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield

@@ -17,6 +17,7 @@ HOUSE = Path(__file__).parents[1] / "rayexp"
 # From the ground up; a module imports only from floors below its own, and from its own floor.
 FLOORS = (
     ("errors",),
+    ("locks",),
     ("config", "disk", "records"),
     ("runs",),
     ("comparison",),
@@ -28,7 +29,7 @@ FLOORS = (
     ("cli", "__main__"),
 )
 # Reads what lies on disk, and nothing that trains.
-ANALYSIS = {"errors", "config", "disk", "records", "comparison", "runs", "data", "analysis"}
+ANALYSIS = {"errors", "locks", "config", "disk", "records", "comparison", "runs", "data", "analysis"}
 # config looks into the table of workloads, which is names only.
 EXCEPTIONS = {("config.py", "workloads")}
 ROOMS = {
@@ -40,6 +41,8 @@ ROOMS = {
     "matplotlib": ("analysis/report*.py", "analysis/html*.py"),
     "jinja2": ("analysis/report*.py", "analysis/html*.py"),
     "tensorboardX": ("recorder.py",),
+    "filelock": ("locks.py",),
+    "fcntl": ("locks.py",),
 }
 
 

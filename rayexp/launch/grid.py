@@ -23,12 +23,13 @@ from typing import TYPE_CHECKING, Any
 
 from rayexp.comparison import PLAIN, Cell, Comparison, Row
 from rayexp.config import CompareConfig, ExperimentConfig, parse
-from rayexp.disk import now, only_driver
+from rayexp.disk import now
 from rayexp.errors import RunError, UserError
 from rayexp.launch.cells import base_of, plan, with_overrides
 from rayexp.launch.grid_screen import Follower, callback
 from rayexp.launch.plan import Node
 from rayexp.launch.screen import chatter_to
+from rayexp.locks import only_driver
 from rayexp.runs import Run
 
 if TYPE_CHECKING:
@@ -310,6 +311,11 @@ def plain(config: ExperimentConfig, device: str, argv: Sequence[str], started: f
         RunError: it failed; the line is the last that it printed.
     """
     made = Run.create(config, argv=list(argv), parent=parent)
+    with only_driver(made.root):
+        return _plain(made, config, device, started)
+
+
+def _plain(made: Run, config: ExperimentConfig, device: str, started: float) -> Run:
     made.logs.mkdir()
     payload = {"run": str(made.root), "config": config.model_dump(mode="json"), "device": device, "started": started}
     path, out = made.root / "payload.json", made.logs / "plain.out"

@@ -6,24 +6,27 @@ and with how many workers, is decided here and not by Ray.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import secrets
 import shutil
+import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rayexp.config import ExperimentConfig
 from rayexp.data import open_data
-from rayexp.disk import only_driver, write_atomic
+from rayexp.disk import write_atomic
 from rayexp.errors import UserError
 from rayexp.launch import plan as planning
 from rayexp.launch.as_job import at_home, job_id
 from rayexp.launch.plan import Plan
 from rayexp.launch.screen import chatter_to, screen
 from rayexp.launch.stopping import stoppable
+from rayexp.locks import only_driver
 from rayexp.recorder import Recorder
 from rayexp.runs import Run
 
@@ -71,7 +74,7 @@ def run(
     if resume is not None:
         check_unchanged(resume, config)
     made = resume or Run.create(config, argv=list(argv), parent=parent)
-    with only_driver(made.root):
+    with _driving(made, fresh=resume is None):
         if resume is not None:
             _reopen(made, config, argv)
         payload = {
@@ -102,6 +105,19 @@ def run(
     return made
 
 
+@contextlib.contextmanager
+def _driving(run: Run, fresh: bool) -> Iterator[None]:
+    """`only_driver`; a directory that was just made does not stay where its lock cannot be had."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(only_driver(run.root))
+        except UserError:
+            if fresh:
+                shutil.rmtree(run.root, ignore_errors=True)
+            raise
+        yield
+
+
 def check_unchanged(run: Run, config: ExperimentConfig) -> None:
     """Refuse to resume under a configuration that would make another model (UserError names the changed keys)."""
     before, after = (_flat(c.model_dump(mode="json")) for c in (run.config(), config))
@@ -127,7 +143,8 @@ def _reopen(run: Run, config: ExperimentConfig, argv: Sequence[str]) -> None:
     kept = config.model_copy(update={"name": before.name, "storage_path": before.storage_path})
     write_atomic(run.config_path, kept.to_yaml())
     resumed = [*meta.get("resumed", ()), {"argv": list(argv), "after": meta["status"]}]
-    run.update(status="running", error=None, finished=None, pid=os.getpid(), resumed=resumed)
+    where = {"pid": os.getpid(), "host": socket.gethostname()}
+    run.update(status="running", error=None, finished=None, resumed=resumed, **where)
 
 
 def _finish(run: Run, status: str, error: str) -> None:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import errno
 import fcntl
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -120,6 +122,40 @@ def test_two_drivers_on_one_run_are_refused(tiny: Tiny) -> None:
         with pytest.raises(UserError, match="another process"):
             run(tiny(), argv=[], resume=made)
     run(tiny(), argv=[], resume=made)
+
+
+def test_a_run_whose_lock_cannot_be_had_leaves_nothing_behind(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    made = run(tiny(), argv=[], max_steps=1)
+    monkeypatch.setattr(fcntl, "flock", fail)
+    for resume in (None, made):
+        with pytest.raises(UserError, match=r"driver.lock: cannot be locked \(Input/output error\)"):
+            run(tiny(), argv=[], resume=resume)
+    assert only(tmp_path / "runs") == made
+    assert made.meta()["status"] == "stopped"
+
+
+def test_a_file_system_without_flock_and_directory_fsync_will_do(
+    tiny: Tiny, tmp_path: Path, faults: Callable[..., dict[str, str]]
+) -> None:
+    (tmp_path / "c.yaml").write_text(tiny().to_yaml())
+    done = subprocess.run(
+        [sys.executable, "-m", "rayexp", "train", "c.yaml"],
+        cwd=tmp_path,
+        env=faults(flock=errno.ENOLCK, directory_fsync=errno.EINVAL),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    made = only(tmp_path / "runs")
+    assert made.status() == "done"
+    assert shas(made) == shas(run(tiny(), argv=[]))
+    assert not list(made.root.glob("*.lease"))
 
 
 def test_the_users_mistake_leaves_nothing_behind(tiny: Tiny, tmp_path: Path) -> None:

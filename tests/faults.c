@@ -1,0 +1,26 @@
+/* Preloaded by tests: file systems that lack flock, or that cannot fsync a directory. */
+#include <errno.h>
+#include <stdlib.h>
+#include <sys/file.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+int flock(int fd, int operation) {
+    const char *fault = getenv("FAULT_FLOCK");
+    if (fault && *fault) {
+        errno = atoi(fault);
+        return -1;
+    }
+    return syscall(SYS_flock, fd, operation);
+}
+
+int fsync(int fd) {
+    const char *fault = getenv("FAULT_DIRECTORY_FSYNC");
+    struct stat found;
+    if (fault && *fault && fstat(fd, &found) == 0 && S_ISDIR(found.st_mode)) {
+        errno = atoi(fault);
+        return -1;
+    }
+    return syscall(SYS_fsync, fd);
+}
