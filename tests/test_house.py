@@ -21,6 +21,7 @@ FLOORS = (
     ("config", "disk", "records"),
     ("runs",),
     ("comparison",),
+    ("board",),
     ("recorder",),
     ("data",),
     ("engine",),
@@ -40,7 +41,7 @@ ROOMS = {
     "typer": ("cli/*",),
     "matplotlib": ("analysis/report*.py", "analysis/html*.py"),
     "jinja2": ("analysis/report*.py", "analysis/html*.py"),
-    "tensorboardX": ("recorder.py",),
+    "tensorboardX": ("board.py",),
     "filelock": ("locks.py",),
     "fcntl": ("locks.py",),
 }

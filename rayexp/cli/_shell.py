@@ -84,7 +84,7 @@ def error_line(text: str) -> None:
 
 def main() -> None:
     """The console script."""
-    from rayexp.errors import RunError, UserError
+    from rayexp.errors import RunError, UserError, WriteError
 
     try:
         code = app(standalone_mode=False)
@@ -96,6 +96,8 @@ def main() -> None:
         code = 130
     except typer.Abort:
         code = 130
+    except WriteError as error:
+        code = _fail(error, 2 if error.wrong_path else 1)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
             raise

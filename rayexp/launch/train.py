@@ -148,8 +148,9 @@ def _reopen(run: Run, config: ExperimentConfig, argv: Sequence[str]) -> None:
 
 
 def _finish(run: Run, status: str, error: str) -> None:
-    """The last word where no worker could say it."""
-    Recorder(run).end(status, error)
+    """The last word where no worker could say it. Where it cannot be written, the run reads as died."""
+    with contextlib.suppress(OSError):
+        Recorder(run).end(status, error)
 
 
 def _steps_done(run: Run) -> int:

@@ -299,13 +299,15 @@ def graph_events(model: torch.nn.Module, example: tuple[Any, ...]) -> bytes:
     """A TensorBoard event file with the model's graph; empty where the model cannot be traced."""
     from torch.utils.tensorboard import SummaryWriter
 
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+    # Tracing fails in many ways, and the temporary folder may be full: a missing picture must not cost a run.
+    with contextlib.suppress(Exception), tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         board = SummaryWriter(folder)
-        with contextlib.suppress(Exception):  # tracing fails in many ways, and a missing picture must not cost a run
+        with contextlib.suppress(Exception):
             board.add_graph(model, example)
         board.close()
         return next(Path(folder).iterdir()).read_bytes()
+    return b""
 
 
 def join(
