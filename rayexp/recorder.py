@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rayexp.clock import since
 from rayexp.disk import append_line, now, sweep, write_atomic, write_directory, write_json
 from rayexp.records import EpochRecord
 from rayexp.runs import Run, broken, epoch_name, step_name
@@ -71,6 +72,20 @@ class Recorder:
     def note(self, fields: Mapping[str, Any]) -> None:
         """Fields for run.json."""
         self.run.update(**fields)
+
+    def first_step(self, began: Mapping[str, Any] | None, in_worker: float) -> None:
+        """A process has done its first step: run.json says how long that took after the command.
+
+        Args:
+            began: when the command began (`clock.mark`). Measured here, since this is the driver's host; where it is
+                not, or a lost worker was replaced and the first of them has said it, nothing is said.
+            in_worker: seconds of it since the worker began.
+        """
+        if began is None or self.run.meta().get("began") == began:
+            return
+        whole = since(began)
+        parts = {"to_worker": max(0.0, whole - in_worker), "to_first_step": whole} if whole is not None else None
+        self.run.update(began=dict(began), startup_seconds=parts)
 
     def begin(self, meta: Mapping[str, Any], data: Mapping[str, Any]) -> None:
         """Training begins: fields for run.json, and the data's description for data.json."""

@@ -283,7 +283,7 @@ def measure(comparison: Comparison, cell: Cell, repeat: int) -> Row:
     """Run one repeat of a cell here, and say what came of it."""
     words = {"storage_path": str(comparison.cells_path), "name": f"{cell.id}-r{repeat}", "max_failures": 0}
     before = {run.id for run in Run.all(comparison.cells_path)}
-    began = time.time()
+    began = time.monotonic()
     error = None
     try:
         # A worker that is replaced would be timed with its restart, so a lost worker fails the cell.
@@ -299,7 +299,7 @@ def measure(comparison: Comparison, cell: Cell, repeat: int) -> Row:
         error = _line(failure)
     except Exception as failure:
         error = f"{type(failure).__name__}: {_line(failure)}"
-    wall = time.time() - began
+    wall = time.monotonic() - began
     mine = [run.id for run in Run.all(comparison.cells_path) if run.id not in before]
     return Row(cell.id, repeat, "failed" if error else "done", error, mine[-1] if mine else None, wall, now())
 

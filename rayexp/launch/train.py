@@ -13,10 +13,10 @@ import secrets
 import shutil
 import socket
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rayexp.clock import mark
 from rayexp.config import ExperimentConfig
 from rayexp.data import open_data
 from rayexp.disk import write_atomic
@@ -59,7 +59,7 @@ def run(
         resume: go on with this run instead of making one.
         address: of a running Ray; None: RAY_ADDRESS, a Ray started here by `ray start`, else a new one.
         console: where progress is shown; None: nowhere.
-        started: time.time() at which the command began.
+        started: time.monotonic() at which the command began.
         max_steps: stop (and save) after that many steps of the whole run.
         trace: write the hashes of every step to trace.jsonl.
         parent: the id of the comparison this run belongs to.
@@ -69,7 +69,7 @@ def run(
         RunError: the run failed; run.json says so.
         KeyboardInterrupt: it was asked to stop; the last whole step is saved and run.json says `stopped`.
     """
-    started = started or time.time()
+    began = mark(started)
     config = at_home(config).absolute()
     if resume is not None:
         check_unchanged(resume, config)
@@ -80,7 +80,7 @@ def run(
         payload = {
             "run": str(made.root),
             "config": config.model_dump(mode="json"),
-            "started": started,
+            "started": began,
             "max_steps": max_steps,
             "trace": trace,
             "measure_link": parent is not None,

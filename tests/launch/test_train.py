@@ -3,11 +3,13 @@ from __future__ import annotations
 import errno
 import fcntl
 import io
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -156,6 +158,29 @@ def test_a_file_system_without_flock_and_directory_fsync_will_do(
     assert made.status() == "done"
     assert shas(made) == shas(run(tiny(), argv=[]))
     assert not list(made.root.glob("*.lease"))
+
+
+def test_a_clock_that_is_set_back_does_not_matter(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    began = time.time()
+    times = itertools.count(int(began), -3600)
+    monkeypatch.setattr(time, "time", lambda: float(next(times)))
+    made = run(tiny(epochs=1), argv=[])
+    startup = made.meta()["startup_seconds"]
+    assert 0 <= startup["to_worker"] <= startup["to_first_step"] < 600
+    (record,) = made.records()
+    assert all(0 <= seconds < 600 for seconds in record.seconds.values())
+
+
+def test_records_and_steps_leave_out_the_same_steps(tiny: Tiny) -> None:
+    made = run(tiny(), argv=[], max_steps=7)
+    run(tiny(), argv=[], resume=made)
+    rows = made.steps()
+    assert [row["first"] for row in rows] == [True, False]
+    for record, row in zip(made.records(), rows, strict=True):
+        skip = 1 if row["first"] and len(row["count"]) > 1 else 0
+        rate = sum(row["count"][skip:]) / sum(row["total"][skip:])
+        assert record.samples_per_second == pytest.approx(rate, rel=1e-3)
+        assert ("first_step" in record.seconds) is row["first"]
 
 
 def test_the_users_mistake_leaves_nothing_behind(tiny: Tiny, tmp_path: Path) -> None:
