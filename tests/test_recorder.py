@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from rayexp import clock
 from rayexp import recorder as module
 from rayexp.config import ExperimentConfig
 from rayexp.engine.checkpoint import TENSORS, State, encode
@@ -137,6 +138,19 @@ def test_a_fault_at_any_write_loses_nothing_and_the_next_attempt_goes_on(
         assert [r.epoch for r in run.records()] == [1, 2, 3]
         assert not list(run.root.rglob(".tmp-*"))
         assert set(values(run)["loss/val"]) == {1, 2, 3}
+
+
+def test_start_up_is_that_of_the_command(run: Run) -> None:
+    pen = begun(run)
+    command = clock.mark(time.monotonic() - 30)
+    pen.first_step(command, 10.0)
+    startup = run.meta()["startup_seconds"]
+    assert 30 <= startup["to_first_step"] < 60
+    assert startup["to_worker"] == pytest.approx(startup["to_first_step"] - 10)
+    begun(run).first_step(command, 5.0)  # a lost worker was replaced
+    assert run.meta()["startup_seconds"] == startup
+    begun(run).first_step({**command, "boot": "another host"}, 5.0)  # a resume, from there
+    assert run.meta()["startup_seconds"] is None
 
 
 # ---------------------------------------------------------------------- what is kept

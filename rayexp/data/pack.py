@@ -94,7 +94,7 @@ def pack(to: Path, make_plan: Callable[[], Plan]) -> bool:
         with _alone(to) as partial:
             try:
                 if done(to):
-                    shutil.rmtree(partial)
+                    shutil.rmtree(partial, ignore_errors=True)  # one that waits may have begun in it
                     return False
                 _pack(make_plan(), to, partial)
             except (UserError, OSError):
@@ -179,7 +179,7 @@ def _pack(plan: Plan, to: Path, partial: Path) -> None:
         "names": {split: part["names"] for split, part in splits.items()},
     }
     write_json(to / "meta.json", meta)
-    shutil.rmtree(partial)
+    shutil.rmtree(partial, ignore_errors=True)
 
 
 def chunk_rows(size: int) -> int:

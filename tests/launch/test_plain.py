@@ -38,6 +38,9 @@ def test_the_plain_script_is_measured_like_a_cell(tmp_path, tiny_images, changes
         assert [sum(parts) for parts in zip(*phases, strict=True)] == pytest.approx(line["total"], abs=1e-5)
         assert record.seconds["total"] >= sum(line["total"])
         assert math.isfinite(record.val_loss)
+        skip = int(line["first"])
+        assert record.samples_per_second == pytest.approx(sum(line["count"][skip:]) / sum(line["total"][skip:]))
+        assert ("first_step" in record.seconds) is line["first"]
     expected = 64 if not changes else (2000 // 4 - 1) * 4
     assert sum(steps[0]["count"]) == expected
 
