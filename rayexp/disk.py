@@ -36,7 +36,9 @@ def naming(path: Path) -> Iterator[None]:
     except WriteError:
         raise
     except OSError as error:
-        raise WriteError(error.errno, error.strerror, str(path)) from error
+        # A file stands where a folder is to be made.
+        number = errno.ENOTDIR if error.errno == errno.EEXIST else error.errno or errno.EIO
+        raise WriteError(number, os.strerror(number), str(path)) from error
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:

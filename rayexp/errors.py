@@ -32,7 +32,6 @@ class WriteError(OSError):
             errno.ENOENT,
             errno.ENOTDIR,
             errno.EISDIR,
-            errno.EEXIST,
             errno.ENAMETOOLONG,
             errno.ELOOP,
         }

@@ -1,4 +1,4 @@
-/* Preloaded by tests: file systems that lack flock, or that cannot fsync a directory. */
+/* Preloaded by tests: file systems that lack flock, that cannot fsync a directory, or that are full. */
 #include <errno.h>
 #include <stdlib.h>
 #include <sys/file.h>
@@ -18,7 +18,9 @@ int flock(int fd, int operation) {
 int fsync(int fd) {
     const char *fault = getenv("FAULT_DIRECTORY_FSYNC");
     struct stat found;
-    if (fault && *fault && fstat(fd, &found) == 0 && S_ISDIR(found.st_mode)) {
+    if (fstat(fd, &found) == 0 && !S_ISDIR(found.st_mode))
+        fault = getenv("FAULT_FSYNC");
+    if (fault && *fault) {
         errno = atoi(fault);
         return -1;
     }

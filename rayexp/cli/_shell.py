@@ -101,7 +101,8 @@ def main() -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
             raise
-        code = _fail(error, 1)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename
+        code = _fail(WriteError(error.errno, error.strerror, error.filename) if full else error, 1)
     except Exception as error:
         # typer's own usage errors (unknown option, missing argument) are click exceptions with an exit code of 2.
         shown = getattr(error, "format_message", None)

@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from rayexp.disk import TEMPORARY
-from rayexp.errors import UserError
+from rayexp.errors import UserError, WriteError
 from rayexp.locks import locked
 
 TINY_IMAGENET = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
@@ -67,7 +67,7 @@ def download(url: str, known_hash: str | None = None) -> Path:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             part.unlink(missing_ok=True)
-        raise UserError(f"{folder}: cannot be written ({error.strerror or error})") from error
+        raise UserError(str(WriteError(error.errno, error.strerror or str(error), str(folder)))) from error
     return Path(path)
 
 

@@ -107,7 +107,8 @@ def pack(to: Path, make_plan: Callable[[], Plan]) -> bool:
         if isinstance(error, UserError):
             raise
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        raise UserError(f"{to}: {'the disk is full' if full else f'cannot be written ({error.strerror})'}") from error
+        advice = "the disk is full; free some space there, or choose another folder"
+        raise UserError(f"{to}: {advice if full else f'cannot be written ({error.strerror})'}") from error
     return True
 
 

@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -160,6 +161,31 @@ def test_a_file_system_without_flock_and_directory_fsync_will_do(
     assert not list(made.root.glob("*.lease"))
 
 
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount"), reason="mounting a small disk needs root")
+def test_a_full_disk_is_one_line_and_loses_nothing(tiny: Tiny, tmp_path: Path, command: Command) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1200k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    config = tiny(storage_path=str(disk / "runs"), checkpoint={"every_steps": 3})
+    try:
+        (tmp_path / "c.yaml").write_text(config.to_yaml())
+        process = command("train", "c.yaml")
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 1
+        made = only(disk / "runs")
+        (line,) = err.splitlines()
+        assert line.startswith(f"error: {made.root}/checkpoints/")
+        assert "(No space left on device); free some space there" in line
+        assert f"--resume {made.id} goes on" in line
+        assert not list(made.root.rglob(".tmp-*"))
+        assert made.status() in ("failed", "died")
+        subprocess.run(["mount", "-o", "remount,size=30m", disk], check=True)
+        assert shas(run(config, argv=[], resume=made)) == shas(run(tiny(), argv=[]))
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
 def test_a_clock_that_is_set_back_does_not_matter(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     began = time.time()
     times = itertools.count(int(began), -3600)
@@ -221,6 +247,34 @@ def test_a_signal_saves_and_exits_with_130(
     out, err = done.communicate(timeout=120)
     assert done.returncode == 0, err
     assert json.loads(out)["epochs"][-1]["state_sha"] == shas(run(config, argv=[]))[-1]
+
+
+def test_a_killed_run_goes_on_and_tensorboard_has_one_value_a_step(
+    tiny: Tiny, tmp_path: Path, command: Command, until: Callable[..., None]
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = tiny(epochs=12)
+    (tmp_path / "c.yaml").write_text(config.to_yaml())
+    process = command("train", "c.yaml")
+    until(lambda: any(len(run.records()) > 2 for run in Run.all(tmp_path / "runs")))
+    process.kill()
+    process.wait()
+    made = only(tmp_path / "runs")
+    assert 2 < len(made.records()) < 12
+    assert made.status() == "died"
+    run(config, argv=[], resume=made)
+    assert made.status() == "done"
+    assert [record.epoch for record in made.records()] == [row["epoch"] for row in made.steps()] == list(range(1, 13))
+    board = EventAccumulator(str(made.tb), size_guidance={"scalars": 0})
+    board.Reload()
+    tags = board.Tags()
+    assert {"loss/train", "loss/val", "lr", "metric/ppl", "throughput/samples_per_second"} <= set(tags["scalars"])
+    assert tags["graph"]
+    for tag in set(tags["scalars"]) - {"seconds/first_step"}:
+        assert [event.step for event in board.Scalars(tag)] == list(range(1, 13)), tag
+    shown = {event.step: event.value for event in board.Scalars("loss/val")}
+    assert shown == {r.epoch: pytest.approx(r.val_loss, rel=1e-6) for r in made.records()}
 
 
 def test_without_a_terminal_there_is_a_line_an_epoch(tiny: Tiny) -> None:
