@@ -186,7 +186,7 @@ def _pack(plan: Plan, to: Path, partial: Path) -> None:
         if name == ARRAYS[-1]:
             sync_directory(to)
     sync_directory(to)
-    shutil.rmtree(partial)
+    shutil.rmtree(partial, ignore_errors=True)  # one that waits may have begun in it
 
 
 def _begin(plan: Plan, to: Path, partial: Path) -> None:
@@ -203,7 +203,7 @@ def _begin(plan: Plan, to: Path, partial: Path) -> None:
                 f"{to / standing}: stands in the way (and is not finished data); remove it or choose another folder"
             )
         for leftover in partial.iterdir():
-            if leftover.name != "lock":
+            if not leftover.name.startswith("lock"):
                 leftover.unlink()
         state.write_text(plan.key())
     have = sum(file.stat().st_size for file in partial.glob("*_images.npy"))
