@@ -27,7 +27,8 @@ def fetch(
 ) -> None:
     """Check a dataset's files, relabel them, and pack them once into arrays that all workers share.
 
-    Reads a ZIP or a folder in place, and a tar by way of the cache. Interrupted (Ctrl-C), the same command goes on; finished, it says so at once.
+    Reads a ZIP or a folder in place, and a tar by way of the cache. Interrupted (Ctrl-C), the same command goes on;
+    finished, it says so at once.
     """
     from rayexp.data.describe import describe
     from rayexp.errors import UserError
