@@ -19,7 +19,7 @@ def fetch(
     dataset: Annotated[str, typer.Argument(help="tiny_imagenet or wikitext2.", show_default=False)],
     source: Annotated[
         str | None,
-        typer.Option("--from", metavar="ZIP|DIR|URL", help="Where the data is. tiny_imagenet: its home page."),
+        typer.Option("--from", metavar="ZIP|TAR|DIR|URL", help="Where the data is. tiny_imagenet: its home page."),
     ] = None,
     to: Annotated[
         Path | None, typer.Option("--to", metavar="DIR", help="Where to pack it. [default: data/DATASET]")
@@ -27,7 +27,8 @@ def fetch(
 ) -> None:
     """Check a dataset's files, relabel them, and pack them once into arrays that all workers share.
 
-    Reads a ZIP or a folder in place. Interrupted (Ctrl-C), the same command goes on; finished, it says so at once.
+    Reads a ZIP or a folder in place, and a tar by way of the cache. Interrupted (Ctrl-C), the same command goes on;
+    finished, it says so at once.
     """
     from rayexp.data.describe import describe
     from rayexp.errors import UserError
@@ -36,7 +37,7 @@ def fetch(
     if not hasattr(module, "fetch"):
         raise UserError(f"{dataset}: nothing to fetch; `rayexp data info` shows it, data.name={dataset} trains on it")
     if source is None and not hasattr(module, "URL") and dataset != "shapes":
-        raise UserError(f"--from: {dataset} needs a ZIP, a folder or a URL")
+        raise UserError(f"--from: {dataset} needs a ZIP, a tar, a folder or a URL")
     to = to or Path("data") / dataset
     try:
         result = module.fetch(source, to)

@@ -229,21 +229,17 @@ def _is_utf8(raw: bytes) -> bool:
 
 
 class _Forward:
-    """A stream as tarfile wants it, which goes forward but for its last byte, and gives no header of megabytes."""
+    """A stream as tarfile wants it, which only goes forward, and gives no header of megabytes."""
 
     def __init__(self, path: Path, stream: IO[bytes]) -> None:
         self.path, self.stream = path, stream
         self.at = 0
-        self.last = b""
-        self.again = b""  # the last byte, where it is to be read once more
 
     def tell(self) -> int:
         return self.at
 
     def seek(self, to: int) -> None:
-        """Forward by reading, or back by one byte."""
-        if to == self.at - 1 and not self.again:
-            self.at, self.again = to, self.last
+        """Forward, by reading."""
         while self.at < to:
             if not self.read(min(BLOCK, to - self.at)):
                 raise EOFError("it ends within a file")
@@ -252,9 +248,6 @@ class _Forward:
         """At most that many bytes."""
         if not 0 <= size <= BLOCK:
             raise UserError(f"{self.path}: a header of the tar claims {size / 1e6:,.0f} MB; refused")
-        if not size:
-            return b""
-        data = self.again + self.stream.read(size - len(self.again))
+        data = self.stream.read(size)
         self.at += len(data)
-        self.last, self.again = data[-1:], b""
         return data

@@ -174,7 +174,7 @@ def _pack(plan: Plan, to: Path, partial: Path) -> None:
         if name == ARRAYS[-1]:
             sync_directory(to)
     sync_directory(to)
-    shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)  # one that waits may have begun in it
 
 
 def _begin(plan: Plan, to: Path, partial: Path) -> None:

@@ -163,6 +163,7 @@ def test_memory_stays_small(tmp_path, tiny, kind):
 def test_a_tar_counts_too(tmp_path, tiny, cache, monkeypatch):
     source = bomb_tar(tmp_path / "a.tar.gz", tiny, 16 * MB)
     monkeypatch.setattr(archive, "LARGEST", 8 * MB)
+    monkeypatch.setattr(archive, "list_zip", None)  # it is seen before all is unpacked
     refuse(source, tmp_path / "d", rf"a\.tar\.gz: entry '{IMAGE}' claims", cache)
     monkeypatch.setattr(archive, "LARGEST", 64 * MB)
     monkeypatch.setattr(archive, "PLENTY", 8 * MB)
@@ -198,7 +199,9 @@ def named(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.T
     ],
 )
 @pytest.mark.filterwarnings("ignore:Duplicate name")
-def test_unsafe_tars(tmp_path, cache, entry, message):
+def test_unsafe_tars(tmp_path, cache, monkeypatch, entry, message):
+    if "twice" not in message:
+        monkeypatch.setattr(archive, "list_zip", None)  # it is seen before all is unpacked
     refuse(add(tmp_path / "a.tar", entry), tmp_path / "d", message, cache)
 
 
@@ -225,7 +228,7 @@ def test_truncated_tars(tmp_path, tiny, cache, kind, share):
 
 
 def test_sizes_that_are_whole_blocks(tmp_path, cache):
-    """tarfile goes back by one byte behind such a file."""
+    """Behind such a file there is nothing to skip."""
     words = {name: "".join(f"{name}{k:07d}\n" for k in range(512)) for name in ("train", "valid", "test")}
     path = tmp_path / "w.tgz"
     with tarfile.open(path, "w:gz") as target:

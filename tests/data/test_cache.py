@@ -86,7 +86,7 @@ def test_a_file_saved_anew_with_the_same_pixels(root, cache, tiny):
     assert len(packed_folders(cache)) == 1
 
 
-@pytest.mark.parametrize("change", ["pixels", "new file", "gone", "renamed", "swapped labels", "size"])
+@pytest.mark.parametrize("change", ["pixels", "new file", "gone", "renamed", "class renamed", "size"])
 def test_a_change_is_packed(root, cache, tiny, change):
     first = open_data(config(root))
     size = SIZE
@@ -98,7 +98,7 @@ def test_a_change_is_packed(root, cache, tiny, change):
         (root / "b" / "3.png").unlink()
     elif change == "renamed":
         (root / "b" / "3.png").rename(root / "b" / "33.png")
-    elif change == "swapped labels":
+    elif change == "class renamed":
         (root / "a").rename(root / "c")
     else:
         size = 8
@@ -204,6 +204,14 @@ def test_what_a_process_has_mapped_stays(root, cache):
     gc.collect()
     assert len(list(prune.prune())) == 1
     assert before > 0
+
+
+def test_what_was_taken_into_use_meanwhile_stays(root, cache):
+    data = open_data(config(root))
+    (packed,) = (cache / "folders").iterdir()
+    assert prune._remove(prune.Entry(packed, "images", "", 1, "stale when it was looked at", True)) is False
+    assert packing.done(packed)
+    assert len(data.train) == 8
 
 
 def test_what_another_process_has_mapped_stays(root, cache):
