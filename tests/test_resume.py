@@ -309,6 +309,13 @@ def test_damaged_steps_are_named_and_do_not_stop_the_run(run: Run) -> None:
     assert [row["epoch"] for row in run.steps()] == [1, 2]
 
 
+def test_lines_that_are_missing_or_twice_there_are_named(run: Run) -> None:
+    first, second = lines(run)
+    for there, epochs in ((second, [2]), (first + first, [1, 1]), (second + first, [2, 1])):
+        run.epochs_path.write_bytes(there)
+        assert f"epochs.jsonl: its epochs are {epochs}" in faults(run)
+
+
 def test_what_a_killed_writer_left_goes(run: Run) -> None:
     for folder in (run.root, run.checkpoints, run.root / "predictions"):
         (folder / ".tmp-abcd-x").write_text("half")
