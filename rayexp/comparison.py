@@ -189,9 +189,19 @@ class Comparison:
             raise UserError(f"{self.meta_path}: {key} is damaged ({error})") from error
 
     def run(self, row: Row) -> Run | None:
-        """The row's run directory."""
+        """The row's run directory; None where it is gone or damaged."""
+        return None if row.run is None or self.lost(row) else Run(self.cells_path / row.run)
+
+    def lost(self, row: Row) -> str | None:
+        """Why the row's run cannot be read, or None. One damaged run keeps no other of the comparison back."""
         run = Run(self.cells_path / row.run) if row.run else None
-        return run if run is not None and run.meta_path.is_file() else None
+        if run is None or not run.meta_path.is_file():
+            return "its run directory is gone"
+        try:
+            run.meta(), run.config(), run.records(), run.steps()
+        except UserError as error:
+            return str(error)
+        return None
 
     def missing(self) -> list[tuple[Cell, int]]:
         """Cells and repeats that are not done: every cell's first repeat, then every cell's second, and so on.

@@ -120,6 +120,23 @@ def test_the_comparison(golden: Path) -> None:
         assert {finding.state for finding in examine(run)} == {"not covered"}
 
 
+@pytest.mark.parametrize("file", ["run.json", "epochs.jsonl", "steps.jsonl", "config.yaml"])
+def test_one_damaged_run_of_a_comparison_is_named_and_the_others_are_reported(
+    golden: Path, command: Callable[..., Any], file: str
+) -> None:
+    from rayexp.analysis.compare import compare
+
+    made = Comparison.find("grid", golden)
+    (bad,) = (run for run in Run.all(made.cells_path) if "exact-r2" in run.id)
+    (bad.root / file).write_bytes(b"\xff\n")
+    found = compare(made)
+    assert {line.cell.id for line in found.lines} == {"cpu-plain", "cpu-inprocess-exact", "cpu-inprocess-ddp"}
+    ((cell, repeat, why),) = found.failed
+    assert (cell, repeat) == ("cpu-inprocess-exact", 2)
+    assert f"{bad.id}/{file}: " in why
+    command("report", "grid")
+
+
 def test_the_weights_are_read_and_judge_as_they_did(golden: Path, tmp_path: Path) -> None:
     import torch
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from rayexp.config import ExperimentConfig
 from rayexp.disk import write_directory
 from rayexp.errors import UserError
-from rayexp.integrity import examine, faults
+from rayexp.integrity import check_config, examine, faults
 from rayexp.manifest import SEAL, broken, digest, sealed, state_fault
 from rayexp.recorder import Recorder
 from rayexp.records import EpochRecord
@@ -257,6 +257,12 @@ def test_a_state_that_cannot_be_is_damaged(change: dict[str, int]) -> None:
     assert "is not step" in str(state_fault({**words, **change}, "elsewhere"))
 
 
+@pytest.mark.parametrize("files", [{}, {"state.safetensors": 7}, []])
+def test_a_state_without_its_files_is_damaged(files: Any) -> None:
+    words = json.loads(state(2, 6, seal=False)["state.json"])
+    assert "files" in str(state_fault({**words, "files": files}, step_name(26)))
+
+
 # ---------------------------------------------------------------------- the lines
 
 
@@ -309,6 +315,13 @@ def test_damaged_steps_are_named_and_do_not_stop_the_run(run: Run) -> None:
     assert [row["epoch"] for row in run.steps()] == [1, 2]
 
 
+def test_lines_that_are_missing_or_twice_there_are_named(run: Run) -> None:
+    first, second = lines(run)
+    for there, epochs in ((second, [2]), (first + first, [1, 1]), (second + first, [2, 1])):
+        run.epochs_path.write_bytes(there)
+        assert f"epochs.jsonl: its epochs are {epochs}" in faults(run)
+
+
 def test_what_a_killed_writer_left_goes(run: Run) -> None:
     for folder in (run.root, run.checkpoints, run.root / "predictions"):
         (folder / ".tmp-abcd-x").write_text("half")
@@ -346,6 +359,22 @@ def test_any_other_bytes_are_named(run: Run, name: str, damage: Callable[[Path],
     damage(ended(run).root / name)
     (found,) = faults(run)
     assert found.startswith(f"{name}: ")
+
+
+def test_another_configuration_is_refused_before_there_is_a_checkpoint(run: Run) -> None:
+    check_config(run)
+    kept = run.config_path.read_text()
+    run.config_path.write_text(kept + "# a remark\n")
+    with pytest.raises(UserError, match=r"config\.yaml: not what the run wrote"):
+        check_config(run)
+    for path, _ in list(run.resumable()):
+        (path / "state.json").unlink()
+    for changed in (kept.replace("lr: 1.0", "lr: 9.0"), ""):
+        run.config_path.write_text(changed)
+        with pytest.raises(UserError, match=r"config\.yaml: not what the run wrote"):
+            check_config(run)
+    run.config_path.write_text(kept)
+    check_config(run)
 
 
 def test_readers_refuse_what_the_run_did_not_write(run: Run) -> None:
