@@ -25,7 +25,7 @@ from rayexp.records import EpochRecord, Predictions
 from rayexp.runs import Run, broken
 
 PREDICTIONS = Predictions("tokens", "0" * 64, {"loss": np.zeros(3, np.float32)}).to_npz()
-DATA = {"train_sha": "a", "val_sha": "b"}
+DATA = {"kind": "tokens", "train_sha": "a", "val_sha": "b"}
 
 
 def record(epoch: int, loss: float = 1.0) -> dict[str, Any]:
@@ -35,7 +35,8 @@ def record(epoch: int, loss: float = 1.0) -> dict[str, Any]:
 
 
 def files(step: int, epoch: int, row: dict[str, Any] | None = None) -> dict[str, bytes]:
-    words = {"step": step, "epoch": epoch, "step_in_epoch": step - 10 * epoch}
+    words = {"step": step, "epoch": epoch, "step_in_epoch": step - 10 * epoch, "steps": 10}
+    words |= {"schedule": {"factor": 1.0, "best": None}, "loss_sum": 1.0, "loss_count": 1}
     return encode(State(words, {"model.w": torch.full((3,), float(step))}), {"record": row} if row else {})
 
 
