@@ -122,6 +122,32 @@ def _deserted(lease: SoftFileLease) -> bool:
 # ---------------------------------------------------------------------- the driver of a run or a comparison
 
 
+def share(handle: int) -> None:
+    """Share the lock of an open file until it is closed, so that `unshared` sees it in use. On a file system without
+    locks there is none."""
+    with contextlib.suppress(OSError):
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+
+@contextlib.contextmanager
+def unshared(path: Path) -> Iterator[bool]:
+    """Hold a file's lock, and give whether nobody shares it (True also where there is no such file, or no lock)."""
+    try:
+        file = path.open()
+    except OSError:
+        yield True
+        return
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = True
+        except BlockingIOError:
+            free = False
+        except OSError:
+            free = True
+        yield free
+
+
 @contextlib.contextmanager
 def only_driver(root: Path) -> Iterator[Driver]:
     """Hold a directory's lock as its one driver.

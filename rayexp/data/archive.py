@@ -10,8 +10,6 @@ Sizes are checked before anything is unpacked, and counted while it is: what an 
 from __future__ import annotations
 
 import bz2
-import contextlib
-import fcntl
 import functools
 import gzip
 import hashlib
@@ -29,6 +27,7 @@ from typing import IO, Any, cast
 from rayexp.data.download import cache_dir
 from rayexp.disk import TEMPORARY, relative
 from rayexp.errors import UserError
+from rayexp.locks import share
 
 LARGEST = 1 << 30  # bytes of one file; more is no picture and no text
 ALL = 200 << 30  # bytes of all files together
@@ -128,8 +127,7 @@ def _open_archive(path: Path, size: int, mtime: int) -> zipfile.ZipFile:
 def _hold(archive: zipfile.ZipFile) -> None:
     """Share a lock of its file while it is open, so that nobody prunes the cache's own."""
     if archive.fp is not None:
-        with contextlib.suppress(OSError):
-            fcntl.flock(archive.fp, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        share(archive.fp.fileno())
 
 
 def _archive(path: Path, shown: Path) -> zipfile.ZipFile:

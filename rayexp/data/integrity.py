@@ -9,7 +9,6 @@ changed. So the workers of a machine hash 1.2 GB once, not eight times, and an e
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -27,6 +26,7 @@ from rayexp.data import pool
 from rayexp.data.download import cache_dir
 from rayexp.disk import write_atomic
 from rayexp.errors import UserError
+from rayexp.locks import locked
 
 Identity = list[int]
 COARSE_S, FINE_S = 2.0, 0.05  # the longest step of file times kept in whole seconds, and of finer ones
@@ -142,6 +142,5 @@ def _alone(note: Path | None) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if note is not None:
             with contextlib.suppress(OSError):
-                lock = stack.enter_context(note.with_name(f"{note.name}.lock").open("a"))
-                fcntl.flock(lock, fcntl.LOCK_EX)
+                stack.enter_context(locked(note.with_name(f"{note.name}.lock")))
         yield

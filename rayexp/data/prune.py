@@ -15,6 +15,7 @@ from rayexp.data.packed import read_meta
 from rayexp.data.resize import source_of
 from rayexp.disk import TEMPORARY
 from rayexp.errors import UserError
+from rayexp.locks import unshared
 
 IN_USE = "in use by a running process"
 
@@ -93,14 +94,14 @@ def _lock(path: Path) -> Path:
 
 def _entry(path: Path, what: str, of: str, stale: str | None, kept: str = "") -> Entry:
     """`stale` says why it may go, `kept` why it stays; whatever a process holds stays."""
-    with uses.alone(_lock(path)) as free:
+    with unshared(_lock(path)) as free:
         state = (stale or kept) if free else IN_USE
         return Entry(path, what, of, _bytes(path), state, free and stale is not None)
 
 
 def _remove(entry: Entry) -> bool:
     """Under its lock, so that nobody takes it into use meanwhile; False where somebody has."""
-    with uses.alone(_lock(entry.path)) as free:
+    with unshared(_lock(entry.path)) as free:
         if not free:
             return False
         try:

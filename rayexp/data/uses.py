@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import mmap
 import os
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 
 from rayexp.disk import write_atomic
+from rayexp.locks import share
 
 USED = "used.json"
 
@@ -47,23 +46,4 @@ def hold(packed: Path, array: NDArray[Any]) -> None:
     with contextlib.suppress(OSError):
         handle = os.open(packed / "meta.json", os.O_RDONLY)
         weakref.finalize(mapping, os.close, handle)
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-
-
-@contextlib.contextmanager
-def alone(path: Path) -> Iterator[bool]:
-    """Hold a file's lock, and give whether nobody else has it (True also where there is no such file, or no lock)."""
-    try:
-        file = path.open()
-    except OSError:
-        yield True
-        return
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            free = True
-        except BlockingIOError:
-            free = False
-        except OSError:
-            free = True
-        yield free
+        share(handle)
