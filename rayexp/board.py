@@ -29,12 +29,13 @@ VERSION = "brain.Event:2"
 class Board:
     """One event file. Its steps are epochs."""
 
-    def __init__(self, folder: Path, purge: int | None = None) -> None:
+    def __init__(self, folder: Path, purge: int | None = None, name: str | None = None) -> None:
         """Begin a file.
 
         Args:
             folder: made where it is missing.
             purge: forget what earlier files say of this step and of later ones; None: nothing.
+            name: of the file; None: one of its own, after all earlier ones.
 
         Raises:
             WriteError: the file cannot be made.
@@ -45,7 +46,7 @@ class Board:
         earlier = [int(stamp) for stamp in stamps if stamp.isdecimal() and int(stamp)]
         self.attempt = len(earlier)  # counts from 0
         stamp = max([int(time.time()), *(stamp + 1 for stamp in earlier)])
-        self.path = folder / f"{FILE}{stamp:010d}.{socket.gethostname()}"
+        self.path = folder / (name or f"{FILE}{stamp:010d}.{socket.gethostname()}")
         with naming(self.path):
             self._file = RecordWriter(str(self.path))
         self._write(file_version=VERSION)
@@ -84,7 +85,7 @@ class Board:
 def write_hyperparameters(folder: Path, words: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
     """A row of TensorBoard's HPARAMS page; it replaces what the folder holds."""
     shutil.rmtree(folder, ignore_errors=True)
-    board = Board(folder)
+    board = Board(folder, name=f"{FILE}0.hparams")  # one name, so that a copy of the folder is brought up to date
     for summary in hparams(dict(words), dict(metrics)):
         board.summary(0, summary)
     board.scalars(0, metrics)

@@ -298,6 +298,7 @@ def test_tensorboard_has_one_value_a_step(run: Run) -> None:
         assert all(len(v) == 1 for v in by_step.values()), tag
     assert set(found["config/text_summary"]) == {0, 1, 2, 3}
     assert values(run, "hparams")["hparam/val_loss"] == {0: [4.0]}
+    assert [path.name for path in (run.tb / "hparams").iterdir()] == ["events.out.tfevents.0.hparams"]
 
 
 def test_a_point_that_a_kill_lost_comes_back(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
