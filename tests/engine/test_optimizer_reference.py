@@ -23,15 +23,15 @@ SGD = [
     {"momentum": momentum, "nesterov": nesterov}
     for momentum, nesterov in ((0.0, False), (0.5, False), (0.9, False), (0.9, True))
 ]
-ADAMW = [
-    {"name": "adamw", "betas": betas, "eps": eps} for betas in ([0.9, 0.999], [0.5, 0.8]) for eps in (1e-8, 0.05)
-]
+ADAMW = [{"name": "adamw", "betas": betas, "eps": eps} for betas in ([0.9, 0.999], [0.5, 0.8]) for eps in (1e-8, 0.05)]
 
 
 def net() -> nn.Module:
     """Matrices, a kernel in channels_last, norms and biases: some of them decayed, some perhaps not."""
     torch.manual_seed(3)
-    model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Flatten(), nn.Linear(20, 7), nn.Linear(7, 3, bias=False))
+    model = nn.Sequential(
+        nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Flatten(), nn.Linear(20, 7), nn.Linear(7, 3, bias=False)
+    )
     return model.to(memory_format=torch.channels_last)
 
 
@@ -79,9 +79,7 @@ def row_of(layout: Layout, found: dict[str, Tensor]) -> Tensor:
     return row
 
 
-def close(
-    master: Master, flat: Tensor, true: nn.Module, of: Callable[[nn.Parameter], Any], tolerance: float
-) -> None:
+def close(master: Master, flat: Tensor, true: nn.Module, of: Callable[[nn.Parameter], Any], tolerance: float) -> None:
     """A flat buffer holds what belongs to each parameter."""
     pairs = [(mine.double(), of(true.get_parameter(name))) for name, mine in master.named(flat)]
     mine, wanted = (torch.cat([t.reshape(-1) for t in side]) for side in zip(*pairs, strict=True))

@@ -69,9 +69,7 @@ def test_warm_up(epochs: int, steps: int, warmup: float) -> None:
 @pytest.mark.parametrize("warmup", [0, 1, 2])
 def test_step(epochs: int, steps: int, step_epochs: int, gamma: float, warmup: int) -> None:
     """Epochs of warm-up count, as in a chain of torch's schedulers."""
-    found = rates(
-        schedule(epochs, steps, name="step", step_epochs=step_epochs, gamma=gamma, warmup_epochs=warmup)
-    )
+    found = rates(schedule(epochs, steps, name="step", step_epochs=step_epochs, gamma=gamma, warmup_epochs=warmup))
     chain = [lambda o: theirs.StepLR(o, step_epochs * steps, gamma), *([rise(warmup * steps)] if warmup else [])]
     assert found == pytest.approx(walk(epochs * steps, *chain), rel=1e-9)
 

@@ -46,8 +46,8 @@ class Toy:
     def model(self) -> nn.Module:
         torch.manual_seed(5)
         model = nn.Sequential(
-            nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4, momentum=0.3), nn.ReLU(), nn.Flatten(), nn.BatchNorm1d(36),
-            nn.Linear(36, CLASSES),
+            nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4, momentum=0.3), nn.ReLU(), nn.Flatten(),
+            nn.BatchNorm1d(36), nn.Linear(36, CLASSES),
         )  # fmt: skip
         with torch.no_grad():
             model[1].running_mean.fill_(0.7)

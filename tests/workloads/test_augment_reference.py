@@ -28,9 +28,7 @@ def draws(n: int, key: int = 1) -> NDArray[np.float64]:
 
 
 @functools.cache
-def theirs(
-    height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
-) -> NDArray[np.float64]:
+def theirs(height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]) -> NDArray[np.float64]:
     torch.manual_seed(0)
     blank = torch.zeros(3, height, width)
     found = [RandomResizedCrop.get_params(blank, list(scale), list(ratio)) for _ in range(MANY)]
@@ -40,7 +38,12 @@ def theirs(
 def statistics(box: NDArray[np.float64], height: int, width: int) -> dict[str, NDArray[np.float64]]:
     """Of crops [n, 4]: area, shape, and where in the room that is left they lie."""
     top, left, h, w = box.T
-    return {"area": h * w, "ratio": w / h, "top": top / np.maximum(1, height - h), "left": left / np.maximum(1, width - w)}
+    return {
+        "area": h * w,
+        "ratio": w / h,
+        "top": top / np.maximum(1, height - h),
+        "left": left / np.maximum(1, width - w),
+    }
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (200, 120), (60, 180)])
