@@ -195,6 +195,19 @@ def test_what_is_decayed() -> None:
             torch.testing.assert_close(mine, factor * before[name], msg=f"{optimizer} {everywhere} {name}")
 
 
+def test_a_tiny_gradient_is_clipped_as_by_torch() -> None:
+    """Where the norm is so small that the 1e-6 under it counts."""
+    config, model = experiment({"momentum": 0.0, "clip": 2e-6}, weight_decay=0.0), net()
+    master, optimizer, place = ours(config, model)
+    row = torch.zeros(master.layout.row)
+    row[master.layout.head] = COUNT * 3e-6
+    optimizer.update(row, COUNT, 0.1, 1, place)
+    parameter = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    parameter.grad = torch.tensor([3e-6], dtype=torch.float64)
+    nn.utils.clip_grad_norm_([parameter], 2e-6)
+    assert row[master.layout.head].item() == pytest.approx(parameter.grad.item(), rel=1e-4)
+
+
 def test_a_gradient_that_is_not_finite_is_not_hidden_by_the_clip() -> None:
     model = net()
     master, optimizer, place = ours(experiment({"clip": 1.0}), model)

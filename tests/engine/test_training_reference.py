@@ -164,7 +164,7 @@ def configured(**changes: Any) -> ExperimentConfig:
 
 def opened(config: ExperimentConfig, together: bool = True) -> tuple[Session, Toy]:
     toy = Toy(config, together)
-    return Session(config, toy, Group(), settle(config, torch.device("cpu"), config.shards)), toy
+    return Session(config, toy, Group(), settle(config, torch.device("cpu"), config.shards, 1)), toy
 
 
 def close(session: Session, plain: Plain, tolerance: float = 2e-5) -> None:
