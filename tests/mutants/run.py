@@ -77,7 +77,9 @@ class Slot:
                 (self.home / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(ROOT / name, self.home / name)
         # Bytecode that is checked by its source's hash: a time stamp does not tell two mutants of one second apart.
-        compileall.compile_dir(self.home / "rayexp", quiet=2, invalidation_mode=py_compile.PycInvalidationMode.CHECKED_HASH)
+        compileall.compile_dir(
+            self.home / "rayexp", quiet=2, invalidation_mode=py_compile.PycInvalidationMode.CHECKED_HASH
+        )
 
     def start(self, mutant: Mutant | None, tests: Sequence[str], limit: float) -> None:
         """Change the file, and fork."""
@@ -164,7 +166,8 @@ def warm_up() -> None:
         assert module
     torch.set_num_threads(1)
     assert "rayexp" not in sys.modules
-    assert len(os.listdir("/proc/self/task")) == 1 if Path("/proc/self/task").exists() else True
+    threads = Path("/proc/self/task")
+    assert not threads.exists() or len(list(threads.iterdir())) == 1
 
 
 def run(wanted: Sequence[tuple[Mutant | None, Sequence[str], float]], jobs: int, top: Path) -> list[Outcome]:
@@ -199,7 +202,10 @@ def report(outcomes: Sequence[Outcome], reasons: dict[str, str]) -> tuple[str, f
     for outcome in outcomes:
         assert outcome.mutant is not None
         rows.setdefault(outcome.mutant.file, []).append(outcome)
-    lines = ["| file | listed slips killed | mechanical mutants killed | of these by time-out | equivalent |", "| --- | --- | --- | --- | --- |"]
+    lines = [
+        "| file | listed slips killed | mechanical mutants killed | of these by time-out | equivalent |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     total = [0, 0, 0, 0, 0, 0]
 
     def cells(counts: Sequence[int]) -> str:
@@ -219,7 +225,12 @@ def report(outcomes: Sequence[Outcome], reasons: dict[str, str]) -> tuple[str, f
     lines.append(f"| all | {cells(total)} |")
     killed, count, same = total[0] + total[2], total[1] + total[3], total[5]
     score = 100 * killed / max(1, count - same)
-    lines += ["", f"{killed} of {count} killed ({100 * killed / max(1, count):.1f} %); without {same} that are equivalent: {score:.1f} %.", ""]
+    lines += [
+        "",
+        f"{killed} of {count} killed ({100 * killed / max(1, count):.1f} %); "
+        f"without {same} that are equivalent: {score:.1f} %.",
+        "",
+    ]
     survivors = sorted(o.mutant.id for o in outcomes if o.mutant and o.verdict == SURVIVED)
     bare = [name for name in survivors if name not in reasons]
     lines += [f"- `{name}`: {reasons.get(name, '**no reason yet**')}" for name in survivors]
@@ -278,9 +289,11 @@ def main() -> int:
         print("\n".join(f"survivors.toml: no such mutant any more: {name}" for name in gone))
         data = "with" if os.environ.get("RAYEXP_TEST_DATA") else "without"
         head = (
-            "# The last whole mutation run\n\n`make mutants` writes this file; what the mutants are says mutants.py.\n\n"
-            f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}, {platform.machine()}, Python {platform.python_version()}, "
-            f"{said.jobs} at a time, {took:.0f} minutes, {data} RAYEXP_TEST_DATA.\n\n"
+            "# The last whole mutation run\n\n"
+            "`make mutants` writes this file; mutants.py says what the mutants are, survivors.toml why some live.\n\n"
+            f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}, {platform.machine()}, {os.cpu_count()} cores, "
+            f"Python {platform.python_version()}, {said.jobs} at a time, {took:.0f} minutes, "
+            f"{data} RAYEXP_TEST_DATA.\n\n"
         )
         (HERE / "RESULT.md").write_text(f"{head}{table}\n", encoding="utf-8")
     return int(score < GOAL or bool(bare))
