@@ -1,4 +1,4 @@
-"""Mutants of the package: slips that somebody named (slips.toml), and mechanical ones (syntax tree, a fixed sample).
+"""Mutants of the package: slips that somebody named (slips/*.toml), and mechanical ones (syntax tree, a fixed sample).
 
 Both are whole new texts of one file. A listed slip replaces text that must occur exactly once. Mechanical operators:
 
@@ -23,7 +23,7 @@ from typing import Any
 HERE = Path(__file__).parent
 SEED = "1"
 SAMPLE = 12
-"""Mechanical mutants of a file; slips.toml may say otherwise (`sample`)."""
+"""Mechanical mutants of a file; slips/*.toml may say otherwise (`sample`)."""
 
 COMPARE: dict[type[ast.cmpop], type[ast.cmpop]] = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
@@ -73,32 +73,36 @@ class Mutant:
         return f"{self.file}: {self.name}"
 
 
-def targets(path: Path = HERE / "slips.toml") -> dict[str, Target]:
+def targets(folder: Path = HERE / "slips") -> dict[str, Target]:
     """By file."""
-    found = tomllib.loads(path.read_text(encoding="utf-8"))["target"]
+    found = _entries(folder, "target")
     return {t["file"]: Target(t["file"], tuple(t["tests"]), t.get("sample", SAMPLE)) for t in found}
 
 
-def listed(root: Path, path: Path = HERE / "slips.toml") -> list[Mutant]:
+def listed(root: Path, folder: Path = HERE / "slips") -> list[Mutant]:
     """The named slips, applied.
 
     Raises:
         StaleError: text that should be there once is not, or is there twice; or two slips have one name.
     """
-    tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    known, found = targets(path), []
-    for slip in tree["slip"]:
+    known, found = targets(folder), []
+    for slip in _entries(folder, "slip"):
         file, name, old = slip["file"], slip["name"], slip["old"]
         text = (root / file).read_text(encoding="utf-8")
         if text.count(old) != 1:
             raise StaleError(f"{file}: {name}: {old!r} occurs {text.count(old)} times, not once")
         changed = text.replace(old, slip["new"])
         compile(changed, file, "exec")
-        found.append(Mutant(file, name, changed, tuple(slip.get("tests", known[file].tests)), True))
+        found.append(Mutant(file, name, changed, known[file].tests, True))
     ids = [mutant.id for mutant in found]
     if len(set(ids)) != len(ids):
         raise StaleError(f"two slips of one name: {sorted({i for i in ids if ids.count(i) > 1})}")
     return found
+
+
+def _entries(folder: Path, kind: str) -> list[dict[str, Any]]:
+    files = sorted(folder.glob("*.toml"))
+    return [entry for path in files for entry in tomllib.loads(path.read_text(encoding="utf-8")).get(kind, [])]
 
 
 def mechanical(root: Path, target: Target) -> list[Mutant]:

@@ -81,9 +81,9 @@ def test_mechanical_mutants(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("old", "words"), [("a * 3", "0 times"), ("a", "times, not once")])
 def test_a_stale_slip_is_named(tmp_path: Path, old: str, words: str) -> None:
     (tmp_path / "code.py").write_text(CODE, encoding="utf-8")
-    (tmp_path / "slips.toml").write_text(
+    (tmp_path / "some.toml").write_text(
         f'target = [{{file = "code.py", tests = ["t"]}}]\n'
         f'slip = [{{file = "code.py", name = "some slip", old = "{old}", new = "b"}}]\n'
     )
     with pytest.raises(mutants.StaleError, match=f"some slip.*{words}"):
-        mutants.listed(tmp_path, tmp_path / "slips.toml")
+        mutants.listed(tmp_path, tmp_path)
