@@ -15,6 +15,7 @@ from rayexp.engine import optimize
 from rayexp.engine.flat import Layout, Master, Touched
 from rayexp.engine.optimize import Optimizer
 from rayexp.engine.place import Place
+from rayexp.errors import UserError
 
 STEPS = 20
 COUNT = 12
@@ -145,6 +146,15 @@ def test_the_first_steps_of_adamw_are_corrected_for_their_bias() -> None:
     optimizer.update(row_of(master.layout, found), COUNT, 0.01, 1, place)
     for name, mine in master.named(master.params):
         torch.testing.assert_close(mine, before[name] - 0.01 * found[name].sign(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("betas", [[1.0, 0.999], [0.9, 1.0], [-0.1, 0.9]])
+def test_betas_with_which_adamw_divides_by_zero_are_refused(betas: list[float]) -> None:
+    """As by torch.optim.AdamW."""
+    with pytest.raises(ValueError, match="beta"):
+        torch.optim.AdamW(net().parameters(), betas=tuple(betas))
+    with pytest.raises(UserError, match=r"optimizer\.betas"):
+        experiment({"name": "adamw", "betas": betas})
 
 
 @pytest.mark.parametrize("clip", [None, 0.5])
