@@ -78,6 +78,7 @@ def test_stochastic_depth_by_row(dim: int) -> None:
     torch.testing.assert_close(out[kept], x[kept] / 0.6)
     assert not out[~kept].any()
     assert stats.binomtest(int((~kept).sum()), 100, 0.4).pvalue > 1e-3
+    assert all(0 < int(part.sum()) < len(part) for part in kept.split(SIZES))  # samples of one shard differ
 
 
 def test_stochastic_depth_by_batch() -> None:

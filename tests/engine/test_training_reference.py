@@ -23,7 +23,9 @@ from rayexp.engine.group import Group
 from rayexp.engine.loop import EpochDone, Session, StepDone
 from rayexp.engine.optimize import Optimizer
 from rayexp.engine.place import Place, settle
+from rayexp.engine.step import Stepper, Wish
 from rayexp.engine.workload import Batch, Carry
+from rayexp.errors import RunError
 from rayexp.records import Predictions
 
 SAMPLES, SHARDS, BATCH = 55, 4, 16  # three batches; the last has 23 samples, in shards of 6, 6, 6 and 5
@@ -185,8 +187,10 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", [*WAYS, "apart"])
-def test_steps_are_those_of_a_plain_loop(way: str) -> None:
+def test_steps_are_those_of_a_plain_loop(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
     """Two epochs: weights, running statistics, losses; every shard by itself, shards of two sizes."""
+    if way == "together":  # whether they have the same bits or not
+        monkeypatch.setattr(Stepper, "_alike", lambda *words: True)
     session, toy = opened(configured(epochs=2, **WAYS.get(way, {})), together=way != "apart")
     plain = Plain(toy)
     assert session.stepper.together == (way not in ("apart", "ddp"))
@@ -301,3 +305,19 @@ def test_an_epoch_trains_on_every_sample_once_and_the_next_in_another_order() ->
     assert sorted(read[1]) == sorted(read[2]) == list(range(SAMPLES))
     assert read[1] != read[2]
     assert read[1] != sorted(read[1])
+
+
+def test_a_wish_is_heard_after_its_step() -> None:
+    """To save: that step says so, and the run goes on. To stop: that step is the last."""
+    session, _ = opened(configured(epochs=2))
+    wishes = iter([Wish(), Wish(save=True), Wish(), Wish(stop=True)])
+    events = [e for e in session.train(lambda: next(wishes)) if isinstance(e, StepDone)]
+    assert [(e.save, e.stopped) for e in events] == [(False, False), (True, False), (False, False), (False, True)]
+    assert (session.epoch, session.step) == (1, 1)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run() -> None:
+    session, toy = opened(configured())
+    toy.x[toy.samples(1, 1, range(SHARDS))[0]] = float("nan")
+    with pytest.raises(RunError, match="loss is nan at epoch 1, step 2"):
+        list(session.train())
