@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 from rayexp.config import ExperimentConfig, parse
-from rayexp.engine import order
+from rayexp.engine import checkpoint, order
 from rayexp.engine.group import Group
 from rayexp.engine.loop import EpochDone, Session, StepDone
 from rayexp.engine.optimize import Optimizer
@@ -277,15 +277,36 @@ def test_every_step_has_the_schedule_s_rate(monkeypatch: pytest.MonkeyPatch) -> 
     assert records == pytest.approx(wanted[2::3], rel=1e-6)
 
 
+HEARD = [1.0, 2.0, 3.0, 0.5, 0.6, 0.7]
+"""Validation losses that go up where training's go down."""
+
+
 def test_plateau_hears_the_validation_loss(monkeypatch: pytest.MonkeyPatch) -> None:
-    heard = [1.0, 2.0, 0.5, 0.6]
-    monkeypatch.setattr(Toy, "metrics", lambda self, predictions: {"val_loss": heard[len(seen)]})
     seen: list[float] = []
-    session, _ = opened(configured(epochs=4, schedule={"name": "plateau", "gamma": 0.5}))
+    monkeypatch.setattr(Toy, "metrics", lambda self, predictions: {"val_loss": HEARD[len(seen)]})
+    session, _ = opened(configured(epochs=6, schedule={"name": "plateau", "gamma": 0.5}))
     for event in session.train():
         if isinstance(event, EpochDone):
             seen.append(event.record.lr)
-    assert seen == [0.05, 0.05, 0.025, 0.025]
+    assert seen == [0.05, 0.05, 0.025, 0.0125, 0.0125, 0.00625]
+
+
+@pytest.mark.parametrize("optimizer", [{"name": "adamw"}, {"momentum": 0.9, "nesterov": True}])
+def test_a_resumed_run_ends_in_the_same_bits(monkeypatch: pytest.MonkeyPatch, optimizer: dict[str, Any]) -> None:
+    """With an optimizer that remembers, and a schedule that does; from every step of some epochs."""
+    config = configured(epochs=6, lr=0.003, optimizer=optimizer, schedule={"name": "plateau", "gamma": 0.5})
+    session, _ = opened(config)
+    monkeypatch.setattr(Toy, "metrics", lambda self, predictions: {"val_loss": HEARD[session.epoch]})
+    saved = [(checkpoint.encode(session.state()), event) for event in session.train()]
+    wanted, last = session.master.params.clone(), saved[-1][1]
+    for files, _ in saved[2:12]:
+        session, _ = opened(config)
+        session.load(checkpoint.decode(files))
+        *_, event = session.train()
+        assert torch.equal(session.master.params, wanted)
+        assert isinstance(event, EpochDone)
+        assert isinstance(last, EpochDone)
+        assert (event.record.lr, event.record.train_loss) == (last.record.lr, last.record.train_loss)
 
 
 def test_an_epoch_trains_on_every_sample_once_and_the_next_in_another_order() -> None:
