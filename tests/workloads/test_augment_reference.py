@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any
 
 import numpy as np
@@ -48,7 +49,8 @@ def statistics(box: NDArray[np.float64], height: int, width: int) -> dict[str, N
 
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (200, 120), (60, 180)])
 @pytest.mark.parametrize(
-    ("scale", "ratio"), [((0.08, 1.0), (3 / 4, 4 / 3)), ((0.5, 0.9), (0.5, 2.0)), ((0.2, 0.2), (1.0, 1.0))]
+    ("scale", "ratio"),
+    [((0.08, 1.0), (3 / 4, 4 / 3)), ((0.5, 0.9), (0.5, 2.0)), ((0.2, 0.2), (1.0, 1.0)), ((0.1, 0.5), (0.4, 0.9))],
 )
 def test_crops_are_distributed_like_torchvision_s(
     height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
@@ -58,6 +60,14 @@ def test_crops_are_distributed_like_torchvision_s(
     one, other = (statistics(box, height, width) for box in (mine, theirs(height, width, scale, ratio)))
     for name in one:
         assert stats.ks_2samp(one[name], other[name]).pvalue > 1e-3, name
+
+
+def test_what_tells_nothing_of_another_tells_nothing() -> None:
+    """Area, shape, height and place are drawn apart, as by torchvision. (Crops that fit always, so that none is drawn
+    again.)"""
+    found = statistics(boxes(AugmentConfig(scale=(0.1, 0.4)), draws(MANY), 400, 400), 400, 400)
+    for one, other in itertools.combinations(found, 2):
+        assert stats.kendalltau(found[one], found[other]).pvalue > 1e-3, (one, other)
 
 
 @pytest.mark.parametrize(("height", "width"), [(30, 90), (90, 30), (31, 97)])
