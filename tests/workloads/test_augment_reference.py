@@ -17,7 +17,7 @@ from torchvision.transforms import functional as true
 
 from rayexp.config import AugmentConfig, ExperimentConfig, parse
 from rayexp.engine import order
-from rayexp.workloads.augment import DRAWS, augment, boxes
+from rayexp.workloads.augment import DRAWS, augment, boxes, resampling
 from rayexp.workloads.image_classification import ImageClassification
 
 CPU = torch.device("cpu")
@@ -103,6 +103,17 @@ def test_a_crop_is_torchvision_s_resized_crop_and_flip() -> None:
         wanted = true.resized_crop(planes, top, left, h, w, [64, 64], antialias=True)
         wanted = true.hflip(wanted) if mirror else wanted
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("out", [16, 40, 64, 100])
+def test_resampling_to_any_size_is_torchvision_s(out: int) -> None:
+    """Shrinking averages over all pixels (antialiased), growing interpolates between two."""
+    start, length = torch.tensor([5.0]), torch.tensor([50.0])
+    matrix = resampling(start, length, 64, out)[0]
+    planes = image().permute(2, 0, 1).float()
+    found = matrix @ planes @ matrix.t()
+    wanted = true.resized_crop(planes, 5, 5, 50, 50, [out, out], antialias=True)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-2)
 
 
 @pytest.mark.parametrize(("scale", "pad"), [((0.08, 1.0), 0), ((1.0, 1.0), 4)])
