@@ -162,8 +162,10 @@ def epoch_of(work: ImageClassification, epoch: int) -> dict[int, Tensor]:
     found: dict[int, Tensor] = {}
     places = order.permutation(work.config.seed, epoch, 64)
     for step in range(work.steps()):
-        images = work.batch(epoch, step, range(work.config.shards), CPU).inputs[0]
+        batch = work.batch(epoch, step, range(work.config.shards), CPU)
+        images = batch.inputs[0]
         samples = places[step * work.config.batch_size :][: len(images)]
+        assert np.array_equal(batch.targets, work.data.train.labels[samples])
         found |= dict(zip(samples.tolist(), images, strict=True))
     assert sorted(found) == list(range(64))
     return found
