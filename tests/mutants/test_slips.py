@@ -1,4 +1,4 @@
-"""The list of slips fits the code, the machine that makes mutants makes what it says, and the last run holds."""
+"""The list of slips fits the code, and mechanical mutants are what they are said to be."""
 
 from __future__ import annotations
 
