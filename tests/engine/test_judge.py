@@ -12,12 +12,18 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from rayexp.config import ExperimentConfig, parse
 from rayexp.engine.evaluate import judge
 from rayexp.engine.group import Group
-from rayexp.engine.place import Place
+from rayexp.engine.place import Place, settle
 from rayexp.records import Predictions
 
 STREAMS = 7
+
+
+def lanes_of(lanes: int) -> Place:
+    config = parse({"scaling": {"lanes": lanes}}, ExperimentConfig, "test")
+    return settle(config, torch.device("cpu"), config.shards, 1)
 
 
 class Streams:
@@ -62,7 +68,7 @@ def test_everyone_has_all_streams_in_order(world: int, lanes: int) -> None:
     barrier = threading.Barrier(world, timeout=20)
 
     def worker(rank: int) -> None:
-        place = Place(torch.device("cpu"), lanes, 1, None)
+        place = lanes_of(lanes)
         models: list[nn.Module] = [nn.Identity() for _ in range(lanes)]
         group = Table(rank, world, shared, barrier) if world > 1 else Group()
         found[rank] = judge(
@@ -96,5 +102,5 @@ def test_each_lane_has_a_model_of_its_own() -> None:
             return super().judge(model, stream, device)
 
     models: list[nn.Module] = [nn.Identity(), nn.Identity(), nn.Identity()]
-    judge(Spy(), models, Group(), Place(torch.device("cpu"), 3, 1, None))  # type: ignore[arg-type]
+    judge(Spy(), models, Group(), lanes_of(3))  # type: ignore[arg-type]
     assert [used[id(model)] for model in models] == [{0, 3, 6}, {1, 4}, {2, 5}]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from rayexp.config import ExperimentConfig, parse
 from rayexp.engine import optimize
 from rayexp.engine.flat import Layout, Master, Touched
 from rayexp.engine.optimize import Optimizer
-from rayexp.engine.place import Place
+from rayexp.engine.place import Place, settle
 from rayexp.errors import UserError
 
 STEPS = 20
@@ -67,10 +68,16 @@ def reference(config: ExperimentConfig, model: nn.Module) -> torch.optim.Optimiz
     return torch.optim.SGD(groups, lr=1.0, momentum=o.momentum, nesterov=o.nesterov, foreach=False)
 
 
+@functools.cache
+def lanes_of(lanes: int) -> Place:
+    """So many lanes, of one thread each."""
+    return settle(experiment({}, scaling={"lanes": lanes}), torch.device("cpu"), 8, 1)
+
+
 def ours(config: ExperimentConfig, model: nn.Module, lanes: int = LANES) -> tuple[Master, Optimizer, Place]:
     layout = Layout(model, config.shards, config.optimizer.decay_norm_and_bias)
     master = Master(model, layout, torch.device("cpu"))
-    return master, Optimizer(config, layout, master.params), Place(torch.device("cpu"), lanes, 1, None)
+    return master, Optimizer(config, layout, master.params), lanes_of(lanes)
 
 
 def row_of(layout: Layout, found: dict[str, Tensor]) -> Tensor:
@@ -174,7 +181,7 @@ def test_an_embedding_whose_touched_rows_alone_are_updated(clip: float | None, m
 
     optimizer = Optimizer(config, layout, master.params, touched([]))
     assert optimizer.rows_alone == (momentum == 0)
-    place = Place(torch.device("cpu"), LANES, 1, None)
+    place = lanes_of(LANES)
     theirs = torch.optim.SGD(true.parameters(), lr=1.0, momentum=momentum)
     generator = torch.Generator().manual_seed(1)
     for step in range(STEPS):

@@ -43,7 +43,7 @@ def f(a: int = 5, é: str = "x" | None) -> int:
 def test_every_listed_slip_applies() -> None:
     """Exactly one place each. Where the code has changed, change the slip with it: it stands for a kind of mistake."""
     found = mutants.listed(ROOT)
-    assert len(found) > 200
+    assert len(found) > 150
     for mutant in found:
         assert mutant.text != (ROOT / mutant.file).read_text(encoding="utf-8"), mutant.id
 
