@@ -18,7 +18,8 @@ from rayexp.config import ExperimentConfig, parse
 from rayexp.engine.group import Group
 from rayexp.engine.loop import Session, StepDone
 from rayexp.engine.place import settle
-from rayexp.workloads import open_workload
+from rayexp.workloads import language_model, open_workload
+from rayexp.workloads.language_model import LanguageModel
 
 BATCH, BPTT = 8, 20
 
@@ -97,3 +98,33 @@ def test_training_is_the_example_s(name: str, tied: bool, reduction: str) -> Non
     for layer in range(2):
         mine = found[f"body.layers.{layer}.weight_hh_l0"].double()
         torch.testing.assert_close(mine, getattr(plain.rnn, f"weight_hh_l{layer}").detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["lstm", "rnn_tanh"])
+def test_the_judge_carries_the_state_from_window_to_window(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """However long its windows are, it says the same of every token; and a window of its own says another."""
+    tree = {
+        "workload": "language_model",
+        "data": {"name": "python_docs", "max_train_tokens": 500, "max_val_tokens": 305, "bptt": 7, "eval_columns": 4},
+        "model": {"name": name, "emsize": 12, "nhid": 12, "nlayers": 2},
+        "batch_size": BATCH,
+        "shards": 2,
+    }
+    work = open_workload(parse(tree, ExperimentConfig, "test"))
+    net = work.model().eval()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.mul_(3)  # what is remembered matters
+    found = []
+    for tokens in (1, 40, 10**6):
+        monkeypatch.setattr(language_model, "EVAL_TOKENS", tokens)
+        with torch.inference_mode():
+            found.append([work.judge(net, stream, torch.device("cpu"))["loss"] for stream in range(2)])
+    for losses in found[:2]:
+        np.testing.assert_allclose(losses, found[2], rtol=1e-4, atol=1e-5)
+    carry = work.carry
+    monkeypatch.setattr(language_model, "EVAL_TOKENS", 1)
+    monkeypatch.setattr(work, "_window", lambda m, t, y, c: LanguageModel._window(work, m, t, y, carry(2, t.device)))
+    with torch.inference_mode():
+        anew = work.judge(net, 0, torch.device("cpu"))["loss"]
+    assert not np.allclose(anew, found[2][0], rtol=1e-2)
