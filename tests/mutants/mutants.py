@@ -167,6 +167,8 @@ class _Sites:
         """Without annotations, decorators, docstrings, imports, and what is said in errors and texts."""
         if isinstance(node, ast.JoinedStr | ast.Import | ast.ImportFrom | ast.Raise | ast.Assert):
             return
+        if isinstance(node, ast.keyword) and node.arg == "strict":
+            return  # of zip: it guards what is so by construction
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             return
         if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name):
