@@ -6,7 +6,7 @@ The plain loop goes through the shards one by one; nothing of it is rayexp's but
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -199,6 +199,8 @@ def test_steps_are_those_of_a_plain_loop(monkeypatch: pytest.MonkeyPatch, way: s
         if isinstance(event, StepDone):
             loss, count = plain.step(event.epoch, event.step - 1)
             assert event.count == count
+            assert min(event.seconds.values()) >= 0
+            assert sum(event.seconds.values()) <= event.count / event.rate
             assert event.loss == pytest.approx(loss / count, rel=1e-5)
             sums += loss, count
         else:
@@ -342,3 +344,20 @@ def test_a_loss_that_is_not_finite_ends_the_run() -> None:
     toy.x[toy.samples(1, 1, range(SHARDS))[0]] = float("nan")
     with pytest.raises(RunError, match="loss is nan at epoch 1, step 2"):
         list(session.train())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda words, tensors: tensors.pop("model.5.bias"), "does not fit"),
+        (lambda words, tensors: tensors.update({"model.5.bias": torch.zeros(7)}), "does not fit"),
+        (lambda words, tensors: tensors.pop("optimizer.momentum_buffer.5.bias"), "does not fit"),
+        (lambda words, tensors: words.update(steps=9), "9 steps there and has 3 here"),
+    ],
+)
+def test_a_state_of_another_model_is_refused(change: Callable[..., object], words: str) -> None:
+    session, _ = opened(configured())
+    state = checkpoint.decode(checkpoint.encode(session.state()))
+    change(state.words, state.tensors)
+    with pytest.raises(RunError, match=words):
+        session.load(state)
