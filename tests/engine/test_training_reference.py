@@ -6,6 +6,7 @@ The plain loop goes through the shards one by one; nothing of it is rayexp's but
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -194,7 +195,7 @@ def test_steps_are_those_of_a_plain_loop(monkeypatch: pytest.MonkeyPatch, way: s
     session, toy = opened(configured(epochs=2, **WAYS.get(way, {})), together=way != "apart")
     plain = Plain(toy)
     assert session.stepper.together == (way not in ("apart", "ddp"))
-    sums = np.zeros(2)
+    sums, rates, took, began = np.zeros(2), [], 0.0, time.perf_counter()
     for event in session.train():
         if isinstance(event, StepDone):
             loss, count = plain.step(event.epoch, event.step - 1)
@@ -203,9 +204,13 @@ def test_steps_are_those_of_a_plain_loop(monkeypatch: pytest.MonkeyPatch, way: s
             assert sum(event.seconds.values()) <= event.count / event.rate
             assert event.loss == pytest.approx(loss / count, rel=1e-5)
             sums += loss, count
+            rates.append(event.rate)
+            took += event.count / event.rate
         else:
             assert event.record.train_loss == pytest.approx(sums[0] / sums[1], rel=1e-5)
             assert sums[1] == SAMPLES
+            assert min(rates) <= event.record.samples_per_second <= max(rates)
+            rates.clear()
             sums[:] = 0
             judge = copy.deepcopy(plain.model).eval()
             with torch.no_grad():
@@ -214,6 +219,7 @@ def test_steps_are_those_of_a_plain_loop(monkeypatch: pytest.MonkeyPatch, way: s
             np.testing.assert_allclose(event.predictions["loss"], wanted[event.predictions["index"]], rtol=1e-3)
             assert event.record.val_loss == pytest.approx(wanted.mean(), rel=1e-4)
         close(session, plain)
+    assert 0 < took < time.perf_counter() - began
 
 
 @pytest.mark.parametrize("reduction", ["exact", "ddp"])
