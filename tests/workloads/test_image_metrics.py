@@ -59,3 +59,10 @@ def test_of_equal_logits_the_lower_class_comes_first() -> None:
     logits[:, [17, 3, 9]] = 1.0
     _, found = judged(logits)
     assert (found["top5"] == [3, 9, 17, 0, 1]).all()
+
+
+def test_the_example_is_one_black_image() -> None:
+    work, _ = judged(torch.zeros(40, 20))
+    (image,) = work.example()
+    assert image.shape == (1, 3, 64, 64)
+    assert not image.any()
