@@ -30,6 +30,7 @@ TEXT_DATA = ("python_docs", "wikitext2", "text")
 _IMAGES_ONLY = ("max_train_samples", "max_val_samples", "image_size", "augment")
 _TEXT_ONLY = ("max_train_tokens", "max_val_tokens", "bptt", "eval_columns")
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 
@@ -129,7 +130,7 @@ class OptimizerConfig(_Section):
     name: Literal["sgd", "adamw"] = "sgd"
     momentum: Fraction = 0.9
     nesterov: bool = False
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     eps: Positive = 1e-8
     clip: Positive | None = None
     """Largest global L2 norm of the gradient."""

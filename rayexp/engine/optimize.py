@@ -163,10 +163,15 @@ class Schedule:
         return self.peak * rise * self.factor
 
     def _onecycle(self, step: int) -> float:
-        """Smith and Topin 2018 with linear sides: from 1/25 of the peak up, then down to `min_lr`."""
+        """Smith and Topin 2018 with linear sides: from 1/25 of the peak up, then down to `min_lr`.
+
+        A step on the way up has the rate at its end, one on the way down that at its beginning, so both ends of the
+        schedule lie just outside the run, and the peak is held for two steps. torch's OneCycleLR puts both ends on
+        steps: a difference of at most one step's change of the rate.
+        """
         top = max(1.0, self.config.peak * self.total)
         if step < top:
-            return self.peak * (0.04 + 0.96 * (step + 1) / top)
+            return self.peak * (0.04 + 0.96 * min(1.0, (step + 1) / top))
         down = (step - top) / max(1.0, self.total - top)
         return self.config.min_lr + (self.peak - self.config.min_lr) * max(0.0, 1 - down)
 

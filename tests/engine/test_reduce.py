@@ -153,12 +153,45 @@ def test_no_more_rows_than_the_depth_of_the_tree(shards: int) -> None:
     assert most <= shards.bit_length()
 
 
-def test_a_missing_shard_is_noticed() -> None:
+@pytest.mark.parametrize("pushed", [0, 4, 7])
+def test_a_missing_shard_is_noticed(pushed: int) -> None:
     forest = Forest[None](8, lambda left, right: None)
-    for shard in range(7):
+    for shard in range(pushed):
         forest.push((0, shard), None)
     with pytest.raises(RuntimeError, match="not complete"):
         forest.root()
+
+
+@given(st.integers(1, 12), st.data())
+def test_left_comes_before_right_and_nothing_is_lost(shards: int, data: st.DataObject) -> None:
+    """With words for values: added in order whatever the order of pushing, and nodes lie in the order of the shards."""
+    pushed = data.draw(st.permutations(range(shards)))
+    part = data.draw(st.integers(0, shards))
+    forest = Forest[str](shards, lambda left, right: left + right)
+    for shard in pushed[:part]:
+        forest.push((0, shard), f"{shard:x}")
+    assert "".join(value for _, value in forest.nodes()) == "".join(f"{shard:x}" for shard in sorted(pushed[:part]))
+    for shard in pushed[part:]:
+        forest.push((0, shard), f"{shard:x}")
+    assert forest.root() == "".join(f"{shard:x}" for shard in range(shards))
+
+
+def test_what_was_added_is_freed_and_the_sum_is_kept() -> None:
+    """Whichever of the two the sum was written into."""
+    for into_left in (True, False):
+        freed: list[list[int]] = []
+
+        def into(left: list[int], right: list[int], into_left: bool = into_left) -> list[int]:
+            kept, gone = (left, right) if into_left else (right, left)
+            kept[:] = [left[0] + right[0]]
+            gone[:] = [-1]
+            return kept
+
+        forest = Forest[list[int]](4, into, freed.append)
+        for shard in (2, 0, 3, 1):
+            forest.push((0, shard), [1 << shard])
+        assert forest.root() == [15]
+        assert freed == [[-1]] * 3
 
 
 def test_power_of_two_shares_are_single_nodes() -> None:

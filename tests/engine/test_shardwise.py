@@ -96,6 +96,7 @@ def test_what_cannot() -> None:
     assert shardwise.can(models.mobilenet_v3_small())
     assert not shardwise.can(nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4)))
     assert not shardwise.can(nn.Sequential(nn.Conv2d(3, 4, 3, padding="same")))
+    assert not shardwise.can(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect")))
     assert not shardwise.can(nn.TransformerEncoderLayer(8, 2, 16))
 
 
