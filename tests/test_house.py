@@ -18,7 +18,7 @@ HOUSE = Path(__file__).parents[1] / "rayexp"
 FLOORS = (
     ("errors",),
     ("clock", "locks"),
-    ("config", "disk", "records", "manifest"),
+    ("config", "fields", "yaml_tree", "disk", "records", "manifest"),
     ("runs",),
     ("comparison", "integrity"),
     ("board",),
