@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rayexp.clock import mark
-from rayexp.config import ExperimentConfig
+from rayexp.config import ExperimentConfig, passed_over
 from rayexp.data import open_data
 from rayexp.errors import UserError
 from rayexp.integrity import FREE, changes, check_config
@@ -177,6 +177,7 @@ def outline(config: ExperimentConfig, address: str | None = None) -> dict[str, A
         f"{workload.unit if workload.unit == 'images' else 'columns'}_per_worker": config.batch_size // workers,
         "steps_per_epoch": steps,
         "steps": steps * config.epochs,
+        "warnings": passed_over(config, plan.gpu),
     }
 
 

@@ -162,7 +162,7 @@ class _Worker:
 
     def _tell(self, progress: dict[str, Any]) -> None:
         # Warnings every time: a driver looks when it looks.
-        self.pen.progress(progress | ({"warning": "; ".join(self.warnings)} if self.warnings else {}))
+        self.pen.progress(progress | ({"warnings": self.warnings} if self.warnings else {}))
 
     def _same_data(self, then: Mapping[str, str] | None) -> None:
         now = self._words()["data"]
