@@ -7,6 +7,7 @@ All state is the cluster's: a job goes on when its sender is gone, and any machi
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime
 import logging
 import os
@@ -15,8 +16,9 @@ import secrets
 import shlex
 import shutil
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -213,7 +215,7 @@ def follow(
 
     while True:
         try:
-            asyncio.run(_tail(place, job, done, take))
+            _blocking(_tail(place, job, done, take))
             found = find(address, job)
             if found.ended:
                 take(logs(address, job)[done:])
@@ -228,6 +230,30 @@ def follow(
                     f"{place}: no word for {patience_s:,.0f} s; job {job} goes on; `rayexp logs {job} -f` takes it up"
                 ) from error
         time.sleep(1)
+
+
+def _blocking(work: Coroutine[Any, Any, None]) -> None:
+    """Run it to its end in a thread of its own: a notebook's own thread has a running loop already."""
+    loop, ended = asyncio.new_event_loop(), threading.Event()
+    task = loop.create_task(work)
+
+    def drive() -> None:
+        try:
+            loop.run_until_complete(asyncio.wait([task]))
+        finally:
+            loop.close()
+            ended.set()
+
+    threading.Thread(target=drive, name="tail", daemon=True).start()
+    try:
+        while not ended.wait(1):  # a signal that another thread caught is seen then
+            pass
+    except BaseException:  # Ctrl-C comes to the caller's thread
+        with contextlib.suppress(RuntimeError):  # it has just ended
+            loop.call_soon_threadsafe(task.cancel)
+        ended.wait()
+        raise
+    task.result()
 
 
 async def _tail(place: str, job: str, skip: int, take: Callable[[str], None]) -> None:
@@ -257,13 +283,19 @@ async def _tail(place: str, job: str, skip: int, take: Callable[[str], None]) ->
 
 def _client(address: str | None) -> Any:
     place = doors.address(address)
-    # Ray would otherwise prefer RAY_ADDRESS to the address it is given.
-    os.environ["RAY_API_SERVER_ADDRESS"] = place
     from ray.job_submission import JobSubmissionClient
 
     for chatty in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    return _ask(None, lambda: JobSubmissionClient(place, headers=doors.headers()), place)
+    # Ray would otherwise prefer RAY_ADDRESS to the address it is given.
+    before = os.environ.get("RAY_API_SERVER_ADDRESS")
+    os.environ["RAY_API_SERVER_ADDRESS"] = place
+    try:
+        return _ask(None, lambda: JobSubmissionClient(place, headers=doors.headers()), place)
+    finally:
+        os.environ.pop("RAY_API_SERVER_ADDRESS")
+        if before is not None:
+            os.environ["RAY_API_SERVER_ADDRESS"] = before
 
 
 def _ask(client: Any, question: Callable[[], Any], place: str = "") -> Any:
