@@ -39,7 +39,7 @@ def settle_home(say: Callable[[str], None]) -> None:
         UserError: that folder cannot be made, or belongs to someone else.
     """
     real, folder = home(), stand_in()
-    if real == folder or (real is not None and _writable(real)):
+    if real == folder or (real is not None and writable(real)):
         return
     new = not folder.exists()
     try:
@@ -61,7 +61,7 @@ def settle_home(say: Callable[[str], None]) -> None:
         say(f"warning: {why}: caches and Ray's token go to {folder}; HOME=DIR chooses another place")
 
 
-def _writable(folder: Path) -> bool:
+def writable(folder: Path) -> bool:
     """Whether files can be made in there, or the folder itself where it is missing."""
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
@@ -83,7 +83,7 @@ def ray_folder() -> Path:
     if len(os.fsencode(folder)) > SHORT:
         raise UserError(f"RAY_TMPDIR={folder}: too long for Ray's sockets; allowed are paths of {SHORT} bytes at most")
     for place in (folder, folder / "ray"):
-        if not _writable(place):
+        if not writable(place):
             raise UserError(f"{place}: Ray cannot write there; set RAY_TMPDIR to a folder of at most {SHORT} bytes")
     return folder
 
