@@ -144,7 +144,7 @@ def get(address: str, path: str, **query: Any) -> Any:
         try:
             body = answer.json()
             if not body["result"]:
-                raise RunError(f"{address}: {body['msg']}")
+                raise RunError(f"{address}: {body['msg'] or 'the question failed, and there is no word of why'}")
             return body["data"]["result"]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{address}: not a Ray dashboard ({type(error).__name__} in its answer)") from error
@@ -187,6 +187,6 @@ def _request(address: str, path: str, query: dict[str, Any]) -> Any:
     if answer.status_code in (401, 403):
         refused(address)
     if answer.status_code != 200:
-        text = answer.text.strip().splitlines() or [str(answer.status_code)]
-        raise RunError(f"{address}{path}: {text[-1]}")
+        said = answer.text.strip().splitlines() or [f"it answered with status {answer.status_code} and no word"]
+        raise RunError(f"{address}{path}: {said[-1]}")
     return answer

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from rayexp.errors import RunError, UserError
-from rayexp.launch import doors, jobs, listeners, sources
+from rayexp.launch import doors, following, jobs, listeners, sources
 
 NOBODY = 65534
 SECRET = "secret-of-this-test"
@@ -122,7 +122,7 @@ ASK: list[Callable[[], object]] = [
     lambda: jobs.find(None, None),
     lambda: jobs.logs(None, "x"),
     lambda: jobs.stop(None, "x"),
-    lambda: jobs.follow(None, "x", print),
+    lambda: following.follow(None, "x", print),
     lambda: sources.find("some-run", None),
 ]
 
@@ -218,7 +218,7 @@ def test_a_redirect_carries_the_token_nowhere_else(serve: Callable[..., Server],
         lambda: doors.get(door.url, "/api/v0/nodes"),
         lambda: list(doors.stream(door.url, "/api/v0/logs/file")),
         lambda: jobs.jobs(door.url),
-        lambda: jobs._blocking(jobs._tail(door.url, "x", 0, print)),
+        lambda: following._blocking(following._tail(door.url, "x", 0, print)),
     ):
         thief.seen.clear()
         with pytest.raises((UserError, RunError, OSError)):

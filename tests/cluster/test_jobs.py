@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-import signal
 import stat
-import threading
-import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
@@ -176,48 +172,3 @@ def test_an_unlocked_cluster_is_noticed(status: int, expected: bool) -> None:
     finally:
         server.shutdown()
         server.server_close()
-
-
-# ---------------------------------------------------------------------- following in any thread
-
-
-def test_following_runs_beside_a_running_loop() -> None:
-    """As in a notebook, whose thread has one."""
-    seen = []
-
-    async def work() -> None:
-        await asyncio.sleep(0)
-        seen.append(threading.current_thread())
-
-    async def cell() -> None:
-        jobs._blocking(work())
-
-    asyncio.run(cell())
-    jobs._blocking(work())
-    assert len(seen) == 2
-    assert threading.main_thread() not in seen
-
-
-def test_what_following_meets_comes_to_the_caller() -> None:
-    async def work() -> None:
-        raise ConnectionError("cut")
-
-    with pytest.raises(ConnectionError, match="cut"):
-        jobs._blocking(work())
-
-
-def test_ctrl_c_ends_following_at_once() -> None:
-    ended = []
-
-    async def work() -> None:
-        try:
-            threading.Timer(0.05, signal.raise_signal, [signal.SIGINT]).start()
-            await asyncio.sleep(60)
-        finally:
-            ended.append(True)
-
-    began = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        jobs._blocking(work())
-    assert ended
-    assert time.monotonic() - began < 30
