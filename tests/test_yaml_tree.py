@@ -222,9 +222,17 @@ def test_an_alias_bomb_is_one_line(file: Path, where: str) -> None:
     )
 
 
+def test_how_much_aliases_may_unfold_to(file: Path) -> None:
+    text = f"model:\n  name: x\n  a: &a [{', '.join('x' * 99)}]\n  b: [{', '.join(['*a'] * 90)}]\n"
+    file.write_text(text)
+    assert len(read(file).model.options["b"]) == 90
+    assert "unfold to more than 10,000 values" in refused(file, text.replace("b: [", "b: [" + "*a, " * 12))
+
+
 def test_an_alias_of_itself_is_one_line(file: Path) -> None:
-    assert "its aliases" in refused(file, "model: &m {name: x, inner: *m}")
-    assert "its aliases" in refused(file, "model:\n  name: x\n  a: &a [*a, *a]\n")
+    line = f"not YAML (its aliases nest deeper than {yaml_tree.DEPTH} levels)"
+    assert refused(file, "model: &m {name: x, inner: *m}") == line
+    assert refused(file, "model:\n  name: x\n  a: &a [*a, *a]\n") == line
 
 
 def test_anchors_and_merges_are_allowed_and_share_nothing(file: Path) -> None:

@@ -189,6 +189,12 @@ def test_other_jobs_are_as_ray_says(
     assert ("/api/v0/nodes" in server.asked) == (expected in ("running", "pending"))
 
 
+def test_a_job_that_had_ended_before_its_node_did_stays_as_it_was(cluster: Callable[..., Cluster]) -> None:
+    server = cluster(job_info("RUNNING"), nodes("DEAD"), 500)
+    server.table["/api/jobs/"] = [job_info("SUCCEEDED", code=0), job_info("RUNNING")]
+    assert [job.status for job in jobs.jobs(server.url)] == ["succeeded", "failed"]
+
+
 @pytest.mark.parametrize(
     ("answer", "line"),
     [
