@@ -1,17 +1,15 @@
 """What a user may write: ExperimentConfig and CompareConfig, frozen, unknown keys refused.
 
-A configuration is a YAML file plus `KEY=VALUE` words with dotted keys. It is checked here without torch and without
-Ray; what only a workload can know (the words under `model`) is checked by that workload.
+A configuration is a YAML file plus `KEY=VALUE` words with dotted keys (see yaml_tree). It is checked here without torch
+and without Ray; what only a workload can know (the words under `model`) is checked by that workload.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -19,11 +17,15 @@ from pydantic import (
     Field,
     PositiveInt,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
 
+from rayexp import yaml_tree
 from rayexp.errors import UserError, nearest
+from rayexp.fields import KeysOf, alternatives
+from rayexp.fields import explain as explain  # workloads check their own keys with it
 
 IMAGE_DATA = ("shapes", "tiny_imagenet", "folder")
 TEXT_DATA = ("python_docs", "wikitext2", "text")
@@ -49,6 +51,15 @@ Folder = Annotated[Path, BeforeValidator(_no_uri)]
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_switch(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic would take true for 1."""
+        field = cls.model_fields[info.field_name].annotation if info.field_name else Any
+        if isinstance(value, bool) and not {bool, Any} & set(alternatives(field)):
+            raise ValueError("true and false are not allowed here")
+        return value
 
 
 class AugmentConfig(_Section):
@@ -149,13 +160,13 @@ class ScheduleConfig(_Section):
 
     name: Literal["constant", "step", "cosine", "onecycle", "plateau"] = "constant"
     warmup_epochs: NonNegative = 0
-    """Rise linearly from 0 over this many epochs (constant, step, cosine)."""
+    """Rise linearly from 0 over this many epochs (all but onecycle, which rises by itself)."""
     step_epochs: PositiveInt = 30
     """step: multiply by `gamma` after every so many epochs."""
     gamma: Positive = 0.1
     """step: the factor after `step_epochs`. plateau: the factor after an epoch without a better validation loss."""
     min_lr: NonNegative = 0
-    """cosine, onecycle: the rate at the end."""
+    """cosine, onecycle: the rate at the end; not above `lr`."""
     peak: Fraction = 0.3
     """onecycle: share of the schedule after which the rate is highest."""
 
@@ -252,7 +263,7 @@ class ExperimentConfig(_Section):
 
     def to_yaml(self) -> str:
         """The resolved configuration as a YAML file that `load` reads back equal."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return yaml_tree.dump(self.model_dump(mode="json"))
 
     def absolute(self) -> ExperimentConfig:
         """The same with absolute paths: workers run in other directories."""
@@ -266,8 +277,8 @@ class CompareConfig(_Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")] = "compare"
     base: str
     """Path of the base experiment's YAML, relative to this file."""
-    overrides: dict[str, Any] = {}
-    """Dotted keys set in every cell."""
+    overrides: Annotated[dict[str, Any], KeysOf(ExperimentConfig)] = {}
+    """Dotted keys of the base set in every cell."""
     scaling: Annotated[tuple[ScaleConfig, ...], Field(min_length=1)]
     """The device column of the grid."""
     precision: tuple[Literal["fp32", "tf32", "bf16"], ...] = ()
@@ -292,10 +303,10 @@ ConfigT = TypeVar("ConfigT", ExperimentConfig, CompareConfig)
 
 
 def load(path: Path | str, overrides: Sequence[str] = (), kind: type[ConfigT] = ExperimentConfig) -> ConfigT:  # type: ignore[assignment]
-    """What a user wrote: `read`, and a setting that the data would pass over is refused too (UserError)."""
+    """What a user wrote: `read`, and what contradicts itself is refused too (UserError)."""
     config = read(path, overrides, kind)
     if isinstance(config, ExperimentConfig):
-        refuse_unread(config.data, str(path))
+        refuse_contradictions(config, str(path))
     return config
 
 
@@ -305,30 +316,56 @@ def read(path: Path | str, overrides: Sequence[str] = (), kind: type[ConfigT] = 
     Raises:
         UserError: no such file, no YAML mapping, an unknown key, a value that is not allowed; the line names it.
     """
-    path = Path(path)
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
-    if tree is None:
-        tree = {}
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected a mapping of keys to values, found {type(tree).__name__}")
+    tree = yaml_tree.read(Path(path), kind)
     for word in overrides:
-        _set(tree, word)
+        yaml_tree.set_word(tree, word, kind)
     return parse(tree, kind, str(path))
 
 
-def refuse_unread(data: DataConfig, source: str) -> None:
-    """Refuse a setting under `data` that this data would pass over in silence (UserError). Not part of the check that
-    a run's own config.yaml must pass: there it did no harm."""
+def refuse_contradictions(config: ExperimentConfig, source: str) -> None:
+    """Refuse a setting that another one makes meaningless (UserError). Not part of the check that a run's own
+    config.yaml must pass: there it did no harm."""
+    data, schedule = config.data, config.schedule
     images = data.name in IMAGE_DATA
     kind, names = ("text", TEXT_DATA) if images else ("images", IMAGE_DATA)
     for key in _TEXT_ONLY if images else _IMAGES_ONLY:
         if getattr(data, key) != DataConfig.model_fields[key].default:
             raise UserError(f"{source}: data.{key} is for {kind} ({', '.join(names)}); data.name is {data.name}")
+    if schedule.min_lr > config.lr:
+        raise UserError(f"{source}: schedule.min_lr: {schedule.min_lr:g} is above lr {config.lr:g}; allowed: 0 to lr")
+    if schedule.name == "onecycle" and schedule.warmup_epochs:
+        raise UserError(
+            f"{source}: schedule.warmup_epochs: onecycle rises by itself, for the share schedule.peak of the run; "
+            "allowed with it: 0"
+        )
+
+
+# Keys that one choice alone reads.
+_READ_BY: dict[str, dict[str, tuple[str, ...]]] = {
+    "optimizer": {"momentum": ("sgd",), "nesterov": ("sgd",), "betas": ("adamw",), "eps": ("adamw",)},
+    "schedule": {
+        "step_epochs": ("step",),
+        "gamma": ("step", "plateau"),
+        "min_lr": ("cosine", "onecycle"),
+        "peak": ("onecycle",),
+    },
+}
+
+
+def passed_over(config: ExperimentConfig, on_gpu: bool) -> list[str]:
+    """A line for every setting that has no effect in this run: a choice that was left, or one that this kind of device
+    does not have. Warned of and not refused, so that one file serves several devices, optimizers and schedules."""
+    lines = []
+    for part, keys in _READ_BY.items():
+        section = getattr(config, part)
+        for key, names in keys.items():
+            if section.name not in names and getattr(section, key) != type(section).model_fields[key].default:
+                lines.append(f"{part}.{key} is for {' and '.join(names)}, {part}.name is {section.name}: not used")
+    if not on_gpu and config.precision == "tf32":
+        lines.append("precision: tf32 is a format of NVIDIA GPUs: on this CPU it is fp32")
+    if not on_gpu and config.compile:
+        lines.append("compile: on a CPU nothing is compiled")
+    return lines
 
 
 def shipped(name: str) -> Path:
@@ -343,60 +380,3 @@ def parse(tree: Mapping[str, Any], kind: type[ConfigT], source: str) -> ConfigT:
         return kind.model_validate(tree)
     except ValidationError as error:
         raise UserError(f"{source}: {explain(error, kind)}") from None
-
-
-def explain(error: ValidationError, kind: type[BaseModel], prefix: str = "") -> str:
-    """The first complaint of pydantic's as one line: key, what is wrong, what is allowed."""
-    first = error.errors()[0]
-    # Union members are part of pydantic's location but not of the user's key.
-    parts = [str(p) for p in first["loc"] if not re.search(r"[\[\]()]|^(literal|int|bool|tuple|constrained)", str(p))]
-    key = ".".join([prefix, *parts] if prefix else parts)
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "extra_forbidden":
-        allowed = list(_section(kind, parts[:-1]).model_fields)
-        return f"unknown key {key}{nearest(parts[-1], allowed)}; allowed: {', '.join(allowed)}"
-    given = first.get("input")
-    shown = f", got {given!r}" if isinstance(given, str | int | float | bool) and "got" not in message else ""
-    return f"{key}: {message}{shown}" if key else message
-
-
-def _section(kind: type[BaseModel], parts: Sequence[str]) -> type[BaseModel]:
-    """The model class under a dotted key (list positions are passed over)."""
-    for part in parts:
-        if part.isdecimal() or part not in kind.model_fields:
-            continue
-        found = _models(kind.model_fields[part].annotation)
-        if found:
-            kind = found[0]
-    return kind
-
-
-def _models(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [m for a in getattr(annotation, "__args__", ()) for m in _models(a)]
-
-
-def _set(tree: dict[str, Any], word: str) -> None:
-    key, equals, text = word.partition("=")
-    if not equals or not key:
-        raise UserError(f"{word!r}: expected KEY=VALUE, for example epochs=2 or data.root=DIR")
-    try:
-        value = number(yaml.safe_load(text))
-    except yaml.YAMLError as error:
-        raise UserError(f"{word!r}: the value is not YAML") from error
-    *path, last = key.split(".")
-    for part in path:
-        if tree.get(part) is None:
-            tree[part] = {}
-        tree = tree[part]
-        if not isinstance(tree, dict):
-            raise UserError(f"{key}: {part} is a single value and has no keys under it")
-    tree[last] = value
-
-
-def number(value: Any) -> Any:
-    """YAML 1.1 reads `1e-3` as text; numbers written so are meant as numbers."""
-    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
-        return float(value)
-    return value

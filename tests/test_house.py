@@ -16,9 +16,9 @@ HOUSE = Path(__file__).parents[1] / "rayexp"
 
 # From the ground up; a module imports only from floors below its own, and from its own floor.
 FLOORS = (
-    ("errors",),
+    ("errors", "spawn"),
     ("clock", "locks"),
-    ("config", "disk", "records", "manifest"),
+    ("config", "fields", "yaml_tree", "disk", "records", "manifest"),
     ("runs",),
     ("comparison", "integrity"),
     ("board",),

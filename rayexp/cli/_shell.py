@@ -85,8 +85,10 @@ def error_line(text: str) -> None:
 def main() -> None:
     """The console script."""
     from rayexp.errors import RunError, UserError, WriteError
+    from rayexp.launch.surroundings import settle_home
 
     try:
+        settle_home(say)
         code = app(standalone_mode=False)
     except UserError as error:
         code = _fail(error, 2)
@@ -99,8 +101,6 @@ def main() -> None:
     except WriteError as error:
         code = _fail(error, 2 if error.wrong_path else 1)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
-            raise
         full = error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename
         code = _fail(WriteError(error.errno, error.strerror, error.filename) if full else error, 1)
     except Exception as error:

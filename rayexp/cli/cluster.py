@@ -134,18 +134,19 @@ def collect(
 def _follow(address: str | None, job: str, to: object) -> None:
     """Hand on a job's output and exit with its code."""
     from rayexp.errors import RunError
-    from rayexp.launch import jobs
+    from rayexp.launch import following, jobs
 
     def out(text: str) -> None:
         to.write(text)  # type: ignore[attr-defined]
         to.flush()  # type: ignore[attr-defined]
 
     try:
-        ended = jobs.follow(address, job, out, say)
+        ended = following.follow(address, job, out, say)
     except KeyboardInterrupt:
         say(f"\nthe job goes on; `rayexp logs {job} -f` takes it up, `rayexp stop {job}` ends it")
         raise
     code = jobs.exit_code(ended)
     if code:
-        raise RunError(f"job {job} {ended.status}") if code == 1 and ended.code is None else typer.Exit(code)
+        why = f": {ended.message}" if ended.message else ""
+        raise RunError(f"job {job} {ended.status}{why}") if code == 1 and ended.code is None else typer.Exit(code)
     raise typer.Exit(0)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rayexp.cli._shell import RUNS, JsonOption, app, print_json, print_table
+from rayexp.cli._shell import RUNS, JsonOption, app, print_json, print_table, say
 
 if TYPE_CHECKING:
     from rayexp.config import ExperimentConfig
@@ -149,5 +149,7 @@ def _show_plan(config: ExperimentConfig, address: str | None, as_json: bool) -> 
     if as_json:
         print_json({"config": config.model_dump(mode="json"), "plan": plan})
         return
+    for warning in plan.pop("warnings"):
+        say(f"warning: {warning}")
     print(config.to_yaml())
     print_table([{"plan": key, "": value} for key, value in plan.items()])

@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 
 from rayexp.config import ExperimentConfig
+from rayexp.errors import UserError
+from rayexp.launch import surroundings
 
 
 def job_id() -> str | None:
@@ -18,12 +20,25 @@ def job_id() -> str | None:
 
 
 def below_home(path: Path) -> Path:
-    """In a job, a relative path counts from the home directory: Ray throws a job's working directory away."""
-    return path if job_id() is None else Path.home() / path.expanduser()
+    """In a job, a relative path counts from the home directory: Ray throws a job's working directory away.
+
+    Raises:
+        UserError: there is no home directory that lasts.
+    """
+    if job_id() is None or path.is_absolute():
+        return path
+    home = surroundings.home()
+    if home in (None, surroundings.stand_in()):
+        raise UserError(
+            f"{path}: a job's relative paths count from the home directory, and this user has none; set HOME"
+        )
+    return home / path.expanduser()
 
 
 def at_home(config: ExperimentConfig) -> ExperimentConfig:
     """The configuration with `below_home`'s paths; data that came in the working directory is found there first."""
+    if job_id() is None:
+        return config
     root = config.data.root
     if root is not None and not root.expanduser().exists():
         root = below_home(root)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rayexp.comparison import PLAIN, Cell
-from rayexp.config import CompareConfig, ExperimentConfig, ScaleConfig, load, parse, refuse_unread
+from rayexp.config import CompareConfig, ExperimentConfig, ScaleConfig, load, parse, refuse_contradictions
 from rayexp.errors import UserError, nearest
 from rayexp.launch import plan as planning
 from rayexp.launch.plan import Node
@@ -50,7 +50,7 @@ def with_overrides(base: ExperimentConfig, overrides: Mapping[str, Any]) -> Expe
             inner = inner[key]
         inner[keys[-1]] = value
     settled = parse(tree, ExperimentConfig, "overrides")
-    refuse_unread(settled.data, "overrides")
+    refuse_contradictions(settled, "overrides")
     return settled
 
 

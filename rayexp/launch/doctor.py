@@ -14,6 +14,10 @@ from pathlib import Path
 
 import psutil
 
+from rayexp import __version__
+from rayexp.errors import UserError
+from rayexp.launch import surroundings
+
 ROOM = 2e9  # bytes; twenty checkpoints of a ResNet-18 with momentum
 
 
@@ -28,7 +32,7 @@ class Finding:
 
 def examine(folder: Path) -> list[Finding]:
     """All findings; `folder` is where runs are kept."""
-    return [look(folder) for look in (_python, _rayexp, _torch_pair, _devices, _cores, _memory, _ray, _shared, _disk)]
+    return [look(folder) for look in _LOOKS]
 
 
 def _python(folder: Path) -> Finding:
@@ -37,15 +41,15 @@ def _python(folder: Path) -> Finding:
 
 def _rayexp(folder: Path) -> Finding:
     names = ("rayexp", "numpy", "safetensors", "pydantic", "tensorboardX")
-    return Finding("packages", ", ".join(f"{name} {_version(name)}" for name in names))
+    return Finding("packages", ", ".join(f"{name} {version(name)}" for name in names))
 
 
 def _torch_pair(folder: Path) -> Finding:
     """PyPI's torchvision is built for PyPI's torch of the same day; beside another build it does not import."""
-    pair = f"torch {_version('torch')}, torchvision {_version('torchvision')}"
+    pair = f"torch {version('torch')}, torchvision {version('torchvision')}"
     # In a process of its own: a failed import leaves half a torchvision behind.
     code = "import torch, torchvision; torchvision.ops.nms"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
     if done.returncode == 0:
         return Finding("torch pair", f"{pair}: they fit together")
     last = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -81,13 +85,25 @@ def _memory(folder: Path) -> Finding:
 
 def _ray(folder: Path) -> Finding:
     def look() -> str:
-        import ray._private.utils
-
-        running = os.environ.get("RAY_ADDRESS") or ray._private.utils.read_ray_address()
-        where = f"would join {running}" if running else "none runs here; one is started for a run"
-        return f"{ray.__version__}; {where}"
+        running = surroundings.ray_address(None) or surroundings.left_here()
+        where = f"would join {running}" if running else "none of yours runs here; one is started for a run"
+        return f"{version('ray')}; {where}"
 
     return _tried("ray", look)
+
+
+def _home(folder: Path) -> Finding:
+    """Where caches and Ray's token lie."""
+    home, other = surroundings.home(), surroundings.stand_in()
+    if home is None or home == other or not surroundings.writable(home):
+        why = "none" if home in (None, other) else f"{home} cannot be written"
+        return Finding("home", f"{why}: caches and Ray's token go to {other}; HOME=DIR chooses another place")
+    return Finding("home", str(home))
+
+
+def _sockets(folder: Path) -> Finding:
+    """Where a Ray that is started here has its sockets."""
+    return _tried("Ray's folder", lambda: f"{surroundings.ray_folder() / 'ray'}")
 
 
 def _shared(folder: Path) -> Finding:
@@ -110,7 +126,10 @@ def _disk(folder: Path) -> Finding:
     )
 
 
-def _version(name: str) -> str:
+def version(name: str) -> str:
+    """A package's version; `missing` where it is not installed. rayexp itself need not be: it may be a source tree."""
+    if name == "rayexp":
+        return __version__
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -120,5 +139,10 @@ def _version(name: str) -> str:
 def _tried(what: str, look: Callable[[], str]) -> Finding:
     try:
         return Finding(what, look())
+    except UserError as error:
+        return Finding(what, str(error), ok=False)
     except Exception as error:
         return Finding(what, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}", ok=False)
+
+
+_LOOKS = (_python, _rayexp, _torch_pair, _devices, _cores, _memory, _ray, _home, _sockets, _shared, _disk)

@@ -13,7 +13,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from rayexp import spawn
 from rayexp.comparison import PLAIN, Cell, Comparison, Row
 from rayexp.config import CompareConfig, ExperimentConfig, parse
 from rayexp.disk import now
@@ -94,12 +94,12 @@ def start(config: CompareConfig, base: ExperimentConfig, cells: Sequence[Cell], 
 
 def environment() -> dict[str, Any]:
     """The machine and the versions, for the report."""
-    import importlib.metadata
     import platform
 
     import psutil
 
     from rayexp.engine.place import cores, cpu_capability, gpu_names
+    from rayexp.launch.doctor import version
 
     packages = ("rayexp", "torch", "torchvision", "ray", "numpy")
     return {
@@ -110,7 +110,7 @@ def environment() -> dict[str, Any]:
         "gpus": gpu_names(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "versions": {name: version(name) for name in packages},
     }
 
 
@@ -323,7 +323,7 @@ def _plain(made: Run, config: ExperimentConfig, device: str, started: float) -> 
     # Ray sets the thread count for its own processes; a script from the shell would not have it.
     inherited = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     with out.open("wb") as file:
-        command = [sys.executable, "-m", "rayexp.workloads.plain", str(path)]
+        command = spawn.command("rayexp.workloads.plain", str(path))
         code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=inherited, check=False).returncode
     words = json.loads((made.root / "startup.json").read_text()) if (made.root / "startup.json").is_file() else {}
     if code:

@@ -1,4 +1,4 @@
-"""A run as a job of a Ray cluster: send it, list, follow and stop.
+"""A run as a job of a Ray cluster: send it, list and stop (`following` follows it).
 
 What travels is the package's source and the resolved configuration; data, runs and environments stay where they are.
 All state is the cluster's: a job goes on when its sender is gone, and any machine with the token can follow it.
@@ -6,7 +6,8 @@ All state is the cluster's: a job goes on when its sender is gone, and any machi
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
+import dataclasses
 import datetime
 import logging
 import os
@@ -16,7 +17,7 @@ import shlex
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,6 @@ from rayexp.launch import doors
 LIMIT = 100 * 2**20  # bytes; Ray's dashboard refuses larger packages
 NAMED = 3  # files in the refusal
 STOP_SECONDS = 60  # for saving the present step; Ray's own 3 s are too short
-PATIENCE_S = 300.0  # without a word from the cluster, then following is given up
 CONFIG = "config.yaml"
 LABEL = "rayexp"  # metadata key of our jobs
 
@@ -146,7 +146,7 @@ def jobs(address: str | None = None) -> list[Job]:
     """
     client = _client(address)
     found = [job for job in _ask(client, client.list_jobs) if job.submission_id]
-    return [_job(job) for job in sorted(found, key=lambda job: job.start_time or 0)]
+    return _jobs(client, sorted(found, key=lambda job: job.start_time or 0))
 
 
 def find(address: str | None, job: str | None) -> Job:
@@ -161,19 +161,30 @@ def find(address: str | None, job: str | None) -> Job:
             raise UserError(f"{doors.address(address)}: no job has been submitted there")
         return all_jobs[-1]
     client = _client(address)
-    return _job(_ask(client, lambda: client.get_job_info(job)))
+    (only,) = _jobs(client, [_ask(client, lambda: client.get_job_info(job))])
+    return only
 
 
 def logs(address: str | None, job: str) -> str:
-    """All that the job has printed so far."""
+    """All that the job has printed so far.
+
+    Raises:
+        RunError: it cannot be read, as where the job's node is gone.
+    """
     client = _client(address)
-    return str(_ask(client, lambda: client.get_job_logs(job)))
+    try:
+        return str(_ask(client, lambda: client.get_job_logs(job)))
+    except RunError as error:
+        found = find(address, job)
+        if not found.ended:
+            raise
+        raise RunError(f"job {job} {found.status}: {found.message}; what it printed cannot be read any more") from error
 
 
 def stop(address: str | None, job: str) -> bool:
     """Ask the job to save its present step and end; False where it had ended before."""
     client = _client(address)
-    if _job(_ask(client, lambda: client.get_job_info(job))).ended:
+    if find(address, job).ended:
         return False
     return bool(_ask(client, lambda: client.stop_job(job)))
 
@@ -185,85 +196,24 @@ def exit_code(job: Job) -> int:
     return job.code if job.code is not None else int(job.status != "succeeded")
 
 
-# ---------------------------------------------------------------------- following
-
-
-def follow(
-    address: str | None,
-    job: str,
-    out: Callable[[str], None],
-    say: Callable[[str], None] = lambda text: None,
-    patience_s: float = PATIENCE_S,
-) -> Job:
-    """Hand on what the job prints, from the beginning, until it ends; returns the ended job.
-
-    A lost connection is taken up again and nothing is handed on twice; the job does not notice.
-
-    Raises:
-        UserError: no such job.
-        RunError: the cluster was silent for `patience_s` seconds; the job goes on.
-    """
-    found = find(address, job)
-    place, done, lost = doors.address(address), 0, 0.0
-
-    def take(piece: str) -> None:
-        nonlocal done, lost
-        out(piece)
-        done, lost = done + len(piece), 0.0
-
-    while True:
-        try:
-            asyncio.run(_tail(place, job, done, take))
-            found = find(address, job)
-            if found.ended:
-                take(logs(address, job)[done:])
-                return found
-            lost = 0.0
-        except (OSError, TimeoutError, UserError, RunError) as error:
-            if not lost:
-                lost = time.monotonic()
-                say(f"connection lost ({error}); the job goes on; trying again")
-            if time.monotonic() - lost > patience_s:
-                raise RunError(
-                    f"{place}: no word for {patience_s:,.0f} s; job {job} goes on; `rayexp logs {job} -f` takes it up"
-                ) from error
-        time.sleep(1)
-
-
-async def _tail(place: str, job: str, skip: int, take: Callable[[str], None]) -> None:
-    """Hand on what the job prints, without the first `skip` characters, until the connection ends.
-
-    JobSubmissionClient.tail_job_logs sends no heartbeat, so a silently cut link would hold it for ever.
-    """
-    import aiohttp
-
-    limits = aiohttp.ClientTimeout(total=None, sock_connect=doors.TIMEOUT_S)
-    try:
-        async with (
-            aiohttp.ClientSession(headers=doors.headers(), timeout=limits) as session,
-            session.ws_connect(f"{place}/api/jobs/{job}/logs/tail", heartbeat=doors.TIMEOUT_S / 2) as socket,
-        ):
-            async for message in socket:
-                if message.type is not aiohttp.WSMsgType.TEXT:
-                    break
-                take(message.data[skip:])
-                skip = max(0, skip - len(message.data))
-    except aiohttp.ClientError as error:
-        raise ConnectionError(str(error)) from error
-
-
 # ---------------------------------------------------------------------- Ray's client
 
 
 def _client(address: str | None) -> Any:
     place = doors.address(address)
-    # Ray would otherwise prefer RAY_ADDRESS to the address it is given.
-    os.environ["RAY_API_SERVER_ADDRESS"] = place
     from ray.job_submission import JobSubmissionClient
 
     for chatty in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    return _ask(None, lambda: JobSubmissionClient(place, headers=doors.headers()), place)
+    # Ray would otherwise prefer RAY_ADDRESS to the address it is given.
+    before = os.environ.get("RAY_API_SERVER_ADDRESS")
+    os.environ["RAY_API_SERVER_ADDRESS"] = place
+    try:
+        return _ask(None, lambda: JobSubmissionClient(place, headers=doors.headers()), place)
+    finally:
+        os.environ.pop("RAY_API_SERVER_ADDRESS")
+        if before is not None:
+            os.environ["RAY_API_SERVER_ADDRESS"] = before
 
 
 def _ask(client: Any, question: Callable[[], Any], place: str = "") -> Any:
@@ -279,10 +229,38 @@ def _ask(client: Any, question: Callable[[], Any], place: str = "") -> Any:
     except (ConnectionError, requests.RequestException) as error:
         raise UserError(f"no Ray cluster answers at {place} ({type(error).__name__})") from error
     except RuntimeError as error:
-        text = str(error)
-        if "status code 404" in text:
-            raise UserError(f"{place}: {re.sub(r'^.*404: ', '', text).rstrip('.')}; `rayexp jobs` lists them") from None
-        raise RunError(f"{place}: {text.strip().splitlines()[-1]}") from error
+        code, body = _answer(str(error))
+        if code == 404:
+            raise UserError(f"{place}: {body.rstrip('.')}; `rayexp jobs` lists them") from None
+        raise RunError(f"{place}: {body}") from error
+
+
+def _answer(text: str) -> tuple[int, str]:
+    """Status and last line of what the cluster answered (0 where the error is another); a server's traceback ends with
+    an empty line and Ray's full stop."""
+    found = re.fullmatch(r"Request failed with status code (\d+): (.*)\.", text.strip(), re.DOTALL)
+    code, body = (int(found[1]), found[2]) if found else (0, text)
+    lines = body.strip().splitlines() or [f"it answered with status {code} and no word" if code else "no word of why"]
+    return code, lines[-1].strip()
+
+
+def _jobs(client: Any, infos: Sequence[Any]) -> list[Job]:
+    """Ray's descriptions as ours. A job whose node is gone has failed: nobody would tell Ray's own books any more."""
+    found = [_job(info) for info in infos]
+    if all(job.ended for job in found):
+        return found
+    gone: dict[str, str] = {}
+    with contextlib.suppress(UserError, RunError, KeyError, TypeError):
+        for node in doors.get(client.get_address(), "/api/v0/nodes", limit=10_000)["result"]:
+            if node["state"] == "DEAD":
+                why = f" ({node['state_message']})" if node.get("state_message") else ""
+                gone[node["node_id"]] = f"its node {node['node_ip']} is gone{why}"
+    return [
+        dataclasses.replace(job, status="failed", message=gone[info.driver_node_id])
+        if not job.ended and info.driver_node_id in gone
+        else job
+        for job, info in zip(found, infos, strict=True)
+    ]
 
 
 def _job(info: Any) -> Job:

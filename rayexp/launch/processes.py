@@ -6,11 +6,11 @@ import json
 import os
 import socket
 import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rayexp import spawn
 from rayexp.errors import RunError
 
 
@@ -34,15 +34,7 @@ def start(payload: Mapping[str, Any], world: int) -> list[subprocess.Popen[bytes
         with (run / "logs" / f"rank_{rank}.out").open("ab") as out:
             workers.append(
                 subprocess.Popen(
-                    [
-                        sys.executable,
-                        "-m",
-                        "rayexp.launch.worker",
-                        str(run / "payload.json"),
-                        str(rank),
-                        str(world),
-                        address,
-                    ],
+                    spawn.command("rayexp.launch.worker", str(run / "payload.json"), str(rank), str(world), address),
                     stdout=out,
                     stderr=subprocess.STDOUT,
                     env={**os.environ, **loopback},

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,6 +73,8 @@ class Screen:
             try:
                 self._layout()
                 self._progress()
+                if ended:  # a short run may have ended between two looks
+                    self._warn(self.run.meta().get("warnings", ()))
                 self._epochs()
             except Exception as error:  # a picture must not cost a run; the file may be of another moment
                 self.warned.add(repr(error))
@@ -89,9 +91,7 @@ class Screen:
             at = json.loads(self.run.progress_path.read_bytes())
         except (OSError, ValueError):
             return
-        if (warning := at.get("warning")) and warning not in self.warned:
-            self.warned.add(warning)
-            self.say(f"warning: {warning}")
+        self._warn(at.get("warnings", ()))
         if self._bar is None or "step" not in at:
             return
         done = (at["epoch"] - 1) * at["steps"] + at["step"]
@@ -102,6 +102,12 @@ class Screen:
             total=at["epochs"] * at["steps"],
             figures=f"step {at['step']}/{at['steps']}  loss {at['loss']:.4f}  {at['rate']:,.0f} {at['unit']}/s",
         )
+
+    def _warn(self, warnings: Iterable[str]) -> None:
+        for warning in warnings:
+            if warning not in self.warned:
+                self.warned.add(warning)
+                self.say(f"warning: {warning}")
 
     def _epochs(self) -> None:
         try:

@@ -17,11 +17,12 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rayexp.clock import mark
-from rayexp.config import ExperimentConfig
+from rayexp.config import ExperimentConfig, passed_over
 from rayexp.data import open_data
 from rayexp.errors import UserError
 from rayexp.integrity import FREE, changes, check_config
 from rayexp.launch import plan as planning
+from rayexp.launch import surroundings
 from rayexp.launch.as_job import at_home, job_id
 from rayexp.launch.plan import Plan
 from rayexp.launch.screen import chatter_to, screen
@@ -177,6 +178,7 @@ def outline(config: ExperimentConfig, address: str | None = None) -> dict[str, A
         f"{workload.unit if workload.unit == 'images' else 'columns'}_per_worker": config.batch_size // workers,
         "steps_per_epoch": steps,
         "steps": steps * config.epochs,
+        "warnings": passed_over(config, plan.gpu),
     }
 
 
@@ -198,11 +200,10 @@ def _supervise(
         plan = planning.make(config, [here()])
         with screen(run, console) as shown, stoppable(run, shown.say):
             return attempt(run, payload | _placed(plan))
-    with chatter_to(run.logs / "ray.log", console), screen(run, console) as shown:
+    surroundings.ray_address(address)  # where nobody answers, that is said before anything is imported
+    drive_module = _imported("rayexp.launch.on_ray.drive")
+    with chatter_to(run.logs / "ray.log", console), screen(run, console) as shown, drive_module as imports:
         shown.phase("starting Ray")
-        # Its imports take as long as Ray itself.
-        imports = threading.Thread(target=importlib.import_module, args=["rayexp.launch.on_ray.drive"], daemon=True)
-        imports.start()
         from rayexp.launch.on_ray import session
 
         # In this order: Ray sets signal handlers of its own.
@@ -214,6 +215,18 @@ def _supervise(
 
             shown.phase("starting workers")
             return drive(run, config, payload, _placed, shown, stopped, own_ray)
+
+
+@contextlib.contextmanager
+def _imported(module: str) -> Iterator[threading.Thread]:
+    """Import it beside what the block does first: Ray's imports take as long as Ray itself. They are waited for at the
+    end, too, because one that is under way when the process ends would print a traceback."""
+    thread = threading.Thread(target=importlib.import_module, args=[module], daemon=True)
+    thread.start()
+    try:
+        yield thread
+    finally:
+        thread.join()
 
 
 def _placed(plan: Plan) -> dict[str, Any]:

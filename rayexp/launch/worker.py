@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 from rayexp import workloads
-from rayexp.config import ExperimentConfig, parse
+from rayexp.config import ExperimentConfig, parse, passed_over
 from rayexp.engine import checkpoint, link, place
 from rayexp.engine.checkpoint import TENSORS, WORDS, State, Writer
 from rayexp.engine.group import Group
@@ -96,8 +96,9 @@ class _Worker:
     def run(self) -> str:
         where = f"{self.place.device}, {self.place.lanes} lanes, pid {os.getpid()} on {socket.gethostname()}"
         self._log(f"rank {self.group.rank} of {self.group.world}: {where}")
-        if self.lead and self.config.precision == "bf16" and not self.place.has_bf16():
-            self._warn("precision: this processor has no instructions for bf16; fp32 is many times as fast here")
+        if self.lead:
+            for warning in self._doubts():
+                self._warn(warning)
         self._resume()
         measured = None
         if self.payload.get("measure_link") and self.group.world > 1:
@@ -144,6 +145,16 @@ class _Worker:
             differs = ", ".join(f"{k} {then.get(k)} -> {now.get(k)}" for k in keys)
             self._warn(f"resumed under another fingerprint: {differs}; the bits may differ from here on")
 
+    def _doubts(self) -> list[str]:
+        """What this machine, this data or another setting makes of the configuration, and it does not say."""
+        lines = passed_over(self.config, self.place.device.type == "cuda")
+        if self.config.precision == "bf16" and not self.place.has_bf16():
+            lines.append("precision: this processor has no instructions for bf16; fp32 is many times as fast here")
+        images, batch = self.described.get("train_samples"), self.config.batch_size
+        if self.workload.unit == "images" and images is not None and batch > images:
+            lines.append(f"batch_size: {batch} is above the {images} training images: every step takes all of them")
+        return lines
+
     def _warn(self, warning: str) -> None:
         self._log(warning)
         self.warnings.append(warning)
@@ -151,7 +162,7 @@ class _Worker:
 
     def _tell(self, progress: dict[str, Any]) -> None:
         # Warnings every time: a driver looks when it looks.
-        self.pen.progress(progress | ({"warning": "; ".join(self.warnings)} if self.warnings else {}))
+        self.pen.progress(progress | ({"warnings": self.warnings} if self.warnings else {}))
 
     def _same_data(self, then: Mapping[str, str] | None) -> None:
         now = self._words()["data"]
@@ -174,6 +185,7 @@ class _Worker:
             "exchange_bytes": self.session.stepper.exchange_bytes,
             "link": measured,
             "steps_per_epoch": self.session.steps,
+            "warnings": self.warnings,
             "data": {k: v for k, v in described.items() if not isinstance(v, list)},
         }
         self.pen.begin(meta, described)

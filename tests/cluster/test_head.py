@@ -180,7 +180,7 @@ def test_following_survives_a_lost_connection(head: Any, tmp_path: Path) -> None
         out, said = following.communicate(timeout=60)
     cable.listener.close()
     assert [line for line in out.splitlines() if line.startswith("line")] == [f"line {i}" for i in range(12)]
-    assert "the job goes on" in said
+    assert "the job does not depend on it; trying again" in said
     assert following.returncode == 0
 
 
@@ -225,3 +225,38 @@ def test_the_dashboard_listens_on_the_loopback_only(head: Any) -> None:
         c.laddr.ip for c in psutil.net_connections("tcp") if c.status == "LISTEN" and c.laddr.port == head.dashboard
     }
     assert bound == {"127.0.0.1"}
+
+
+# ---------------------------------------------------------------------- a head that is lost
+
+
+def test_a_job_whose_node_is_gone_has_failed_for_everyone(
+    bare_head: Any, tmp_path: Path, wait: Callable[..., Any]
+) -> None:
+    import psutil
+
+    bare_head.start()
+    script = tmp_path / "count.py"
+    script.write_text("import time\nfor i in range(400): print('line', i, flush=True); time.sleep(0.5)")
+    sent = ["ray", "job", "submit", "--no-wait", "--address", bare_head.url, "--submission-id", "counting", "--"]
+    bare_head.run(*sent, "python", str(script), check=False)
+    words = [sys.executable, "-m", "rayexp", "logs", "counting", "-f", "--address", bare_head.url]
+    with subprocess.Popen(
+        words, env=bare_head.env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path
+    ) as following:
+        assert following.stdout is not None
+        shown = iter(following.stdout)
+        assert any("line 1" in line for line in shown)
+        for pid in bare_head.pids():
+            if psutil.Process(pid).name() == "raylet":
+                psutil.Process(pid).kill()
+        _, said = following.communicate(timeout=120)
+    assert following.returncode == 1
+    assert "error: job counting failed: its node" in said
+    assert "goes on" not in said
+    (row,) = json.loads(bare_head.rayexp("jobs", "--json").stdout)
+    assert (row["job"], row["status"]) == ("counting", "failed")
+    logs = bare_head.rayexp("logs", "counting", check=False)
+    assert logs.returncode == 1
+    assert "job counting failed: its node" in logs.stderr
+    assert "had ended (failed)" in bare_head.rayexp("stop", "counting").stderr

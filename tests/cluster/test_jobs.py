@@ -53,7 +53,6 @@ def test_too_large_a_package_names_the_largest(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        (None, "http://127.0.0.1:8265"),
         ("http://head:8265/", "http://head:8265"),
         ("head:8265", "http://head:8265"),
         ("https://ray.lab/cluster", "https://ray.lab/cluster"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,15 +12,13 @@ import ray
 import ray._private.authentication.authentication_token_setup
 import ray._private.node
 import ray._private.state
-import ray._private.utils
 import ray._private.worker
 
 from rayexp.config import ExperimentConfig
 from rayexp.errors import UserError
-from rayexp.launch import doors
+from rayexp.launch import doors, surroundings
 from rayexp.launch.plan import Node, Plan, capacity
 
-CONNECT_S = 10.0
 # Read by processes that Ray starts from here.
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", "RAY_prestart_worker_first_driver": "0"}
 
@@ -74,16 +71,12 @@ def session(address: str | None, for_tune: bool = False) -> Iterator[bool]:
     Gives whether this Ray was started here, for this block alone.
 
     Raises:
-        UserError: there is no Ray at that address.
+        UserError: there is no Ray at that address, or none can be started here.
     """
     if ray.is_initialized():
         yield False
         return
     address = running(address)
-    if address and address.startswith("ray://"):
-        raise UserError(f"--address {address}: Ray Client is not supported; `rayexp submit` sends a run to a cluster")
-    if address and ":" in address and not _answers(address):
-        raise UserError(f"--address {address}: no Ray answers there; without one, a Ray is started here for the run")
     words: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
     if not address:
         words |= {"address": "local", "include_dashboard": False, "num_cpus": _cores()}
@@ -94,12 +87,12 @@ def session(address: str | None, for_tune: bool = False) -> Iterator[bool]:
         with contextlib.ExitStack() as stack:
             stack.enter_context(environment(_QUIET))
             if not address:
-                stack.enter_context(environment(_NO_BOOKS))
+                stack.enter_context(environment(_NO_BOOKS | {"RAY_TMPDIR": str(surroundings.ray_folder())}))
                 stack.enter_context(replaced(ray._private.node.Node, **dict.fromkeys(without, _nothing)))
             _bring_token(address)
             ray.init(**words)
     except ConnectionError as error:
-        raise UserError(f"--address {address}: no Ray answers there ({' '.join(str(error).split())[:200]})") from error
+        raise UserError(f"{address}: no Ray answers there ({' '.join(str(error).split())[:200]})") from error
     try:
         yield not address
     finally:
@@ -124,28 +117,15 @@ def _started() -> list[psutil.Process]:
 
 
 def running(address: str | None) -> str | None:
-    """The address of the Ray that `session` would join; None where it would start one."""
-    return address or os.environ.get("RAY_ADDRESS") or _left_here()
-
-
-def _left_here() -> str | None:
-    """The Ray that `ray start` has left on this machine; its address stays behind where it was killed."""
-    address = ray._private.utils.read_ray_address()
-    return address if address and _answers(address) else None
+    """The address of the Ray that `session` would join; None where it would start one (UserError: see
+    `surroundings.ray_address`)."""
+    if not address and os.environ.get("RAY_ADDRESS") == "local":
+        return None
+    return surroundings.ray_address(address) or surroundings.left_here()
 
 
 def _nothing(node: Any, **words: Any) -> None:
     """What a Ray of our own does instead of starting a process that it does without."""
-
-
-def _answers(address: str) -> bool:
-    """Whether anyone listens there: Ray itself would try for many minutes, silently."""
-    host, _, port = address.rpartition(":")
-    try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S):
-            return True
-    except (OSError, ValueError):
-        return False
 
 
 def _bring_token(address: str | None) -> None:

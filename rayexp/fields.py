@@ -1,0 +1,109 @@
+"""What the fields of a configuration take, and pydantic's complaints about them as one line."""
+
+from __future__ import annotations
+
+import re
+import types
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from rayexp.errors import nearest
+
+
+@dataclass(frozen=True, slots=True)
+class KeysOf:
+    """Said of a dict in `Annotated`: its keys are those of another kind, nested or dotted."""
+
+    kind: type[BaseModel]
+
+
+def alternatives(field: Any) -> list[Any]:
+    """The alternatives of an annotation, without what is only said of them."""
+    origin = get_origin(field)
+    if origin is Annotated:
+        return alternatives(get_args(field)[0])
+    if origin in (Union, types.UnionType):
+        return [option for part in get_args(field) for option in alternatives(part)]
+    return [field]
+
+
+def may_be_null(field: Any) -> bool:
+    """Whether the field takes null."""
+    return types.NoneType in alternatives(field)
+
+
+def is_text(field: Any) -> bool:
+    """Whether the field takes text (a path, a word of a list) and nothing else but null."""
+    options = [option for option in alternatives(field) if option is not types.NoneType]
+    return bool(options) and all(
+        option in (str, Path)
+        or (get_origin(option) is Literal and all(isinstance(word, str) for word in get_args(option)))
+        for option in options
+    )
+
+
+def item(field: Any) -> Any:
+    """What the items of a list are for; Any where the field takes no list."""
+    found = [get_args(option)[0] for option in alternatives(field) if get_origin(option) in (tuple, list)]
+    return found[0] if len(found) == 1 else Any
+
+
+def at(field: Any, path: Sequence[str]) -> Any:
+    """The annotation of the field under these keys; Any where none is known."""
+    for part in path:
+        models = _models(field)
+        found = [model.model_fields[part] for model in models if part in model.model_fields]
+        if not found:
+            return Any
+        # pydantic takes an annotation apart; what is said of it stands in `metadata`.
+        said = tuple(found[0].metadata)
+        field = Annotated[(found[0].annotation, *said)] if said else found[0].annotation
+    return field
+
+
+def explain(error: ValidationError, kind: type[BaseModel], prefix: str = "") -> str:
+    """The first complaint of pydantic's as one line: key, what is wrong, what is allowed."""
+    errors = error.errors()
+    first, parts = errors[0], _key(errors[0]["loc"])
+    key = ".".join([prefix, *parts] if prefix else parts)
+    if first["type"] == "extra_forbidden":
+        allowed = list(_section(kind, parts[:-1]).model_fields)
+        return f"unknown key {key}{nearest(parts[-1], allowed)}; allowed: {', '.join(allowed)}"
+    if first["type"] == "model_type":
+        message = f"expected keys under it ({', '.join(_section(kind, parts).model_fields)})"
+    else:
+        # A union complains once for each of its members.
+        same = [e["msg"].removeprefix("Value error, ") for e in errors if _key(e["loc"])[: len(parts)] == parts]
+        message = ", or: ".join(dict.fromkeys(same))
+    given = first.get("input")
+    shown = f", got {given!r}" if isinstance(given, str | int | float | bool) and "got" not in message else ""
+    return f"{key}: {message}{shown}" if key else message
+
+
+def _key(location: Sequence[str | int]) -> list[str]:
+    """The user's key; members of a union are part of pydantic's location but not of it."""
+    return [str(part) for part in location if not re.fullmatch(r".*[\[\]()].*|int|bool|constrained-\w+", str(part))]
+
+
+def _section(kind: type[BaseModel], parts: Sequence[str]) -> type[BaseModel]:
+    """The model class under a dotted key (list positions are passed over)."""
+    for part in parts:
+        if part.isdecimal() or part not in kind.model_fields:
+            continue
+        found = _models(kind.model_fields[part].annotation)
+        if found:
+            kind = found[0]
+    return kind
+
+
+def _models(field: Any) -> list[type[BaseModel]]:
+    """The kinds whose keys stand under a field."""
+    if isinstance(field, type) and issubclass(field, BaseModel):
+        return [field]
+    if isinstance(field, KeysOf):
+        return [field.kind]
+    return [model for part in get_args(field) for model in _models(part)]

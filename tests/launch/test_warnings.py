@@ -1,0 +1,60 @@
+"""Settings that a run does not use are said: on the screen, in its log, and in run.json."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from rayexp.config import ExperimentConfig, parse
+from rayexp.launch.train import outline, run
+
+Tiny = Callable[..., ExperimentConfig]
+
+
+def shown(text: io.StringIO) -> list[str]:
+    lines = (line for line in text.getvalue().splitlines() if line.startswith("warning: "))
+    return [line.removeprefix("warning: ") for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, []),
+        ({"precision": "tf32"}, ["precision: tf32 is a format of NVIDIA GPUs: on this CPU it is fp32"]),
+        ({"compile": True, "reduction": "ddp"}, ["compile: on a CPU nothing is compiled"]),
+        (
+            {"compile": True, "schedule": {"gamma": 0.5}},
+            [
+                "schedule.gamma is for step and plateau, schedule.name is constant: not used",
+                "compile: on a CPU nothing is compiled",
+            ],
+        ),
+    ],
+)
+def test_what_a_cpu_does_not_do(tiny: Tiny, changes: dict[str, Any], expected: list[str]) -> None:
+    text = io.StringIO()
+    changes["scaling"] = {"use_gpu": False}
+    made = run(tiny(epochs=1, **changes), argv=[], console=Console(file=text, width=300))
+    assert shown(text) == expected
+    assert json.loads(made.meta_path.read_text())["warnings"] == expected
+    log = (made.logs / "rank_0.log").read_text()
+    assert all(line in log for line in expected)
+    assert outline(tiny(**changes))["warnings"] == expected
+
+
+@pytest.mark.parametrize(("batch", "warned"), [(64, False), (66, True)])
+def test_a_batch_above_the_images(tiny: Tiny, tiny_images: dict[str, Any], batch: int, warned: bool) -> None:
+    words = tiny().model_dump(mode="json")
+    for key in ("data", "model", "optimizer", "workload"):
+        del words[key]
+    words |= tiny_images | {"epochs": 1, "batch_size": batch, "model": {"name": "squeezenet1_0"}}
+    text = io.StringIO()
+    made = run(parse(words, ExperimentConfig, ""), argv=[], console=Console(file=text, width=300))
+    expected = ["batch_size: 66 is above the 64 training images: every step takes all of them"] if warned else []
+    assert shown(text) == made.meta()["warnings"] == expected
+    assert made.meta()["steps_per_epoch"] == 1
