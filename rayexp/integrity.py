@@ -121,12 +121,12 @@ def _checkpoints(run: Run) -> Iterator[Finding]:
         if why and not path.exists():
             continue  # the run goes on, and this snapshot had its time
         if not why:
-            why = _foreign(run, path, state, lines.get(state["epoch"]), data)
+            why = _foreign(run, path, state, lines.get(state.get("epoch", 0)), data)
         yield _finding(f"checkpoints/{path.name}", why, SEAL in state)
 
 
 def _foreign(run: Run, path: Path, state: dict[str, Any], line: EpochRecord | None, data: dict[str, Any]) -> str | None:
-    if path.name == epoch_name(state["epoch"]) and line and line.weights_sha != state.get("weights_sha"):
+    if line and path.name == epoch_name(line.epoch) and line.weights_sha != state.get("weights_sha"):
         return "its weights are not those of the line in epochs.jsonl"
     if data and isinstance(state.get("data"), dict) and state["data"].get("val_sha") != data["val_sha"]:
         return "it is of other data than data.json"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from rayexp.clock import since
 from rayexp.disk import append_line, now, sweep, write_atomic, write_directory
-from rayexp.manifest import SEAL, digest, state_fault
+from rayexp.manifest import SEAL, STATE, digest, state_fault
 from rayexp.records import EpochRecord, read_lines, step_line
 from rayexp.runs import Run, broken, epoch_name, step_name
 
@@ -56,6 +56,8 @@ class Recorder:
         done = 0
         for path, state in self.run.resumable():
             why = broken(path) if files is None else state_fault(state, path.name)
+            if not why and not STATE.keys() <= state.keys():
+                why = f"state.json lacks {', '.join(sorted(STATE.keys() - state.keys()))}"
             if why:
                 notes.append(f"{path.name}: passed over, {why}")
             elif files is None:

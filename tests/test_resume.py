@@ -251,6 +251,19 @@ def test_a_state_of_other_kinds_is_damaged(key: str, value: Any) -> None:
     assert key in str(state_fault(sealed({**words, key: value}), step_name(26)))
 
 
+def test_sealed_weights_are_whole_but_nothing_to_go_on_from(run: Run) -> None:
+    words = json.loads(newest(run).read_text())
+    newest(run).write_text(json.dumps(sealed({"weights_sha": words["weights_sha"], "files": words["files"]})))
+    assert broken(newest(run).parent) is None
+    assert faults(run) == []
+    step, notes = resumed(run)
+    assert step == 23
+    assert notes == [
+        f"{step_name(26)}: passed over, state.json lacks "
+        "epoch, loss_count, loss_sum, schedule, step, step_in_epoch, steps"
+    ]
+
+
 @pytest.mark.parametrize("change", [{"step": 25}, {"step_in_epoch": 11, "step": 31}, {"epoch": -1, "step": -4}])
 def test_a_state_that_cannot_be_is_damaged(change: dict[str, int]) -> None:
     words = json.loads(state(2, 6, seal=False)["state.json"])

@@ -142,7 +142,9 @@ def _finish(run: Run, status: str, error: str) -> None:
 
 
 def _steps_done(run: Run) -> int:
-    return max((state["step"] for path, state in run.resumable() if not state_fault(state, path.name)), default=0)
+    return max(
+        (state.get("step", 0) for path, state in run.resumable() if not state_fault(state, path.name)), default=0
+    )
 
 
 def outline(config: ExperimentConfig, address: str | None = None) -> dict[str, Any]:

@@ -259,6 +259,14 @@ def test_other_predictions_than_the_runs_are_named(made_run: Run, tmp_path: Path
         collect(Storage(str(made_run.root)), made_run.id, tmp_path / "home")
 
 
+def test_what_does_not_fit_together_at_the_source_is_named(made_run: Run, tmp_path: Path) -> None:
+    words = made_run.checkpoint(2) / "state.json"
+    words.write_text(json.dumps(json.loads(words.read_bytes()) | {"weights_sha": "0" * 64}))
+    with pytest.raises(RunError, match=r"checkpoints/epoch_002: its weights are not those of the line .* a true copy"):
+        collect(Storage(str(made_run.root)), made_run.id, tmp_path / "home")
+    assert content(tmp_path / "home" / made_run.id) == content(made_run.root)
+
+
 def test_a_run_that_goes_on_while_it_is_read(made_run: Run, tmp_path: Path, write_run: Callable[..., Run]) -> None:
     class Moving(Storage):
         """After run.json has been read once, two more epochs end."""
