@@ -19,24 +19,29 @@ def write_churn_page(path: Path, report: ChurnReport) -> None:
 
 def churn_page(report: ChurnReport) -> str:
     """The page as HTML."""
-    count = len(report.epochs)
+    count = len(report.sampled)
     top = float(report.matrix.max()) or 1.0
     size = 26 if count <= READABLE else max(3.0, 676 / count)
-    every = max(1, round(count / 20))
-    marks = [i for i in range(count) if i % every == 0 or (i == count - 1 and i % every > every // 2)]
     return render(
         "diff_churn.html.j2",
         r=report,
-        rows=list(zip(report.epochs, report.matrix.tolist(), strict=True)),
+        rows=list(zip(report.sampled, report.matrix.tolist(), strict=True)),
         top=top,
         size=size,
-        marks=marks,
+        marks=[(i, report.sampled[i]) for i in _marks(count)],
         numbers=count <= READABLE,
         curves=[(name, words, _points(report, name)) for name, words in CURVES],
-        ticks=[(round(_x(i, count), 1), report.epochs[i].epoch) for i in marks],
+        ticks=[(round(_x(i, len(report.epochs)), 1), report.epochs[i].epoch) for i in _marks(len(report.epochs))],
+        broken=any(e.not_finite for e in report.epochs),
         width=WIDTH,
         height=HEIGHT,
     )
+
+
+def _marks(count: int) -> list[int]:
+    """About twenty of `count` positions, to be labelled."""
+    every = max(1, round(count / 20))
+    return [i for i in range(count) if i % every == 0 or (i == count - 1 and i % every > every // 2)]
 
 
 def _x(i: int, count: int) -> float:

@@ -227,10 +227,12 @@ def read(run: Run, wall: float) -> Repeat:
 def differing(a: Predictions, b: Predictions) -> int | None:
     """How many validation samples two models judge differently; None where they judged other data.
 
-    Images: another top-1 class. Tokens: a probability more than twice or less than half.
+    Images: another top-1 class. Tokens: a probability more than twice or less than half. What is not finite differs
+    from everything.
     """
     if a.kind != b.kind or a.data_sha != b.data_sha or len(a) != len(b):
         return None
+    whole = a.finite & b.finite
     if a.kind == "images":
-        return int((a["top5"][:, 0] != b["top5"][:, 0]).sum())
-    return int((np.abs(a["loss"] - b["loss"]) > FACTOR).sum())
+        return int((~whole | (a["top5"][:, 0] != b["top5"][:, 0])).sum())
+    return int((~whole).sum() + (np.abs(a["loss"] - b["loss"])[whole] > FACTOR).sum())

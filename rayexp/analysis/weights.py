@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from rayexp.analysis.paired import plain
+from rayexp.display import plain
 from rayexp.errors import UserError
 from rayexp.runs import Run
 

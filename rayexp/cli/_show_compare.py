@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from rayexp.cli._shell import print_table
+from rayexp.cli._shell import print_table, tell
 
 if TYPE_CHECKING:
     from rayexp.analysis.compare import CompareReport
@@ -67,15 +67,15 @@ def show(report: CompareReport) -> None:
                 print_table([{name: row[name] for name in names} for row in rows], title)
     for family in report.families:
         for sentence in tables.fits(family):
-            print(sentence)
+            tell(sentence)
     for sentence in tables.links(report):
-        print(sentence)
+        tell(sentence)
     for cell, why in report.skipped:
-        print(f"skipped {cell}: {why}")
+        tell(f"skipped {cell}: {why}")
     for cell, repeat, error in report.failed:
-        print(f"FAILED {cell}, repeat {repeat}: {error}")
+        tell(f"FAILED {cell}, repeat {repeat}: {error}")
     for group in report.groups:
-        print(group.sentence())
+        tell(group.sentence())
 
 
 def _narrow_speed(report: CompareReport) -> list[dict[str, str]]:
