@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rayexp.config import CompareConfig
 
 WIDE = 150  # columns of a terminal that hold the report's own tables
-NARROW = ("shutdown", "as run", "peak memory", "note", "repeats")  # what a narrower one goes without
+NARROW = ("median", "shutdown", "as run", "peak memory", "note", "repeats")  # what a narrower one goes without
 
 
 def plan_json(cells: Sequence[Cell], config: CompareConfig) -> dict[str, Any]:
@@ -57,7 +57,10 @@ def show(report: CompareReport) -> None:
         wide = not sys.stdout.isatty() or shutil.get_terminal_size().columns >= WIDE
         dropped = () if wide else NARROW
         for title, rows in (
-            ("speed (medians of steps; 95 % intervals)", tables.speed(report) if wide else _narrow_speed(report)),
+            (
+                "speed (samples over seconds of all steps; 95 % intervals)",
+                tables.speed(report) if wide else _narrow_speed(report),
+            ),
             ("time and memory", tables.time_and_cost(report)),
             ("results after the last epoch", tables.results(report)),
             ("forecasts: these were NOT measured", tables.forecasts(report)),
