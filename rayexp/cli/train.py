@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rayexp.cli._shell import RUNS, JsonOption, app, print_json, print_table, tell
+from rayexp.cli._shell import RUNS, JsonOption, app, print_json, print_table
 
 if TYPE_CHECKING:
     from rayexp.config import ExperimentConfig
@@ -62,7 +62,7 @@ def train(
     if as_json:
         print_json({**made.meta(), "path": str(made.root), "epochs": [r.to_json() for r in made.records()]})
     else:
-        tell(str(made.root))
+        print(made.root)
 
 
 @app.command()

@@ -29,7 +29,6 @@ from torch import Tensor, nn
 
 from rayexp.config import ExperimentConfig, parse
 from rayexp.data import ImageSplit, open_data
-from rayexp.display import plain
 from rayexp.workloads.image_classification import MEAN, STD, Options, build
 
 COLUMNS = ("count", "total", "data", "transfer", "compute", "optimizer")
@@ -255,7 +254,7 @@ def main(argv: list[str]) -> int:
         with (run / "steps.jsonl").open("a") as file:
             file.write(json.dumps({"epoch": epoch, "first": epoch == 1, **columns}) + "\n")
         with (run / "epochs.jsonl").open("a") as file:
-            file.write(json.dumps(plain(record), allow_nan=False) + "\n")
+            file.write(json.dumps(record) + "\n")
     return 0
 
 
