@@ -31,16 +31,22 @@ def churn_page(report: ChurnReport) -> str:
         marks=[(i, report.sampled[i]) for i in _marks(count)],
         numbers=count <= READABLE,
         curves=[(name, words, _points(report, name)) for name, words in CURVES],
-        ticks=[(round(_x(i, len(report.epochs)), 1), report.epochs[i].epoch) for i in _marks(len(report.epochs))],
+        ticks=_ticks(report),
         broken=any(e.not_finite for e in report.epochs),
         width=WIDTH,
         height=HEIGHT,
     )
 
 
-def _marks(count: int) -> list[int]:
-    """About twenty of `count` positions, to be labelled."""
-    every = max(1, round(count / 20))
+def _ticks(report: ChurnReport) -> list[tuple[float, int]]:
+    """Where the curves' plot is labelled with an epoch; numbers of four digits need twice the room."""
+    count = len(report.epochs)
+    return [(round(_x(i, count), 1), report.epochs[i].epoch) for i in _marks(count, 20 if count < 1000 else 10)]
+
+
+def _marks(count: int, labels: int = 20) -> list[int]:
+    """About so many of `count` positions, to be labelled."""
+    every = max(1, round(count / labels))
     return [i for i in range(count) if i % every == 0 or (i == count - 1 and i % every > every // 2)]
 
 
