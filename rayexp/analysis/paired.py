@@ -113,18 +113,10 @@ def power(discordant_share: float, difference: float, n: int, level: float = LEV
     m = np.arange(max(0, math.floor(centre - spread)), min(n, math.ceil(centre + spread)) + 1)
     below = bdtr(m[0] - 1, n, discordant_share) if m[0] else 0.0
     weight = np.diff(bdtr(m, n, discordant_share), prepend=below)
-    # The largest smaller count that is significant: 2 P(X <= k) < 1 - level; rounding may be one off, either way.
-    k = np.floor(np.nan_to_num(bdtrik((1 - level) / 2, m, 0.5), nan=-1.0))
-    k = np.where(_significant(k + 1, m, level), k + 1, np.where(_significant(k, m, level), k, k - 1))
-    found = np.where(k >= 0, bdtr(np.maximum(k, 0), m, theta) + bdtr(np.maximum(k, 0), m, 1 - theta), 0.0)
+    # The largest smaller count k that is significant, 2 P(X <= k) < 1 - level, where there is one.
+    k = np.floor(np.nan_to_num(bdtrik((1 - level) / 2, m, 0.5)))
+    found = np.where(2 * bdtr(k, m, 0.5) < 1 - level, bdtr(k, m, theta) + bdtr(k, m, 1 - theta), 0.0)
     return float((weight * found).sum())
-
-
-def _significant(k: NDArray[np.float64], m: NDArray[np.int64], level: float) -> NDArray[np.bool_]:
-    from scipy.special import bdtr
-
-    small = np.minimum(np.maximum(k, 0), m // 2)
-    return np.asarray((k >= 0) & (2 * k < m) & (2 * bdtr(small, m, 0.5) < 1 - level))
 
 
 def detectable_difference(discordant: int, n: int, level: float = LEVEL, wanted: float = POWER) -> float | None:

@@ -194,6 +194,9 @@ def test_two_broken_models_are_not_equal(makes, arrays):
     assert same.same_model
     assert (same.equal, same.churn, same.verdict) == (False, 3, "FAIL")
     assert report_of(makes.images([broken, whole], 2)).within(100).verdict == "INCONCLUSIVE"
+    partly = arrays.images([0, 0, 1], [0, 0, 1], classes=2, loss=[np.nan, 1, 1], confidence=[np.nan, 1, 1])
+    same = report_of(makes.images([partly, partly], 2)).within(100)
+    assert (same.equal, same.churn, same.verdict) == (False, 1, "FAIL")
 
 
 def test_equal_judgements_pass(makes, arrays):

@@ -119,6 +119,7 @@ def test_sign_flip_is_the_exact_test_in_the_limit():
     assert sign_flip(change, size)[0] == pytest.approx(exact, abs=0.01)
     assert sign_flip(-change, size)[0] == sign_flip(change, size)[0]
     assert sign_flip(np.zeros(5), size[:5])[0] == 1
+    assert sign_flip(np.ones(40), np.full(40, 9))[0] == 1 / 5001  # the observed signs are a draw: p is never 0
 
 
 def test_interval_of_the_change_is_the_inverted_test():
