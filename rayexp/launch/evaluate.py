@@ -87,7 +87,13 @@ def judge(
     alone = config.model_copy(update={"scaling": config.scaling.model_copy(update={"num_workers": 0})})
     gpu = plan.make(alone, [here()]).gpu
     settled = place.settle(config, place.device("cuda" if gpu else "cpu"), config.shards)
-    workload = workloads.open_workload(config)
+    try:
+        workload = workloads.open_workload(config)
+    except UserError as error:
+        if root is None and config.data.root is not None and not config.data.root.exists():
+            moved = f"`rayexp evaluate {run.id}@{epoch} data.root=DIR` takes the data from where it lies now"
+            raise UserError(f"{error}; {moved}") from error
+        raise
     _same_data(run, workload.describe(), config)
     model = checkpoint.load_model(workload, files).to(settled.device)
     if begin is not None:
