@@ -143,7 +143,8 @@ def show_text(report: TextReport, limit: int) -> None:
         line += "; the text is too short for an interval"
     tell(line)
     _not_finite(r, "tokens")
-    tell(f"churn {100 * r.churn / r.n:.1f} %: {r.churn:,} tokens got more than twice or less than half the probability")
+    also = ", or are not finite" if r.broken else ""
+    tell(f"churn {100 * r.churn / r.n:.1f} %: {r.churn:,} tokens got more than twice or less than half of A's{also}")
     tell(f"  lost   {r.lost:>9,}")
     tell(f"  gained {r.gained:>9,}\n")
     if not r.churn and r.ratio == 1:

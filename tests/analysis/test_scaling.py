@@ -124,6 +124,13 @@ def test_amdahl_is_recovered_with_an_interval_that_holds_it():
     assert fit.peak is None
 
 
+def test_a_rate_that_falls_from_the_first_device_on_peaks_at_one():
+    parameters = {"rate1": (100.0, 90.0, 110.0), "sigma": (1.2, 1.1, 1.3), "kappa": (0.01, 0.005, 0.02)}
+    assert scaling.Fit("USL", scaling.USL, parameters, None, (8, 5)).peak == 1
+    parameters["sigma"] = (0.03, 0.02, 0.04)
+    assert scaling.Fit("USL", scaling.USL, parameters, None, (8, 5)).peak == pytest.approx((0.97 / 0.01) ** 0.5)
+
+
 def test_usl_is_recovered_and_names_its_peak():
     counts = [n for n in (1, 2, 4, 8, 16, 32) for _ in range(3)]
     fit = scaling.fit_usl(counts, noisy([usl(n) for n in counts], 0.01))
