@@ -13,10 +13,10 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rayexp.config import CompareConfig, ExperimentConfig, read
 from rayexp.disk import find_directory, make_directory, now, write_atomic, write_json
@@ -25,6 +25,7 @@ from rayexp.runs import Run
 
 LAYOUT = 1
 PLAIN = "plain"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,12 +152,18 @@ class Comparison:
         try:
             meta = json.loads(self.meta_path.read_bytes())
             layout = meta["layout"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
             raise UserError(f"{self.meta_path}: not a comparison's description ({error})") from error
         if not isinstance(layout, int) or layout > LAYOUT:
             raise UserError(
                 f"{self.meta_path}: layout {layout} is newer than this rayexp knows ({LAYOUT}); upgrade rayexp"
             )
+        if not (
+            isinstance(meta.get("status"), str)
+            and isinstance(meta.get("plan"), list)
+            and isinstance(meta.get("rows"), list)
+        ):
+            raise UserError(f"{self.meta_path}: damaged, its status, plan or rows are missing")
         return dict(meta)
 
     def config(self) -> CompareConfig:
@@ -168,17 +175,33 @@ class Comparison:
         return read(self.root / "base.yaml")
 
     def cells(self) -> list[Cell]:
-        """The plan, skipped cells too."""
-        return [Cell(**cell) for cell in self.meta()["plan"]]
+        """The plan, skipped cells too (UserError where it is damaged)."""
+        return self._read("plan", Cell)
 
     def rows(self) -> list[Row]:
-        """What has run so far."""
-        return [Row(**row) for row in self.meta()["rows"]]
+        """What has run so far (UserError where it is damaged)."""
+        return self._read("rows", Row)
+
+    def _read(self, key: str, make: Callable[..., T]) -> list[T]:
+        try:
+            return [make(**fields) for fields in self.meta()[key]]
+        except TypeError as error:
+            raise UserError(f"{self.meta_path}: {key} is damaged ({error})") from error
 
     def run(self, row: Row) -> Run | None:
-        """The row's run directory."""
+        """The row's run directory; None where it is gone or damaged."""
+        return None if row.run is None or self.lost(row) else Run(self.cells_path / row.run)
+
+    def lost(self, row: Row) -> str | None:
+        """Why the row's run cannot be read, or None. One damaged run keeps no other of the comparison back."""
         run = Run(self.cells_path / row.run) if row.run else None
-        return run if run is not None and run.meta_path.is_file() else None
+        if run is None or not run.meta_path.is_file():
+            return "its run directory is gone"
+        try:
+            run.meta(), run.config(), run.records(), run.steps()
+        except UserError as error:
+            return str(error)
+        return None
 
     def missing(self) -> list[tuple[Cell, int]]:
         """Cells and repeats that are not done: every cell's first repeat, then every cell's second, and so on.

@@ -8,15 +8,19 @@ RunRef         RUN@7, RUN@best, RUN@last, as typed
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rayexp.errors import UserError
 
+T = TypeVar("T")
 # The phases of an epoch's wall-clock, in the order in which reports stack them. They add up to `total`.
 PHASES = ("data", "transfer", "compute", "reduce", "optimizer", "evaluate", "checkpoint", "other")
 
@@ -25,6 +29,8 @@ PHASES = ("data", "transfer", "compute", "reduce", "optimizer", "evaluate", "che
 class EpochRecord:
     """One epoch, as measured by rank 0.
 
+    A loss or metric that is not finite is nan here, and null in JSON, which has no word for it.
+
     Attributes:
         epoch: counts from 1; this is the state after that epoch.
         step: optimizer steps since the start of the run.
@@ -32,11 +38,14 @@ class EpochRecord:
         val_loss: mean validation loss, likewise.
         metrics: `acc1`, `acc5` in percent (images), or `ppl` (language).
         lr: learning rate of the epoch's last step.
-        samples_per_second: global training throughput (images/s or tokens/s) without evaluation and checkpointing;
-            the first epoch's first step is left out of it.
-        seconds: `total` and the PHASES, in seconds of rank 0's clock, and `first_step` where the epoch held it.
+        samples_per_second: global training throughput (images/s or tokens/s) without evaluation and checkpointing.
+            A process's first step (compilation, warm-up) is left out, so one after every resume too; where an epoch
+            has no other step, it is that one's.
+        seconds: `total` and the PHASES, in seconds of rank 0's clock, and `first_step` where the epoch held a
+            process's first. After a resume inside the epoch: of the steps since.
         weights_sha: sha256 over the model's tensors. Two rows with one sha are the same model.
         state_sha: sha256 over model, optimizer and carried state.
+        predictions_sha: sha256 of the predictions' file; empty where an older rayexp wrote the record.
         world_size: number of workers (0: in-process).
         peak_memory: bytes of rank 0's process: `host`, and on a GPU `device`.
         energy_joules: what the workers' GPUs used in the epoch; None where it is not known.
@@ -55,28 +64,128 @@ class EpochRecord:
     world_size: int = 0
     peak_memory: Mapping[str, int] = field(default_factory=dict)
     energy_joules: float | None = None
+    predictions_sha: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """A flat JSON object: the metrics' names stand beside `epoch`, `step`, `train_loss` ..."""
-        head = {"epoch": self.epoch, "step": self.step, "train_loss": self.train_loss, "val_loss": self.val_loss}
+        head = {
+            "epoch": self.epoch,
+            "step": self.step,
+            "train_loss": _finite(self.train_loss),
+            "val_loss": _finite(self.val_loss),
+        }
         tail = {
-            "lr": self.lr,
-            "samples_per_second": self.samples_per_second,
-            "seconds": dict(self.seconds),
+            "lr": _finite(self.lr),
+            "samples_per_second": _finite(self.samples_per_second),
+            "seconds": {name: _finite(value) for name, value in self.seconds.items()},
             "weights_sha": self.weights_sha,
             "state_sha": self.state_sha,
+            "predictions_sha": self.predictions_sha,
             "world_size": self.world_size,
             "peak_memory": dict(self.peak_memory),
-            "energy_joules": self.energy_joules,
+            "energy_joules": None if self.energy_joules is None else _finite(self.energy_joules),
         }
-        return {**head, **self.metrics, **tail}
+        return {**head, **{name: _finite(value) for name, value in self.metrics.items()}, **tail}
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> EpochRecord:
-        """The inverse of `to_json`; every unnamed number is a metric."""
+        """The inverse of `to_json`; every unnamed number, or null, is a metric. Infinity and NaN, which older files may
+        hold, are read as nan.
+
+        Raises:
+            TypeError, ValueError: a field is missing or of another kind; the line names it.
+        """
         named = {name: row[name] for name in cls.__dataclass_fields__ if name in row and name != "metrics"}
-        metrics = {k: v for k, v in row.items() if k not in named and isinstance(v, int | float)}
+        for name in ("epoch", "step", "world_size"):
+            if not isinstance(named.get(name, 0), int):
+                raise ValueError(f"{name}: expected a whole number, got {named[name]!r}")
+        for name in ("weights_sha", "state_sha", "predictions_sha"):
+            if not isinstance(named.get(name, ""), str):
+                raise ValueError(f"{name}: expected text, got {named[name]!r}")
+        for name in ("train_loss", "val_loss", "lr", "samples_per_second"):
+            if name in named:
+                named[name] = _number(name, named[name])
+        if named.get("energy_joules") is not None:
+            named["energy_joules"] = _number("energy_joules", named["energy_joules"])
+        named["peak_memory"] = dict(named.get("peak_memory", {}))
+        named["seconds"] = {name: _number(name, value) for name, value in dict(named.get("seconds", {})).items()}
+        metrics = {k: _number(k, v) for k, v in row.items() if k not in named and (v is None or _is_number(v))}
         return cls(metrics=metrics, **named)
+
+    @property
+    def finite(self) -> bool:
+        """Whether the epoch can be ranked: its validation loss, and acc1 where it has one, are finite numbers."""
+        return math.isfinite(self.val_loss) and math.isfinite(self.metrics.get("acc1", 0.0))
+
+
+def best(records: Iterable[EpochRecord]) -> EpochRecord | None:
+    """The epoch with the highest acc1 (images) or else the smallest validation loss, the earliest of equals, among
+    those that are finite; None where there is none."""
+
+    def rank(record: EpochRecord) -> tuple[float, int]:
+        return (-record.metrics["acc1"] if "acc1" in record.metrics else record.val_loss, record.epoch)
+
+    return min((r for r in records if r.finite), key=rank, default=None)
+
+
+def step_line(row: Any) -> dict[str, Any]:
+    """A line of steps.jsonl (ValueError where it is none)."""
+    if not isinstance(row, dict) or not isinstance(row.get("epoch"), int):
+        raise ValueError("epoch is missing")
+    return row
+
+
+def read_lines(path: Path, make: Callable[[Any], T], damaged: list[str] | None = None) -> list[T]:
+    """One value a line of JSON; a last line that a crash left unfinished is passed over.
+
+    Args:
+        damaged: is told of damaged lines, which are then passed over too.
+
+    Raises:
+        UserError: the file cannot be read, or a line is damaged.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        try:
+            rows.append(make(json.loads(line)))
+        except (ValueError, RecursionError, TypeError, AttributeError, OverflowError) as error:
+            if number == len(lines):  # no newline behind it
+                break
+            if damaged is None:
+                raise UserError(f"{path}: line {number} is damaged ({one_line(error)})") from error
+            damaged.append(f"line {number} is damaged ({one_line(error)})")
+    return rows
+
+
+def one_line(error: BaseException) -> str:
+    """One line of an error, without the path where the system names it too."""
+    text = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+    return " ".join(text.split())
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _number(name: str, value: Any) -> float:
+    """A number as JSON has it; null, and infinity of an older file, is nan."""
+    if value is None:
+        return math.nan
+    if not _is_number(value):
+        raise ValueError(f"{name}: expected a number, got {value!r}")
+    return value if math.isfinite(value) else math.nan
 
 
 @dataclass(frozen=True, slots=True)

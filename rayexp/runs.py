@@ -11,24 +11,28 @@ Every file and every checkpoint directory is complete or absent (see disk.py). N
 from __future__ import annotations
 
 import builtins
-import hashlib
+import contextlib
 import json
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import psutil
 
 from rayexp.config import ExperimentConfig, read
 from rayexp.disk import directories, find_directory, make_directory, now, write_atomic, write_json
 from rayexp.errors import UserError
-from rayexp.records import EpochRecord, Predictions, RunRef
+from rayexp.locks import DRIVER, is_locked
+from rayexp.manifest import broken, digest, file_fault
+from rayexp.records import EpochRecord, Predictions, RunRef, best, one_line, read_lines, step_line
+
+__all__ = ["Run", "broken", "epoch_name", "resolve", "step_name"]
 
 LAYOUT = 1
-T = TypeVar("T")
 
 
 def epoch_name(epoch: int) -> str:
@@ -39,20 +43,6 @@ def epoch_name(epoch: int) -> str:
 def step_name(step: int) -> str:
     """`step_00000123`."""
     return f"step_{step:08d}"
-
-
-def broken(checkpoint: Path) -> str | None:
-    """Why a checkpoint directory cannot be used, or None where every file has the hash that state.json says."""
-    try:
-        wanted = json.loads((checkpoint / "state.json").read_bytes())["files"]
-        for name, sha in wanted.items():
-            with (checkpoint / name).open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != sha:
-                return f"{name} is damaged (sha256 {found[:12]}, expected {sha[:12]})"
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,25 +75,41 @@ class Run:
             "parent": parent,
             "pid": os.getpid(),
             "host": socket.gethostname(),
+            "files": {"config.yaml": digest(config.to_yaml().encode())},
         }
         write_json(run.meta_path, meta)
         return run
 
     @classmethod
     def find(cls, name: str, storage: Path) -> Run:
-        """The run whose path, directory name, or unambiguous part of that name is `name`.
+        """The run whose path, directory name, own name, or unambiguous part of the directory's name is `name`.
 
         Raises:
             UserError: none or several match, or the directory is no run or of a newer layout.
         """
-        run = cls(find_directory(name, storage, "run.json", "run", "`rayexp runs` lists them; "))
+        run = cls.locate(name, storage)
         run.meta()
         return run
 
     @classmethod
+    def locate(cls, name: str, storage: Path) -> Run:
+        """As `find`, but the run may be damaged."""
+        return cls(find_directory(name, storage, "run.json", "run", "`rayexp runs` lists them; "))
+
+    @classmethod
     def all(cls, storage: Path) -> builtins.list[Run]:
-        """All runs in a folder, oldest first."""
+        """All runs in a folder, oldest first; those too whose run.json cannot be read."""
         return [cls(path) for path in directories(storage, "run.json")]
+
+    @classmethod
+    def readable(cls, storage: Path) -> builtins.list[Run]:
+        """The runs in a folder whose run.json can be read, oldest first."""
+        found = []
+        for run in cls.all(storage):
+            with contextlib.suppress(UserError):
+                run.meta()
+                found.append(run)
+        return found
 
     # ------------------------------------------------------------------ the layout
 
@@ -181,45 +187,69 @@ class Run:
         try:
             meta = json.loads(self.meta_path.read_bytes())
             layout = meta["layout"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{self.meta_path}: not a run's description ({error})") from error
+        except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+            raise UserError(f"{self.meta_path}: not a run's description ({one_line(error)})") from error
         if not isinstance(layout, int) or layout > LAYOUT:
             raise UserError(
                 f"{self.meta_path}: layout {layout} is newer than this rayexp knows ({LAYOUT}); upgrade rayexp"
             )
+        if not isinstance(meta.get("status"), str):
+            raise UserError(f"{self.meta_path}: damaged, it has no status")
         return dict(meta)
 
     def status(self) -> str:
-        """`running`, `done`, `failed` or `stopped`; `died` where run.json says running and its process is gone."""
+        """`running`, `done`, `failed` or `stopped`; `died` where run.json says running and no driver holds its lock.
+
+        Of a run on another host only what run.json says is known: not every shared file system shows its locks.
+        """
         meta = self.meta()
-        here = meta.get("host") == socket.gethostname() and isinstance(meta.get("pid"), int)
-        if meta["status"] == "running" and here and not psutil.pid_exists(meta["pid"]):
+        if meta["status"] == "running" and meta.get("host") == socket.gethostname() and not self._driven(meta):
             return "died"
         return str(meta["status"])
 
+    def _driven(self, meta: Mapping[str, Any]) -> bool:
+        if (self.root / DRIVER).exists():
+            return is_locked(self.root)
+        # Not locked yet, or a copy: then the process is all there is to go by.
+        return not isinstance(meta.get("pid"), int) or psutil.pid_exists(meta["pid"])
+
     def config(self) -> ExperimentConfig:
-        """The resolved configuration."""
+        """The resolved configuration.
+
+        Raises:
+            UserError: it is missing or damaged, or not what the run wrote.
+        """
+        self._check("config.yaml")
         return read(self.config_path)
 
     def data(self) -> dict[str, Any]:
         """data.json.
 
         Raises:
-            UserError: it is missing or damaged.
+            UserError: it is missing or damaged, or not what the run wrote.
         """
+        self._check("data.json")
         try:
             return dict(json.loads(self.data_path.read_bytes()))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.data_path}: cannot be read ({error})") from error
+        except (OSError, ValueError, RecursionError, TypeError) as error:
+            raise UserError(f"{self.data_path}: cannot be read ({one_line(error)})") from error
+
+    def _check(self, name: str) -> None:
+        if why := self.fault(name):
+            raise UserError(f"{self.root / name}: {why}")
 
     def records(self) -> builtins.list[EpochRecord]:
-        """The finished epochs in order; a line that a crash left unfinished is passed over."""
-        return _read_lines(self.epochs_path, EpochRecord.from_json)
+        """The finished epochs in order; a line that a crash left unfinished is passed over.
+
+        Raises:
+            UserError: a line is damaged, or the file cannot be read.
+        """
+        return read_lines(self.epochs_path, EpochRecord.from_json)
 
     def steps(self) -> builtins.list[dict[str, Any]]:
         """What the steps of each epoch took, in order: `epoch`, `first` (whether the first of them was its process's
         first), and lists with one number a step: `count` (samples), `total` and the phases in seconds."""
-        return _read_lines(self.steps_path, dict)
+        return read_lines(self.steps_path, step_line)
 
     def epochs(self) -> builtins.list[int]:
         """The epochs that have a checkpoint, in order."""
@@ -227,15 +257,20 @@ class Run:
         return sorted(int(text) for text in found if text.isdecimal())
 
     def best(self) -> int:
-        """The epoch with the smallest validation loss (images: the highest acc1), the earliest of equals.
+        """The epoch with the smallest validation loss (images: the highest acc1), the earliest of equals; epochs whose
+        loss is not finite are passed over.
 
         Raises:
-            UserError: no epoch is finished.
+            UserError: no epoch is finished, or none has a finite loss.
         """
-        records = [r for r in self.records() if r.val_loss == r.val_loss]
+        records = self.records()
         if not records:
             raise UserError(f"{self.root}: no epoch has finished, so there is no best one")
-        return min(records, key=lambda r: (-r.metrics["acc1"] if "acc1" in r.metrics else r.val_loss, r.epoch)).epoch
+        found = best(records)
+        if found is None:
+            epochs = _ranges(sorted(r.epoch for r in records))
+            raise UserError(f"{self.id}@best: no finite validation loss in epochs {epochs}, so there is no best one")
+        return found.epoch
 
     def epoch(self, ref: int | str) -> int:
         """The number behind `7`, `best` or `last`.
@@ -268,18 +303,36 @@ class Run:
         return Predictions.from_npz(data, str(path))
 
     def resumable(self) -> Iterator[tuple[Path, dict[str, Any]]]:
-        """Checkpoints (of epochs and of steps) with their state.json, the most advanced first; whole or not."""
+        """Checkpoints (of epochs and of steps) with their state.json, the most advanced first; whole or not. The order
+        is that of the directories' names; where a state.json cannot be read, it is empty here."""
         found = []
         for path in self.checkpoints.glob("[es]*_*"):
+            kind, _, digits = path.name.partition("_")
+            if kind not in ("epoch", "step") or not digits.isdecimal():
+                continue
             try:
-                state = json.loads((path / "state.json").read_bytes())
-                # After an epoch's last step both may be there; the epoch's own counts as the later.
-                found.append((int(state["step"]), path.name.startswith("epoch_"), path, state))
-            except (OSError, ValueError, KeyError, TypeError):
-                digits = path.name.split("_")[1]
-                found.append((-1, False, path, {"unreadable": digits}))
-        for _, _, path, state in sorted(found, key=lambda f: f[:2], reverse=True):
+                state = dict(json.loads((path / "state.json").read_bytes()))
+            except (OSError, ValueError, RecursionError, TypeError):
+                state = {}
+            found.append((kind == "epoch", int(digits), path, state))
+        lengths = [s["steps"] for _, _, _, s in found if isinstance(s.get("steps"), int) and s["steps"] > 0]
+        steps = Counter(lengths).most_common(1)[0][0] if lengths else 1  # of an epoch; one of them may be damaged
+        # After an epoch's last step both may be there; the epoch's own counts as the later.
+        found.sort(key=lambda f: (f[1] * steps if f[0] else f[1], f[0]), reverse=True)
+        for _, _, path, state in found:
             yield path, state
+
+    def files(self) -> dict[str, str]:
+        """The manifest in run.json: name -> sha256; empty where an older rayexp made the run."""
+        files = self.meta().get("files")
+        return dict(files) if isinstance(files, dict) else {}
+
+    def fault(self, name: str) -> str | None:
+        """What is wrong with config.yaml, data.json, epochs.jsonl or steps.jsonl (see manifest.file_fault), or None."""
+        try:
+            return file_fault((self.root / name).read_bytes(), name, self.files())
+        except OSError as error:
+            return f"cannot be read ({error.strerror})"
 
     # ------------------------------------------------------------------ the little that drivers write
 
@@ -287,29 +340,28 @@ class Run:
         """Set fields of run.json."""
         write_json(self.meta_path, {**self.meta(), **fields})
 
+    def write(self, name: str, data: str) -> None:
+        """Write a file that the manifest covers. While it is replaced the manifest does not name it, so that a crash in
+        between leaves it uncovered, and never one that seems damaged."""
+        files, sha = self.files(), digest(data.encode())
+        if files.get(name, sha) != sha:
+            self.uncover(name)
+        write_atomic(self.root / name, data)
+        if files.get(name) != sha:
+            self.update(files={**self.files(), name: sha})
+
+    def uncover(self, *names: str) -> None:
+        """Files are about to change: the manifest no longer names them."""
+        files = self.files()
+        if files.keys() & set(names):
+            self.update(files={name: sha for name, sha in files.items() if name not in names})
+
 
 def resolve(text: str, storage: Path) -> tuple[Run, int]:
     """`RUN@7`, `RUN@best`, `RUN@last` or `RUN` as a run and the number of an epoch (UserError where there is none)."""
     ref = RunRef.parse(text)
     run = Run.find(ref.run, storage)
     return run, run.epoch(ref.epoch)
-
-
-def _read_lines(path: Path, make: Callable[[Any], T]) -> list[T]:
-    """One value a line of JSON; a last line that a crash left unfinished is passed over."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return []
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(make(json.loads(line)))
-        except (ValueError, TypeError, AttributeError) as error:
-            if number == len(lines):
-                break
-            raise UserError(f"{path}: line {number} is damaged ({error})") from error
-    return rows
 
 
 def _ranges(numbers: list[int]) -> str:

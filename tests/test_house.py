@@ -17,9 +17,11 @@ HOUSE = Path(__file__).parents[1] / "rayexp"
 # From the ground up; a module imports only from floors below its own, and from its own floor.
 FLOORS = (
     ("errors", "display"),
-    ("config", "disk", "records"),
+    ("clock", "locks"),
+    ("config", "disk", "records", "manifest"),
     ("runs",),
-    ("comparison",),
+    ("comparison", "integrity"),
+    ("board",),
     ("recorder",),
     ("data",),
     ("engine",),
@@ -28,7 +30,19 @@ FLOORS = (
     ("cli", "__main__"),
 )
 # Reads what lies on disk, and nothing that trains.
-ANALYSIS = {"errors", "display", "config", "disk", "records", "comparison", "runs", "data", "analysis"}
+ANALYSIS = {
+    "errors",
+    "display",
+    "clock",
+    "locks",
+    "config",
+    "disk",
+    "records",
+    "comparison",
+    "runs",
+    "data",
+    "analysis",
+}
 # config looks into the table of workloads, which is names only.
 EXCEPTIONS = {("config.py", "workloads")}
 ROOMS = {
@@ -39,7 +53,9 @@ ROOMS = {
     "typer": ("cli/*",),
     "matplotlib": ("analysis/report*.py", "analysis/html*.py"),
     "jinja2": ("analysis/report*.py", "analysis/html*.py"),
-    "tensorboardX": ("recorder.py",),
+    "tensorboardX": ("board.py",),
+    "filelock": ("locks.py",),
+    "fcntl": ("locks.py",),
 }
 
 

@@ -251,7 +251,7 @@ def compare(comparison: Comparison) -> CompareReport:
         meta=meta,
         lines=tuple(lines),
         failed=tuple(
-            (row.cell, row.repeat, row.error or "its run directory is gone")
+            (row.cell, row.repeat, row.error or comparison.lost(row) or "")
             for row in done.values()
             if row.status != "done" or comparison.run(row) is None
         ),

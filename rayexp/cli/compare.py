@@ -137,7 +137,7 @@ def _find(name: str, runs: Path) -> Run | Comparison:
     try:
         return Comparison.find(name, runs)
     except UserError as error:
-        if (path / "compare.json").is_file() or "names several" in str(error):
+        if not str(error).startswith("no comparison "):
             raise
     try:
         return Run.find(name, runs)

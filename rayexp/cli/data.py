@@ -1,4 +1,4 @@
-"""`rayexp data fetch`, `rayexp data info`."""
+"""`rayexp data fetch`, `rayexp data info`, `rayexp data cache`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def fetch(
     dataset: Annotated[str, typer.Argument(help="tiny_imagenet or wikitext2.", show_default=False)],
     source: Annotated[
         str | None,
-        typer.Option("--from", metavar="ZIP|DIR|URL", help="Where the data is. tiny_imagenet: its home page."),
+        typer.Option("--from", metavar="ZIP|TAR|DIR|URL", help="Where the data is. tiny_imagenet: its home page."),
     ] = None,
     to: Annotated[
         Path | None, typer.Option("--to", metavar="DIR", help="Where to pack it. [default: data/DATASET]")
@@ -27,7 +27,8 @@ def fetch(
 ) -> None:
     """Check a dataset's files, relabel them, and pack them once into arrays that all workers share.
 
-    Reads a ZIP or a folder in place. Interrupted (Ctrl-C), the same command goes on; finished, it says so at once.
+    Reads a ZIP or a folder in place, and a tar by way of the cache. Interrupted (Ctrl-C), the same command goes on;
+    finished, it says so at once.
     """
     from rayexp.data.describe import describe
     from rayexp.errors import UserError
@@ -36,7 +37,7 @@ def fetch(
     if not hasattr(module, "fetch"):
         raise UserError(f"{dataset}: nothing to fetch; `rayexp data info` shows it, data.name={dataset} trains on it")
     if source is None and not hasattr(module, "URL") and dataset != "shapes":
-        raise UserError(f"--from: {dataset} needs a ZIP, a folder or a URL")
+        raise UserError(f"--from: {dataset} needs a ZIP, a tar, a folder or a URL")
     to = to or Path("data") / dataset
     try:
         result = module.fetch(source, to)
@@ -78,6 +79,39 @@ def info(
         print_table(classes[:SHOWN])
         if len(classes) > SHOWN:
             tell(f"... and {len(classes) - SHOWN} more classes (--json lists all)")
+
+
+@data.command()
+def cache(
+    prune: Annotated[bool, typer.Option("--prune", help="Remove what is stale.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """What rayexp keeps in its cache, and what of it is stale: nothing that still stands leads to it.
+
+    Never removed: what is packed for a folder that still stands, finished downloads, and what a process is using.
+    """
+    from rayexp.data import prune as cleaning
+    from rayexp.data.download import cache_dir
+
+    found = list(cleaning.prune()) if prune else cleaning.entries()
+    if as_json:
+        print_json([entry.to_json() for entry in found])
+        return
+    if found:
+        print_table(
+            [
+                {"what": one.what, "MB": one.bytes / 1e6, "stale": "yes" if one.stale else "", "why": one.state,
+                 "path": str(one.path)}
+                for one in found
+            ]
+        )  # fmt: skip
+    stale = [entry for entry in found if entry.stale]
+    amount = f"{len(stale)} of {len(found)}" if not prune else f"{len(stale)}"
+    size = f"{sum(entry.bytes for entry in stale) / 1e6:,.1f} MB"
+    if prune:
+        print(f"removed: {amount}, {size}, from {cache_dir()}")
+    else:
+        print(f"stale: {amount}, {size}, in {cache_dir()}{' (--prune removes them)' if stale else ''}")
 
 
 def _line(summary: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +13,8 @@ from rayexp.cli._shell import RUNS, JsonOption, RunsOption, app, print_json, pri
 if TYPE_CHECKING:
     from rayexp.runs import Run
 
+NOT_FINITE = "not finite"
+
 # ---------------------------------------------------------------------- runs
 
 
@@ -21,11 +24,17 @@ def runs_command(
         str | None, typer.Argument(metavar="RUN", help="Show this one with its epochs.", show_default=False)
     ] = None,
     runs: RunsOption = RUNS,
+    check: Annotated[
+        bool, typer.Option("--check", help="Check every file against its hash (of all runs, where none is named).")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """List the runs, oldest first; or show one with its epochs."""
+    """List the runs, oldest first; or show one with its epochs. --check exits with 1 where something is damaged."""
     from rayexp.runs import Run
 
+    if check:
+        _check([Run.locate(run, runs)] if run is not None else Run.all(runs), as_json)
+        return
     if run is not None:
         _one(Run.find(run, runs), as_json)
         return
@@ -38,8 +47,37 @@ def runs_command(
         tell(f"no runs in {runs}")
 
 
+def _check(found: list[Run], as_json: bool) -> None:
+    from rayexp.integrity import examine
+
+    checked = {run.id: examine(run) for run in found}
+    damaged = {name: [f for f in findings if f.state == "damaged"] for name, findings in checked.items()}
+    if as_json:
+        print_json(
+            [
+                {
+                    "run": name,
+                    "ok": not damaged[name],
+                    "checked": [{"what": f.what, "state": f.state, "detail": f.detail} for f in findings],
+                }
+                for name, findings in checked.items()
+            ]
+        )
+    elif len(checked) == 1:
+        print_table([{"what": f.what, "state": f.state, "detail": f.detail} for f in next(iter(checked.values()))])
+    for name, findings in {} if as_json else checked.items():
+        covered = sum(f.state == "ok" for f in findings)
+        without = sum(f.state == "not covered" for f in findings)
+        print(
+            f"{name}: {'damaged: ' + '; '.join(map(str, damaged[name])) if damaged[name] else 'ok'} "
+            f"({covered} of {len(findings)} by their hashes, {without} not covered by one)"
+        )
+    raise typer.Exit(1 if any(damaged.values()) else 0)
+
+
 def _row(run: Run) -> dict[str, Any]:
     from rayexp.errors import UserError
+    from rayexp.records import best
 
     row: dict[str, Any] = dict.fromkeys(
         ["run", "status", "workload", "workers", "device", "epochs", "best", "metric", "last weights"]
@@ -55,19 +93,22 @@ def _row(run: Run) -> dict[str, Any]:
             "epochs": f"{len(records)}/{config.epochs}",
         }
         if records:
-            best = run.best()
-            metrics = next(r.metrics for r in records if r.epoch == best)
-            row |= {
-                "best": best,
-                "metric": ", ".join(f"{name} {value:.2f}" for name, value in metrics.items()),
-                "last weights": records[-1].weights_sha[:12],
-            }
+            row |= {"metric": NOT_FINITE, "last weights": records[-1].weights_sha[:12]}
+        if found := best(records):
+            metrics = ", ".join(f"{name} {_number(value, '.2f')}" for name, value in found.metrics.items())
+            row |= {"best": found.epoch, "metric": metrics}
     except UserError as error:
         row |= {"status": "damaged", "metric": str(error)}
     return row
 
 
+def _number(value: float, form: str) -> str:
+    return format(value, form) if math.isfinite(value) else NOT_FINITE
+
+
 def _one(run: Run, as_json: bool) -> None:
+    from rayexp.records import best
+
     meta, records = run.meta(), run.records()
     if as_json:
         words = {**meta, "status": run.status(), "path": str(run.root)}
@@ -87,19 +128,19 @@ def _one(run: Run, as_json: bool) -> None:
             tell(f"{name:<9} {value}")
     if not records:
         return
-    best = run.best()
+    found, names = best(records), dict.fromkeys(name for r in records for name in r.metrics)
     print()
     print_table(
         [
             {
-                "epoch": f"{r.epoch}{' best' if r.epoch == best else ''}",
+                "epoch": f"{r.epoch}{' best' if r is found else ''}",
                 "step": r.step,
-                "train_loss": r.train_loss,
-                "val_loss": r.val_loss,
-                **{name: round(value, 2) for name, value in r.metrics.items()},
+                "train_loss": _number(r.train_loss, ",.4g"),
+                "val_loss": _number(r.val_loss, ",.4g"),
+                **{name: _number(r.metrics.get(name, math.nan), ".2f") for name in names},
                 "lr": f"{r.lr:.3g}",
-                "samples/s": round(r.samples_per_second, 1),
-                "seconds": round(r.seconds["total"], 1),
+                "samples/s": _number(r.samples_per_second, ",.1f"),
+                "seconds": _number(r.seconds.get("total", math.nan), ",.1f"),
                 "workers": r.world_size,
                 "weights": r.weights_sha[:12],
             }

@@ -57,11 +57,17 @@ class ImageSplit:
 
 @dataclass(frozen=True, slots=True)
 class ImageData:
-    """Training and validation images; `classes` are (id, words) in label order."""
+    """Training and validation images.
+
+    Attributes:
+        classes: (id, words) in label order.
+        layout: what was taken for which split, as a line for people; empty where there was no choice.
+    """
 
     train: ImageSplit
     val: ImageSplit
     classes: tuple[tuple[str, str], ...]
+    layout: str = ""
 
 
 @dataclass(frozen=True, slots=True)

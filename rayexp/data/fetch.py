@@ -1,46 +1,39 @@
-"""Where raw data comes from: a ZIP, a folder or a URL (see download.py), read in place.
-
-Nothing is ever extracted, so an archive cannot write anywhere; one that tries to (`..`, absolute paths, links) is
-refused all the same, because what it says is not what it holds.
-"""
+"""Where raw data comes from: an archive (see archive.py), a folder or a URL (see download.py), read in place."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import os
 import re
-import stat
-import zipfile
-import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rayexp.data import archive
 from rayexp.data.download import cache_dir, download
 from rayexp.errors import UserError
 
 __all__ = ["Source", "cache_dir", "download", "is_url", "list_folder", "open_source", "read"]
 
-LARGEST = 2 << 30  # bytes of one member; more is no picture and no text
-
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """The files of a ZIP or of a folder, under one prefix.
+    """The files of an archive or of a folder, under one prefix.
 
     Attributes:
-        path: the ZIP or the folder.
+        path: the ZIP (for a tar, the one that archive.as_zip made of it) or the folder.
         prefix: what stands before every name inside (`tiny-imagenet-200/`, or nothing).
         files: name without the prefix -> something that changes when the file does (size and CRC, or size and mtime).
         url: where the archive was downloaded from, if it was.
+        shown: what error lines call it, if not `path`.
     """
 
     path: Path
     prefix: str
     files: Mapping[str, tuple[int, int]]
     url: str | None = None
+    shown: Path | None = None
 
     def __contains__(self, name: str) -> bool:
         return name in self.files
@@ -48,11 +41,12 @@ class Source:
     @property
     def origin(self) -> str:
         """The URL or the absolute path."""
-        return self.url or str(self.path.absolute())
+        return self.url or str((self.shown or self.path).absolute())
 
     def where(self, name: str) -> str:
         """The file as error lines name it: `a.zip:train/x.JPEG` or `folder/train/x.JPEG`."""
-        return _where(self.path, self.prefix + name)
+        at = self.shown or self.path
+        return f"{at / self.prefix / name}" if self.path.is_dir() else f"{at}:{self.prefix}{name}"
 
     def read(self, name: str) -> bytes:
         """One file's bytes.
@@ -62,7 +56,12 @@ class Source:
         """
         if name not in self.files:
             raise UserError(f"{self.where(name)}: missing")
-        return read(self.path, self.prefix + name)
+        return read(self.path, self.prefix + name, self.where(name))
+
+    def release(self) -> None:
+        """All has been read, or is not to be: the ZIP that was made of a tar goes."""
+        if self.shown is not None:
+            self.path.unlink(missing_ok=True)
 
     def text(self, name: str) -> str:
         """One file as UTF-8 text (UserError where it is not)."""
@@ -82,45 +81,77 @@ def is_url(source: str | Path) -> bool:
     return re.match("https?://", str(source), re.IGNORECASE) is not None
 
 
-def open_source(source: str | Path, marker: str, *, layout: str = "") -> Source:
-    """List a ZIP or a folder (download a URL first). `marker` is a file name that shows where the data begins: at
-    the top, or in a folder below it.
+def open_source(source: str | Path, *markers: str, layout: str = "") -> Source:
+    """List an archive (ZIP or tar) or a folder (download a URL first). A marker is a file name that shows where the
+    data begins: at the top, or in a folder below it (in a folder: at most two deep). The first that is there counts.
 
     Raises:
-        UserError: there is no such file, it is no ZIP or a truncated one, an entry is unsafe or stands there twice, or
-            no `marker` is in it (`layout` then says what was expected).
+        UserError: there is no such file, it is no archive or a truncated one, an entry is unsafe, too large or stands
+            there twice, or no marker is in it (`layout` then says what was expected). A downloaded file that is no
+            archive is not kept.
     """
-    path = download(str(source)) if is_url(source) else Path(source).expanduser()
+    url = str(source) if is_url(source) else None
+    path = download(url) if url else Path(source).expanduser()
     if path.is_dir():
-        found = [path] if (path / marker).is_file() else sorted(p.parent for p in path.glob(f"*/{marker}"))
-        if found:
-            return Source(found[0], "", list_folder(found[0]))
+        places = (f"{above}{marker}" for marker in markers for above in ("", "*/", "*/*/"))
+        depths = (sorted(path.glob(place)) for place in places)
+        if found := next((files[0].parent for files in depths if files), None):
+            return Source(found, "", list_folder(found))
     elif path.is_file():
-        files = _list_zip(path)
-        at = [name for name in files if f"/{name}".endswith(f"/{marker}") and not name.startswith("__MACOSX/")]
-        if at:
-            prefix = min(at, key=lambda name: (name.count("/"), name)).removesuffix(marker)
-            inside = {name.removeprefix(prefix): mark for name, mark in files.items() if name.startswith(prefix)}
-            return Source(path, prefix, inside, str(source) if is_url(source) else None)
+        return _open_archive(path, url, markers, layout)
     else:
         raise UserError(f"{source}: no such file or folder")
-    raise UserError(f"{source}: no {marker} in it{f'; expected {layout}' if layout else ''}")
+    raise _without(str(source), markers, layout)
 
 
-def read(path: Path, name: str) -> bytes:
-    """The bytes of one file in a ZIP or a folder (UserError where it is missing or damaged)."""
+def _open_archive(path: Path, url: str | None, markers: Sequence[str], layout: str) -> Source:
+    zipped = path
+    try:
+        zipped = archive.as_zip(path)
+        files = archive.list_zip(zipped, path)
+        prefixes = [prefix for marker in markers if (prefix := _prefix(files, marker)) is not None]
+        if not prefixes:
+            raise _without(url or str(path), markers, layout)
+    except UserError as error:
+        if zipped != path:
+            zipped.unlink(missing_ok=True)
+        if url is None or not isinstance(error, archive.BrokenArchiveError):
+            raise
+        path.unlink(missing_ok=True)
+        raise UserError(f"{url}: {error}; it is not kept, and the same command fetches it again") from error
+    prefix = prefixes[0]
+    inside = {name.removeprefix(prefix): mark for name, mark in files.items() if name.startswith(prefix)}
+    return Source(zipped, prefix, inside, url, None if zipped == path else path)
+
+
+def _prefix(files: Iterable[str], marker: str) -> str | None:
+    """What stands before the marker that is the least deep."""
+    at = [name for name in files if f"/{name}".endswith(f"/{marker}") and not name.startswith("__MACOSX/")]
+    return min(at, key=lambda name: (name.count("/"), name)).removesuffix(marker) if at else None
+
+
+def _without(source: str, markers: Sequence[str], layout: str) -> UserError:
+    return UserError(f"{source}: no {markers[0]} in it{f'; expected {layout}' if layout else ''}")
+
+
+def read(path: Path, name: str, where: str, most: int = archive.LARGEST) -> bytes:
+    """The bytes of one file in a ZIP or a folder.
+
+    Args:
+        path, name: the ZIP or folder, and the file in it.
+        where: what error lines call it.
+        most: refuse an archive's file that is larger.
+
+    Raises:
+        UserError: it is missing, damaged or too large.
+    """
     try:
         if path.is_dir():
             return (path / name).read_bytes()
-        return _archive(path).read(name)
-    except KeyError:
-        raise UserError(f"{_where(path, name)}: missing") from None
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise UserError(f"{_where(path, name)}: damaged ({error})") from error
-    except (NotImplementedError, RuntimeError) as error:  # another compression, a password
-        raise UserError(f"{_where(path, name)}: cannot be read ({error})") from error
     except OSError as error:
-        raise UserError(f"{_where(path, name)}: cannot be read ({error.strerror or error})") from error
+        why = "missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror or error})"
+        raise UserError(f"{where}: {why}") from error
+    return archive.read(path, name, where, most)
 
 
 def list_folder(root: Path) -> dict[str, tuple[int, int]]:
@@ -140,43 +171,3 @@ def list_folder(root: Path) -> dict[str, tuple[int, int]]:
                 info = Path(folder, name).stat()
                 files[start + name] = (info.st_size, info.st_mtime_ns)
     return files
-
-
-def _list_zip(path: Path) -> dict[str, tuple[int, int]]:
-    """The archive's files -> (size, CRC), every entry checked."""
-    files: dict[str, tuple[int, int]] = {}
-    for entry in _archive(path).infolist():
-        name = entry.filename
-        parts = name.replace("\\", "/").split("/")
-        if parts[0] == "" or parts[0].endswith(":") or ".." in parts:
-            raise UserError(f"{path}: entry {name!r} leads out of the archive; refused")
-        if stat.S_ISLNK(entry.external_attr >> 16):
-            raise UserError(f"{path}: entry {name!r} is a symbolic link; refused")
-        if entry.file_size > LARGEST:
-            raise UserError(f"{path}: entry {name!r} claims {entry.file_size / 1e9:,.1f} GB; refused")
-        if entry.is_dir():
-            continue
-        if name in files:
-            raise UserError(f"{path}: entry {name!r} stands there twice")
-        files[name] = (entry.file_size, entry.CRC)
-    return files
-
-
-@functools.lru_cache(maxsize=2)
-def _open_archive(path: Path, size: int, mtime: int) -> zipfile.ZipFile:
-    return zipfile.ZipFile(path)
-
-
-def _archive(path: Path) -> zipfile.ZipFile:
-    """The opened archive, kept open while it does not change."""
-    try:
-        info = path.stat()
-        return _open_archive(path, info.st_size, info.st_mtime_ns)
-    except (zipfile.BadZipFile, EOFError) as error:
-        raise UserError(f"{path}: not a ZIP archive, or a truncated one ({error})") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
-
-
-def _where(path: Path, name: str) -> str:
-    return f"{path / name}" if path.is_dir() else f"{path}:{name}"

@@ -2,7 +2,8 @@
 
     DIR/train_images.npy  uint8[n, size, size, 3]    DIR/train_labels.npy  int64[n]    (and val_...)
     DIR/meta.json         format, classes, counts, sha256 by split, names; it is written last: no meta.json, no data
-    DIR/.tmp-pack/        while packing: chunks in order with their hashes; the next call checks them and goes on
+    DIR/.tmp-pack/        while packing: chunks in order with their hashes; the next call checks them and goes on.
+                          All files, meta.json too, are complete in there before the first is moved to its place
 
 The source decides the order: the same files give the same arrays and hashes on any machine, with any number of cores.
 """
@@ -11,32 +12,31 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import io
 import json
 import os
 import shutil
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
 
 from rayexp.data import pool
-from rayexp.data.fetch import Source, read
+from rayexp.data.fetch import Source
 from rayexp.disk import TEMPORARY, now, sync_directory, write_json
 from rayexp.errors import UserError
+from rayexp.locks import locked
 
 FORMAT = 1
 SPLITS = ("train", "val")
+ARRAYS = tuple(f"{split}_{part}.npy" for split in SPLITS for part in ("images", "labels"))
 PARTIAL = f"{TEMPORARY}pack"
+MOVING = "moving"  # stands in there while files are moved to their places
+LOCK = "lock"
 CHUNK_BYTES = 4 << 20  # pixels decoded in one call and hashed together
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # not all of Pillow's: some start other programs
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
 
 Item = tuple[str, str, int]
 """A file of the source, the name it is known by (`val_1008.JPEG`), and its label."""
@@ -52,6 +52,8 @@ class Plan:
         size: height and width in pixels.
         resize: False: images of another size are refused. True: the shorter side is resized to `size`
             (bilinear, antialiased) and the centre cut out, as torchvision's Resize and CenterCrop do.
+        layout: what was taken for which split, in a line.
+        decoder: `module:name` of the pool's function, see decode.decode.
     """
 
     dataset: str
@@ -60,6 +62,8 @@ class Plan:
     splits: Mapping[str, Sequence[Item]]
     size: int
     resize: bool
+    layout: str = ""
+    decoder: str = "rayexp.data.decode:decode"
 
     def key(self) -> str:
         """sha256 over all that decides the result; an unfinished packing goes on only under the same key."""
@@ -67,8 +71,15 @@ class Plan:
         return hashlib.sha256(json.dumps([*parts, self.size, self.resize]).encode()).hexdigest()
 
     def bytes(self) -> int:
-        """Size of the pixels in bytes."""
-        return sum(map(len, self.splits.values())) * self.size * self.size * 3
+        """About how many bytes are packed: pixels, labels and names."""
+        items = [item for split in self.splits.values() for item in split]
+        return sum(self.size * self.size * 3 + 8 + len(json.dumps(name)) + 8 for _, name, _ in items)
+
+    def call(self, part: Sequence[Item]) -> list[Any]:
+        """The arguments with which the decoder gives these images."""
+        source = self.source
+        files = [file for file, _, _ in part]
+        return [str(source.path), source.prefix, files, self.size, self.resize, str(source.shown or "")]
 
 
 def done(to: Path) -> bool:
@@ -93,10 +104,11 @@ def pack(to: Path, make_plan: Callable[[], Plan]) -> bool:
         with _alone(to) as partial:
             try:
                 if done(to):
-                    shutil.rmtree(partial)
+                    shutil.rmtree(partial, ignore_errors=True)  # one that waits may have begun in it
                     return False
                 _pack(make_plan(), to, partial)
             except (UserError, OSError):
+                _take_back(to, partial)
                 shutil.rmtree(partial, ignore_errors=True)
                 raise
     except (UserError, OSError) as error:
@@ -106,7 +118,8 @@ def pack(to: Path, make_plan: Callable[[], Plan]) -> bool:
         if isinstance(error, UserError):
             raise
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        raise UserError(f"{to}: {'the disk is full' if full else f'cannot be written ({error.strerror})'}") from error
+        advice = "the disk is full; free some space there, or choose another folder"
+        raise UserError(f"{to}: {advice if full else f'cannot be written ({error.strerror})'}") from error
     return True
 
 
@@ -116,52 +129,18 @@ def _alone(to: Path) -> Iterator[Path]:
     partial = to / PARTIAL
     while True:
         partial.mkdir(parents=True, exist_ok=True)
-        try:
-            handle = os.open(partial / "lock", os.O_CREAT | os.O_RDWR, 0o644)
-        except FileNotFoundError:
-            continue  # the one before us has just finished and swept up
-        try:
-            _lock(handle)
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(handle), (partial / "lock").stat()):
-                    yield partial
-                    return
-        finally:
-            os.close(handle)
-
-
-def _lock(handle: int) -> None:
-    """Wait for the lock. Some network file systems have none; there, one packing at a time is the user's care."""
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-            raise
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(locked(partial / LOCK))
+            except FileNotFoundError:
+                continue  # the one before us has just finished and swept up
+            yield partial
+            return
 
 
 def _pack(plan: Plan, to: Path, partial: Path) -> None:
-    """Write all arrays into `partial`, then move them to their places."""
-    ours = [f"{split}_{part}.npy" for split in SPLITS for part in ("images", "labels")]
-    state = partial / "key"
-    if state.exists() and state.read_text() == plan.key():
-        pass
-    elif standing := next((name for name in ours if (to / name).exists()), None):
-        raise UserError(
-            f"{to / standing}: stands in the way (and is not finished data); remove it or choose another folder"
-        )
-    else:
-        for leftover in partial.iterdir():
-            if leftover.name != "lock":
-                leftover.unlink()
-        state.write_text(plan.key())
-    have = sum(file.stat().st_size for file in (*partial.glob("*_images.npy"), *to.glob("*_images.npy")))
-    missing = plan.bytes() - have + (2 << 20)
-    if shutil.disk_usage(to).free < missing:
-        free = shutil.disk_usage(to).free / 1e6
-        raise UserError(
-            f"{to}: the disk is too full; packing needs {missing / 1e6:,.0f} MB more, {free:,.0f} MB are free"
-        )
-
+    """Write all files into `partial`, then move them to their places."""
+    _begin(plan, to, partial)
     splits: dict[str, dict[str, Any]] = {}
     with _progress(sum(map(len, plan.splits.values()))) as advance:
         for split in SPLITS:
@@ -172,10 +151,6 @@ def _pack(plan: Plan, to: Path, partial: Path) -> None:
             names = [name for _, name, _ in items]
             sha = split_sha(names, labels.tolist(), chunks)
             splits[split] = {"count": len(items), "sha": sha, "names": names, "chunks": chunks}
-    for name in ours:
-        if (partial / name).exists():
-            (partial / name).replace(to / name)
-    sync_directory(to)
     meta = {
         "format": FORMAT,
         "kind": "images",
@@ -183,6 +158,7 @@ def _pack(plan: Plan, to: Path, partial: Path) -> None:
         "image_size": plan.size,
         "source": plan.source.origin,
         "source_key": plan.source.key(),
+        "layout": plan.layout,
         "packed": now(),
         "counts": {split: part["count"] for split, part in splits.items()},
         "sha": {split: part["sha"] for split, part in splits.items()},
@@ -191,8 +167,54 @@ def _pack(plan: Plan, to: Path, partial: Path) -> None:
         "chunks": {split: part["chunks"] for split, part in splits.items()},
         "names": {split: part["names"] for split, part in splits.items()},
     }
-    write_json(to / "meta.json", meta)
-    shutil.rmtree(partial)
+    write_json(partial / "meta.json", {**meta, "meta_sha": meta_sha(meta)})
+    (partial / MOVING).touch()
+    for name in (*ARRAYS, "meta.json"):
+        (partial / name).replace(to / name)
+        if name == ARRAYS[-1]:
+            sync_directory(to)
+    sync_directory(to)
+    shutil.rmtree(partial, ignore_errors=True)  # one that waits may have begun in it
+
+
+def _begin(plan: Plan, to: Path, partial: Path) -> None:
+    """See to it that `partial` holds nothing but the beginning of this plan, and that there is room for the rest.
+
+    Raises:
+        UserError: files of the arrays' names stand there that no packing left, or the disk is too full.
+    """
+    _take_back(to, partial)
+    state = partial / "key"
+    if not (state.exists() and state.read_text() == plan.key()):
+        if standing := next((name for name in ARRAYS if (to / name).exists()), None):
+            raise UserError(
+                f"{to / standing}: stands in the way (and is not finished data); remove it or choose another folder"
+            )
+        for leftover in partial.iterdir():
+            if not leftover.name.startswith(LOCK):
+                leftover.unlink()
+        state.write_text(plan.key())
+    have = sum(file.stat().st_size for file in partial.glob("*_images.npy"))
+    missing = plan.bytes() - have + (2 << 20)
+    if shutil.disk_usage(to).free < missing:
+        free = shutil.disk_usage(to).free / 1e6
+        raise UserError(
+            f"{to}: the disk is too full; packing needs {missing / 1e6:,.0f} MB more, {free:,.0f} MB are free"
+        )
+
+
+def _take_back(to: Path, partial: Path) -> None:
+    """Undo the moving of a packing that did not end: its files go back to where it can go on with them."""
+    if (partial / MOVING).exists() and not done(to):
+        for name in ARRAYS:
+            with contextlib.suppress(FileNotFoundError):
+                (to / name).replace(partial / name)
+        (partial / MOVING).unlink()
+
+
+def meta_sha(meta: Mapping[str, Any]) -> str:
+    """sha256 over the JSON text of all that meta.json holds beside this."""
+    return hashlib.sha256(json.dumps({k: v for k, v in meta.items() if k != "meta_sha"}).encode()).hexdigest()
 
 
 def chunk_rows(size: int) -> int:
@@ -220,12 +242,8 @@ def _images(plan: Plan, items: Sequence[Item], path: Path, journal: Path, advanc
         shas.write("".join(f"{sha}\n" for sha in chunks))
         advance(min(len(chunks) * rows, len(items)))
         todo = [items[start : start + rows] for start in starts[len(chunks) :]]
-        calls = (
-            [str(plan.source.path), plan.source.prefix, [i[0] for i in part], plan.size, plan.resize] for part in todo
-        )
-        with contextlib.closing(
-            pool.ordered("rayexp.data.pack:decode", calls, min(pool.cores(), len(todo)))
-        ) as answers:
+        calls = (plan.call(part) for part in todo)
+        with contextlib.closing(pool.ordered(plan.decoder, calls, min(pool.cores(), len(todo)))) as answers:
             for part, answer in zip(todo, answers, strict=True):
                 file.write(answer[32:])
                 file.flush()
@@ -279,51 +297,3 @@ def _progress(total: int) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("packing", total=total)
         yield lambda images: bar.advance(task, images)
-
-
-# ---------------------------------------------------------------------- in the pool's processes
-
-
-def decode(path: str, prefix: str, names: list[str], size: int, resize: bool) -> bytes:
-    """sha256 of the pixels, then the pixels: uint8[len(names), size, size, 3].
-
-    Raises:
-        UserError: a file is damaged, no image, or (without `resize`) of another size.
-    """
-    warnings.simplefilter("ignore")  # Pillow's remarks on odd but readable files
-    source = Source(Path(path), prefix, {})
-    pixels = np.empty((len(names), size, size, 3), np.uint8)
-    for row, name in enumerate(names):
-        data = read(source.path, prefix + name)
-        try:
-            image = _rgb(data, size if resize else None)
-        except Exception as error:  # Pillow raises nearly anything on broken files
-            why = "no image format that is known here" if isinstance(error, UnidentifiedImageError) else error
-            raise UserError(f"{source.where(name)}: cannot be decoded ({why})") from error
-        if image.size != (size, size):
-            raise UserError(f"{source.where(name)}: is {image.width}x{image.height} pixels, expected {size}x{size}")
-        pixels[row] = np.asarray(image)
-    return hashlib.sha256(pixels.data).digest() + pixels.tobytes()
-
-
-def _rgb(data: bytes, size: int | None) -> Image.Image:
-    """Decode to RGB as torchvision's loader does (grey, palette and CMYK converted, alpha dropped); with `size`,
-    turned upright by its EXIF tag, resized and cropped."""
-    image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
-    if size:
-        # JPEGs far larger than needed are decoded at a half, a quarter or an eighth, never below twice the size.
-        image.draft(None, (2 * size, 2 * size))
-    image.load()
-    if size:
-        with contextlib.suppress(Exception):  # a broken EXIF tag does not make a broken image
-            image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):  # Pillow would clip 16 bits to 8, not scale them
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    image = image.convert("RGB")
-    if size:
-        short = min(image.size)
-        width, height = (size if side == short else int(size * side / short) for side in image.size)
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
-        left, top = (round((side - size) / 2) for side in image.size)
-        image = image.crop((left, top, left + size, top + size))
-    return image

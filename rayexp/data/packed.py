@@ -1,4 +1,5 @@
-"""Reading what `pack` has packed: mapped arrays, checked against meta.json, and balanced subsets of them."""
+"""Reading what `pack` has packed: mapped arrays, checked against the hashes in meta.json, and balanced subsets of
+them. Labels and names are checked whenever they are opened, pixels once (see integrity.py)."""
 
 from __future__ import annotations
 
@@ -12,8 +13,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from rayexp.config import DataConfig
-from rayexp.data import ImageData, ImageSplit
-from rayexp.data.pack import FORMAT, PARTIAL, SPLITS, split_sha
+from rayexp.data import ImageData, ImageSplit, integrity
+from rayexp.data.pack import FORMAT, PARTIAL, SPLITS, meta_sha, split_sha
 from rayexp.errors import UserError
 
 
@@ -21,8 +22,8 @@ def open_packed(root: Path, config: DataConfig) -> ImageData:
     """The images in a packed folder, cut to `max_train_samples` and `max_val_samples`.
 
     Raises:
-        UserError: nothing is packed there, it is damaged or of a newer format, or its images have another size than
-            `image_size`.
+        UserError: nothing is packed there, an array is not what was packed, it is of a newer format, or its images
+            have another size than `image_size`.
     """
     meta = read_meta(root)
     if meta["image_size"] != config.image_size:
@@ -34,7 +35,8 @@ def open_packed(root: Path, config: DataConfig) -> ImageData:
     for split, most in zip(SPLITS, (config.max_train_samples, config.max_val_samples), strict=True):
         whole = _open_split(root, meta, split)
         splits[split] = whole if most is None else subset(whole, most)
-    return ImageData(splits["train"], splits["val"], tuple((id, words) for id, words in meta["classes"]))
+    classes = tuple((id, words) for id, words in meta["classes"])
+    return ImageData(splits["train"], splits["val"], classes, str(meta.get("layout", "")))
 
 
 def read_meta(root: Path) -> dict[str, Any]:
@@ -57,8 +59,10 @@ def read_meta(root: Path) -> dict[str, Any]:
             )
         if not all(len(meta["names"][split]) == meta["counts"][split] for split in SPLITS):
             raise ValueError("names and counts differ")
-        if not {"sha", "classes", "image_size", "source_key"} <= meta.keys():
-            raise KeyError("sha, classes, image_size or source_key")
+        if not {"sha", "classes", "image_size", "source_key", "chunk", "chunks"} <= meta.keys():
+            raise KeyError("sha, classes, image_size, source_key, chunk or chunks")
+        if meta_sha(meta) != meta.get("meta_sha", meta_sha(meta)):  # packed by an older rayexp, it has none
+            raise ValueError("its text is not what was written")
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: damaged ({type(error).__name__}: {error}); remove {root} and fetch again") from error
     return dict(meta)
@@ -89,13 +93,14 @@ def balanced_rows(labels: NDArray[np.int64], most: int) -> NDArray[np.int64]:
 def info(root: Path) -> dict[str, Any]:
     """What `rayexp data info` prints of a packed folder: counts, classes, hashes, bytes (UserError: see read_meta)."""
     meta = read_meta(root)
-    labels = {split: _open_split(root, meta, split).labels for split in SPLITS}
+    labels = {split: _labels(root, meta, split) for split in SPLITS}
     return {
         "kind": "images",
         "name": meta["dataset"],
         "root": str(root),
         "source": meta["source"],
         "packed": meta["packed"],
+        **({"layout": meta["layout"]} if meta.get("layout") else {}),
         "image_size": meta["image_size"],
         **meta["counts"],
         "bytes": sum(path.stat().st_size for path in root.iterdir() if path.is_file()),
@@ -114,25 +119,42 @@ def class_table(classes: Sequence[Sequence[str]], labels: Mapping[str, ArrayLike
 
 
 def check(root: Path) -> None:
-    """Read and hash everything (UserError names the array that is not what meta.json says)."""
+    """Read and hash everything, whatever is remembered (UserError names the array that is not what was packed)."""
     meta = read_meta(root)
     for split in SPLITS:
-        data = _open_split(root, meta, split)
-        rows = meta["chunk"]
-        chunks = [
-            hashlib.sha256(data.images[start : start + rows].data).hexdigest() for start in range(0, len(data), rows)
-        ]
-        if split_sha(data.names, data.labels.tolist(), chunks) != meta["sha"][split]:
-            raise UserError(f"{root}: {split} images, labels or names are damaged; remove {root} and fetch again")
+        _open_split(root, meta, split, anew=True)
 
 
-def _open_split(root: Path, meta: dict[str, Any], split: str) -> ImageSplit:
-    size, count = meta["image_size"], meta["counts"][split]
-    images = _map(root / f"{split}_images.npy", (count, size, size, 3), np.uint8)
-    labels = np.array(_map(root / f"{split}_labels.npy", (count,), np.int64))
-    if count and not 0 <= labels.min() <= labels.max() < len(meta["classes"]):
-        raise UserError(f"{root / f'{split}_labels.npy'}: damaged (labels beyond the classes)")
+def _open_split(root: Path, meta: dict[str, Any], split: str, *, anew: bool = False) -> ImageSplit:
+    labels = _labels(root, meta, split)
+    size, path = meta["image_size"], root / f"{split}_images.npy"
+    opened = _identity(path)
+    images = _map(path, (len(labels), size, size, 3), np.uint8)
+    integrity.check_images(path, images, opened, meta["chunk"], meta["chunks"][split], anew=anew)
     return ImageSplit(images, labels, tuple(meta["names"][split]), meta["sha"][split])
+
+
+def _labels(root: Path, meta: dict[str, Any], split: str) -> NDArray[np.int64]:
+    """The labels of a split, which with the names and the pixels' hashes must give the split's hash."""
+    path = root / f"{split}_labels.npy"
+    labels = np.array(_map(path, (meta["counts"][split],), np.int64))
+    if split_sha(meta["names"][split], labels.tolist(), meta["chunks"][split]) != meta["sha"][split]:
+        raise UserError(
+            f"{path}: damaged (with the names in meta.json, these are not the labels that were packed); remove {root}, "
+            f"and the same command (or `rayexp data fetch`) packs it again"
+        )
+    if len(labels) and not 0 <= labels.min() <= labels.max() < len(meta["classes"]):
+        raise UserError(f"{path}: damaged (labels beyond the classes); remove {root} and fetch again")
+    return labels
+
+
+def _identity(path: Path) -> integrity.Identity:
+    try:
+        return integrity.identity(path)
+    except OSError as error:
+        raise UserError(
+            f"{path}: missing or damaged ({error.strerror}); remove {path.parent} and fetch again"
+        ) from error
 
 
 def _map(path: Path, shape: tuple[int, ...], dtype: type[Any]) -> NDArray[Any]:

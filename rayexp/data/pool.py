@@ -19,8 +19,10 @@ import sys
 from collections import deque
 from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
+import rayexp
 from rayexp.errors import RunError, UserError
 
 HEAD = struct.Struct("<cQ")  # R(esult), U(ser error) or F(ailure); bytes that follow
@@ -76,15 +78,29 @@ def ordered(function: str, calls: Iterable[list[Any]], processes: int | None = N
 
 
 def _start(function: str) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
+    paths, home = _paths(), str(Path(rayexp.__file__).parents[1])
+    code = f"import sys; sys.path[:] = {[home, *paths]!r}; import rayexp; sys.path[:] = {paths!r}; " + (
+        f"from rayexp.data.pool import serve; serve({function!r})"
+    )
     # A session of its own: Ctrl-C goes to the parent alone, which then ends its children.
     return subprocess.Popen(
-        [sys.executable, "-c", f"from rayexp.data.pool import serve; serve({function!r})"],
+        [sys.executable, "-P", "-c", code],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        env=environment,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         start_new_session=True,
     )
+
+
+def _paths() -> list[str]:
+    """The caller's sys.path, the working directory last: it must not stand before the standard library (with a
+    random.py or a queue.py in it). While a child starts, `-P` leaves it out."""
+    try:
+        here = Path.cwd()
+    except FileNotFoundError:
+        return [path for path in sys.path if path]
+    there = [path for path in sys.path if path and not (Path(path).exists() and here.samefile(path))]
+    return [*there, str(here)] if len(there) < len(sys.path) else there
 
 
 def _ask(child: subprocess.Popen[bytes], arguments: list[Any]) -> bytes:

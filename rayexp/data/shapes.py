@@ -25,6 +25,7 @@ from rayexp.data import ImageData, pool
 from rayexp.data.fetch import cache_dir, open_source
 from rayexp.data.pack import Plan, done, pack
 from rayexp.data.packed import info, open_packed
+from rayexp.data.resize import open_resized
 from rayexp.data.tiny_imagenet import SIZE, make_plan
 from rayexp.disk import TEMPORARY
 from rayexp.errors import UserError
@@ -45,12 +46,14 @@ Colour = tuple[int, int, int]
 
 def open_data(config: DataConfig) -> ImageData:
     """The embedded images at `config.image_size` (drawn at 64, resized for others), made on first use in `cache_dir`;
-    or those that `fetch` put into `config.root`.
+    or those that `fetch` put into `config.root`, likewise.
 
     Raises:
         UserError: the cache cannot be written or its disk is full.
     """
-    return open_packed(config.root.expanduser() if config.root else home(config.image_size), config)
+    if config.root:
+        return open_resized(config.root.expanduser(), config)
+    return open_packed(home(config.image_size), config)
 
 
 def home(size: int = SIZE, train: int = 200, val: int = 50, seed: int = 0) -> Path:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayexp.config import DataConfig
-from rayexp.data import TextData
+from rayexp.data import TextData, uses
 from rayexp.data.fetch import cache_dir
 from rayexp.disk import write_directory
 from rayexp.errors import UserError
@@ -102,15 +102,15 @@ def encode(
 
 def _pack_folder(folder: Path) -> tuple[tuple[str, ...], dict[str, NDArray[np.int32]]]:
     """Encode a plain folder, or find it in the cache."""
-    raw = {f"{name}.txt": read_file(folder / f"{name}.txt") for name in SPLITS}
-    key = hashlib.sha256(f"text {LAYOUT}".encode())
-    for data in raw.values():
-        key.update(hashlib.sha256(data).digest())
-    cached = cache_dir() / "text" / key.hexdigest()[:32]
+    raw = raw_files(folder)
+    cached = cache_dir() / "text" / key(raw)
     try:
-        return _load(cached)
+        found = _load(cached)
     except UserError:
         pass  # not there yet, or damaged: made anew
+    else:
+        uses.note(cached, folder.absolute())
+        return found
     splits = {}
     for file, data in raw.items():
         source = str(folder / file)
@@ -118,9 +118,23 @@ def _pack_folder(folder: Path) -> tuple[tuple[str, ...], dict[str, NDArray[np.in
     vocabulary, tokens = encode(splits, known=("train",))
     try:
         write_directory(cached, packed_files("text", vocabulary, tokens))
+        uses.note(cached, folder.absolute())
         return _load(cached)
     except OSError:
         return vocabulary, tokens  # a cache that cannot be written only costs time
+
+
+def raw_files(folder: Path) -> dict[str, bytes]:
+    """The three files of a plain folder by name (UserError where one cannot be read)."""
+    return {f"{name}.txt": read_file(folder / f"{name}.txt") for name in SPLITS}
+
+
+def key(raw: Mapping[str, bytes]) -> str:
+    """The name of a plain folder in the cache: a hash of its content."""
+    found = hashlib.sha256(f"text {LAYOUT}".encode())
+    for data in raw.values():
+        found.update(hashlib.sha256(data).digest())
+    return found.hexdigest()[:32]
 
 
 def read_file(path: Path) -> bytes:

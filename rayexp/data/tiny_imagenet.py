@@ -2,6 +2,8 @@
 
     wnids.txt  words.txt  train/<wnid>/images/*.JPEG  val/images/*.JPEG  val/val_annotations.txt   (test/ is ignored)
 
+or with the validation images sorted by class, as many keep them: val/<wnid>/images/*.JPEG or val/<wnid>/*.JPEG.
+
 Label l is the l-th class of wnids.txt in alphabetical order: torchvision's ImageFolder counts like that, and so do
 the files people keep (`val_1008.JPEG 107`); the line numbers of wnids.txt themselves are another order.
 Images are stored by class and number (train) and by number (val).
@@ -15,30 +17,40 @@ from pathlib import Path
 
 from rayexp.config import DataConfig
 from rayexp.data import ImageData
+from rayexp.data.decode import SUFFIXES
 from rayexp.data.download import TINY_IMAGENET as URL
 from rayexp.data.fetch import Source, is_url, open_source
-from rayexp.data.pack import SUFFIXES, Item, Plan, done, pack
-from rayexp.data.packed import info, open_packed, read_meta
+from rayexp.data.pack import Item, Plan, done, pack
+from rayexp.data.packed import info, read_meta
+from rayexp.data.resize import open_resized
 from rayexp.errors import UserError
 
 __all__ = ["fetch", "info", "make_plan", "open_data"]
 
 SIZE = 64
-LAYOUT = "tiny-imagenet-200/{wnids.txt,words.txt,train/<wnid>/images/*.JPEG,val/{images/*.JPEG,val_annotations.txt}}"
+LAYOUT = (
+    "tiny-imagenet-200/{wnids.txt,words.txt,train/<wnid>/images/*.JPEG,val/{images/*.JPEG,val_annotations.txt}}, "
+    "or val/<wnid>/*.JPEG"
+)
 
 
 def open_data(config: DataConfig) -> ImageData:
-    """The packed folder `config.root`.
+    """The packed folder `config.root`; for another `image_size`, a copy of it at that size, made on first use.
 
     Raises:
         UserError: see `open_packed`; for an unpacked folder or archive, the line says how to pack it.
     """
     root = (config.root or Path("data/tiny_imagenet")).expanduser()
-    if not done(root) and (root.is_file() or (root / "wnids.txt").exists() or any(root.glob("*/wnids.txt"))):
+    if not done(root) and (root.is_file() or is_unpacked(root)):
         raise UserError(
             f"data.root: {root} is not packed; run `rayexp data fetch tiny_imagenet --from {root} --to DIR`"
         )
-    return open_packed(root, config)
+    return open_resized(root, config)
+
+
+def is_unpacked(root: Path) -> bool:
+    """Whether a folder holds the official files, as `open_source` finds them."""
+    return any(next(root.glob(f"{above}wnids.txt"), None) for above in ("", "*/", "*/*/"))
 
 
 def fetch(source: str | Path | None, to: Path) -> bool:
@@ -51,11 +63,22 @@ def fetch(source: str | Path | None, to: Path) -> bool:
         meta = read_meta(to)
         gone = source is None or is_url(source) or not Path(source).expanduser().exists()
         same = source is None or meta["source"] in (str(source), str(Path(source).expanduser().absolute()))
-        if not (gone and same) and open_source(source or URL, "wnids.txt").key() != meta["source_key"]:
+        if gone and same:
+            return False
+        found = open_source(source or URL, "wnids.txt")
+        found.release()
+        if found.key() != meta["source_key"]:
             raise UserError(f"{to}: holds other data already (from {meta['source']}); choose another folder")
         return False
-    plan = make_plan(open_source(source or URL, "wnids.txt", layout=LAYOUT), "tiny_imagenet")
-    return pack(to, lambda: plan)
+    found = open_source(source or URL, "wnids.txt", layout=LAYOUT)
+    try:
+        plan = make_plan(found, "tiny_imagenet")
+        packed = pack(to, lambda: plan)
+    except UserError:
+        found.release()
+        raise
+    found.release()  # not where it was interrupted: the next call goes on with it
+    return packed
 
 
 def make_plan(source: Source, dataset: str, size: int = SIZE) -> Plan:
@@ -71,13 +94,16 @@ def make_plan(source: Source, dataset: str, size: int = SIZE) -> Plan:
         words = {wnid.strip(): text.strip() for wnid, _, text in lines}
     order = sorted(wnids)
     label = {wnid: number for number, wnid in enumerate(order)}
+    val = _sorted_val(source, label)
+    of = "val/<class>/" if val else "val/images/"
     return Plan(
         dataset=dataset,
         source=source,
         classes=tuple((wnid, words.get(wnid, wnid)) for wnid in order),
-        splits={"train": _train(source, label), "val": _val(source, label)},
+        splits={"train": _train(source, label), "val": val or _val(source, label)},
         size=size,
         resize=size != SIZE,
+        layout="" if dataset == "shapes" else f"{len(order):,} classes; train from train/; val from {of}",
     )
 
 
@@ -121,6 +147,43 @@ def _val(source: Source, label: dict[str, int]) -> list[Item]:
     if not items:
         raise UserError(f"{source.where(listed)}: annotates no image")
     return [items[name] for name in sorted(items, key=natural)]
+
+
+def _sorted_val(source: Source, label: dict[str, int]) -> list[Item]:
+    """The validation images of class folders, by number; empty where there are none.
+
+    The same images give the same data as in the official layout. Where their names repeat from class to class, they
+    are known by class and name.
+    """
+    found: list[tuple[str, str, str]] = []
+    for path in source.files:
+        match path.split("/"):
+            case ["val", wnid, "images", name] | ["val", wnid, name] if wnid != "images" and _is_image(name):
+                if wnid not in label:
+                    raise UserError(f"{source.where(f'val/{wnid}')}: a class that wnids.txt does not name")
+                found.append((path, wnid, name))
+    if not found:
+        return []
+    if loose := next((path for path in source.files if path.startswith("val/images/") and _is_image(path[11:])), None):
+        sorted_one = source.where(found[0][0])
+        raise UserError(f"{source.where(loose)}: not in a class folder, as {sorted_one} is; allowed: all or none")
+    if missing := next((wnid for wnid in label if wnid not in {wnid for _, wnid, _ in found}), None):
+        raise UserError(f"{source.where(f'val/{missing}')}: class folder missing or without images")
+    if "val/val_annotations.txt" in source:
+        _agree(source, {name: wnid for _, wnid, name in found})
+    repeated = len({name for _, _, name in found}) < len(found)
+    items = [(path, f"{wnid}/{name}" if repeated else name, label[wnid]) for path, wnid, name in found]
+    return sorted(items, key=lambda item: natural(item[1]))
+
+
+def _agree(source: Source, wnids: dict[str, str]) -> None:
+    """Compare class folders with the annotations that were left beside them (UserError names what differs)."""
+    listed = "val/val_annotations.txt"
+    for number, line in enumerate(source.text(listed).splitlines(), 1):
+        name, wnid = (*line.split("\t"), "")[:2]
+        if line.strip() and wnids.get(name) != wnid:
+            at = f"is in the folder of {wnids[name]}" if name in wnids else "is in no class folder"
+            raise UserError(f"{source.where(listed)} line {number}: {name} of class {wnid!r} {at}")
 
 
 def natural(name: str) -> list[tuple[int, str]]:

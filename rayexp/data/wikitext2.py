@@ -30,17 +30,15 @@ def fetch(source: str | Path, to: Path) -> dict[str, Any]:
             Nothing is written then.
     """
     text.check_target(to)
-    try:
-        archive, form = open_source(source, "wiki.train.tokens", layout=LAYOUT), "wiki.{}.tokens"
-    except UserError as error:
-        try:
-            archive, form = open_source(source, "train.txt"), "{}.txt"
-        except UserError:
-            raise error from None
+    archive = open_source(source, "wiki.train.tokens", "train.txt", layout=LAYOUT)
+    form = "wiki.{}.tokens" if "wiki.train.tokens" in archive else "{}.txt"
     splits = {}
-    for name in text.SPLITS:
-        where = archive.where(form.format(name))
-        splits[name] = text.words(text.decode(archive.read(form.format(name)), where), where)
+    try:
+        for name in text.SPLITS:
+            where = archive.where(form.format(name))
+            splits[name] = text.words(text.decode(archive.read(form.format(name)), where), where)
+    finally:
+        archive.release()
     vocabulary, tokens = text.encode(splits)
     found = {**{name: len(array) for name, array in tokens.items()}, "vocabulary": len(vocabulary)}
     notes = [

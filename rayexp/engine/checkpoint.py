@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from rayexp.engine.place import set_threads
 from rayexp.engine.workload import Workload
 from rayexp.errors import RunError
+from rayexp.manifest import sealed
 
 TENSORS, WORDS = "state.safetensors", "state.json"
 
@@ -66,7 +67,8 @@ def snapshot(state: State, buffers: dict[str, Tensor]) -> State:
 
 
 def encode(state: State, words: Mapping[str, Any] | None = None) -> dict[str, bytes]:
-    """The checkpoint's files. state.json holds the hashes of the tensors and of the other file."""
+    """The checkpoint's files. state.json holds the hashes of the tensors and of the other file, and a seal over all of
+    itself (see manifest.py)."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
     data = safetensors.torch.save(tensors)
     described = {
@@ -76,7 +78,7 @@ def encode(state: State, words: Mapping[str, Any] | None = None) -> dict[str, by
         **(words or {}),
         "files": {TENSORS: hashlib.sha256(data).hexdigest()},
     }
-    return {TENSORS: data, WORDS: json.dumps(described, indent=2).encode()}
+    return {TENSORS: data, WORDS: json.dumps(sealed(described), indent=2).encode()}
 
 
 def decode(files: Mapping[str, bytes]) -> State:

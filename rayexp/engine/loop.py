@@ -116,11 +116,11 @@ class Session:
         """Go on from a state.
 
         Raises:
-            RunError: the state is of another model or another length of epoch.
+            RunError: the state is of another model or another length of epoch, or lacks something.
         """
         words = state.words
-        if words["steps"] != self.steps:
-            raise RunError(f"checkpoint: an epoch had {words['steps']} steps there and has {self.steps} here")
+        if words.get("steps") != self.steps:
+            raise RunError(f"checkpoint: an epoch had {words.get('steps')} steps there and has {self.steps} here")
         try:
             self.master.load(state.weights())
             for buffer, flat in self.optimizer.state.items():
@@ -128,9 +128,12 @@ class Session:
                     view.copy_(state.tensors[f"optimizer.{buffer}.{name}"])
         except (KeyError, RuntimeError) as error:
             raise RunError(f"checkpoint: does not fit this model ({error})") from error
-        self.epoch, self.step = words["epoch"], words["step_in_epoch"]
-        self.loss_sum, self.loss_count = words["loss_sum"], words["loss_count"]
-        self.schedule.load(words["schedule"])
+        try:
+            self.epoch, self.step = words["epoch"], words["step_in_epoch"]
+            self.loss_sum, self.loss_count = words["loss_sum"], words["loss_count"]
+            self.schedule.load(words["schedule"])
+        except (KeyError, TypeError) as error:
+            raise RunError(f"checkpoint: its state.json lacks what a resume needs ({error})") from error
         carries: dict[int, dict[str, Tensor]] = {}
         for name, tensor in state.tensors.items():
             if name.startswith("carry."):
@@ -164,7 +167,7 @@ class Session:
         while self.epoch < self.config.epochs:
             began = time.perf_counter()
             spent = dict.fromkeys(PHASES, 0.0)
-            first = 0.0
+            first: float | None = None  # seconds of this process's first step, where this epoch holds it
             counted, counted_seconds, rate = 0, 0.0, 0.0
             lr = self.schedule.lr(max(0, self.global_step - 1))
             while self.step < self.steps:
@@ -175,7 +178,7 @@ class Session:
                 self.loss_sum += result.loss
                 self.loss_count += result.count
                 took = time.perf_counter() - start
-                if not first:
+                if fresh:
                     first = took
                 else:
                     counted, counted_seconds = counted + result.count, counted_seconds + took
@@ -214,7 +217,7 @@ class Session:
                 metrics=metrics,
                 lr=lr,
                 samples_per_second=counted / counted_seconds if counted else rate,
-                seconds={"total": total, "first_step": first, **spent},
+                seconds={"total": total, **({} if first is None else {"first_step": first}), **spent},
                 weights_sha="",
                 world_size=0,
                 peak_memory=self.place.peak_memory(),

@@ -102,7 +102,8 @@ class Workload(Protocol):
 
     def describe(self) -> dict[str, Any]:
         """data.json: what a reader of the run needs to know of the data without having it. `kind` (images, tokens),
-        `train_samples`, `val_samples`, `train_sha`, `val_sha`, and `classes` + `val_names`, or `vocabulary`."""
+        `train_samples`, `val_samples`, `train_sha`, `val_sha`, and `classes` + `val_names`, or `vocabulary`; `layout`,
+        in a line, where there was a choice of what to take for which split."""
 
     def example(self) -> tuple[Any, ...]:
         """Example inputs for the layer table and the model graph (batch of 1)."""

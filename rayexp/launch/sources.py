@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit, urlunsplit
 
-from rayexp.disk import TEMPORARY
+from rayexp.disk import TEMPORARY, matching
 from rayexp.errors import RunError, UserError, nearest
 from rayexp.launch import as_job, doors
 from rayexp.runs import Run
@@ -149,7 +149,7 @@ def find(what: str, address: str | None) -> tuple[Source, str]:
     found = _offers(place, f"jobs/{_literal(what)}")
     if not found:
         offered = _offers(place, "runs")
-        found = {n: offered[n] for n in offered if n == what} or {n: offered[n] for n in offered if what in n}
+        found = {n: offered[n] for n in matching(what, offered)}
         if not found:
             _explain_job(what, place)
             raise UserError(f"{place}: no run or job {what!r}{nearest(what, offered)}; {_those(offered)}")
@@ -185,7 +185,10 @@ def _explain_job(what: str, place: str) -> None:
 
 def _glob(address: str, node: str, pattern: str) -> list[str]:
     groups = doors.get(address, "/api/v0/logs", node_id=node, glob=pattern)
-    return [path for group in groups.values() for path in group if TEMPORARY not in path]
+    try:
+        return [str(path) for group in groups.values() for path in group if TEMPORARY not in str(path)]
+    except (AttributeError, TypeError) as error:
+        raise RunError(f"{address}: not a listing of files ({error})") from error
 
 
 def _literal(text: str) -> str:

@@ -6,33 +6,34 @@ and with how many workers, is decided here and not by Ray.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import secrets
 import shutil
+import socket
 import threading
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rayexp.clock import mark
 from rayexp.config import ExperimentConfig
 from rayexp.data import open_data
-from rayexp.disk import only_driver, write_atomic
 from rayexp.errors import UserError
+from rayexp.integrity import FREE, changes, check_config
 from rayexp.launch import plan as planning
 from rayexp.launch.as_job import at_home, job_id
 from rayexp.launch.plan import Plan
 from rayexp.launch.screen import chatter_to, screen
 from rayexp.launch.stopping import stoppable
+from rayexp.locks import only_driver
+from rayexp.manifest import state_fault
 from rayexp.recorder import Recorder
 from rayexp.runs import Run
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-# Keys that say where and how, not what: a resumed run may change them. That data.root holds the same data is checked
-# by its hash; the run keeps its name and its place.
-FREE = ("scaling", "checkpoint", "max_failures", "storage_path", "name", "data.root")
 TIMEOUT_S = 300.0  # a worker that says nothing for so long counts as lost
 
 
@@ -56,7 +57,7 @@ def run(
         resume: go on with this run instead of making one.
         address: of a running Ray; None: RAY_ADDRESS, a Ray started here by `ray start`, else a new one.
         console: where progress is shown; None: nowhere.
-        started: time.time() at which the command began.
+        started: time.monotonic() at which the command began.
         max_steps: stop (and save) after that many steps of the whole run.
         trace: write the hashes of every step to trace.jsonl.
         parent: the id of the comparison this run belongs to.
@@ -66,18 +67,18 @@ def run(
         RunError: the run failed; run.json says so.
         KeyboardInterrupt: it was asked to stop; the last whole step is saved and run.json says `stopped`.
     """
-    started = started or time.time()
+    began = mark(started)
     config = at_home(config).absolute()
     if resume is not None:
         check_unchanged(resume, config)
     made = resume or Run.create(config, argv=list(argv), parent=parent)
-    with only_driver(made.root):
+    with _driving(made, fresh=resume is None):
         if resume is not None:
             _reopen(made, config, argv)
         payload = {
             "run": str(made.root),
             "config": config.model_dump(mode="json"),
-            "started": started,
+            "started": began,
             "max_steps": max_steps,
             "trace": trace,
             "measure_link": parent is not None,
@@ -102,41 +103,45 @@ def run(
     return made
 
 
+@contextlib.contextmanager
+def _driving(run: Run, fresh: bool) -> Iterator[None]:
+    """`only_driver`; a directory that was just made does not stay where its lock cannot be had."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(only_driver(run.root))
+        except UserError:
+            if fresh:
+                shutil.rmtree(run.root, ignore_errors=True)
+            raise
+        yield
+
+
 def check_unchanged(run: Run, config: ExperimentConfig) -> None:
-    """Refuse to resume under a configuration that would make another model (UserError names the changed keys)."""
-    before, after = (_flat(c.model_dump(mode="json")) for c in (run.config(), config))
-    changed = [
-        key
-        for key in sorted({*before, *after})
-        if before.get(key) != after.get(key) and not any(f"{key}.".startswith(f"{free}.") for free in FREE)
-    ]
-    if changed:
-        shown = "; ".join(f"{key} {before.get(key)} -> {after.get(key)}" for key in changed)
-        raise UserError(f"--resume {run.id}: the configuration has changed: {shown}; allowed: {', '.join(FREE)}")
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {k: v for name, sub in tree.items() for k, v in _flat(sub, f"{prefix}.{name}" if prefix else name).items()}
+    """Refuse to resume under a configuration that would make another model (UserError names the changed keys), or where
+    the run's own is no longer what it began with."""
+    check_config(run)
+    if changed := changes(run.config(), config):
+        raise UserError(f"--resume {run.id}: the configuration has changed: {changed}; allowed: {', '.join(FREE)}")
 
 
 def _reopen(run: Run, config: ExperimentConfig, argv: Sequence[str]) -> None:
     meta = run.meta()
     before = run.config()
     kept = config.model_copy(update={"name": before.name, "storage_path": before.storage_path})
-    write_atomic(run.config_path, kept.to_yaml())
+    run.write(run.config_path.name, kept.to_yaml())
     resumed = [*meta.get("resumed", ()), {"argv": list(argv), "after": meta["status"]}]
-    run.update(status="running", error=None, finished=None, pid=os.getpid(), resumed=resumed)
+    where = {"pid": os.getpid(), "host": socket.gethostname()}
+    run.update(status="running", error=None, finished=None, resumed=resumed, **where)
 
 
 def _finish(run: Run, status: str, error: str) -> None:
-    """The last word where no worker could say it."""
-    Recorder(run).end(status, error)
+    """The last word where no worker could say it. Where it cannot be written, the run reads as died."""
+    with contextlib.suppress(OSError):
+        Recorder(run).end(status, error)
 
 
 def _steps_done(run: Run) -> int:
-    return max((int(state.get("step", 0)) for _, state in run.resumable()), default=0)
+    return max((state["step"] for path, state in run.resumable() if not state_fault(state, path.name)), default=0)
 
 
 def outline(config: ExperimentConfig, address: str | None = None) -> dict[str, Any]:

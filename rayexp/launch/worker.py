@@ -5,7 +5,7 @@ What comes in is plain JSON:
     config     the resolved configuration
     device     "cpu" or "cuda"
     cpus       cores this worker may use (null: all it can see)
-    started    time.time() at which the command began
+    started    when the command began (clock.mark)
     max_steps  stop after that many steps of the whole run (null: train to the end)
     trace      whether to hash every tensor after every step (for `rayexp verify`)
     measure_link  whether to time bare all-reductions before training (for `rayexp compare`)
@@ -38,6 +38,7 @@ from rayexp.engine.group import Group
 from rayexp.engine.loop import EpochDone, Session, StepDone
 from rayexp.engine.step import Wish
 from rayexp.errors import UserError
+from rayexp.manifest import digest
 from rayexp.recorder import Recorder
 
 PROGRESS_SECONDS = 0.3
@@ -75,7 +76,7 @@ class _Worker:
     def __init__(
         self, payload: Mapping[str, Any], group: Group, pen: Recorder, device: torch.device, world_size: int | None
     ) -> None:
-        self.entered = time.time()
+        self.entered = time.monotonic()
         self.payload, self.group, self.pen = payload, group, pen
         self.config = parse(payload["config"], ExperimentConfig, "config")
         self.world_size = group.world if world_size is None else world_size
@@ -128,7 +129,7 @@ class _Worker:
         if self.lead:
             files, notes = self.pen.resume()
             for note in notes:
-                self._log(note)
+                self._warn(note)
         words = self.group.broadcast(files[WORDS] if files else b"")
         if not words:
             return
@@ -190,7 +191,7 @@ class _Worker:
 
     def _step(self, event: StepDone) -> None:
         if event.first and self.lead:
-            self._first_step()
+            self.pen.first_step(self.payload.get("started"), time.monotonic() - self.entered)
         if self.payload.get("trace"):
             self._trace(event)  # before the snapshot: a step that is saved is not done again
         every = self.config.checkpoint.every_steps
@@ -222,10 +223,6 @@ class _Worker:
             weights, step = checkpoint.sha(state.weights()), self.session.global_step
             self.pen.trace({"step": step, "weights_sha": weights, "tensors": hashes, "rate": event.rate})
 
-    def _first_step(self) -> None:
-        now, started = time.time(), self.payload.get("started") or self.entered
-        self.pen.note({"startup_seconds": {"to_worker": self.entered - started, "to_first_step": now - started}})
-
     def _snapshot(self) -> None:
         state = self.session.state()
         self.saved = time.monotonic()
@@ -252,11 +249,14 @@ class _Worker:
 
         def write() -> None:
             weights, state = checkpoint.sha(held.weights()), checkpoint.sha(held.tensors)
-            row = dataclasses.replace(record, weights_sha=weights, state_sha=state).to_json()
+            judged = predictions.to_npz()
+            row = dataclasses.replace(
+                record, weights_sha=weights, state_sha=state, predictions_sha=digest(judged)
+            ).to_json()
             files = checkpoint.encode(
                 held, {**self._words(), "weights_sha": weights, "state_sha": state, "record": row}
             )
-            self.pen.epoch(row, files, predictions.to_npz(), {"epoch": record.epoch, **steps})
+            self.pen.epoch(row, files, judged, {"epoch": record.epoch, **steps})
 
         self.writer.submit(write)
         if record.epoch == 1 and not self.payload.get("trace"):
@@ -278,7 +278,8 @@ class _Worker:
 
     def _words(self) -> dict[str, Any]:
         data = {key: self.described[key] for key in ("train_sha", "val_sha")}
-        return {"fingerprint": self.place.fingerprint(), "data": data}
+        config = self.config.model_dump(mode="json")
+        return {"fingerprint": self.place.fingerprint(), "data": data, "config": config}
 
     def _log(self, text: str) -> None:
         self.pen.log(self.group.rank, text)
@@ -299,13 +300,15 @@ def graph_events(model: torch.nn.Module, example: tuple[Any, ...]) -> bytes:
     """A TensorBoard event file with the model's graph; empty where the model cannot be traced."""
     from torch.utils.tensorboard import SummaryWriter
 
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+    # Tracing fails in many ways, and the temporary folder may be full: a missing picture must not cost a run.
+    with contextlib.suppress(Exception), tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         board = SummaryWriter(folder)
-        with contextlib.suppress(Exception):  # tracing fails in many ways, and a missing picture must not cost a run
+        with contextlib.suppress(Exception):
             board.add_graph(model, example)
         board.close()
         return next(Path(folder).iterdir()).read_bytes()
+    return b""
 
 
 def join(

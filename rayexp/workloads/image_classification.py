@@ -178,6 +178,7 @@ class ImageClassification:
         """Classes with their words, and the validation images' names."""
         return {
             "kind": "images",
+            **({"layout": self.data.layout} if self.data.layout else {}),
             "classes": [list(one) for one in self.data.classes],
             "val_names": list(self.data.val.names),
             "train_samples": len(self.data.train),

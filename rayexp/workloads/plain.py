@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from rayexp.config import ExperimentConfig, parse
 from rayexp.data import ImageSplit, open_data
+from rayexp.records import EpochRecord
 from rayexp.workloads.image_classification import MEAN, STD, Options, build
 
 COLUMNS = ("count", "total", "data", "transfer", "compute", "optimizer")
@@ -220,7 +221,7 @@ def main(argv: list[str]) -> int:
             for column, value in zip(columns.values(), values, strict=True):
                 column.append(value)
             if done == 0:
-                startup = {"startup_seconds": {"to_first_step": time.time() - payload["started"]}}
+                startup = {"startup_seconds": {"to_first_step": time.monotonic() - payload["started"]}}
                 (run / "startup.json").write_text(json.dumps(startup))
             done += 1
             if os.getppid() != parent:
@@ -235,7 +236,8 @@ def main(argv: list[str]) -> int:
         phases = {k: sum(columns[k]) for k in ("data", "transfer", "compute", "optimizer")}
         phases |= {"reduce": 0.0, "evaluate": judged - trained, "checkpoint": time.perf_counter() - judged}
         phases["other"] = max(0.0, total - sum(phases.values()))
-        later = slice(1 if len(columns["count"]) > 1 else 0, None)
+        # As the engine does: a process's first step is left out, unless it is all there is.
+        later = slice(1 if epoch == 1 and len(columns["count"]) > 1 else 0, None)
         peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)}
         if device.type == "cuda":
             peak["device"] = torch.cuda.max_memory_allocated()
@@ -246,7 +248,7 @@ def main(argv: list[str]) -> int:
             **metrics,
             "lr": config.lr,
             "samples_per_second": sum(columns["count"][later]) / sum(columns["total"][later]),
-            "seconds": {"total": total, "first_step": columns["total"][0], **phases},
+            "seconds": {"total": total, **({"first_step": columns["total"][0]} if epoch == 1 else {}), **phases},
             "weights_sha": "",
             "world_size": 0,
             "peak_memory": peak,
@@ -254,7 +256,7 @@ def main(argv: list[str]) -> int:
         with (run / "steps.jsonl").open("a") as file:
             file.write(json.dumps({"epoch": epoch, "first": epoch == 1, **columns}) + "\n")
         with (run / "epochs.jsonl").open("a") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(EpochRecord.from_json(record).to_json()) + "\n")
     return 0
 
 

@@ -36,8 +36,11 @@ def write_run(storage: Path, epochs: int, run: Run | None = None) -> Run:
     for epoch in range(1, epochs + 1):
         tensors = rng.bytes(300_000)
         sha = hashlib.sha256(tensors).hexdigest()
-        record = EpochRecord(epoch, epoch * 3, 1.0, 1.0, {"acc1": 50.0}, 0.1, 10.0, {"total": 1.0}, weights_sha=sha)
-        words = {"epoch": epoch, "step": epoch * 3, "weights_sha": sha, "files": {"state.safetensors": sha}}
+        words = {
+            "epoch": epoch, "step": epoch * 3, "step_in_epoch": 0, "steps": 3,
+            "schedule": {"factor": 1.0, "best": None}, "loss_sum": 0.0, "loss_count": 0,
+            "weights_sha": sha, "files": {"state.safetensors": sha},
+        }  # fmt: skip
         if epoch in run.epochs():
             continue
         n = 10
@@ -48,8 +51,12 @@ def write_run(storage: Path, epochs: int, run: Run | None = None) -> Run:
             "confidence": rng.random(n, dtype=np.float32),
             "loss": rng.random(n, dtype=np.float32),
         }
-        files = {"state.safetensors": tensors, "state.json": json.dumps(words | {"record": record.to_json()}).encode()}
-        pen.epoch(record.to_json(), files, Predictions("images", "v", arrays).to_npz())
+        judged = Predictions("images", "v", arrays).to_npz()
+        shas = {"weights_sha": sha, "predictions_sha": hashlib.sha256(judged).hexdigest()}
+        record = EpochRecord(epoch, epoch * 3, 1.0, 1.0, {"acc1": 50.0}, 0.1, 10.0, {"total": 1.0}, **shas).to_json()
+        files = {"state.safetensors": tensors, "state.json": json.dumps(words | {"record": record}).encode()}
+        steps = {"epoch": epoch, "first": epoch == 1, "count": [32] * 3, "total": [0.1] * 3}
+        pen.epoch(record, files, judged, steps)
     pen.log(0, "a line")
     pen.end("done")
     return run

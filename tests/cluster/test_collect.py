@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,8 +10,10 @@ import pytest
 
 from rayexp.config import load
 from rayexp.errors import RunError, UserError
+from rayexp.launch import collect as collecting
 from rayexp.launch.collect import collect, upload
 from rayexp.launch.sources import Storage, find, shown
+from rayexp.manifest import digest
 from rayexp.runs import Run, broken
 
 
@@ -130,6 +133,153 @@ def test_a_checkpoint_cannot_name_a_file_outside(made_run: Run, tmp_path: Path) 
     with pytest.raises(RunError, match="outside"):
         collect(source, name, tmp_path / "home")
     assert not list(tmp_path.rglob("evil"))
+
+
+@pytest.mark.parametrize("name", ["", "/", "..", "a/../../evil"])
+def test_any_name_of_a_file_in_a_checkpoint_is_one_line(made_run: Run, tmp_path: Path, name: str) -> None:
+    words = made_run.checkpoint(1) / "state.json"
+    words.write_text(words.read_text().replace('"state.safetensors"', json.dumps(name)))
+    assert "state.json is damaged" in str(broken(words.parent))
+    with pytest.raises(RunError, match=r"epoch 1: checkpoints/epoch_001/state\.json names a file outside"):
+        collect(Storage(str(made_run.root)), made_run.id, tmp_path / "home")
+
+
+class Lying(Storage):
+    """A storage that lists other names in some folders than are there, and gives bytes for them."""
+
+    def __init__(self, place: str, listed: dict[str, list[str]]) -> None:
+        super().__init__(place)
+        self.listed = listed
+
+    def list(self, folder: str) -> list[str]:
+        return self.listed.get(folder) or super().list(folder)
+
+    def read(self, path: str) -> Iterator[bytes]:
+        try:
+            yield b"".join(super().read(path))
+        except RunError:
+            yield b"outside"
+
+
+@pytest.mark.parametrize("folder", ["logs", "tb"])
+@pytest.mark.parametrize("listed", ["x/../../../../escaped", "../escaped", "{}/escaped", "x/y", "..", "../", "", "/"])
+def test_a_listing_cannot_lead_outside(made_run: Run, tmp_path: Path, folder: str, listed: str) -> None:
+    source = Lying(str(made_run.root), {folder: [listed.format(tmp_path / "away")]})
+    with pytest.raises(RunError, match=rf"{folder}/") as caught:
+        collect(source, made_run.id, tmp_path / "home")
+    assert "refused" in str(caught.value)
+    assert not list(tmp_path.rglob("*escaped*"))
+    assert Run.all(tmp_path / "home") == []
+    copy = Run(tmp_path / "home" / made_run.id)
+    assert copy.epochs() == [1, 2, 3]  # nothing else is kept back
+
+
+def test_a_listing_that_contains_itself_ends(made_run: Run, tmp_path: Path) -> None:
+    nested = {"logs": ["rank_0.log", "itself/"]}
+    nested |= {"logs" + "/itself" * depth: ["itself/", "other/"] for depth in range(1, 50)}
+    with pytest.raises(RunError, match=r"logs/: .*contains itself; refused"):
+        collect(Lying(str(made_run.root), nested), made_run.id, tmp_path / "home")
+
+
+def test_a_link_that_leads_round_in_a_circle_ends(made_run: Run, tmp_path: Path) -> None:
+    (made_run.logs / "loop").symlink_to(made_run.logs, target_is_directory=True)
+    with pytest.raises(RunError, match=r"logs/: .*contains itself; refused"):
+        collect(Storage(str(made_run.root)), made_run.id, tmp_path / "home")
+
+
+def test_a_tree_of_files_without_end_ends(made_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collecting, "MOST", 20)
+    (made_run.logs / "deep" / "er").mkdir(parents=True)
+    for number in range(10):
+        (made_run.logs / "deep" / "er" / f"{number}.log").write_text("x")
+    collect(Storage(str(made_run.root)), made_run.id, tmp_path / "home")
+    assert (tmp_path / "home" / made_run.id / "logs" / "deep" / "er" / "9.log").read_text() == "x"
+    for number in range(10, 30):
+        (made_run.logs / "deep" / f"{number}.log").write_text("x")
+    with pytest.raises(RunError, match="more than 20 files"):
+        collect(Storage(str(made_run.root)), made_run.id, tmp_path / "home")
+
+
+@pytest.mark.parametrize("link", ["logs", "predictions", "checkpoints", "config.yaml", "tb"])
+def test_a_link_in_the_copy_is_not_written_through(made_run: Run, tmp_path: Path, link: str) -> None:
+    home, away = tmp_path / "home", tmp_path / "away"
+    copy = collect(Storage(str(made_run.root)), made_run.id, home).run
+    (copy.root / link).rename(away)
+    (copy.root / link).symlink_to(away)
+    before = content(away) if away.is_dir() else away.read_bytes()
+    for path in away.rglob("*.npz"):
+        path.unlink()
+        before = content(away)
+    with pytest.raises(RunError, match="symbolic link"):
+        collect(Storage(str(made_run.root)), made_run.id, home)
+    assert (content(away) if away.is_dir() else away.read_bytes()) == before
+
+
+@pytest.mark.parametrize("name", ["..", "../x", "/x", "a/b", ""])
+def test_a_run_cannot_be_called_something_outside(made_run: Run, tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match="refused"):
+        collect(Storage(str(made_run.root)), name, tmp_path / "home" / "deep")
+    assert not (tmp_path / "home").exists()
+
+
+# ---------------------------------------------------------------------- the manifest
+
+EMPTIED: dict[str, Callable[[Run], object]] = {
+    "config.yaml": lambda run: run.config_path.write_text(""),
+    "data.json": lambda run: run.data_path.write_text(""),
+    "epochs.jsonl": lambda run: run.epochs_path.write_bytes(run.epochs_path.read_bytes()[:-200]),
+    "steps.jsonl": lambda run: run.steps_path.write_text(""),
+}
+
+
+@pytest.mark.parametrize("name", EMPTIED)
+@pytest.mark.parametrize("covered", [True, False])
+def test_an_emptied_file_is_named(tmp_path: Path, write_run: Callable[..., Run], name: str, covered: bool) -> None:
+    run = write_run(tmp_path / "remote", 3)
+    run.update(files={} if not covered else run.files())
+    run.config_path.write_text(run.config_path.read_text().replace("epochs: 1", "epochs: 3"))
+    if covered:
+        run.update(files=run.files() | {"config.yaml": digest(run.config_path.read_bytes())})
+    collect(Storage(str(run.root)), run.id, tmp_path / "home")
+    copy = content(tmp_path / "home" / run.id)
+    EMPTIED[name](run)
+    if name == "steps.jsonl" and not covered:
+        return  # nothing tells
+    with pytest.raises(RunError, match=name.replace(".", r"\.")):
+        collect(Storage(str(run.root)), run.id, tmp_path / "home")
+    assert content(tmp_path / "home" / run.id) == copy  # what was whole is not overwritten
+    with pytest.raises(RunError, match=name.replace(".", r"\.")):
+        collect(Storage(str(run.root)), run.id, tmp_path / "fresh")
+    assert Run.all(tmp_path / "fresh") == []
+
+
+def test_other_predictions_than_the_runs_are_named(made_run: Run, tmp_path: Path) -> None:
+    made_run.predictions_path(2).write_bytes(made_run.predictions_path(1).read_bytes())
+    with pytest.raises(RunError, match=r"epoch 2: predictions/epoch_002\.npz: damaged"):
+        collect(Storage(str(made_run.root)), made_run.id, tmp_path / "home")
+
+
+def test_a_run_that_goes_on_while_it_is_read(made_run: Run, tmp_path: Path, write_run: Callable[..., Run]) -> None:
+    class Moving(Storage):
+        """After run.json has been read once, two more epochs end."""
+
+        def read(self, path: str) -> Iterator[bytes]:
+            yield from super().read(path)
+            if path == "run.json" and len(made_run.records()) == 3:
+                write_run(tmp_path, 5, made_run)
+
+    got = collect(Moving(str(made_run.root)), made_run.id, tmp_path / "home")
+    assert got.epochs == [1, 2, 3, 4, 5]
+    assert content(got.run.root) == content(made_run.root)
+
+
+def test_a_run_that_is_still_running_is_collected(made_run: Run, tmp_path: Path) -> None:
+    made_run.update(status="running")
+    made_run.uncover("epochs.jsonl", "steps.jsonl")
+    made_run.epochs_path.write_bytes(b"".join(made_run.epochs_path.read_bytes().splitlines(True)[:2]))
+    got = collect(Storage(str(made_run.root)), made_run.id, tmp_path / "home")
+    assert [r.epoch for r in got.run.records()] == [1, 2]
+    assert got.epochs == [1, 2]
 
 
 def test_a_newer_layout_is_refused(made_run: Run, tmp_path: Path) -> None:

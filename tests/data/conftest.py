@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import io
+import json
 import os
+import tarfile
+import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,9 +33,25 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.fixture(autouse=True)
-def one_helper(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Packing within a test's own process starts one helper: for a few images more would only cost time."""
+def in_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pool without its processes, which take longer to start than a few images to decode. Tests of the pool itself
+    ask for `helpers`."""
     monkeypatch.setattr(pool, "cores", lambda: 1)
+    if "helpers" in request.fixturenames:
+        return
+
+    def ordered(function: str, calls: Iterable[list[Any]], processes: int | None = None) -> Generator[bytes]:
+        module, _, name = function.partition(":")
+        for arguments in calls:
+            with warnings.catch_warnings():
+                yield getattr(importlib.import_module(module), name)(*json.loads(json.dumps(arguments)))
+
+    monkeypatch.setattr(pool, "ordered", ordered)
+
+
+@pytest.fixture
+def helpers() -> None:
+    """The pool as it is."""
 
 
 def picture(seed: int, mode: str = "RGB", size: tuple[int, int] = (64, 64), format: str = "JPEG") -> bytes:
@@ -70,6 +91,19 @@ def write_zip(path: Path, files: dict[str, bytes], top: str = TOP) -> Path:
     return path
 
 
+def write_tar(path: Path, files: dict[str, bytes], top: str = TOP, mode: str = "w:gz") -> Path:
+    """The same in a tar; `mode` as tarfile.open has it, plain for a name that ends so."""
+    with tarfile.open(path, "w:" if path.suffix == ".tar" else mode) as archive:
+        folder = tarfile.TarInfo(top or "./")
+        folder.type, folder.mode = tarfile.DIRTYPE, 0o755
+        archive.addfile(folder)
+        for name, data in files.items():
+            entry = tarfile.TarInfo(top + name)
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
+    return path
+
+
 def write_folder(path: Path, files: dict[str, bytes]) -> Path:
     """The same as a folder."""
     for name, data in files.items():
@@ -80,9 +114,15 @@ def write_folder(path: Path, files: dict[str, bytes]) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny() -> SimpleNamespace:
-    """Makers of small datasets: `layout`, `picture`, `write_zip`, `write_folder`."""
+    """Makers of small datasets: `layout`, `picture`, `write_zip`, `write_tar`, `write_folder`."""
     return SimpleNamespace(
-        layout=layout, picture=picture, write_zip=write_zip, write_folder=write_folder, wnids=WNIDS, top=TOP
+        layout=layout,
+        picture=picture,
+        write_zip=write_zip,
+        write_tar=write_tar,
+        write_folder=write_folder,
+        wnids=WNIDS,
+        top=TOP,
     )
 
 

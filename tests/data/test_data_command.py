@@ -60,7 +60,7 @@ def test_info_of_text_and_of_a_plain_folder(rayexp, tmp_path, tiny):
     [
         (("fetch", "tiny_imagnet"), "unknown dataset 'tiny_imagnet' (did you mean tiny_imagenet?); allowed: shapes,"),
         (("fetch", "tiny_imagenet", "--from", "none.zip"), "none.zip: no such file or folder"),
-        (("fetch", "wikitext2"), "--from: wikitext2 needs a ZIP, a folder or a URL"),
+        (("fetch", "wikitext2"), "--from: wikitext2 needs a ZIP, a tar, a folder or a URL"),
         (("fetch", "folder", "--from", "x"), "folder: nothing to fetch"),
         (("info", "shaps"), "shaps: no such folder or dataset (did you mean shapes?)"),
         (("info", "tiny_imagenet"), "tiny_imagenet: not in data/tiny_imagenet"),

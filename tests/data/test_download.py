@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import http.server
 import threading
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from rayexp.data import download as downloads
-from rayexp.data import tiny_imagenet
+from rayexp.data import tiny_imagenet, wikitext2
 from rayexp.data.download import download
 from rayexp.errors import UserError
 
@@ -75,6 +77,16 @@ def test_once(server, cache):
     assert download(server.url + "/x%20y.zip") == path
     assert server.asked == [None]
     assert leftovers(cache) == [path.name]
+
+
+def test_where_there_is_no_flock(server, cache, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    server.files["/a.zip"] = DATA
+    assert download(server.url + "/a.zip").read_bytes() == DATA
+    assert leftovers(cache) == [next((cache / "downloads").glob("*-a.zip")).name]
 
 
 def test_goes_on_after_breaks(server, cache):
@@ -149,3 +161,54 @@ def test_fetch_from_a_url(server, cache, tmp_path, tiny):
     with pytest.raises(UserError, match="not a ZIP archive, or a truncated one"):
         tiny_imagenet.fetch(server.url + "/broken.zip", tmp_path / "e")
     assert not (tmp_path / "e").exists()
+
+
+PAGE = b"<!DOCTYPE html>\n<html><body>Please log in</body></html>"
+
+
+@pytest.mark.parametrize("page", [PAGE, b"", b"\x1f\x8b not gzip", b"PK\x03\x04 cut"])
+def test_what_is_no_archive_is_not_cached(server, cache, tmp_path, tiny, page):
+    """A portal, or a proxy's error, with status 200: the next call fetches what was meant."""
+    server.files["/t.zip"] = page
+    url = server.url + "/t.zip"
+    for _ in range(2):
+        with pytest.raises(
+            UserError, match=r"t\.zip: .* not a .* archive, or a truncated one .*; it is not kept"
+        ) as caught:
+            tiny_imagenet.fetch(url, tmp_path / "d")
+        assert "\n" not in str(caught.value)
+        assert ("it is a web page" in str(caught.value)) is (page is PAGE)
+        assert leftovers(cache) == []
+    server.files["/t.zip"] = tiny.write_zip(tmp_path / "a.zip", tiny.layout()).read_bytes()
+    assert tiny_imagenet.fetch(url, tmp_path / "d") is True
+    assert len(server.asked) == 3
+
+
+def test_a_page_in_place_of_wikitext_is_asked_for_once(server, cache, tmp_path):
+    server.files["/w.zip"] = PAGE
+    with pytest.raises(UserError, match="not kept"):
+        wikitext2.fetch(server.url + "/w.zip", tmp_path / "d")
+    assert len(server.asked) == 1
+    assert leftovers(cache) == []
+
+
+def test_a_page_that_was_cached_before(server, cache, tmp_path, tiny):
+    """An older rayexp kept it."""
+    server.files["/t.zip"] = PAGE
+    kept = download(server.url + "/t.zip")
+    with pytest.raises(UserError, match="not kept"):
+        tiny_imagenet.fetch(server.url + "/t.zip", tmp_path / "d")
+    assert not kept.exists()
+
+
+def test_a_good_archive_of_something_else_is_kept(server, cache, tmp_path, tiny):
+    server.files["/t.zip"] = tiny.write_zip(tmp_path / "a.zip", {"x": b"1"}).read_bytes()
+    with pytest.raises(UserError, match=r"t\.zip: no wnids\.txt in it"):
+        tiny_imagenet.fetch(server.url + "/t.zip", tmp_path / "d")
+    assert len(leftovers(cache)) == 1
+
+
+def test_a_tar_from_a_url(server, cache, tmp_path, tiny):
+    server.files["/t.tgz"] = tiny.write_tar(tmp_path / "a.tgz", tiny.layout()).read_bytes()
+    assert tiny_imagenet.fetch(server.url + "/t.tgz", tmp_path / "d") is True
+    assert tiny_imagenet.fetch(server.url + "/t.tgz", tmp_path / "d") is False

@@ -140,6 +140,7 @@ def test_packed_once_and_again_after_a_change(tmp_path, tiny, mixed, cache):
     stamp = (packed / "meta.json").stat().st_mtime_ns
     folder.open_data(config(root))
     assert (packed / "meta.json").stat().st_mtime_ns == stamp
+    assert first.layout == "2 classes; train from the class folders; val: a fifth of each class, held out"
     (root / "dog" / "0.jpeg").write_bytes(tiny.picture(99, size=(64, 200)))
     os.utime(root / "dog" / "0.jpeg", ns=(1, 1))
     second = folder.open_data(config(root))
@@ -158,7 +159,7 @@ def test_info_without_packing(tmp_path, tiny, mixed, cache):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({}, "no images in class folders; expected"),
+        ({}, "no images in class folders; accepted: train/<class>/"),
         ({"a.png": 1}, "no images in class folders"),
         ({"a/1.png": 1, "a/2.png": 1}, "only the class a"),
         ({"a/1.png": 1, "b/1.png": 1}, "too few images"),

@@ -3,10 +3,13 @@ from __future__ import annotations
 import base64
 import errno
 import io
+import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
+import zlib
 from collections import namedtuple
 from pathlib import Path
 
@@ -15,9 +18,14 @@ import psutil
 import pytest
 from PIL import Image
 
+from rayexp.config import DataConfig
+from rayexp.data import decode as decoding
+from rayexp.data import folder, packed, tiny_imagenet
 from rayexp.data import pack as packing
-from rayexp.data import packed, tiny_imagenet
+from rayexp.disk import write_json
 from rayexp.errors import RunError, UserError
+
+HOUSE = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -119,7 +127,7 @@ def test_what_an_interruption_left_is_checked(tmp_path, tiny, source, counted, d
     assert shas(to) == shas(tmp_path / "fresh")
 
 
-def test_hash_does_not_depend_on_the_number_of_processes(tmp_path, source, monkeypatch):
+def test_hash_does_not_depend_on_the_number_of_processes(tmp_path, source, monkeypatch, helpers):
     for processes in (1, 3):
         monkeypatch.setattr(packing.pool, "cores", lambda n=processes: n)
         tiny_imagenet.fetch(source, tmp_path / f"{processes}")
@@ -178,6 +186,79 @@ def test_target_that_cannot_be_written(tmp_path, source, listing):
     assert listing(tmp_path) == before
 
 
+@pytest.mark.parametrize("at", [*packing.ARRAYS, "meta.json"])
+@pytest.mark.parametrize("how", ["disk", "killed"])
+def test_interrupted_while_files_are_moved(tmp_path, source, counted, monkeypatch, at, how):
+    """A full disk takes everything back; a killed process leaves what the next call goes on with."""
+    to = tmp_path / "d"
+    move = Path.replace
+
+    def fail(self, target):
+        if self.parent.name == ".tmp-pack" and self.name == at:
+            raise OSError(errno.ENOSPC, "No space left on device") if how == "disk" else KeyboardInterrupt
+        return move(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", fail)
+        with pytest.raises(UserError if how == "disk" else KeyboardInterrupt):
+            tiny_imagenet.fetch(source, to)
+    assert not packing.done(to)
+    assert to.exists() is (how == "killed")
+    counted.clear()
+    assert tiny_imagenet.fetch(source, to) is True
+    assert len(counted) == (8 if how == "disk" else 2)  # the last chunk of each split is always done again
+    packed.check(to)
+    assert {p.name for p in to.iterdir()} == {"meta.json", *packing.ARRAYS}
+    tiny_imagenet.fetch(source, tmp_path / "fresh")
+    assert shas(to) == shas(tmp_path / "fresh")
+
+
+def test_another_source_after_a_kill_while_files_were_moved(tmp_path, tiny, source, monkeypatch):
+    """What was moved was the packing's own, and does not stand in the way of another."""
+    to = tmp_path / "d"
+    sync = packing.sync_directory
+    with monkeypatch.context() as patch:
+        patch.setattr(packing, "sync_directory", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            tiny_imagenet.fetch(source, to)
+    assert sync is packing.sync_directory
+    assert (to / "train_images.npy").exists()
+    files = tiny.layout()
+    files["val/images/val_0.JPEG"] = tiny.picture(99)
+    tiny.write_zip(source, files)
+    assert tiny_imagenet.fetch(source, to) is True
+    packed.check(to)
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount"), reason="mounting a small disk needs root")
+def test_a_disk_that_fills_and_is_enlarged(tmp_path, tiny):
+    """Many images with long names: the names take more than the pixels."""
+    disk, root = tmp_path / "disk", tmp_path / "images"
+    disk.mkdir()
+    image = tiny.picture(1, size=(4, 4), format="PNG")
+    names = [f"{c}/{'long' * 50}-{k}.png" for c in "ab" for k in range(1500)]
+    tiny.write_folder(root, dict.fromkeys(names, image))
+    plan = folder.make_plan(root, 4)
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    usage = namedtuple("usage", "total used free")
+    try:
+        for estimate in (None, usage(10**9, 0, 10**9)):  # seen beforehand, and not
+            with pytest.MonkeyPatch.context() as patch:
+                if estimate:
+                    patch.setattr(packing.shutil, "disk_usage", lambda _, estimate=estimate: estimate)
+                for _ in range(2):
+                    with pytest.raises(UserError, match=rf"{disk / 'd'}: the disk is (too )?full"):
+                        packing.pack(disk / "d", lambda: plan)
+                    assert list(disk.iterdir()) == []
+        subprocess.run(["mount", "-o", "remount,size=20m", disk], check=True)
+        assert packing.pack(disk / "d", lambda: plan) is True
+        packed.check(disk / "d")
+        assert plan.bytes() > (disk / "d" / "meta.json").stat().st_size  # names count beforehand
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
 def test_files_of_the_same_name_are_not_overwritten(tmp_path, source, listing):
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "val_labels.npy").write_text("mine")
@@ -187,7 +268,8 @@ def test_files_of_the_same_name_are_not_overwritten(tmp_path, source, listing):
     assert listing(tmp_path) == before
 
 
-def test_several_at_once(tmp_path, tiny):
+@pytest.mark.parametrize("flock", [True, False], ids=["flock", "no flock"])
+def test_several_at_once(tmp_path, tiny, faults, flock):
     """One packs, the others wait for it; all find the same."""
     source = tiny.write_zip(tmp_path / "a.zip", tiny.layout())
     code = (
@@ -195,27 +277,28 @@ def test_several_at_once(tmp_path, tiny):
         "print(fetch(sys.argv[1], Path(sys.argv[2])))"
     )
     command = [sys.executable, "-c", code, str(source), str(tmp_path / "d")]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    env = None if flock else faults(flock=errno.ENOLCK)
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) for _ in range(4)]
     answers = [process.communicate(timeout=60)[0].strip() for process in processes]
     assert sorted(answers) == ["False", "False", "False", "True"]
     packed.check(tmp_path / "d")
     assert not (tmp_path / "d" / ".tmp-pack").exists()
 
 
-def test_a_dead_helper_is_reported(tmp_path):
+def test_a_dead_helper_is_reported(tmp_path, helpers):
     with pytest.raises(RunError, match=r"ended early \(exit code 3"):
         list(packing.pool.ordered("os:_exit", [[3]], 1))
     with pytest.raises(RunError, match="a helper process failed: ZeroDivisionError"):
         list(packing.pool.ordered("operator:truediv", [[1, 0]], 1))
 
 
-def test_pool_keeps_the_order():
+def test_pool_keeps_the_order(helpers):
     texts = [f"{k:04d}" for k in range(50)]
     answers = packing.pool.ordered("base64:b64decode", ([text] for text in texts), 3)
     assert list(answers) == [base64.b64decode(text) for text in texts]
 
 
-def test_pool_ends_its_processes_when_it_is_left():
+def test_pool_ends_its_processes_when_it_is_left(helpers):
     answers = packing.pool.ordered("base64:b64decode", [["AAAA"]] * 50, 2)
     next(answers)
     assert psutil.Process().children()
@@ -223,13 +306,121 @@ def test_pool_ends_its_processes_when_it_is_left():
     assert not psutil.Process().children()
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "P", "LA", "1", "I;16"])
+@pytest.mark.parametrize(
+    ("module", "command"), [("random", "-c"), ("queue", "script"), ("token", "-m"), ("numpy", "-c")]
+)
+def test_helpers_import_nothing_from_the_working_directory(tmp_path, module, command, cache):
+    """However the caller was started, and even where it has the working directory in its path."""
+    (tmp_path / f"{module}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'a').write(__name__)\n")
+    call = "from rayexp.data import pool; print(list(pool.ordered('base64:b64decode', [['AAAA']])))"
+    code = f"import os, sys; os.chdir({str(tmp_path)!r}); sys.path.insert(0, {str(tmp_path)!r}); {call}"
+    # The caller has imported its own modules before the folder is in its path.
+    code = f"import random, queue, token, json, numpy; import rayexp.data.pool; {code}"
+    script = tmp_path.parent / f"{tmp_path.name}-script.py"
+    script.write_text(code)
+    words = {"-c": ["-c", code], "script": [script], "-m": ["-m", script.stem]}[command]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HOUSE), str(script.parent)])}
+    done = subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, timeout=60, cwd=script.parent, env=environment
+    )
+    assert done.stdout == "[b'\\x00\\x00\\x00']\n", done.stderr
+    assert not (tmp_path / "ran").exists()
+
+
+def test_helpers_are_of_the_caller_s_own_tree(tmp_path):
+    """A source tree in which one works, though another is installed."""
+    shutil.copytree(HOUSE / "rayexp", tmp_path / "rayexp", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "rayexp" / "data" / "here.py").write_text("def where():\n    return __file__.encode()\n")
+    code = "from rayexp.data import pool; print(next(pool.ordered('rayexp.data.here:where', [[]])).decode())"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=tmp_path, env=environment
+    )
+    assert done.stdout.strip() == str(tmp_path / "rayexp" / "data" / "here.py"), done.stderr
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "P", "LA", "1"])
 def test_other_modes_become_rgb(tiny, mode):
-    if mode == "I;16":
-        gradient = (np.arange(64 * 64, dtype=np.uint16) * 16).reshape(64, 64)
-        out = io.BytesIO()
-        Image.fromarray(gradient).save(out, "PNG")
-        assert np.array_equal(np.asarray(packing._rgb(out.getvalue(), None))[..., 0], gradient >> 8)
-    else:
-        image = packing._rgb(tiny.picture(1, mode, format="PNG"), None)
-        assert (image.mode, image.size) == ("RGB", (64, 64))
+    image = decoding.rgb(tiny.picture(1, mode, format="PNG"), None)
+    assert (image.mode, image.size) == ("RGB", (64, 64))
+
+
+def saved(array: np.ndarray, format: str, **more) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(array).save(out, format, **more)
+    return out.getvalue()
+
+
+GRADIENT = (np.arange(64 * 64) * 16).reshape(64, 64)  # 0 .. 65,520
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+@pytest.mark.parametrize("order", ["<u2", ">u2"])
+def test_sixteen_bits_are_scaled(format, order):
+    if format == "PNG" and order == ">u2":
+        pytest.skip("a PNG has one order")
+    image = decoding.rgb(saved(GRADIENT.astype(order), format), None)
+    assert np.array_equal(np.asarray(image), np.repeat((GRADIENT >> 8)[..., None], 3, 2))
+    assert (np.asarray(decoding.rgb(saved(GRADIENT.astype(order), format), 32)).std()) > 50
+
+
+def test_sixteen_bits_of_colour():
+    """Written by hand: Pillow reads such a PNG but does not write one."""
+    rows = b"".join(b"\0" + bytes([x, 7, 128, 9, 255 - x, 200]) * 4 for x in range(4))
+    head = struct.pack(">IIBBBBB", 4, 4, 16, 2, 0, 0, 0)
+    png = b"\x89PNG\r\n\x1a\n"
+    for name, data in ((b"IHDR", head), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+        png += struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+    pixels = np.asarray(decoding.rgb(png, None))
+    assert pixels[:, 0].tolist() == [[x, 128, 255 - x] for x in range(4)]
+
+
+def test_twelve_bits_are_scaled():
+    """A TIFF of 12 bits a sample, two samples in three bytes."""
+    values = (np.arange(16) * 273).reshape(4, 4)
+    pairs = values.reshape(-1, 2)
+    data = b"".join(bytes([a >> 4, (a & 15) << 4 | b >> 8, b & 255]) for a, b in pairs.tolist())
+    tags = [(256, 4), (257, 4), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1), (278, 4), (279, len(data))]
+    directory = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", tag, 4, 1, of) for tag, of in tags)
+    tiff = b"II*\0" + struct.pack("<I", 8 + len(data)) + data + directory + struct.pack("<I", 0)
+    assert np.array_equal(np.asarray(decoding.rgb(tiff, None))[..., 0], values >> 4)
+
+
+@pytest.mark.parametrize("kind", ["int32", "float32"])
+def test_numbers_without_a_white_are_refused(tmp_path, tiny, cache, kind):
+    """They came out all white or all black."""
+    for scale in (1, 255, 65_535):
+        data = saved((GRADIENT / GRADIENT.max() * scale).astype(kind), "TIFF")
+        files = {f"{c}/{k}.png": tiny.picture(k, format="PNG") for c in "ab" for k in range(2)}
+        root = tiny.write_folder(tmp_path / f"{scale}", {**files, "b/x.tif": data})
+        what = "floats" if kind == "float32" else "signed or 32-bit integers"
+        with pytest.raises(
+            UserError, match=rf"b/x\.tif: cannot be decoded \(its pixels are {what}, .*allowed: 8 or 16"
+        ):
+            folder.open_data(DataConfig(name="folder", root=root))
+        assert list(cache.glob("folders/*")) == []
+
+
+@pytest.mark.parametrize("where", ["image", "class", "root", "stray"])
+def test_names_that_are_no_utf8(tmp_path, tiny, cache, where):
+    """Latin-1, as old disks have it: packed, found again, and kept through JSON."""
+    cafe = os.fsdecode(b"caf\xe9")
+    root = tmp_path / (cafe if where == "root" else "d")
+    one, other = (cafe if where == "class" else "a"), "b"
+    files = {f"{c}/{k}.png": tiny.picture(k, format="PNG") for c in (one, other) for k in range(3)}
+    if where == "image":
+        files[f"a/{cafe}.png"] = tiny.picture(9, format="PNG")
+    if where == "stray":
+        files[f"{cafe}.png"] = tiny.picture(9, format="PNG")
+    tiny.write_folder(root, files)
+    config = DataConfig(name="folder", root=root)
+    first = folder.open_data(config)
+    assert {*first.train.names, *first.val.names} == {name for name in files if "/" in name}
+    os.utime(root / other / "0.png", ns=(1, 1))
+    again = folder.open_data(config)
+    assert (again.train.sha, again.train.names, again.classes) == (first.train.sha, first.train.names, first.classes)
+    (at,) = [path for path in (cache / "folders").iterdir() if not path.is_symlink()]
+    packed.check(at)
+    described = {"val_names": list(first.val.names), "classes": first.classes, "layout": first.layout}
+    write_json(tmp_path / "data.json", described)
+    assert json.loads((tmp_path / "data.json").read_text())["val_names"] == described["val_names"]

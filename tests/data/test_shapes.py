@@ -75,7 +75,7 @@ def test_fetched_elsewhere(tmp_path, cache):
     assert shapes.fetch(None, tmp_path / "d", train=2, val=1) is True
     assert shapes.fetch(None, tmp_path / "d", train=2, val=1) is False
     assert len(shapes.open_data(DataConfig(root=tmp_path / "d")).train) == 40
-    assert list(cache.iterdir()) == []
+    assert list(cache.glob("shapes-*")) == []
 
 
 def test_full_disk_leaves_nothing(tmp_path, monkeypatch):
@@ -96,7 +96,7 @@ def test_first_use_by_several_processes(cache):
     answers = {process.communicate(timeout=60)[0] for process in processes}
     assert [process.returncode for process in processes] == [0] * 4
     assert len(answers) == 1
-    (home,) = cache.iterdir()
+    (home,) = cache.glob("shapes-*")
     assert sorted(p.name for p in home.iterdir() if p.suffix != ".npy") == ["meta.json", "shapes.zip"]
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rayexp.config import DataConfig
 from rayexp.data import open_data, python_docs, text, wikitext2
@@ -201,10 +203,76 @@ def test_wikitext2_that_was_not_fetched_is_said(folder: Path) -> None:
         open_data(DataConfig(name="wikitext2", root=folder))
 
 
+def corpus(files: list[Path]) -> tuple[list[str], list[list[int]]]:
+    """Dictionary and Corpus of pytorch/examples word_language_model (data.py), in other words."""
+    word2idx: dict[str, int] = {}
+    idx2word: list[str] = []
+    for file in files:
+        with file.open(encoding="utf8") as lines:
+            for line in lines:
+                for word in [*line.split(), "<eos>"]:
+                    if word not in word2idx:
+                        idx2word.append(word)
+                        word2idx[word] = len(idx2word) - 1
+    ids = []
+    for file in files:
+        with file.open(encoding="utf8") as lines:
+            ids.append([word2idx[word] for line in lines for word in [*line.split(), "<eos>"]])
+    return idx2word, ids
+
+
+WORDS = st.lists(st.sampled_from(["the", "cat", "<unk>", "=", "@-@", "é", "<eos>", "\u00a0", "x\u2028y"]), max_size=5)
+TEXT = st.lists(WORDS.map(" ".join), min_size=1, max_size=6).map(lambda lines: "".join(f" {line} \n" for line in lines))
+
+
+@settings(deadline=None)
+@given(st.fixed_dictionaries({name: TEXT.filter(lambda lines: lines.strip()) for name in text.SPLITS}))
+def test_wikitext2_is_numbered_as_by_the_example(tmp_path_factory: pytest.TempPathFactory, splits: dict) -> None:
+    """One <eos> a line, empty ones too; words by first appearance in train, valid, test."""
+    root = tmp_path_factory.mktemp("w")
+    files = [root / f"wiki.{name}.tokens" for name in text.SPLITS]
+    for file, lines in zip(files, splits.values(), strict=True):
+        file.write_text(lines, encoding="utf8")
+    words, ids = corpus(files)
+    meta = wikitext2.fetch(root, root / "packed")
+    data = open_data(DataConfig(name="wikitext2", root=root / "packed"))
+    assert list(data.vocabulary) == words
+    assert [getattr(data, name).tolist() for name in text.SPLITS] == ids
+    assert meta["tokens"] == {
+        **{name: len(of) for name, of in zip(text.SPLITS, ids, strict=True)},
+        "vocabulary": len(words),
+    }
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.sampled_from("abcde"), min_size=1, max_size=30),
+    st.lists(st.sampled_from("abcdefg"), min_size=1, max_size=30),
+    st.integers(1, 4),
+    st.booleans(),
+)
+def test_unknown_words_against_counting_by_hand(train: list[str], valid: list[str], least: int, own: bool) -> None:
+    """Known are the words that occur `least` times in train; <unk> is the last word, unless the text has its own."""
+    train = [*train, "<eos>", *(["<unk>"] if own else [])]
+    valid = [*valid, "<eos>"]
+    vocabulary, tokens = text.encode({"train": train, "valid": valid}, known=("train",), min_count=least)
+    known = [word for word in dict.fromkeys(train) if train.count(word) >= least or word in ("<eos>", "<unk>")]
+    assert list(vocabulary) == (known if own else [*known, "<unk>"])
+    for name, words in (("train", train), ("valid", valid)):
+        assert [vocabulary[n] for n in tokens[name]] == [word if word in known else "<unk>" for word in words]
+
+
 @pytest.mark.skipif("RAYEXP_TEST_DATA" not in os.environ, reason="RAYEXP_TEST_DATA names no folder with real data")
 def test_the_real_wikitext2_has_the_published_counts(tmp_path: Path) -> None:
-    meta = wikitext2.fetch(Path(os.environ["RAYEXP_TEST_DATA"]) / "wikitext-2-v1.zip", tmp_path / "packed")
+    archive = Path(os.environ["RAYEXP_TEST_DATA"]) / "wikitext-2-v1.zip"
+    meta = wikitext2.fetch(archive, tmp_path / "packed")
     assert meta["notes"] == []
+    with zipfile.ZipFile(archive) as source:
+        source.extractall(tmp_path)
+    words, ids = corpus([next(tmp_path.glob(f"*/wiki.{name}.tokens")) for name in text.SPLITS])
+    data = open_data(DataConfig(name="wikitext2", root=tmp_path / "packed"))
+    assert list(data.vocabulary) == words
+    assert [getattr(data, name).tolist() for name in text.SPLITS] == ids
     assert meta["tokens"] == {"train": 2_088_628, "valid": 217_646, "test": 245_569, "vocabulary": 33_278}
 
 

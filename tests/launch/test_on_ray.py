@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -16,6 +17,7 @@ import pytest
 from rayexp.config import ExperimentConfig
 from rayexp.errors import RunError, UserError
 from rayexp.launch.train import run
+from rayexp.manifest import sealed
 from rayexp.runs import Run
 
 pytestmark = pytest.mark.ray
@@ -126,7 +128,8 @@ def test_a_failure_of_the_training_code_is_told_in_one_line(tiny: Tiny, ray_here
     made = run(tiny(), argv=[], max_steps=2)
     newest = next(made.resumable())[0]
     words = newest / "state.json"
-    words.write_text(words.read_text().replace('"steps": ', '"steps": 1'))
+    state = json.loads(words.read_bytes())
+    words.write_text(json.dumps(sealed({**state, "steps": state["steps"] + 100})))
     with pytest.raises(RunError, match="an epoch had") as caught:
         run(tiny(scaling={"num_workers": 2}), argv=[], resume=made)
     assert "\n" not in str(caught.value)

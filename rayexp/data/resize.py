@@ -1,0 +1,73 @@
+"""Packed images at another size: a copy in the cache, made from the packed pixels (no archive is needed)."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from rayexp.config import DataConfig
+from rayexp.data import ImageData, ImageSplit, uses
+from rayexp.data.decode import answer, fit
+from rayexp.data.fetch import Source, cache_dir
+from rayexp.data.pack import SPLITS, Item, Plan, pack
+from rayexp.data.packed import open_packed, read_meta
+
+WHOLE = ("tiny_imagenet", "shapes")  # packed as they are; of others, what was cut off would be missing
+
+
+def open_resized(root: Path, config: DataConfig) -> ImageData:
+    """The packed folder `root` at `config.image_size`; where it is packed at another size, a copy in the cache.
+
+    Raises:
+        UserError: see open_packed; the cache cannot be written or its disk is full.
+    """
+    meta = read_meta(root)
+    if meta["image_size"] == config.image_size or meta["dataset"] not in WHOLE:
+        return open_packed(root, config)
+    everything = {"image_size": meta["image_size"], "max_train_samples": None, "max_val_samples": None}
+    whole = open_packed(root, config.model_copy(update=everything))
+    plan = Plan(
+        dataset=meta["dataset"],
+        source=source_of(root.absolute(), meta),
+        classes=whole.classes,
+        splits={"train": _items("train", whole.train), "val": _items("val", whole.val)},
+        size=config.image_size,
+        resize=True,
+        layout=whole.layout,
+        decoder="rayexp.data.resize:resize",
+    )
+    packed = cache_dir() / "folders" / f"{root.absolute().name}-{config.image_size}px-{plan.key()[:16]}"
+    pack(packed, lambda: plan)
+    uses.note(packed, root.absolute())
+    data = open_packed(packed, config)
+    uses.hold(packed, data.train.images)
+    return data
+
+
+def source_of(root: Path, meta: dict[str, Any]) -> Source:
+    """A packed folder as what is to be packed; its key changes with the images, not with the place."""
+    return Source(root, "", {split: (meta["counts"][split], int(meta["sha"][split], 16)) for split in SPLITS})
+
+
+def _items(split: str, images: ImageSplit) -> list[Item]:
+    labels = images.labels.tolist()
+    return [(f"{split}/{row}", name, label) for row, (name, label) in enumerate(zip(images.names, labels, strict=True))]
+
+
+def resize(path: str, prefix: str, names: list[str], size: int, resize: bool, shown: str) -> bytes:
+    """For the pool, as decode.decode; names are `train/<row>` and `val/<row>` of the packed folder `path`."""
+    pixels = np.empty((len(names), size, size, 3), np.uint8)
+    for row, name in enumerate(names):
+        split, _, at = name.partition("/")
+        pixels[row] = np.asarray(fit(Image.fromarray(_mapped(path, split)[int(at)]), size))
+    return answer(pixels)
+
+
+@functools.cache
+def _mapped(path: str, split: str) -> NDArray[np.uint8]:
+    return np.asarray(np.load(Path(path) / f"{split}_images.npy", mmap_mode="r"))
