@@ -68,7 +68,7 @@ def _check(found: list[Run], as_json: bool) -> None:
     for name, findings in {} if as_json else checked.items():
         covered = sum(f.state == "ok" for f in findings)
         without = sum(f.state == "not covered" for f in findings)
-        print(
+        tell(
             f"{name}: {'damaged: ' + '; '.join(map(str, damaged[name])) if damaged[name] else 'ok'} "
             f"({covered} of {len(findings)} by their hashes, {without} not covered by one)"
         )
@@ -129,7 +129,7 @@ def _one(run: Run, as_json: bool) -> None:
     if not records:
         return
     found, names = best(records), dict.fromkeys(name for r in records for name in r.metrics)
-    print()
+    tell()
     print_table(
         [
             {
