@@ -198,6 +198,9 @@ class Predictions:
     Arrays of kind `tokens` (n tokens): `offset` int64[n] position of the token in the validation text,
     `token` int32[n] its id, `loss` float32[n] in nats.
 
+    Where a model's output is not finite there is no judgement: `loss` (and `confidence`) are not finite either, every
+    class of `top5` is -1, and the sample counts as wrong.
+
     Rows are sorted by `index` or `offset`. `data_sha` names the validation data: two Predictions can be compared
     only where it is equal.
     """
@@ -211,6 +214,20 @@ class Predictions:
 
     def __getitem__(self, name: str) -> NDArray[Any]:
         return self.arrays[name]
+
+    @property
+    def finite(self) -> NDArray[np.bool_]:
+        """bool[n]: whether the row is a judgement, its numbers being finite."""
+        columns = [self.arrays[name] for name in ("loss", "confidence") if name in self.arrays]
+        return np.asarray(np.isfinite(np.stack(columns)).all(axis=0))
+
+    def same_as(self, other: Predictions) -> bool:
+        """Whether both say the same of the same data, bit for bit; rows that are not finite must be so in both."""
+        if self.kind != other.kind or self.data_sha != other.data_sha or self.arrays.keys() != other.arrays.keys():
+            return False
+        if len(self) != len(other) or not np.array_equal(whole := self.finite, other.finite):
+            return False
+        return all(np.array_equal(array[whole], other[name][whole]) for name, array in self.arrays.items())
 
     def to_npz(self) -> bytes:
         """The file's bytes: the arrays, and `kind` and `data_sha` as strings."""

@@ -16,7 +16,7 @@ HOUSE = Path(__file__).parents[1] / "rayexp"
 
 # From the ground up; a module imports only from floors below its own, and from its own floor.
 FLOORS = (
-    ("errors", "spawn"),
+    ("errors", "display", "spawn"),
     ("clock", "locks"),
     ("config", "fields", "yaml_tree", "disk", "records", "manifest"),
     ("runs",),
@@ -30,7 +30,19 @@ FLOORS = (
     ("cli", "__main__"),
 )
 # Reads what lies on disk, and nothing that trains.
-ANALYSIS = {"errors", "clock", "locks", "config", "disk", "records", "comparison", "runs", "data", "analysis"}
+ANALYSIS = {
+    "errors",
+    "display",
+    "clock",
+    "locks",
+    "config",
+    "disk",
+    "records",
+    "comparison",
+    "runs",
+    "data",
+    "analysis",
+}
 # config looks into the table of workloads, which is names only.
 EXCEPTIONS = {("config.py", "workloads")}
 ROOMS = {

@@ -22,7 +22,7 @@ class Line:
 
     Attributes:
         measured: the cell and its repeats.
-        rate: median samples per second.
+        rate: throughput, samples over seconds of all steps.
         epoch: seconds of an ordinary epoch.
         speedup: against `reference`, the smallest measured cell of the same kind, precision and reduction.
         efficiency: speed-up over the ratio of devices.
@@ -78,6 +78,7 @@ class Line:
             },
             "step_seconds": {
                 **m.step_seconds().to_json(),
+                "median": m.step_median(),
                 "p95": m.step_p95(),
                 "steps": sum(len(r.steps["total"]) for r in m.repeats),
             },
@@ -316,7 +317,7 @@ def _families(measured: list[Measured], rates: Mapping[str, Estimate], config: C
         # In-process cells exchange nothing and may use other cores: the law is that of the workers, where there are.
         ours = [m for m in members if m.cell.workers] or members
         ours.sort(key=lambda m: m.cell.devices)
-        points = [(m.cell.devices, r) for m in ours for r in _medians(m)]
+        points = [(m.cell.devices, r) for m in ours for r in _throughputs(m)]
         fits: tuple[Fit, ...] = ()
         if config.mode == "strong":
             counts, values = [n for n, _ in points], [r for _, r in points]
@@ -325,10 +326,8 @@ def _families(measured: list[Measured], rates: Mapping[str, Estimate], config: C
     return found
 
 
-def _medians(m: Measured) -> list[float]:
-    import numpy as np
-
-    return [float(np.median(repeat.rates)) for repeat in m.repeats]
+def _throughputs(m: Measured) -> list[float]:
+    return [repeat.throughput for repeat in m.repeats]
 
 
 def _forecast(
@@ -353,7 +352,7 @@ def _forecast(
         fixed=base.step_seconds("optimizer"),
         reduce=base.step_seconds("reduce"),
         volume=volume,
-        samples=base.rate().value * base.step_seconds().value,
+        samples=base.step_samples(),
         link=link,
         weak=config.mode == "weak",
     )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from rayexp.analysis.compare import CompareReport, Family, Line
 from rayexp.analysis.scaling import Estimate
+from rayexp.display import figure
 
 Table = list[dict[str, str]]
 
@@ -61,6 +62,7 @@ def speed(report: CompareReport) -> Table:
             "on": devices(line),
             f"{report.unit}/s (95 %)": between(line.rate),
             "step": seconds(line.measured.step_seconds().value),
+            "median": seconds(line.measured.step_median()),
             "p95": seconds(line.measured.step_p95()),
             "speed-up (95 %)": "1" if line.reference == line.cell.id else between(line.speedup),
             "efficiency": "" if line.efficiency is None else f"{100 * line.efficiency.value:.0f} %",
@@ -119,8 +121,8 @@ def results(report: CompareReport) -> Table:
                 "cell": line.cell.id,
                 "weights": shas[0][:12] if len(shas) == 1 else many if shas else "",
                 "differ": unlike,
-                "val_loss": number(last.val_loss),
-                **{name: number(value) for name, value in last.metrics.items()},
+                "val_loss": figure(last.val_loss, ".3g"),
+                **{name: figure(value, ".3g") for name, value in last.metrics.items()},
                 "repeats": str(len(m.repeats)),
             }
         )
@@ -141,6 +143,8 @@ def fits(family: Family) -> list[str]:
             if name != "rate1"
         )
         peak = f"; the rate peaks at {fit.peak:.3g} devices" if fit.peak else ""
+        if fit.peak == 1:
+            peak = "; the rate falls from the first device on"
         found.append(f"{head}{names}; off by {100 * (fit.error or 0):.1f} % (rms){peak}.")
     return found
 

@@ -1,7 +1,8 @@
 """Which images do two checkpoints judge differently? Top-1 decides; the statistics are those of `paired`.
 
 `kind` of a flip (the predictions differ): `lost` A right, B wrong; `gained` A wrong, B right; `other_wrong` both
-wrong in different ways. churn = lost + gained + other_wrong.
+wrong in different ways; `not_finite` A, B or both give no finite output, which is equal to nothing. churn = lost +
+gained + other_wrong + not_finite. In accuracies and statistics a sample that is not finite counts as wrong.
 """
 
 from __future__ import annotations
@@ -15,32 +16,35 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rayexp.analysis.pair import Checkpoint, check, config_changes
+from rayexp.analysis.pair import Checkpoint, check, config_changes, equal, same_model, top1
 from rayexp.analysis.paired import (
     LEVEL,
     POWER,
+    Verdict,
     adjust,
     detectable_difference,
     difference_interval,
     mcnemar,
-    plain,
     verdict,
 )
+from rayexp.display import NOT_FINITE, csv_cell, plain
 from rayexp.errors import UserError
+from rayexp.records import Predictions
 
-KINDS = ("lost", "other_wrong", "gained")
+KINDS = ("not_finite", "lost", "other_wrong", "gained")
 
 
 @dataclass(frozen=True, slots=True)
 class Flip:
-    """One image on which A and B disagree. Classes are label indices; losses in nats."""
+    """One image on which A and B disagree. Classes are label indices, None where a side's output is not finite; losses
+    in nats."""
 
     index: int
     name: str
     label: int
     kind: str
-    a: int
-    b: int
+    a: int | None
+    b: int | None
     confidence_a: float
     confidence_b: float
     loss_a: float
@@ -75,8 +79,10 @@ class Move:
 class DiffReport:
     """What changed from A to B. Accuracies, `difference`, `interval` and `detectable` in percent and percentage points.
 
-    `flips` are worst first: lost, other_wrong, gained, each by how much the loss rose. `classes` are by the change
-    in right answers, losses first. `confidence[kind]` is the median confidence of A and of B on those flips.
+    The n images are both_right + lost + gained + both_wrong + broken; `not_finite` are those of A and those of B that
+    have no finite output, `broken` those of either. `flips` are worst first: not_finite, lost, other_wrong, gained,
+    each by how much the loss rose. `classes` are by the change in right answers, losses first. `confidence[kind]` is
+    the median confidence of A and of B on those flips. `equal`: both say the same of every image.
     """
 
     a: Checkpoint
@@ -92,6 +98,9 @@ class DiffReport:
     gained: int
     both_wrong: int
     other_wrong: int
+    not_finite: tuple[int, int]
+    broken: int
+    equal: bool
     difference: float
     interval: tuple[float, float]
     mcnemar_p: float
@@ -104,31 +113,44 @@ class DiffReport:
 
     @property
     def churn(self) -> int:
-        """Images whose top-1 prediction changed."""
-        return self.lost + self.gained + self.other_wrong
+        """Images whose top-1 prediction changed, or that have none."""
+        return self.lost + self.gained + self.other_wrong + self.broken
+
+    def count(self, kind: str) -> int:
+        """How many flips are of that kind."""
+        return self.broken if kind == "not_finite" else int(getattr(self, kind))
 
     @property
     def verdict(self) -> str | None:
-        """PASS, FAIL or INCONCLUSIVE against `max_drop` percentage points of top-1; None where none was asked."""
-        return None if self.max_drop is None else verdict(self.interval, self.max_drop)
+        """PASS, FAIL or INCONCLUSIVE against `max_drop`; None where none was asked."""
+        return self.ruling.word if self.ruling else None
+
+    @property
+    def ruling(self) -> Verdict | None:
+        """Against `max_drop` percentage points of top-1; None where none was asked."""
+        if self.max_drop is None:
+            return None
+        return verdict(self.interval, self.max_drop, equal=self.equal, n=self.n, not_finite=self.not_finite)
 
     @property
     def same_model(self) -> bool:
         """Whether both sides have the same weights, bit for bit."""
-        return bool(self.a.weights_sha) and self.a.weights_sha == self.b.weights_sha
+        return same_model(self.a, self.b)
 
     def within(self, max_drop: float | None) -> DiffReport:
         """The same report with a verdict."""
         return replace(self, max_drop=max_drop)
 
-    def words(self, label: int) -> str:
-        """A class's short name, see `short_names`."""
-        return self.short[label]
+    def words(self, label: int | None) -> str:
+        """A class's short name, see `short_names`; `not finite` for None."""
+        return NOT_FINITE if label is None else self.short[label]
 
     def to_json(self) -> dict[str, Any]:
         """The keys that scripts may rely on: n, acc1, acc5, churn, gained, lost, mcnemar_p, flips."""
 
-        def name(label: int) -> dict[str, Any]:
+        def name(label: int | None) -> dict[str, Any]:
+            if label is None:
+                return {"index": None, "id": None, "words": None}
             return {"index": label, "id": self.class_names[label][0], "words": self.class_names[label][1]}
 
         def flip(f: Flip) -> dict[str, Any]:
@@ -145,6 +167,7 @@ class DiffReport:
             "a": self.a.to_json(),
             "b": self.b.to_json(),
             "same_model": self.same_model,
+            "equal": self.equal,
             "config_changes": [{"key": k, "a": x, "b": y} for k, x, y in config_changes(self.a, self.b)],
             "n": self.n,
             "acc1": _two(self.acc1),
@@ -161,10 +184,12 @@ class DiffReport:
             "gained": self.gained,
             "lost": self.lost,
             "other_wrong": self.other_wrong,
+            "not_finite": {**_two(self.not_finite), "either": self.broken},
             "both_right": self.both_right,
             "both_wrong": self.both_wrong,
             "max_drop": self.max_drop,
             "verdict": self.verdict,
+            "verdict_reason": self.ruling and self.ruling.why,
             "confidence": {kind: _two(pair) for kind, pair in self.confidence.items()},
             "classes": [change(c) for c in self.classes],
             "moves": [{"label": name(m.label), "a": name(m.a), "b": name(m.b), "count": m.count} for m in self.moves],
@@ -173,20 +198,21 @@ class DiffReport:
         return dict(plain(report))
 
     def to_csv(self) -> str:
-        """The flips, one a line, worst first."""
+        """The flips, one a line, worst first; a side that is not finite has an empty class and numbers `nan`."""
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
         head = "name,label,label_id,label_words,kind,a,a_words,a_confidence,a_loss,b,b_words,b_confidence,b_loss"
         writer.writerow(head.split(","))
         for f in self.flips:
-            true, a, b = (self.class_names[k] for k in (f.label, f.a, f.b))
-            left = (f.a, a[1], f"{f.confidence_a:.6f}", f"{f.loss_a:.6f}")
-            right = (f.b, b[1], f"{f.confidence_b:.6f}", f"{f.loss_b:.6f}")
-            writer.writerow((f.name, f.label, *true, f.kind, *left, *right))
+            a, b = (("" if k is None else csv_cell(self.class_names[k][1])) for k in (f.a, f.b))
+            left = (f.a, a, f"{f.confidence_a:.6f}", f"{f.loss_a:.6f}")
+            right = (f.b, b, f"{f.confidence_b:.6f}", f"{f.loss_b:.6f}")
+            true = map(csv_cell, self.class_names[f.label])
+            writer.writerow((csv_cell(f.name), f.label, *true, f.kind, *left, *right))
         return out.getvalue()
 
 
-def _two(pair: tuple[float, float]) -> dict[str, float]:
+def _two(pair: tuple[float, float]) -> dict[str, Any]:
     return {"a": pair[0], "b": pair[1]}
 
 
@@ -202,16 +228,18 @@ def diff_images(a: Checkpoint, b: Checkpoint) -> DiffReport:
     if not np.array_equal(label, q["label"]):
         raise UserError(f"{a.name} and {b.name} disagree on the true labels of the same data; one of them is damaged")
     class_names, names = _names(a, b)
-    first, second = p["top5"][:, 0], q["top5"][:, 0]
+    first, second = top1(p), top1(q)
     right_a, right_b = first == label, second == label
     gain, loss = ~right_a & right_b, right_a & ~right_b
-    changed = first != second
+    broken = ~(p.finite & q.finite)
+    changed = (first != second) | broken
     gained, lost, n = int(gain.sum()), int(loss.sum()), len(label)
-    code = np.where(loss, 0, np.where(gain, 2, 1))  # positions in KINDS
+    code = np.select([broken, loss, gain], [0, 1, 3], 2)  # positions in KINDS
     low, high = difference_interval(gained, lost, n)
     smallest = detectable_difference(gained + lost, n)
     flips = _flips(a, b, np.flatnonzero(changed), code, names)
-    both_right = int((right_a & right_b).sum())
+    count = {kind: int((changed & (code == i)).sum()) for i, kind in enumerate(KINDS)}
+    both_right, moved = int((right_a & right_b).sum()), changed & ~broken
     return DiffReport(
         a=a,
         b=b,
@@ -219,20 +247,23 @@ def diff_images(a: Checkpoint, b: Checkpoint) -> DiffReport:
         short=short_names(class_names),
         n=n,
         acc1=(100 * float(right_a.mean()), 100 * float(right_b.mean())),
-        acc5=(_top5(p["top5"], label), _top5(q["top5"], label)),
+        acc5=(_top5(p), _top5(q)),
         loss=(float(p["loss"].mean(dtype=np.float64)), float(q["loss"].mean(dtype=np.float64))),
         both_right=both_right,
-        lost=lost,
-        gained=gained,
-        both_wrong=n - both_right - lost - gained,
-        other_wrong=int((changed & ~gain & ~loss).sum()),
+        lost=count["lost"],
+        gained=count["gained"],
+        both_wrong=n - both_right - count["lost"] - count["gained"] - count["not_finite"],
+        other_wrong=count["other_wrong"],
+        not_finite=(int((~p.finite).sum()), int((~q.finite).sum())),
+        broken=count["not_finite"],
+        equal=equal(a, b, int(changed.sum())),
         difference=100 * (gained - lost) / n,
         interval=(100 * low, 100 * high),
         mcnemar_p=float(mcnemar(gained, lost)),
         detectable=None if smallest is None else 100 * smallest,
         confidence=_confidence(flips),
         classes=_classes(label, right_a, right_b, len(class_names)),
-        moves=_moves(label[changed], first[changed], second[changed], len(class_names)),
+        moves=_moves(label[moved], first[moved], second[moved], len(class_names)),
         flips=flips,
     )
 
@@ -247,8 +278,8 @@ def short_names(class_names: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _top5(top5: NDArray[Any], label: NDArray[Any]) -> float:
-    return 100 * float((top5 == label[:, None]).any(axis=1).mean())
+def _top5(p: Predictions) -> float:
+    return 100 * float(((p["top5"] == p["label"][:, None]).any(axis=1) & p.finite).mean())
 
 
 def _names(a: Checkpoint, b: Checkpoint) -> tuple[tuple[tuple[str, str], ...], list[str]]:
@@ -261,8 +292,8 @@ def _names(a: Checkpoint, b: Checkpoint) -> tuple[tuple[tuple[str, str], ...], l
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}: `classes` as [id, words] and `val_names` are expected ({error!r})") from error
         classes, names = tables[-1]
-        largest = int(max(side.predictions["label"].max(), side.predictions["top5"].max()))
-        smallest = int(min(side.predictions["label"].min(), side.predictions["top5"].min()))
+        named = (side.predictions["label"], side.predictions["top5"][side.predictions.finite])
+        largest, smallest = max(int(x.max(initial=0)) for x in named), min(int(x.min(initial=0)) for x in named)
         if smallest < 0 or largest >= len(classes):
             raise UserError(f"{path}: lists {len(classes)} classes, but {side.name} names class {largest or smallest}")
         if int(side.predictions["index"][-1]) >= len(names):
@@ -278,18 +309,22 @@ def _flips(a: Checkpoint, b: Checkpoint, rows: NDArray[Any], code: NDArray[Any],
     was, now = (np.nan_to_num(x["loss"][rows].astype(np.float64), nan=1e9, posinf=1e9) for x in (p, q))
     order = np.lexsort((rows, was - now, code[rows]))
     columns = (
-        p["index"][rows], p["label"][rows], code[rows], p["top5"][rows, 0], q["top5"][rows, 0],
+        p["index"][rows], p["label"][rows], code[rows], top1(p)[rows], top1(q)[rows],
         p["confidence"][rows], q["confidence"][rows], p["loss"][rows], q["loss"][rows],
     )  # fmt: skip
     return tuple(
-        Flip(index, names[index], label, KINDS[kind], first, second, *numbers)
+        Flip(index, names[index], label, KINDS[kind], _known(first), _known(second), *numbers)
         for index, label, kind, first, second, *numbers in zip(*(c[order].tolist() for c in columns), strict=True)
     )
 
 
+def _known(label: int) -> int | None:
+    return None if label < 0 else label
+
+
 def _confidence(flips: tuple[Flip, ...]) -> dict[str, tuple[float, float]]:
     medians = {}
-    for kind in KINDS:
+    for kind in KINDS[1:]:
         pairs = np.array([(f.confidence_a, f.confidence_b) for f in flips if f.kind == kind])
         if len(pairs):
             medians[kind] = (float(np.median(pairs[:, 0])), float(np.median(pairs[:, 1])))

@@ -19,24 +19,35 @@ def write_churn_page(path: Path, report: ChurnReport) -> None:
 
 def churn_page(report: ChurnReport) -> str:
     """The page as HTML."""
-    count = len(report.epochs)
+    count = len(report.sampled)
     top = float(report.matrix.max()) or 1.0
     size = 26 if count <= READABLE else max(3.0, 676 / count)
-    every = max(1, round(count / 20))
-    marks = [i for i in range(count) if i % every == 0 or (i == count - 1 and i % every > every // 2)]
     return render(
         "diff_churn.html.j2",
         r=report,
-        rows=list(zip(report.epochs, report.matrix.tolist(), strict=True)),
+        rows=list(zip(report.sampled, report.matrix.tolist(), strict=True)),
         top=top,
         size=size,
-        marks=marks,
+        marks=[(i, report.sampled[i]) for i in _marks(count)],
         numbers=count <= READABLE,
         curves=[(name, words, _points(report, name)) for name, words in CURVES],
-        ticks=[(round(_x(i, count), 1), report.epochs[i].epoch) for i in marks],
+        ticks=_ticks(report),
+        broken=any(e.not_finite for e in report.epochs),
         width=WIDTH,
         height=HEIGHT,
     )
+
+
+def _ticks(report: ChurnReport) -> list[tuple[float, int]]:
+    """Where the curves' plot is labelled with an epoch; numbers of four digits need twice the room."""
+    count = len(report.epochs)
+    return [(round(_x(i, count), 1), report.epochs[i].epoch) for i in _marks(count, 20 if count < 1000 else 10)]
+
+
+def _marks(count: int, labels: int = 20) -> list[int]:
+    """About so many of `count` positions, to be labelled."""
+    every = max(1, round(count / labels))
+    return [i for i in range(count) if i % every == 0 or (i == count - 1 and i % every > every // 2)]
 
 
 def _x(i: int, count: int) -> float:

@@ -14,6 +14,7 @@ from rayexp.analysis.html_page import render, save
 from rayexp.analysis.pair import config_changes
 from rayexp.analysis.text_diff import TextReport
 from rayexp.analysis.weights import WeightsReport
+from rayexp.display import printable
 from rayexp.errors import UserError
 
 MAX_PICTURES = 6_000  # about 10 MB of page; where there are more flips, lost and gained go first
@@ -62,15 +63,16 @@ def _sides(r: DiffReport) -> Any:
 
 
 def _shares(r: DiffReport) -> list[tuple[str, str, int, float]]:
-    """Class, words, count and percent of the five parts of the validation data."""
+    """Class, words, count and percent of the parts of the validation data."""
     parts = [
+        ("broken", "not finite", r.broken),
         ("same-right", "right in both", r.both_right),
         ("gained", "gained", r.gained),
         ("lost", "lost", r.lost),
         ("other", "wrong in another way", r.other_wrong),
         ("same-wrong", "wrong in the same way", r.both_wrong - r.other_wrong),
     ]
-    return [(css, words, count, 100 * count / r.n) for css, words, count in parts]
+    return [(css, words, count, 100 * count / r.n) for css, words, count in parts if count or css != "broken"]
 
 
 def interval_plot(value: float, interval: tuple[float, float], max_drop: float | None) -> dict[str, float | None]:
@@ -102,9 +104,9 @@ def _dots(r: DiffReport) -> dict[str, str]:
 def _gallery(r: DiffReport) -> dict[str, Any]:
     """The flips by columns, for the page's script."""
     return {
-        "words": [r.words(i) for i in range(len(r.class_names))],
+        "words": [printable(r.words(i)) for i in range(len(r.class_names))],
         "kinds": list(KINDS),
-        "name": [f.name for f in r.flips],
+        "name": [printable(f.name) for f in r.flips],
         "label": [f.label for f in r.flips],
         "kind": [KINDS.index(f.kind) for f in r.flips],
         "a": [f.a for f in r.flips],
@@ -135,7 +137,7 @@ def thumbnails(r: DiffReport) -> tuple[list[str], str]:
             if split.sha != r.a.predictions.data_sha:
                 reasons.append("the data in the run's data.root are not those that were judged")
                 continue
-            first = sorted(range(len(r.flips)), key=lambda i: r.flips[i].kind == "other_wrong")
+            first = sorted(range(len(r.flips)), key=lambda i: r.flips[i].kind in ("not_finite", "other_wrong"))
             shown = sorted(first[:MAX_PICTURES])
             encoded = dict(zip(shown, _encode(split, [r.flips[i].index for i in shown]), strict=True))
             return [encoded.get(i, "") for i in range(len(r.flips))], ""

@@ -8,25 +8,33 @@ from typing import Any
 
 from rayexp import __version__
 from rayexp.disk import write_atomic
+from rayexp.display import figure, printable
 from rayexp.errors import UserError
 
 TEMPLATES = Path(__file__).parent / "templates"
 
 
 def render(template: str, **values: Any) -> str:
-    """Fill a template of templates/; everything in it is escaped, missing values are errors."""
+    """Fill a template of templates/; everything in it is escaped, control characters too; missing values are errors."""
     import jinja2
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
+        finalize=_shown,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters["p"] = p_value
+    environment.filters["figure"] = figure
     made = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     return environment.get_template(template).render(version=__version__, made=made, **values)
+
+
+def _shown(value: Any) -> Any:
+    # Only plain text comes from outside; what the templates and filters have made safe is of a class of its own.
+    return printable(value, keep="\n\t") if type(value) is str else value
 
 
 def save(path: Path, page: str) -> None:

@@ -12,6 +12,7 @@ from rayexp.analysis.html_page import render
 from rayexp.analysis.pair import config_changes
 from rayexp.analysis.text_diff import TextReport, WordChange
 from rayexp.analysis.weights import WeightsReport
+from rayexp.display import NOT_FINITE
 
 SHORTEST, LONGEST = 100, 220  # tokens of a passage; it ends at the end of a line where there is one between
 EACH = 20  # passages that got worse, and as many that got better
@@ -52,13 +53,13 @@ def text_page(report: TextReport, weights: WeightsReport | None = None) -> str:
         interval=percent,
         shares=_shares(report),
         words=[("worse", "lost", worse, _widest(worse)), ("better", "gained", better, _widest(better))],
-        documents=sorted(report.documents, key=lambda d: _safe(d.ppl_a / d.ppl_b if d.ppl_b else 1.0)),
+        documents=sorted(report.documents, key=lambda d: _rank(d.ppl_a / d.ppl_b)),
         passages=_passages(report),
         legend=legend(),
     )
 
 
-def _safe(x: float) -> float:
+def _rank(x: float) -> float:
     return x if x == x else -1.0
 
 
@@ -67,18 +68,22 @@ def _widest(words: list[WordChange]) -> float:
 
 
 def _change(r: TextReport) -> NDArray[np.float64]:
-    p, q = r.a.predictions["loss"], r.b.predictions["loss"]
-    return q.astype(np.float64) - p.astype(np.float64)
+    """float64[n]: nats by which each token's loss rose; NaN where a side is not finite."""
+    p, q = r.a.predictions, r.b.predictions
+    with np.errstate(invalid="ignore"):  # inf - inf
+        change = q["loss"].astype(np.float64) - p["loss"].astype(np.float64)
+    return np.where(p.finite & q.finite, change, np.nan)
 
 
 def _shares(r: TextReport) -> list[tuple[str, str, int, float]]:
     """Class, words, count and percent of the parts of the text."""
-    change = _change(r)
+    change = _change(r)  # NaN, where a side is not finite, is neither
     worse, better = int((change > 0).sum()), int((change < 0).sum())
     parts = [
+        *([("broken", "not finite", r.broken)] if r.broken else []),
         ("gained", "probability more than doubled", r.gained),
         ("gained pale", "higher", better - r.gained),
-        ("same-wrong", "equal", r.n - worse - better),
+        ("same-wrong", "equal", r.n - worse - better - r.broken),
         ("lost pale", "lower", worse - r.lost),
         ("lost", "less than halved", r.lost),
     ]
@@ -122,18 +127,21 @@ def _passage(r: TextReport, kind: str, start: int, stop: int) -> Passage:
         (_colour(y - x), f"A {_probability(x)}, B {_probability(y)}", "↵" if word == "<eos>" else word)
         for word, x, y in zip(words, first.tolist(), second.tolist(), strict=True)
     ]
-    ppl_a, ppl_b = (float(np.exp(min(700.0, x.mean()))) for x in (first, second))
+    with np.errstate(over="ignore"):
+        ppl_a, ppl_b = (float(np.exp(x.mean())) for x in (first, second))
     return Passage(kind, int(p["offset"][start]), ppl_a, ppl_b, tokens)
 
 
 def _colour(change: float) -> str:
-    """`` w1 .. w4 where B knew worse, b1 .. b4 where it knew better."""
+    """`` w1 .. w4 where B knew worse, b1 .. b4 where it knew better; nf where a side is not finite."""
+    if not math.isfinite(change):
+        return "nf"
     level = sum(abs(change) > bound for bound in LEVELS)
     return "" if not level else f"{'w' if change > 0 else 'b'}{level}"
 
 
 def _probability(loss: float) -> str:
-    return f"{100 * math.exp(-loss):.2g} %" if loss == loss else "no number"
+    return f"{100 * math.exp(-loss):.2g} %" if math.isfinite(loss) else NOT_FINITE
 
 
 def legend() -> list[tuple[str, str]]:

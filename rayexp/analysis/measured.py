@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from rayexp.analysis.forecast import Point
-from rayexp.analysis.scaling import Estimate, Floats, mean_of, median
+from rayexp.analysis.scaling import Estimate, Floats, mean_of, ratio
 from rayexp.analysis.text_diff import FACTOR
 from rayexp.comparison import Cell, Comparison
 from rayexp.errors import UserError
@@ -40,11 +40,6 @@ class Repeat:
     startup: float
     first_step: float
     wall: float
-
-    @property
-    def rates(self) -> Floats:
-        """Samples per second of every step."""
-        return np.asarray(self.steps["count"] / self.steps["total"], dtype=np.float64)
 
     @property
     def throughput(self) -> float:
@@ -105,13 +100,22 @@ class Measured:
         return self.repeats[0].records[-1]
 
     def rate(self) -> Estimate:
-        """Median samples per second of a step."""
-        return median([r.rates for r in self.repeats], self.seed)
+        """Throughput: samples per second over all steps together."""
+        return ratio([(r.steps["count"], r.steps["total"]) for r in self.repeats], self.seed)
 
     def step_seconds(self, *phases: str) -> Estimate:
-        """Median seconds of a step, or of some of its phases together."""
+        """Mean seconds of a step, or of some of its phases together."""
         columns = phases or ("total",)
-        return median([np.sum([r.steps[c] for c in columns], axis=0) for r in self.repeats], self.seed)
+        sums = [np.sum([r.steps[c] for c in columns], axis=0) for r in self.repeats]
+        return ratio([(values, np.ones(len(values))) for values in sums], self.seed)
+
+    def step_samples(self) -> float:
+        """Mean samples of a step."""
+        return float(np.mean(np.concatenate([r.steps["count"] for r in self.repeats])))
+
+    def step_median(self) -> float:
+        """The median of a step's seconds; far below the mean where a few steps wait for all."""
+        return float(np.median(np.concatenate([r.steps["total"] for r in self.repeats])))
 
     def step_p95(self) -> float:
         """The 95th percentile of a step's seconds."""
@@ -228,10 +232,12 @@ def read(run: Run, wall: float) -> Repeat:
 def differing(a: Predictions, b: Predictions) -> int | None:
     """How many validation samples two models judge differently; None where they judged other data.
 
-    Images: another top-1 class. Tokens: a probability more than twice or less than half.
+    Images: another top-1 class. Tokens: a probability more than twice or less than half. What is not finite differs
+    from everything.
     """
     if a.kind != b.kind or a.data_sha != b.data_sha or len(a) != len(b):
         return None
+    whole = a.finite & b.finite
     if a.kind == "images":
-        return int((a["top5"][:, 0] != b["top5"][:, 0]).sum())
-    return int((np.abs(a["loss"] - b["loss"]) > FACTOR).sum())
+        return int((~whole | (a["top5"][:, 0] != b["top5"][:, 0])).sum())
+    return int((~whole).sum() + (np.abs(a["loss"] - b["loss"])[whole] > FACTOR).sum())

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rayexp.errors import UserError
 from rayexp.records import Predictions
@@ -93,6 +94,29 @@ def _check_rows(checkpoint: Checkpoint) -> None:
         raise UserError(f"{path}: top5 has shape {p['top5'].shape}; expected (images, 1 to 5)")
     if np.any(np.diff(p[POSITION[p.kind]]) <= 0):
         raise UserError(f"{path}: {POSITION[p.kind]} does not rise strictly")
+
+
+def top1(predictions: Predictions) -> NDArray[np.int64]:
+    """int64[n]: the first of the five classes; -1, which is no class, where the output is not finite."""
+    return np.where(predictions.finite, predictions["top5"][:, 0], -1).astype(np.int64)
+
+
+def same_model(a: Checkpoint, b: Checkpoint) -> bool:
+    """Whether both sides have the same weights, bit for bit."""
+    return bool(a.weights_sha) and a.weights_sha == b.weights_sha
+
+
+def equal(a: Checkpoint, b: Checkpoint, churn: int) -> bool:
+    """Whether both say the same of every sample: the same bits, or the same weights and no changed judgement (other
+    devices round losses differently). What is not finite is equal to nothing.
+
+    Args:
+        churn: judgements that changed.
+    """
+    p, q = a.predictions, b.predictions
+    if not (p.finite.all() and q.finite.all()):
+        return False
+    return p.same_as(q) or (same_model(a, b) and churn == 0)
 
 
 def weights_sha(run: Run, epoch: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +110,11 @@ def run_page(run: Run, records: list[EpochRecord], diffs: list[tuple[str, str]])
     """The page as HTML; `diffs` are (link, words)."""
     meta = run.meta()
     unit = "tokens" if meta.get("workload") == "language_model" else "images"
-    metrics = list(records[0].metrics)
-    best = run.best()
+    metrics = list(dict.fromkeys(name for record in records for name in record.metrics))
+    try:
+        best = next(r for r in records if r.epoch == run.best())
+    except UserError:  # none is finite
+        best = None
     return render(
         "report_run.html.j2",
         run=run,
@@ -118,7 +122,8 @@ def run_page(run: Run, records: list[EpochRecord], diffs: list[tuple[str, str]])
         status=run.status(),
         records=records,
         metrics=metrics,
-        best=next((r for r in records if r.epoch == best), records[-1]),
+        best=best,
+        nan=math.nan,
         unit=unit,
         seconds=tables.seconds,
         phases=[p for p in PHASES if any(r.seconds.get(p, 0.0) > 0 for r in records)],

@@ -65,14 +65,14 @@ def rates(report: CompareReport, kind: str) -> str:
             value = line.rate.value
             ax.barh(y, value, height=0.62, color="#cfe3f3", edgecolor="#0072B2", linewidth=0.8)
             ax.plot([low, high], [y, y], color="#17191e", linewidth=1.6, solid_capstyle="butt")
-            dots = [float(np.median(r.rates)) for r in line.measured.repeats]
+            dots = [r.throughput for r in line.measured.repeats]
             ax.plot(dots, [y] * len(dots), "o", markersize=3.6, color="#D55E00", markeredgewidth=0)
             ax.text(max(high, value), y, f"  {_short(value)}", va="center", fontsize=8.5)
         ax.set_yticks(range(len(lines)), [line.cell.id for line in lines])
         ax.set_ylim(len(lines) - 0.4, -0.6)
         ax.set_xlim(0, 1.14 * max(max(line.rate.interval[1], line.rate.value) for line in lines))
         ax.grid(visible=False, axis="y")
-        ax.set_xlabel(f"{report.unit} per second (median of steps; line: 95 % interval; dots: repeats)")
+        ax.set_xlabel(f"{report.unit} per second (over all steps; line: 95 % interval; dots: repeats)")
 
     return _draw(f"fig-rates-{kind}", 0.75 + 0.3 * len(lines), fill)
 

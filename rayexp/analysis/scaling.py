@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 LEVEL = 0.95
 DRAWS = 1000
-KEPT = 512  # steps of a repeat that are resampled; longer repeats are thinned to as many quantiles
+KEPT = 512  # steps of a repeat that are resampled; longer repeats are summed up to as many blocks
 Floats = NDArray[np.float64]
 
 
@@ -53,26 +53,30 @@ class Estimate:
         return {"value": self.value, "low": low, "high": high}
 
 
-def median(repeats: Sequence[Floats], seed: int) -> Estimate:
-    """The median over all steps of all repeats, with a two-stage bootstrap: repeats, then steps within each.
+def ratio(repeats: Sequence[tuple[Floats, Floats]], seed: int) -> Estimate:
+    """One total over another, over all steps of all repeats (samples over seconds: the throughput), with a two-stage
+    bootstrap: repeats, then steps within each.
 
-    (A. Davison, D. Hinkley, Bootstrap Methods and their Application, 1997, section 3.8.) With one repeat the interval
-    knows nothing of what differs from run to run.
+    A total counts every stall, as whoever waits for the run does; a median step would leave out those of a loader that
+    hands over its batches in bursts. (A. Davison, D. Hinkley, Bootstrap Methods and their Application, 1997, sections
+    2.4 and 3.8.) With one repeat the interval knows nothing of what differs from run to run.
 
     Args:
-        repeats: one value a step, for each repeat; none of them empty.
+        repeats: (above, below) with one value a step each, for each repeat; none of them empty.
         seed: of the resampling; different cells take different ones, since they are independent.
     """
     rng = np.random.default_rng(seed)
-    thinned = [_thin(np.asarray(r, dtype=np.float64)) for r in repeats]
-    lengths = np.array([len(t) for t in thinned])
-    padded = np.zeros((len(thinned), lengths.max()))
-    for row, values in zip(padded, thinned, strict=True):
-        row[: len(values)] = values
+    thinned = [np.stack([_blocks(above), _blocks(below)]) for above, below in repeats]
+    lengths = np.array([t.shape[1] for t in thinned])
+    padded = np.zeros((2, len(thinned), lengths.max()))
+    for row, values in enumerate(thinned):
+        padded[:, row, : values.shape[1]] = values
     picked = rng.integers(len(thinned), size=(DRAWS, len(thinned), 1))
     steps = (rng.random((DRAWS, len(thinned), lengths.max())) * lengths[picked]).astype(np.int64)
-    draws = np.median(padded[picked, steps].reshape(DRAWS, -1), axis=1)
-    return Estimate(float(np.median(np.concatenate(list(repeats)))), draws)
+    # every picked repeat counts with its own number of steps
+    above, below = (padded[:, picked, steps].mean(axis=3) * lengths[picked[:, :, 0]]).sum(axis=2)
+    total = np.sum([[np.sum(top), np.sum(bottom)] for top, bottom in repeats], axis=0)
+    return Estimate(float(total[0] / total[1]), above / below)
 
 
 def mean_of(values: Sequence[float], seed: int) -> Estimate:
@@ -82,10 +86,12 @@ def mean_of(values: Sequence[float], seed: int) -> Estimate:
     return Estimate(float(array.mean()), rng.choice(array, (DRAWS, len(array))).mean(axis=1))
 
 
-def _thin(values: Floats) -> Floats:
-    if len(values) <= KEPT:
-        return values
-    return np.asarray(np.quantile(values, (np.arange(KEPT) + 0.5) / KEPT), dtype=np.float64)
+def _blocks(values: Floats) -> Floats:
+    """Sums of KEPT blocks of neighbouring steps at most: the total stays."""
+    array = np.asarray(values, dtype=np.float64)
+    if len(array) <= KEPT:
+        return array
+    return np.asarray(np.add.reduceat(array, np.arange(KEPT) * len(array) // KEPT), dtype=np.float64)
 
 
 # ---------------------------------------------------------------------- speed-up
@@ -127,12 +133,12 @@ class Fit:
 
     @property
     def peak(self) -> float | None:
-        """USL: the device count sqrt((1 - sigma) / kappa) beyond which the rate falls (Gunther 2007); None where
-        kappa's interval reaches 0, since there may be no such count."""
+        """USL: the device count sqrt((1 - sigma) / kappa) beyond which the rate falls (Gunther 2007), 1 where it falls
+        from the first device on; None where kappa's interval reaches 0, since there may be no such count."""
         if self.refused or "kappa" not in self.parameters:
             return None
         kappa, low, _ = self.parameters["kappa"]
-        return math.sqrt(max(0.0, 1 - self.parameters["sigma"][0]) / kappa) if low > 0 else None
+        return math.sqrt(max(kappa, 1 - self.parameters["sigma"][0]) / kappa) if low > 0 else None
 
     def to_json(self) -> dict[str, Any]:
         """For `--json`."""

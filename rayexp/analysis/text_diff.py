@@ -1,8 +1,9 @@
 """What do two language models think of the same text? Perplexities, words, passages.
 
 There is no right or wrong token; `lost` are the tokens to which B gives less than half of A's probability, `gained`
-those to which it gives more than twice as much, and churn = lost + gained. Inference resamples whole documents,
-because neighbouring tokens are not independent.
+those to which it gives more than twice as much, `not_finite` those to which A, B or both give no finite loss (which is
+equal to nothing), and churn = lost + gained + not_finite. Inference is by whole documents, because neighbouring tokens
+are not independent.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rayexp.analysis.pair import Checkpoint, check, config_changes
-from rayexp.analysis.paired import LEVEL, plain
+from rayexp.analysis.pair import Checkpoint, check, config_changes, equal, same_model
+from rayexp.analysis.paired import LEVEL, Verdict, verdict
+from rayexp.display import csv_cell, plain
 from rayexp.errors import UserError
 from rayexp.records import Predictions
 
@@ -42,7 +44,7 @@ class WordChange:
 
 @dataclass(frozen=True, slots=True)
 class TokenFlip:
-    """One token whose probability more than doubled (`gained`) or halved (`lost`)."""
+    """One token whose probability more than doubled (`gained`) or halved (`lost`), or that has none (`not_finite`)."""
 
     offset: int
     word: str
@@ -65,8 +67,10 @@ class DocumentChange:
 class TextReport:
     """What changed from A to B on n tokens.
 
-    `ppl` and its intervals are perplexities; `ratio` is ppl(B) / ppl(A) with its interval. Intervals are None where
-    the text has fewer than two documents. `words` are by `total`, those that got worse first.
+    `ppl` and its intervals are perplexities; `ratio` is ppl(B) / ppl(A) with its interval, which holds 1 if and only if
+    `paired_p` is not below 5 %. Intervals are None where the text has too few documents, or a loss is not finite.
+    `words` are by `total`, those that got worse first. `not_finite` are the tokens without a finite loss in A and in B,
+    `broken` those in either. `equal`: both say the same of every token.
     """
 
     a: Checkpoint
@@ -82,32 +86,36 @@ class TextReport:
     unit: str
     gained: int
     lost: int
+    not_finite: tuple[int, int]
+    broken: int
+    equal: bool
     words: tuple[WordChange, ...]
     flips: tuple[TokenFlip, ...]
     max_drop: float | None = None
 
     @property
     def churn(self) -> int:
-        """Tokens whose probability more than doubled or halved."""
-        return self.gained + self.lost
+        """Tokens whose probability more than doubled or halved, or that have none."""
+        return self.gained + self.lost + self.broken
 
     @property
     def same_model(self) -> bool:
         """Whether both sides have the same weights, bit for bit."""
-        return bool(self.a.weights_sha) and self.a.weights_sha == self.b.weights_sha
+        return same_model(self.a, self.b)
 
     @property
     def verdict(self) -> str | None:
-        """May B's perplexity be `max_drop` percent above A's? PASS: the interval of the ratio ends below that.
-        FAIL: it begins above. INCONCLUSIVE: the bound lies inside it, or there is no interval."""
+        """PASS, FAIL or INCONCLUSIVE against `max_drop`; None where none was asked."""
+        return self.ruling.word if self.ruling else None
+
+    @property
+    def ruling(self) -> Verdict | None:
+        """May B's perplexity be `max_drop` percent above A's? None where none was asked."""
         if self.max_drop is None:
             return None
-        if self.ratio_interval is None:
-            return "INCONCLUSIVE"
-        bound = 1 + self.max_drop / 100
-        if self.ratio_interval[1] < bound:
-            return "PASS"
-        return "FAIL" if self.ratio_interval[0] > bound else "INCONCLUSIVE"
+        interval = self.ratio_interval
+        better = interval and (100 * (1 - interval[1]), 100 * (1 - interval[0]))
+        return verdict(better, self.max_drop, equal=self.equal, n=self.n, not_finite=self.not_finite)
 
     def within(self, max_drop: float | None) -> TextReport:
         """The same report with a verdict."""
@@ -121,6 +129,7 @@ class TextReport:
             "a": self.a.to_json(),
             "b": self.b.to_json(),
             "same_model": self.same_model,
+            "equal": self.equal,
             "config_changes": [{"key": k, "a": x, "b": y} for k, x, y in config_changes(self.a, self.b)],
             "n": self.n,
             "ppl": {"a": self.ppl[0], "b": self.ppl[1]},
@@ -135,20 +144,22 @@ class TextReport:
             "churn_rate": self.churn / self.n,
             "gained": self.gained,
             "lost": self.lost,
+            "not_finite": {"a": self.not_finite[0], "b": self.not_finite[1], "either": self.broken},
             "max_drop": self.max_drop,
             "verdict": self.verdict,
+            "verdict_reason": self.ruling and self.ruling.why,
             "words": [_fields(w) for w in self.words],
             "flips": [_fields(f) for f in self.flips],
         }
         return dict(plain(report))
 
     def to_csv(self) -> str:
-        """Every token that moved by more than a factor of two, the worst first."""
+        """Every token that moved by more than a factor of two or is not finite, the worst first."""
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
         writer.writerow(("offset", "word", "kind", "a_loss", "b_loss"))
         for f in _flips(self.a, self.b, self.vocabulary, None):
-            writer.writerow((f.offset, f.word, f.kind, f"{f.loss_a:.6f}", f"{f.loss_b:.6f}"))
+            writer.writerow((f.offset, csv_cell(f.word), f.kind, f"{f.loss_a:.6f}", f"{f.loss_b:.6f}"))
         return out.getvalue()
 
 
@@ -169,26 +180,35 @@ def diff_text(a: Checkpoint, b: Checkpoint) -> TextReport:
         raise UserError(f"{a.name} and {b.name} read different tokens; one of them is damaged")
     losses = np.stack([p["loss"], q["loss"]]).astype(np.float64)
     n = losses.shape[1]
-    change = losses[1] - losses[0]
+    with np.errstate(invalid="ignore"):  # inf - inf
+        change = losses[1] - losses[0]
     document, count, unit = documents(p["token"], p["offset"], vocabulary)
     size = np.bincount(document, minlength=count)
     sums = np.stack([np.bincount(document, weights=row, minlength=count) for row in losses]).astype(np.float64)
-    intervals = bootstrap(sums, size) if count >= 2 else None
+    whole = p.finite & q.finite
+    tested = count >= 2 and bool(whole.all())
+    intervals = bootstrap(sums, size) if tested else None
+    p_value, change_interval = sign_flip(sums[1] - sums[0], size) if tested else (None, None)
+    gained, lost = int((change < -FACTOR)[whole].sum()), int((change > FACTOR)[whole].sum())
+    broken = n - int(whole.sum())
     return TextReport(
         a=a,
         b=b,
         vocabulary=vocabulary,
         n=n,
         ppl=(_exp(losses[0].mean()), _exp(losses[1].mean())),
-        ppl_interval=intervals and (intervals[0], intervals[1]),
+        ppl_interval=intervals,
         ratio=_exp(change.mean()),
-        ratio_interval=intervals and intervals[2],
-        paired_p=sign_flip(sums[1] - sums[0]) if count >= 2 else None,
+        ratio_interval=change_interval and (_exp(change_interval[0]), _exp(change_interval[1])),
+        paired_p=p_value,
         documents=_documents(p, document, sums, size, vocabulary, unit),
         unit=unit,
-        gained=int((change < -FACTOR).sum()),
-        lost=int((change > FACTOR).sum()),
-        words=_words(p["token"], losses, vocabulary),
+        gained=gained,
+        lost=lost,
+        not_finite=(int((~p.finite).sum()), int((~q.finite).sum())),
+        broken=broken,
+        equal=equal(a, b, gained + lost + broken),
+        words=_words(p["token"][whole], losses[:, whole], vocabulary),
         flips=_flips(a, b, vocabulary, LISTED),
     )
 
@@ -252,12 +272,12 @@ def _headings(token: NDArray[Any], offset: NDArray[Any], equals: int, eos: int) 
 
 def bootstrap(
     sums: NDArray[np.float64], size: NDArray[np.int64], level: float = LEVEL
-) -> tuple[tuple[float, float], tuple[float, float], tuple[float, float]]:
-    """Percentile intervals of ppl(A), ppl(B) and ppl(B) / ppl(A).
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Percentile intervals of ppl(A) and ppl(B).
 
-    Documents are drawn with replacement, the same for A and B; the mean loss of a draw is its summed loss over its
-    tokens. B. Efron, R. Tibshirani, An Introduction to the Bootstrap (1993), chapter 13; resampling the test set
-    for paired systems: P. Koehn, EMNLP 2004. The seed is fixed, so the same pair gives the same interval.
+    Documents are drawn with replacement; the mean loss of a draw is its summed loss over its tokens. B. Efron, R.
+    Tibshirani, An Introduction to the Bootstrap (1993), chapter 13. The seed is fixed, so the same pair gives the same
+    interval.
 
     Args:
         sums: float64[2, documents], summed loss of A and of B, in nats.
@@ -268,33 +288,52 @@ def bootstrap(
     rng = np.random.default_rng(SEED)
     drawn = rng.multinomial(count, np.full(count, 1 / count), size=DRAWS).astype(np.float64)
     tokens = drawn @ size
-    first, second = drawn @ sums[0] / tokens, drawn @ sums[1] / tokens
     tails = [(1 - level) / 2, (1 + level) / 2]
 
-    def interval(values: NDArray[np.float64]) -> tuple[float, float]:
-        low, high = np.quantile(values, tails)
+    def interval(total: NDArray[np.float64]) -> tuple[float, float]:
+        low, high = np.quantile(drawn @ total / tokens, tails)
         return _exp(low), _exp(high)
 
-    return interval(first), interval(second), interval(second - first)
+    return interval(sums[0]), interval(sums[1])
 
 
-def sign_flip(change: NDArray[np.float64]) -> float:
-    """Two-sided p of the paired randomisation test: A and B are alike, so each document's change may as well have
-    had the other sign.
+def sign_flip(
+    change: NDArray[np.float64], size: NDArray[np.int64], level: float = LEVEL
+) -> tuple[float, tuple[float, float] | None]:
+    """Paired randomisation test: where A and B are alike, each document's change may as well have had the other sign.
 
-    E. S. Edgington, Randomization Tests (1980); the observed signs count as one draw, (1 + hits) / (1 + draws):
-    B. Phipson, G. K. Smyth, Stat. Appl. Genet. Mol. Biol. 9 (2010) 39. The seed is fixed.
+    Its two-sided p, and the interval of the change per token: all shifts d that the same test, of change - d * size,
+    does not reject. So the interval holds 0 if and only if p is at least 1 - level. A set of signs s counts against d
+    where |s (change - d size)| >= |sum(change - d size)|, which is so for all d between two roots; the limits are
+    order statistics of these roots. E. S. Edgington, Randomization Tests (1980); inverted: J. S. Maritz,
+    Distribution-Free Statistical Methods (1981). The observed signs count as one draw, (1 + hits) / (1 + draws): B.
+    Phipson, G. K. Smyth, Stat. Appl. Genet. Mol. Biol. 9 (2010) 39. The seed is fixed.
 
     Args:
-        change: float64[documents], summed loss of B minus that of A.
+        change: float64[documents], finite, summed loss of B minus that of A.
+        size: int64[documents], tokens.
+        level: of the interval.
+
+    Returns:
+        p, and the interval in nats per token; None where so few documents can never be significant.
     """
-    if not np.isfinite(change).all():
-        return math.nan
     rng = np.random.default_rng(SEED)
     signs = rng.integers(0, 2, size=(DRAWS, len(change)), dtype=np.int8) * 2.0 - 1.0
-    seen = abs(change.sum())
-    hits = int((np.abs(signs @ change) >= seen * (1 - 1e-12)).sum())
-    return (1 + hits) / (1 + DRAWS)
+    drawn, tokens = signs @ change, signs @ size.astype(np.float64)
+    seen, all_tokens = float(change.sum()), float(size.sum())
+    # Roots of (drawn - d tokens)^2 = (seen - d all_tokens)^2; signs that are all alike count against every d.
+    with np.errstate(divide="ignore", invalid="ignore"):
+        roots = np.stack([(seen - drawn) / (all_tokens - tokens), (seen + drawn) / (all_tokens + tokens)])
+    alike = np.abs(tokens) == all_tokens
+    low, high = np.where(alike, -math.inf, roots.min(0)), np.where(alike, math.inf, roots.max(0))
+    slack = 1e-12 * abs(seen) / all_tokens  # of sums that are equal but for rounding
+    hits = int(((low <= slack) & (high >= -slack)).sum())
+    needed = math.ceil((1 - level) * (1 + DRAWS) - 1)  # draws that count against a shift that is not rejected
+    p = (1 + hits) / (1 + DRAWS)
+    limits = float(np.sort(low)[needed - 1]), float(np.sort(high)[-needed])
+    if not all(map(math.isfinite, limits)):
+        return p, None
+    return p, limits
 
 
 def _documents(
@@ -320,26 +359,32 @@ def _documents(
 
 
 def _words(token: NDArray[Any], losses: NDArray[np.float64], vocabulary: tuple[str, ...]) -> tuple[WordChange, ...]:
-    """Words whose summed loss moved, the largest rise first, the largest fall last."""
+    """Words whose summed loss moved, the largest rise first, the largest fall last; of tokens that are finite."""
     count = np.bincount(token, minlength=len(vocabulary))
     a, b = (np.bincount(token, weights=row, minlength=len(vocabulary)) for row in losses)
     seen = np.flatnonzero(count)
-    order = seen[np.lexsort((seen, -np.nan_to_num((b - a)[seen], nan=1e30)))]
+    order = seen[np.lexsort((seen, -(b - a)[seen]))]
     rows = zip(order.tolist(), count[order].tolist(), a[order].tolist(), b[order].tolist(), strict=True)
     return tuple(WordChange(vocabulary[i], c, x / c, y / c, y - x) for i, c, x, y in rows)
 
 
 def _flips(a: Checkpoint, b: Checkpoint, vocabulary: tuple[str, ...], limit: int | None) -> tuple[TokenFlip, ...]:
-    """Tokens that moved by more than FACTOR, worst first; with a limit, those that moved most."""
+    """Tokens that are not finite or moved by more than FACTOR, in this order, worst first; with a limit, those that
+    moved most."""
     p, q = a.predictions, b.predictions
     was, now = p["loss"].astype(np.float64), q["loss"].astype(np.float64)
-    change = np.nan_to_num(now, nan=1e9, posinf=1e9) - np.nan_to_num(was, nan=1e9, posinf=1e9)
+    broken = ~(p.finite & q.finite)
+    change = np.where(broken, math.inf, now - was)
     moved = np.flatnonzero(np.abs(change) > FACTOR)
     if limit is not None and len(moved) > limit:
         moved = moved[np.argsort(-np.abs(change[moved]), kind="stable")[:limit]]
     moved = moved[np.lexsort((moved, -change[moved]))]
     columns = (p["offset"][moved], p["token"][moved], change[moved], was[moved], now[moved])
     return tuple(
-        TokenFlip(offset, vocabulary[word], "lost" if rise > 0 else "gained", x, y)
+        TokenFlip(offset, vocabulary[word], _kind(rise), x, y)
         for offset, word, rise, x, y in zip(*(c.tolist() for c in columns), strict=True)
     )
+
+
+def _kind(rise: float) -> str:
+    return "not_finite" if rise == math.inf else "lost" if rise > 0 else "gained"

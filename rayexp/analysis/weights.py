@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from rayexp.analysis.paired import plain
+from rayexp.display import plain
 from rayexp.errors import UserError
 from rayexp.runs import Run
 
@@ -124,7 +124,8 @@ def _shape(file: Any, name: str) -> tuple[int, ...]:
 
 def _change(name: str, a: Any, b: Any) -> TensorChange:
     x, y = a.astype(np.float64).ravel(), b.astype(np.float64).ravel()
-    delta = y - x
+    with np.errstate(invalid="ignore"):  # inf - inf
+        delta = y - x
     norm, moved = float(np.linalg.norm(x)), float(np.linalg.norm(delta))
     return TensorChange(name, tuple(a.shape), norm, moved, _ratio(moved, norm), float(np.abs(delta).max(initial=0)))
 

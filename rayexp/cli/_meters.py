@@ -13,6 +13,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from rayexp.display import figure
+
 
 class Meter:
     """The last value and the mean so far, weighted."""
@@ -34,7 +36,7 @@ class Meter:
         return self.sum / self.count
 
     def __str__(self) -> str:
-        return f"{self.name} {self.last:{self.form}} ({self.mean:{self.form}})"
+        return f"{self.name} {figure(self.last, self.form)} ({figure(self.mean, self.form)})"
 
 
 class Progress:
@@ -65,7 +67,7 @@ class Progress:
             self.acc5.update(100 * float(hits.any(1).mean()), n)
             meters += [str(self.acc1), str(self.acc5)]
         else:
-            meters.append(f"ppl {math.exp(min(self.loss.last, 700)):8.2f} ({math.exp(min(self.loss.mean, 700)):8.2f})")
+            meters.append(f"ppl {_perplexity(self.loss.last)} ({_perplexity(self.loss.mean)})")
         if batch % self.every == 0:
             digits = len(str(self.batches))
             print("\t".join([f"Test: [{batch + 1:{digits}d}/{self.batches}]", *meters]), flush=True)
@@ -74,4 +76,8 @@ class Progress:
 def summary(metrics: Mapping[str, float]) -> str:
     """` * Acc@1 48.730 Acc@5 75.300`, or ` * ppl 112.345 test_ppl 108.111`."""
     names = {"acc1": "Acc@1", "acc5": "Acc@5", "ppl": "ppl", "test_ppl": "test_ppl"}
-    return " ".join([" *", *(f"{names[name]} {metrics[name]:.3f}" for name in names if name in metrics)])
+    return " ".join([" *", *(f"{names[name]} {figure(metrics[name], '.3f')}" for name in names if name in metrics)])
+
+
+def _perplexity(loss: float) -> str:
+    return figure(math.inf if loss >= 700 else math.exp(loss), "8.2f")

@@ -11,6 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
+from rayexp.display import NOT_FINITE, figure, plain, printable
+
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -23,7 +25,7 @@ RunsOption = Annotated[Path, typer.Option("--runs", help="Folder of run director
 JsonOption = Annotated[bool, typer.Option("--json", help="Print only JSON on stdout.")]
 RUNS = Path("runs")
 DEBUG = False
-NUMBER = r"([-+]?[\d.,]+(e[-+]?\d+)?( ?%)?)?"
+NUMBER = rf"([-+]?[\d.,]+(e[-+]?\d+)?( ?%)?|{NOT_FINITE})?"
 
 
 def version(show: bool) -> None:
@@ -48,12 +50,17 @@ def _root(
 
 def say(text: str = "") -> None:
     """One line of progress or advice, on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text, keep="\n"), file=sys.stderr, flush=True)
+
+
+def tell(text: str = "") -> None:
+    """One line of the answer, on stdout."""
+    print(printable(text, keep="\n"), flush=True)
 
 
 def print_json(value: Any) -> None:
-    """The whole answer as JSON on stdout."""
-    print(json.dumps(value, indent=2, default=str))
+    """The whole answer as strict JSON on stdout: what is not finite is null."""
+    print(json.dumps(plain(value), indent=2, default=str, allow_nan=False))
 
 
 def print_table(rows: list[dict[str, Any]], title: str = "") -> None:
@@ -65,20 +72,26 @@ def print_table(rows: list[dict[str, Any]], title: str = "") -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in rows[0] if rows else ():
         right = all(isinstance(r[name], int | float) or re.fullmatch(NUMBER, str(r[name] or "")) for r in rows)
-        table.add_column(name, justify="right" if right else "left", overflow="fold")
+        table.add_column(printable(name), justify="right" if right else "left", overflow="fold")
     for row in rows:
-        table.add_row(*("" if v is None else f"{v:,.4g}" if isinstance(v, float) else str(v) for v in row.values()))
+        table.add_row(*map(_cell, row.values()))
     width = None if sys.stdout.isatty() else 200
     # Cells hold file names and words of a text: nothing in them is markup.
     console = Console(width=width, highlight=False, markup=False, emoji=False)
     if title:
-        console.print(title, style="italic")
+        console.print(printable(title), style="italic")
     console.print(table)
+
+
+def _cell(value: Any) -> str:
+    if value is None or isinstance(value, float):
+        return figure(value, ",.4g")
+    return printable(str(value))
 
 
 def error_line(text: str) -> None:
     """One red line on stderr."""
-    line = " ".join(text.split())
+    line = printable(" ".join(text.split()))
     print(f"\033[31merror: {line}\033[0m" if sys.stderr.isatty() else f"error: {line}", file=sys.stderr, flush=True)
 
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from rayexp.cli._shell import print_table
+from rayexp.cli._shell import print_table, tell
 
 if TYPE_CHECKING:
     from rayexp.analysis.compare import CompareReport
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rayexp.config import CompareConfig
 
 WIDE = 150  # columns of a terminal that hold the report's own tables
-NARROW = ("shutdown", "as run", "peak memory", "note", "repeats")  # what a narrower one goes without
+NARROW = ("median", "shutdown", "as run", "peak memory", "note", "repeats")  # what a narrower one goes without
 
 
 def plan_json(cells: Sequence[Cell], config: CompareConfig) -> dict[str, Any]:
@@ -57,7 +57,10 @@ def show(report: CompareReport) -> None:
         wide = not sys.stdout.isatty() or shutil.get_terminal_size().columns >= WIDE
         dropped = () if wide else NARROW
         for title, rows in (
-            ("speed (medians of steps; 95 % intervals)", tables.speed(report) if wide else _narrow_speed(report)),
+            (
+                "speed (samples over seconds of all steps; 95 % intervals)",
+                tables.speed(report) if wide else _narrow_speed(report),
+            ),
             ("time and memory", tables.time_and_cost(report)),
             ("results after the last epoch", tables.results(report)),
             ("forecasts: these were NOT measured", tables.forecasts(report)),
@@ -67,15 +70,15 @@ def show(report: CompareReport) -> None:
                 print_table([{name: row[name] for name in names} for row in rows], title)
     for family in report.families:
         for sentence in tables.fits(family):
-            print(sentence)
+            tell(sentence)
     for sentence in tables.links(report):
-        print(sentence)
+        tell(sentence)
     for cell, why in report.skipped:
-        print(f"skipped {cell}: {why}")
+        tell(f"skipped {cell}: {why}")
     for cell, repeat, error in report.failed:
-        print(f"FAILED {cell}, repeat {repeat}: {error}")
+        tell(f"FAILED {cell}, repeat {repeat}: {error}")
     for group in report.groups:
-        print(group.sentence())
+        tell(group.sentence())
 
 
 def _narrow_speed(report: CompareReport) -> list[dict[str, str]]:

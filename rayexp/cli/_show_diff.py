@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rayexp.cli._shell import print_table
+from rayexp.cli._shell import print_table, tell
+from rayexp.display import NOT_FINITE, figure
 
 if TYPE_CHECKING:
     from rayexp.analysis.churn import ChurnReport
@@ -12,8 +13,9 @@ if TYPE_CHECKING:
     from rayexp.analysis.text_diff import TextReport
     from rayexp.analysis.weights import WeightsReport
 
-KIND = {"lost": "lost", "gained": "gained", "other_wrong": "other wrong"}
+KIND = {"lost": "lost", "gained": "gained", "other_wrong": "other wrong", "not_finite": NOT_FINITE}
 MATRIX_EPOCHS = 24  # a wider matrix does not fit a terminal
+LISTED_EPOCHS = 60  # of longer runs, as many are listed, evenly spread
 
 
 def show(report: DiffReport | TextReport, limit: int) -> None:
@@ -40,13 +42,11 @@ def show_images(report: DiffReport, limit: int) -> None:
     )
     _changes(r)
     low, high = r.interval
-    print(
-        f"acc1 {r.difference:+.2f} points, 95 % interval {low:+.2f} to {high:+.2f}; {_p(r.mcnemar_p)} (exact McNemar)"
-    )
+    tell(f"acc1 {r.difference:+.2f} points, 95 % interval {low:+.2f} to {high:+.2f}; {_p(r.mcnemar_p)} (exact McNemar)")
     if r.detectable is None:
-        print("with so few images judged differently, no difference could be told from chance with 80 % power")
+        tell("with so few images judged differently, no difference could be told from chance with 80 % power")
     else:
-        print(f"a true difference of {r.detectable:.2f} points would be found with 80 % power at this n")
+        tell(f"a true difference of {r.detectable:.2f} points would be found by this test with 80 % power at this n")
     print_table(
         [
             {"": "A right", "B right": f"{r.both_right:,}", "B wrong": f"{r.lost:,} lost"},
@@ -57,12 +57,13 @@ def show_images(report: DiffReport, limit: int) -> None:
             },
         ]
     )
-    print(f"churn {100 * r.churn / r.n:.1f} %: {r.churn:,} predictions changed")
+    _not_finite(r, "images")
+    tell(f"churn {100 * r.churn / r.n:.1f} %: {r.churn:,} predictions changed")
     for kind, (a, b) in r.confidence.items():
-        print(f"  {KIND[kind]:<12} {getattr(r, kind):>7,}   median confidence A {a:.2f}, B {b:.2f}")
+        tell(f"  {KIND[kind]:<12} {r.count(kind):>7,}   median confidence A {a:.2f}, B {b:.2f}")
     if not r.flips:
         return
-    print()
+    tell()
     _classes(r)
     _moves(r)
     _list(r, limit)
@@ -87,7 +88,7 @@ def _classes(r: DiffReport) -> None:
         }
         for c in shown
     ]
-    print(f"{surely} of {len(r.classes)} classes changed by more than chance (Benjamini-Hochberg, 5 %)")
+    tell(f"{surely} of {len(r.classes)} classes changed by more than chance (Benjamini-Hochberg, 5 %)")
     print_table(rows, "classes with a change" if len(shown) == len(moved) else "classes: the five worst, the five best")
 
 
@@ -109,18 +110,16 @@ def _list(r: DiffReport, limit: int) -> None:
             "label": f.label,
             "class": r.words(f.label),
             "A": r.words(f.a),
-            "A conf": f"{f.confidence_a:.2f}",
+            "A conf": "" if f.a is None else f"{f.confidence_a:.2f}",
             "B": r.words(f.b),
-            "B conf": f"{f.confidence_b:.2f}",
+            "B conf": "" if f.b is None else f"{f.confidence_b:.2f}",
         }
         for f in r.flips[:limit]
     ]
     if rows:
         print_table(rows, f"{len(r.flips):,} images judged differently, worst first")
         if len(rows) < len(r.flips):
-            print(
-                f"the first {len(rows):,} of {len(r.flips):,}; --limit N, --csv FILE, --json or --html FILE show more"
-            )
+            tell(f"the first {len(rows):,} of {len(r.flips):,}; --limit N, --csv FILE, --json or --html FILE show more")
 
 
 def show_text(report: TextReport, limit: int) -> None:
@@ -130,22 +129,24 @@ def show_text(report: TextReport, limit: int) -> None:
         return
     rows = []
     for i, (side, checkpoint) in enumerate(zip("AB", (r.a, r.b), strict=True)):
-        span = f"{r.ppl_interval[i][0]:.2f} to {r.ppl_interval[i][1]:.2f}" if r.ppl_interval else "none"
-        rows.append({"": side, "perplexity": f"{r.ppl[i]:.2f}", "95 % interval": span, "checkpoint": checkpoint.name})
+        span = _span(r.ppl_interval[i], ".2f") if r.ppl_interval else "none"
+        perplexity = figure(r.ppl[i], ".2f")
+        rows.append({"": side, "perplexity": perplexity, "95 % interval": span, "checkpoint": checkpoint.name})
     print_table(rows, f"{r.n:,} validation tokens in {len(r.documents):,} {r.unit}")
     _changes(r)
-    line = f"perplexity x {r.ratio:.4f} ({100 * (r.ratio - 1):+.2f} %)"
+    line = f"perplexity x {figure(r.ratio, '.4f')}"
+    if not r.broken:
+        line += f" ({figure(100 * (r.ratio - 1), '+.2f')} %)"
     if r.ratio_interval and r.paired_p is not None:
-        low, high = r.ratio_interval
-        line += f", 95 % interval {low:.4f} to {high:.4f}; {_p(r.paired_p)} (sign flips of {r.unit})"
-    else:
+        line += f", 95 % interval {_span(r.ratio_interval, '.4f')}; {_p(r.paired_p)} (sign flips of {r.unit})"
+    elif not r.broken:
         line += "; the text is too short for an interval"
-    print(line)
-    print(
-        f"churn {100 * r.churn / r.n:.1f} %: {r.churn:,} tokens got more than twice or less than half the probability"
-    )
-    print(f"  lost   {r.lost:>9,}")
-    print(f"  gained {r.gained:>9,}\n")
+    tell(line)
+    _not_finite(r, "tokens")
+    also = ", or are not finite" if r.broken else ""
+    tell(f"churn {100 * r.churn / r.n:.1f} %: {r.churn:,} tokens got more than twice or less than half of A's{also}")
+    tell(f"  lost   {r.lost:>9,}")
+    tell(f"  gained {r.gained:>9,}\n")
     if not r.churn and r.ratio == 1:
         return
     worse = [w for w in r.words[:limit] if w.total > 0]
@@ -164,8 +165,11 @@ def show_text(report: TextReport, limit: int) -> None:
 def show_churn(report: ChurnReport) -> None:
     """The answer, the epochs, and the matrix where it fits."""
     r = report
-    print(r.answer())
+    tell(r.answer())
     words = ("forgotten", "learned") if r.kind == "images" else ("halved", "doubled")
+    every = max(1, -(-len(r.epochs) // LISTED_EPOCHS))
+    listed = [e for i, e in enumerate(r.epochs) if i % every == 0 or e is r.epochs[-1]]
+    broken = any(e.not_finite for e in r.epochs)
     print_table(
         [
             {
@@ -176,11 +180,14 @@ def show_churn(report: ChurnReport) -> None:
                 "settled %": e.settled,
                 words[0]: e.forgotten,
                 words[1]: e.learned,
+                **({NOT_FINITE: e.not_finite} if broken else {}),
             }
-            for e in r.epochs
+            for e in listed
         ],
         f"{r.run.id}: {r.n:,} validation {r.kind}",
     )
+    if len(listed) < len(r.epochs):
+        tell(f"{len(listed)} of {len(r.epochs):,} epochs; --json lists all")
     if 1 < len(r.epochs) <= MATRIX_EPOCHS:
         head = [str(e.epoch) for e in r.epochs]
         rows = [
@@ -189,33 +196,33 @@ def show_churn(report: ChurnReport) -> None:
         ]
         print_table(rows, "churn between every two epochs, percent")
     elif len(r.epochs) > 1:
-        print(f"the matrix of {len(r.epochs)} epochs is in --json and --html")
+        tell(f"the matrix is in --json and --html. {r.left_out}".strip())
 
 
 def show_weights(report: WeightsReport, limit: int) -> None:
     """The layers that moved most."""
     if report.equal:
-        print("weights: no tensor moved")
+        tell("weights: no tensor moved")
         return
     rows = [
         {"layer": x.name, "weights": f"{x.weights:,}", "|A|": x.norm, "|B-A|": x.moved, "|B-A| / |A|": x.relative}
         for x in report.layers[:limit]
     ]
-    print(f"the weights moved by {report.relative:.3g} of their norm")
+    tell(f"the weights moved by {figure(report.relative, '.3g')} of their norm")
     if rows:
         print_table(rows, "layers, by relative change")
     if len(report.layers) > limit:
-        print(f"the first {limit} of {len(report.layers)} layers; --limit N or --json shows more")
+        tell(f"the first {limit} of {len(report.layers)} layers; --limit N or --json shows more")
     for side, names in (("A", report.only_a), ("B", report.only_b)):
         if names:
-            print(f"only in {side} (or in another shape): {', '.join(names[:limit])}")
+            tell(f"only in {side} (or in another shape): {', '.join(names[:limit])}")
 
 
 def show_verdict(report: DiffReport | TextReport) -> None:
     """The last line, for people and for CI logs."""
-    if report.verdict:
+    if report.ruling:
         unit = "points of acc1" if hasattr(report, "acc1") else "percent of perplexity"
-        print(f"{report.verdict}: allowed to get worse by {report.max_drop:g} {unit}")
+        tell(f"{report.ruling.word}: allowed to get worse by {report.max_drop:g} {unit}; {report.ruling.why}")
 
 
 def _changes(report: DiffReport | TextReport) -> None:
@@ -224,17 +231,28 @@ def _changes(report: DiffReport | TextReport) -> None:
 
     changes = config_changes(report.a, report.b)
     if changes:
-        print("configurations differ in " + ", ".join(f"{key} ({a} and {b})" for key, a, b in changes))
+        tell("configurations differ in " + ", ".join(f"{key} ({a} and {b})" for key, a, b in changes))
 
 
 def _same(report: DiffReport | TextReport) -> bool:
     """Say so where both are one model, and whether there is nothing else to say."""
     if report.same_model:
-        print(f"these are the same model: both weights_sha are {report.a.weights_sha[:16]}")
+        tell(f"these are the same model: both weights_sha are {report.a.weights_sha[:16]}")
         if report.churn == 0:
             return True
-        print("and yet they were judged differently: on other devices, or with other batches, sums round differently")
+    if report.same_model and report.churn > report.broken:
+        tell("and yet they were judged differently: on other devices, or with other batches, sums round differently")
     return False
+
+
+def _not_finite(report: DiffReport | TextReport, things: str) -> None:
+    a, b = report.not_finite
+    if report.broken:
+        tell(f"NOT FINITE: {a:,} of the {things} in A, {b:,} in B; they differ from everything and are never right")
+
+
+def _span(interval: tuple[float, float], form: str) -> str:
+    return " to ".join(figure(limit, form) for limit in interval)
 
 
 def _p(value: float) -> str:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from rayexp.cli._shell import JsonOption, app, print_json, print_table, say
+from rayexp.cli._shell import JsonOption, app, print_json, print_table, say, tell
 
 Address = Annotated[
     str | None,
@@ -127,7 +127,7 @@ def collect(
     if as_json:
         print_json({"run": place, "epochs": got.epochs, "fetched": got.fetched, "bytes": got.size, "status": status})
         return
-    print(place)
+    tell(str(place))
     say(f"{status}; {records} epochs, checkpoints of {kept}; {got.size / 1e6:,.1f} MB fetched from {source.name}")
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rayexp.cli._shell import RUNS, JsonOption, RunsOption, app, print_json, say
+from rayexp.cli._shell import RUNS, JsonOption, RunsOption, app, print_json, say, tell
 
 if TYPE_CHECKING:
     from rayexp.comparison import Comparison
@@ -122,7 +122,7 @@ def report(
     if as_json:
         print_json({**run.meta(), "page": str(out), "epochs": [r.to_json() for r in run.records()]})
     else:
-        print(out)
+        tell(str(out))
 
 
 def _find(name: str, runs: Path) -> Run | Comparison:
@@ -164,7 +164,7 @@ def _show(made: Comparison, page: Path, markdown: Path | None, as_json: bool, ju
         if markdown:
             write_atomic(markdown, to_markdown(found))
             say(f"tables: {markdown}")
-        say(f"report: {page}") if as_json or judge else print(page)
+        say(f"report: {page}") if as_json or judge else tell(str(page))
     elif not judge:
         write_compare_page(page, found)  # says that there is nothing yet
     if not judge:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rayexp.cli._shell import JsonOption, app, print_json, print_table, say
+from rayexp.cli._shell import JsonOption, app, print_json, print_table, say, tell
 
 data = typer.Typer(no_args_is_help=True, help="Fetch, check and pack datasets; show what is packed.")
 app.add_typer(data, name="data")
@@ -46,8 +46,8 @@ def fetch(
         raise
     for note in result.get("notes", ()) if isinstance(result, dict) else ():
         say(f"note: {note}")
-    print(f"{'already there' if result is False else 'packed'}: {_line(describe(str(to)))} in {to}")
-    print(f"train with data.name={dataset} data.root={to}")
+    tell(f"{'already there' if result is False else 'packed'}: {_line(describe(str(to)))} in {to}")
+    tell(f"train with data.name={dataset} data.root={to}")
 
 
 @data.command()
@@ -65,20 +65,20 @@ def info(
     if as_json:
         print_json(summary)
         return
-    print(_line(summary))
+    tell(_line(summary))
     for name, value in summary.items():
         if isinstance(value, dict):
             for part, inner in value.items():
-                print(f"  {f'{name} {part}':<12} {_number(inner)}")
+                tell(f"  {f'{name} {part}':<12} {_number(inner)}")
         elif name not in ("kind", "name", "train", "val", "classes"):
-            print(f"  {name:<12} {_number(value)}")
+            tell(f"  {name:<12} {_number(value)}")
     if check:
-        print("  check        every hash is as it should be")
+        tell("  check        every hash is as it should be")
     if classes := summary.get("classes"):
-        print()
+        tell()
         print_table(classes[:SHOWN])
         if len(classes) > SHOWN:
-            print(f"... and {len(classes) - SHOWN} more classes (--json lists all)")
+            tell(f"... and {len(classes) - SHOWN} more classes (--json lists all)")
 
 
 @data.command()

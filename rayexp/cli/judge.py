@@ -38,8 +38,8 @@ def diff(
 ) -> None:
     """Which judgements changed from checkpoint A to checkpoint B, and is it more than chance?
 
-    With --max-drop the exit code is 0 for PASS (the whole 95 % interval of B - A lies above -PP), 1 for FAIL (it lies
-    below) and 3 for INCONCLUSIVE.
+    With --max-drop the exit code is 0 for PASS (the whole 95 % interval of B - A lies above -PP, or both say the same
+    of every sample), 1 for FAIL (it lies below, or a judgement of B is not finite) and 3 for INCONCLUSIVE.
     """
     from rayexp.errors import UserError
     from rayexp.runs import Run, resolve
@@ -128,29 +128,36 @@ def _need_predictions(run: Run, epoch: int) -> None:
 @app.command()
 def evaluate(
     ref: Annotated[str, typer.Argument(metavar="RUN@EPOCH", help="RUN@7, RUN@best, RUN@last.")],
+    moved: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[data.root=DIR]", help="Where the run's data lies now.", show_default=False),
+    ] = None,
     print_freq: Annotated[int, typer.Option("--print-freq", metavar="N", min=1, help="A line every N batches.")] = 10,
     runs: RunsOption = RUNS,
     as_json: JsonOption = False,
 ) -> None:
     """Judge the validation data with a checkpoint, in the words of pytorch/examples' imagenet/main.py.
 
-    Predictions that the run lacks are stored; those that it has are compared.
+    Predictions that the run lacks are stored; those that it has are compared. Data that has moved is the run's own
+    where its hash is.
     """
     from rayexp.cli._meters import Progress, summary
     from rayexp.runs import resolve
 
+    root = _moved(moved or [])
     run, epoch = resolve(ref, runs)
 
     from rayexp.launch.evaluate import judge
 
     progress = Progress(print_freq)
-    found = judge(run, epoch, progress.begin, None if as_json else progress.seen)
+    found = judge(run, epoch, progress.begin, None if as_json else progress.seen, root)
     if as_json:
         print_json(
             {
                 "run": run.id,
                 "epoch": epoch,
                 "n": len(found.predictions),
+                "not_finite": found.not_finite,
                 **found.metrics,
                 "weights_sha": found.weights_sha,
                 "predictions": str(run.predictions_path(epoch)),
@@ -160,12 +167,27 @@ def evaluate(
         )
         return
     print(summary(found.metrics), flush=True)
+    if found.not_finite:
+        say(f"NOT FINITE: the model's output for {found.not_finite:,} of {len(found.predictions):,} samples")
     if found.stored:
         say(f"predictions: {run.predictions_path(epoch)}")
     elif not found.equal:
         say(
             "these differ from the predictions that training stored: another device or other versions round differently"
         )
+
+
+def _moved(words: list[str]) -> Path | None:
+    """DIR of `data.root=DIR`; nothing else of a run can be set (UserError)."""
+    from rayexp.errors import UserError
+
+    root = None
+    for word in words:
+        key, _, value = word.partition("=")
+        if key != "data.root" or not value:
+            raise UserError(f"{word!r}: evaluate takes data.root=DIR only; all else is as the run was trained")
+        root = Path(value)
+    return root
 
 
 # ---------------------------------------------------------------------- generate
@@ -186,6 +208,7 @@ def generate(
     import time
 
     from rayexp.disk import write_atomic
+    from rayexp.display import printable
     from rayexp.runs import resolve
 
     run, epoch = resolve(ref, runs)
@@ -212,6 +235,6 @@ def generate(
     if out:
         write_atomic(out, text.lines(said))
     else:
-        print(text.lines(said), end="")
+        print(printable(text.lines(said), keep="\n"), end="")
     where = f" -> {out}" if out else ""
     say(f"{words} words in {took:.1f} s, {run.id}@{epoch}, weights {writer.weights_sha[:12]}, seed {seed}{where}")

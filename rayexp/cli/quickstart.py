@@ -89,5 +89,5 @@ def _short(config: Path) -> str:
 
 def _chapter(number: int, title: str, command: str) -> None:
     line = f"{number}/{CHAPTERS}  {title}"
-    say("\n" + (f"\033[1m{line}\033[0m" if sys.stderr.isatty() else line))
+    print("\n" + (f"\033[1m{line}\033[0m" if sys.stderr.isatty() else line), file=sys.stderr, flush=True)
     say(f"$ {command}")

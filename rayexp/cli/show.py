@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rayexp.cli._shell import RUNS, JsonOption, RunsOption, app, print_json, print_table
+from rayexp.cli._shell import RUNS, JsonOption, RunsOption, app, print_json, print_table, tell
 
 if TYPE_CHECKING:
     from rayexp.runs import Run
@@ -44,7 +44,7 @@ def runs_command(
     elif found:
         print_table(found)
     else:
-        print(f"no runs in {runs}")
+        tell(f"no runs in {runs}")
 
 
 def _check(found: list[Run], as_json: bool) -> None:
@@ -68,7 +68,7 @@ def _check(found: list[Run], as_json: bool) -> None:
     for name, findings in {} if as_json else checked.items():
         covered = sum(f.state == "ok" for f in findings)
         without = sum(f.state == "not covered" for f in findings)
-        print(
+        tell(
             f"{name}: {'damaged: ' + '; '.join(map(str, damaged[name])) if damaged[name] else 'ok'} "
             f"({covered} of {len(findings)} by their hashes, {without} not covered by one)"
         )
@@ -125,11 +125,11 @@ def _one(run: Run, as_json: bool) -> None:
     }
     for name, value in shown.items():
         if value is not None:
-            print(f"{name:<9} {value}")
+            tell(f"{name:<9} {value}")
     if not records:
         return
     found, names = best(records), dict.fromkeys(name for r in records for name in r.metrics)
-    print()
+    tell()
     print_table(
         [
             {
@@ -178,7 +178,7 @@ def summary(
         print_json({"layers": [dataclasses.asdict(layer) for layer in inner], "total": dataclasses.asdict(whole)})
         return
     example = workload.example()[0]
-    print(f"{settled.model.name}, input {_input(tuple(example.shape), workload.batch_dim)}")
+    tell(f"{settled.model.name}, input {_input(tuple(example.shape), workload.batch_dim)}")
     print_table(
         [
             {
@@ -192,7 +192,7 @@ def summary(
             if not depth or layer.depth <= depth
         ]
     )
-    print(
+    tell(
         f"{whole.parameters:,} parameters ({4 * whole.parameters / 1e6:.1f} MB), {whole.flops / 1e9:.3f} GFLOP "
         f"forward, about {3 * whole.flops / 1e9:.3f} with backward"
     )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 
+from rayexp.config import ExperimentConfig
 from rayexp.disk import write_atomic
 from rayexp.errors import RunError, UserError
 from rayexp.launch import plan
@@ -27,7 +29,8 @@ class Judgement:
     Attributes:
         metrics: the workload's own (`val_loss`, `acc1`, `acc5` | `ppl`), and those on test data where it has any.
         stored: whether the predictions were stored now.
-        equal: whether they are bit for bit those that training had stored (None: there were none).
+        equal: whether they are bit for bit those that training had stored (None: there were none); a sample that is
+            not finite must be so in both.
     """
 
     predictions: Predictions
@@ -35,6 +38,11 @@ class Judgement:
     weights_sha: str
     stored: bool
     equal: bool | None
+
+    @property
+    def not_finite(self) -> int:
+        """Samples for which the model gave no finite output."""
+        return int((~self.predictions.finite).sum())
 
 
 def predict(run: Run, epoch: int) -> Predictions:
@@ -48,13 +56,18 @@ def predict(run: Run, epoch: int) -> Predictions:
 
 
 def judge(
-    run: Run, epoch: int, begin: Callable[[int], None] | None = None, seen: Callable[[int, Part], None] | None = None
+    run: Run,
+    epoch: int,
+    begin: Callable[[int], None] | None = None,
+    seen: Callable[[int, Part], None] | None = None,
+    root: Path | None = None,
 ) -> Judgement:
     """See `predict`.
 
     Args:
         begin: is told the number of batches before the first.
         seen: is told of each batch, in order.
+        root: where the run's data lies now; None: where it lay. It must be the same data, by hash.
     """
     from rayexp import workloads
     from rayexp.engine import checkpoint, evaluate, place
@@ -67,18 +80,27 @@ def judge(
         raise RunError(f"{folder}: {why}")
     files = {file.name: file.read_bytes() for file in folder.iterdir()}
     config = run.config()
+    if root is not None:
+        there = config.data.model_copy(update={"root": root.expanduser().resolve()})
+        config = config.model_copy(update={"data": there})
     # One process, whatever the run had: the workers' number never changes what a model says.
     alone = config.model_copy(update={"scaling": config.scaling.model_copy(update={"num_workers": 0})})
     gpu = plan.make(alone, [here()]).gpu
     settled = place.settle(config, place.device("cuda" if gpu else "cpu"), config.shards)
-    workload = workloads.open_workload(config)
+    try:
+        workload = workloads.open_workload(config)
+    except UserError as error:
+        if root is None and config.data.root is not None and not config.data.root.exists():
+            moved = f"`rayexp evaluate {run.id}@{epoch} data.root=DIR` takes the data from where it lies now"
+            raise UserError(f"{error}; {moved}") from error
+        raise
+    _same_data(run, workload.describe(), config)
     model = checkpoint.load_model(workload, files).to(settled.device)
     if begin is not None:
         begin(workload.val_streams())
     models = [copy.deepcopy(model) for _ in range(settled.lanes)]
     ordered = _InOrder(seen) if seen is not None else lambda stream, part: None
     predictions = evaluate.judge(workload, models, Group(), settled, ordered)
-    _same_data(run, predictions)
     metrics = workload.metrics(predictions)
     if (test := getattr(workload, "test_metrics", None)) is not None:
         metrics |= test(model, settled.device)
@@ -89,18 +111,26 @@ def judge(
     if missing:
         write_atomic(path, data)
     else:
-        stored = run.predictions(epoch)
-        equal = all((stored[name] == array).all() for name, array in predictions.arrays.items())
+        equal = run.predictions(epoch).same_as(predictions)
     return Judgement(predictions, metrics, checkpoint.decode(files).words["weights_sha"], missing, equal)
 
 
-def _same_data(run: Run, predictions: Predictions) -> None:
-    wanted = run.data().get("val_sha")
-    if wanted and wanted != predictions.data_sha:
+def _same_data(run: Run, found: Mapping[str, Any], config: ExperimentConfig) -> None:
+    """The validation data is the run's by hash, and its classes or words have the numbers that the model learned."""
+    wanted, where = run.data(), config.data.root or config.data.name
+    if wanted.get("val_sha") and wanted["val_sha"] != found["val_sha"]:
         raise UserError(
-            f"{run.id}: the validation data in {run.config().data.root or run.config().data.name} is not the run's "
-            f"(sha256 {predictions.data_sha[:12]}, the run's {wanted[:12]})"
+            f"data.root: the validation data in {where} is not that of {run.id} "
+            f"(sha256 {found['val_sha'][:12]}, the run's {wanted['val_sha'][:12]})"
         )
+    for key, words in (("classes", "classes"), ("vocabulary", "words")):
+        if key in wanted and _ids(wanted[key]) != _ids(found.get(key, [])):
+            raise UserError(f"data.root: the {words} in {where} are not those of {run.id}, in the same order")
+
+
+def _ids(entries: Sequence[Any]) -> list[str]:
+    """Words, or the ids of classes (what a class is called may change)."""
+    return [entry if isinstance(entry, str) else str(entry[0]) for entry in entries]
 
 
 class _InOrder:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rayexp.comparison import Comparison
+from rayexp.display import printable
 from rayexp.launch.screen import Screen
 from rayexp.runs import Run
 
@@ -32,7 +33,7 @@ class Follower:
     def say(self, text: str) -> None:
         """One line."""
         if self.console is not None:
-            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            self.console.print(printable(text, keep="\n"), highlight=False, markup=False, soft_wrap=True)
 
     def start(self, cell: str, repeat: int) -> None:
         """A cell starts."""

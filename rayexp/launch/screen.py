@@ -6,6 +6,7 @@ The screen reads progress.json and epochs.jsonl, wherever the workers are; nothi
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import threading
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rayexp.display import figure, printable
 from rayexp.records import EpochRecord
 from rayexp.runs import Run
 
@@ -40,12 +42,12 @@ class Screen:
     def say(self, text: str) -> None:
         """One line above the bar."""
         if self.console is not None:
-            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            self.console.print(printable(text, keep="\n"), highlight=False, markup=False, soft_wrap=True)
 
     def phase(self, text: str) -> None:
         """What goes on while there is no step yet."""
         if self._bar is not None:
-            self._bar.update(self._task, description=text)
+            self._bar.update(self._task, description=printable(text))
 
     def open(self) -> None:
         """Begin to follow."""
@@ -100,7 +102,7 @@ class Screen:
             description=f"epoch {at['epoch']}/{at['epochs']}",
             completed=done,
             total=at["epochs"] * at["steps"],
-            figures=f"step {at['step']}/{at['steps']}  loss {at['loss']:.4f}  {at['rate']:,.0f} {at['unit']}/s",
+            figures=f"step {at['step']}/{at['steps']}  loss {_loss(at['loss'])}  {at['rate']:,.0f} {at['unit']}/s",
         )
 
     def _warn(self, warnings: Iterable[str]) -> None:
@@ -131,11 +133,15 @@ class Screen:
 
 def epoch_line(record: EpochRecord) -> str:
     """`epoch 7  train_loss 2.1034  val_loss 2.2001  acc1 48.73  acc5 75.30  412 /s  61.2 s  weights 0f3a...`."""
-    metrics = "  ".join(f"{name} {value:.2f}" for name, value in record.metrics.items())
+    metrics = "  ".join(f"{name} {figure(value, '.2f')}" for name, value in record.metrics.items())
     return (
-        f"epoch {record.epoch}  train_loss {record.train_loss:.4f}  val_loss {record.val_loss:.4f}  {metrics}  "
+        f"epoch {record.epoch}  train_loss {_loss(record.train_loss)}  val_loss {_loss(record.val_loss)}  {metrics}  "
         f"{record.samples_per_second:,.0f}/s  {record.seconds['total']:.1f} s  weights {record.weights_sha[:12]}"
     )
+
+
+def _loss(value: float | None) -> str:
+    return figure(math.nan if value is None else value, ".4f")
 
 
 def _bar(console: Console) -> Any:
@@ -143,9 +149,9 @@ def _bar(console: Console) -> Any:
 
     plain = console.file is sys.stderr  # else stdout and stderr have been turned over to a file
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=None),
-        TextColumn("{task.fields[figures]}"),
+        TextColumn("{task.fields[figures]}", markup=False),
         TimeRemainingColumn(),
         console=console,
         transient=True,

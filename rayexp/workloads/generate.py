@@ -97,6 +97,7 @@ def generate(
 
     Raises:
         UserError: the temperature is no number from 0.
+        RunError: the model's output is not finite.
     """
     if not 0 <= temperature < float("inf"):
         raise UserError(f"temperature: {temperature} is not a number from 0")
@@ -107,6 +108,8 @@ def generate(
         for draw in draws:
             for part in torch.split(fresh, READ_AT_ONCE):
                 logits, state = net.advance(part, state)
+            if not bool(logits.isfinite().all()):
+                raise RunError("the model's output is not finite, so there is no word to choose")
             word = choose(logits[0].double().numpy(), float(draw), temperature, top_k)
             yield word
             fresh = torch.tensor([[word]])

@@ -135,7 +135,10 @@ class ImageClassification:
         return -(-len(self.data.val) // self.config.batch_size)
 
     def judge(self, model: nn.Module, stream: int, device: torch.device) -> Mapping[str, NDArray[Any]]:
-        """The five likeliest classes, the confidence in the first, and the loss."""
+        """The five likeliest classes, the confidence in the first, and the loss.
+
+        Logits of which no probabilities follow (one is NaN or infinite) name no class: top5 is -1, the rest NaN.
+        """
         size = self.config.batch_size
         samples = np.arange(stream * size, min(len(self.data.val), (stream + 1) * size))
         labels = upload(self.data.val.labels[samples], device)
@@ -145,12 +148,16 @@ class ImageClassification:
         logs = F.log_softmax(logits, 1)
         # A stable sort: of equal logits the lower class comes first, on every device.
         top = logs.sort(stable=True, dim=1, descending=True).indices[:, :5]
+        broken = logs.isnan().any(1)
+        confidence = logs.gather(1, top[:, :1])[:, 0].exp()
+        losses = F.nll_loss(logs, labels, reduction="none")
         return {
             "index": samples.astype(np.int64),
             "label": labels.cpu().numpy(),
-            "top5": top.to(torch.int32).cpu().numpy(),
-            "confidence": logs.gather(1, top[:, :1])[:, 0].exp().cpu().numpy(),
-            "loss": F.nll_loss(logs, labels, reduction="none").cpu().numpy(),
+            # A sort puts NaN first, and would call it the likeliest class.
+            "top5": top.masked_fill(broken[:, None], -1).to(torch.int32).cpu().numpy(),
+            "confidence": confidence.masked_fill(broken, torch.nan).cpu().numpy(),
+            "loss": losses.masked_fill(broken, torch.nan).cpu().numpy(),
         }
 
     def predictions(self, parts: Sequence[Mapping[str, NDArray[Any]]]) -> Predictions:
@@ -159,7 +166,7 @@ class ImageClassification:
         return Predictions("images", self.data.val.sha, arrays)
 
     def metrics(self, predictions: Predictions) -> dict[str, float]:
-        """Mean loss, and accuracies in percent."""
+        """Mean loss, and accuracies in percent; an image without a finite output counts as wrong."""
         hits = predictions["top5"] == predictions["label"][:, None]
         return {
             "val_loss": float(predictions["loss"].mean(dtype=np.float64)),

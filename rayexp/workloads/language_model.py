@@ -206,4 +206,5 @@ def _columns(tokens: NDArray[np.int32], count: int) -> NDArray[np.int32]:
 
 
 def _perplexity(loss: float) -> float:
-    return math.exp(loss) if loss < 700 else math.inf
+    """exp(loss); infinite where that is no double, NaN where the loss is."""
+    return math.inf if loss >= 700 else math.exp(loss)

@@ -94,6 +94,7 @@ class Images:
             logits = self.model(inputs.to(device))
             loss += float(F.cross_entropy(logits, targets, reduction="sum"))
             top = logits.topk(min(5, logits.shape[1]), 1).indices == targets[:, None]
+            top &= ~logits.log_softmax(1).isnan().any(1, keepdim=True)  # topk puts NaN first
             right1, right5, n = right1 + int(top[:, :1].sum()), right5 + int(top.sum()), n + len(labels)
         return {"val_loss": loss / n, "acc1": 100 * right1 / n, "acc5": 100 * right5 / n}
 
@@ -162,7 +163,7 @@ class Text:
         for inputs, targets in self._windows(self.val):
             total += float(self.loss(inputs.to(device), targets.to(device))) * len(targets)
             n += len(targets)
-        return {"val_loss": total / n, "ppl": math.exp(min(total / n, 700))}
+        return {"val_loss": total / n, "ppl": math.inf if total / n >= 700 else math.exp(total / n)}
 
 
 def optimizer_of(config: ExperimentConfig, model: nn.Module) -> torch.optim.Optimizer:

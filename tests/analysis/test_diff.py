@@ -154,15 +154,101 @@ def test_json_and_csv(makes):
     assert float(rows[0]["b_confidence"]) == pytest.approx(r.flips[0].confidence_b, abs=1e-6)
 
 
-def test_a_diverged_model_is_reported(makes, arrays):
+@pytest.mark.parametrize("first", [-1, 0], ids=["as stored now", "as older runs stored it"])
+def test_what_is_not_finite_is_never_right_and_equal_to_nothing(makes, arrays, first):
+    """A sort puts NaN first, so class 0 seemed the likeliest; here it is the true class of most images."""
+    nan = np.nan
+    label = [0, 0, 0, 0, 1, 1, 0, 0]
+    broken = [False, False, True, True, True, False, False, False]
+    a = arrays.images(label, [0, 0, 0, 1, 1, 1, 1, 0], classes=2)
+    top5 = np.where(np.array(broken)[:, None], first, [[0, 1], [1, 0], [0, 1], [0, 1], [0, 1], [1, 0], [0, 1], [0, 1]])
+    numbers = np.where(broken, nan, 0.5)
+    b = arrays.images(label, top5[:, 0], classes=2, rest=top5, loss=numbers, confidence=numbers)
+    r = report_of(makes.images([a, b], 2)).within(100)
+    assert r.acc1 == (75, 50)
+    assert r.acc5 == (100, 62.5)
+    assert (r.both_right, r.lost, r.gained, r.both_wrong, r.broken) == (3, 1, 1, 0, 3)
+    assert (r.not_finite, r.churn, r.other_wrong) == ((0, 3), 5, 0)
+    assert r.difference == -25  # right in A but not in B: images 1, 2 and 4; the reverse: 6
+    assert r.mcnemar_p == pytest.approx(scipy.stats.binomtest(1, 4).pvalue)
+    assert [(f.index, f.kind, f.a, f.b) for f in r.flips] == [
+        (2, "not_finite", 0, None), (4, "not_finite", 1, None), (3, "not_finite", 1, None), (1, "lost", 0, 1),
+        (6, "gained", 1, 0),
+    ]  # fmt: skip
+    assert sum(m.count for m in r.moves) == 2
+    assert (r.verdict, r.equal) == ("FAIL", False)
+    assert "3 of the 8 judgements of B are not finite" in r.ruling.why
+    tree = json.loads(json.dumps(r.to_json(), allow_nan=False))
+    assert tree["not_finite"] == {"a": 0, "b": 3, "either": 3}
+    assert tree["loss"]["b"] is None
+    assert tree["flips"][0]["b"] == {"index": None, "id": None, "words": None, "confidence": None, "loss": None}
+    row = next(csv.DictReader(io.StringIO(r.to_csv())))
+    assert (row["kind"], row["b"], row["b_words"]) == ("not_finite", "", "")
+
+
+def test_two_broken_models_are_not_equal(makes, arrays):
+    nan = [np.nan] * 3
+    broken = arrays.images([0, 0, 1], [0, 0, 0], classes=2, loss=nan, confidence=nan)
+    whole = arrays.images([0, 0, 1], [1, 1, 0], classes=2)
+    same = report_of(makes.images([broken, broken], 2, weights=[{"w": np.ones(3, np.float32)}] * 2)).within(100)
+    assert same.same_model
+    assert (same.equal, same.churn, same.verdict) == (False, 3, "FAIL")
+    assert report_of(makes.images([broken, whole], 2)).within(100).verdict == "INCONCLUSIVE"
+    partly = arrays.images([0, 0, 1], [0, 0, 1], classes=2, loss=[np.nan, 1, 1], confidence=[np.nan, 1, 1])
+    same = report_of(makes.images([partly, partly], 2)).within(100)
+    assert (same.equal, same.churn, same.verdict) == (False, 1, "FAIL")
+
+
+def test_equal_judgements_pass(makes, arrays):
+    """With so few images no interval lies within half a point; what says the same needs none."""
     label = [0, 1, 2, 0]
-    a = arrays.images(label, [0, 1, 2, 1], classes=3)
-    b = arrays.images(label, [0, 0, 0, 0], classes=3, loss=[np.nan] * 4, confidence=[np.nan] * 4)
-    r = report_of(makes.images([a, b], 3))
-    assert (r.lost, r.gained) == (2, 1)
-    text = json.dumps(r.to_json(), allow_nan=False)
-    assert json.loads(text)["loss"]["b"] is None
-    assert r.flips[0].kind == "lost"
+    a = arrays.images(label, [0, 1, 0, 1], classes=3)
+    rounded = arrays.images(label, [0, 1, 0, 1], classes=3, loss=[0.2000001, 0.2, 2.0, 2.0])
+    other = arrays.images(label, [0, 1, 1, 1], classes=3)
+    ones = [{"w": np.ones(3, np.float32)}] * 2
+    for arrays_of, weights, expected in [
+        ([a, a], None, "PASS"),
+        ([a, rounded], ones, "PASS"),  # the same weights on another device
+        ([a, rounded], None, "INCONCLUSIVE"),
+        ([a, other], ones, "INCONCLUSIVE"),
+    ]:
+        r = report_of(makes.images(arrays_of, 3, weights=weights)).within(0.5)
+        assert r.verdict == expected
+        assert r.equal == (expected == "PASS")
+        assert r.interval[0] < -0.5
+
+
+def test_the_gate_and_the_printed_p_are_one_test(makes, arrays):
+    """Gained 5, lost 0 of 100: p is 0.0625, which is no proof that B is not worse."""
+    label = np.zeros(100, int)
+    for gained, verdict in ((5, "INCONCLUSIVE"), (6, "PASS")):
+        first = np.where(np.arange(100) < gained, 1, 0)
+        r = report_of(makes.images([arrays.images(label, x, classes=2) for x in (first, label)], 2)).within(0)
+        assert (r.gained, r.lost) == (gained, 0)
+        assert r.verdict == verdict
+        assert (r.mcnemar_p < 0.05) == (verdict == "PASS") == (r.interval[0] > 0)
+
+
+def test_top5_with_fewer_columns_ties_and_the_label_last(makes, arrays):
+    rest = [[0, 1, 2, 3, 4], [4, 3, 2, 1, 0], [5, 4, 3, 2, 1], [1, 2, 3, 4, 5]]
+    a = arrays.images([4, 0, 0, 0], [0, 4, 5, 1], classes=6, rest=rest)
+    assert report_of(makes.images([a, a], 6)).acc5 == (50, 50)
+
+
+def test_cells_are_no_formulas_and_no_escapes(makes, arrays):
+    """Class words, ids and image names that a spreadsheet would run, and a Latin-1 name as the file system gives it."""
+    names = ["=1+2.png", "caf\udce9.png", "+x", "\x1b[2Jb.png"]
+    run = makes.images(
+        [arrays.images([0, 1, 0, 1], x, classes=2) for x in ([0, 0, 1, 1], [1, 1, 0, 0])], 2,
+        names=names, words=["=cmd|' /C calc'!A0", "@evil, -2"],
+    )  # fmt: skip
+    text = report_of(run).to_csv()
+    text.encode()
+    rows = list(csv.DictReader(io.StringIO(text)))
+    assert {row["name"] for row in rows} == {"'=1+2.png", "caf\\xe9.png", "'+x", "\\x1b[2Jb.png"}
+    assert {row["label_words"] for row in rows} == {"'=cmd|' /C calc'!A0", "'@evil, -2"}
+    assert {row["a_words"] for row in rows} == {"'=cmd|' /C calc'!A0", "'@evil, -2"}
+    assert {f["name"] for f in report_of(run).to_json()["flips"]} == set(names)
 
 
 def test_fewer_than_five_classes(makes, arrays):

@@ -282,3 +282,22 @@ class TestBrowser:
         assert took < 500  # milliseconds a filter, layout included
         data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])
         assert len(data["name"]) == r.churn
+
+
+def test_foreign_names_are_escaped(makes, arrays, tmp_path):
+    """Escape sequences, markup, and a Latin-1 name as the file system gives it, in names and words."""
+    evil = "\x1b]0;x\x07\x1b[2J<b>caf\udce9</b>"
+    label = [0, 1, 0, 1]
+    run = makes.images(
+        [arrays.images(label, x, classes=2) for x in ([0, 1, 1, 1], [1, 0, 0, 1])], 2,
+        names=[evil + str(i) for i in range(4)], words=[evil, "=cmd"],
+    )  # fmt: skip
+    page = tmp_path / "page.html"
+    write_page(page, diff_images(*read_pair((run, 1), (run, 2))))
+    text = page.read_text(encoding="utf-8")
+    assert not any(ord(c) < 32 and c not in "\n\t" for c in text)
+    assert "<b>caf" not in text
+    assert "\\x1b]0;x\\x07\\x1b[2J&lt;b&gt;caf\\xe9" in text  # a class in the tables
+    data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)[1])
+    assert data["name"][0].startswith("\\x1b]0;x\\x07\\x1b[2J<b>caf\\xe9</b>")
+    assert data["words"][1] == "=cmd"

@@ -23,41 +23,58 @@ def measured(value, spread=0.0, seed=0):
 # ---------------------------------------------------------------------- estimates
 
 
-def test_median_and_its_interval_hold_the_truth():
+def of_counts(repeats):
+    """Steps of 256 samples at these rates."""
+    return [(np.full(len(rates), 256.0), 256 / np.asarray(rates)) for rates in repeats]
+
+
+def test_throughput_and_its_interval_hold_the_truth():
     held = 0
     for trial in range(40):
         rng = np.random.default_rng(trial)
-        repeats = [100 * np.exp(0.1 * rng.standard_normal(25)) for _ in range(3)]
-        estimate = scaling.median(repeats, seed=trial)
-        assert estimate.value == np.median(np.concatenate(repeats))
+        seconds = [rng.gamma(4, 0.25, 25) for _ in range(3)]  # one second on average
+        estimate = scaling.ratio([(np.full(25, 100.0), s) for s in seconds], seed=trial)
+        assert estimate.value == pytest.approx(100 * 75 / np.concatenate(seconds).sum())
         low, high = estimate.interval
         held += low <= 100 <= high
     assert held >= 34  # nominally 38 of 40
 
 
-def test_median_sees_what_differs_from_run_to_run():
+def test_throughput_counts_the_steps_that_wait_for_all():
+    """A loader of four processes hands over in bursts: three steps of 1 ms, then one of 97 ms."""
+    seconds = np.tile([0.001, 0.001, 0.001, 0.097], 50)
+    estimate = scaling.ratio([(np.full(200, 50.0), seconds)], seed=0)
+    assert estimate.value == pytest.approx(2000)  # the median step would say 50,000
+    low, high = estimate.interval
+    assert low < 2000 < high < 5000
+
+
+def test_throughput_sees_what_differs_from_run_to_run():
     steps = np.full(50, 1.0)
-    alike = scaling.median([steps * 100, steps * 100, steps * 100], seed=1)
-    apart = scaling.median([steps * 90, steps * 100, steps * 110], seed=1)
-    assert alike.interval == (100.0, 100.0)
+    alike = scaling.ratio(of_counts([steps * 100] * 3), seed=1)
+    apart = scaling.ratio(of_counts([steps * 90, steps * 100, steps * 110]), seed=1)
+    assert alike.interval == pytest.approx((100.0, 100.0))
     low, high = apart.interval
     assert low < 95
     assert high > 105
 
 
-def test_long_repeats_are_thinned_without_moving_the_answer():
+def test_long_repeats_are_summed_up_without_moving_the_answer():
     rng = np.random.default_rng(3)
-    long = [rng.lognormal(3, 0.2, 20_000) for _ in range(2)]
-    estimate = scaling.median(long, seed=3)
+    long = [(np.full(20_001, 8.0), rng.lognormal(3, 0.2, 20_001)) for _ in range(2)]
+    estimate = scaling.ratio(long, seed=3)
+    assert estimate.value == pytest.approx(sum(a.sum() for a, _ in long) / sum(b.sum() for _, b in long))
     low, high = estimate.interval
     assert low < estimate.value < high
     assert (high - low) / estimate.value < 0.05
+    short = [(np.full(20, 8.0), np.full(20, 8.0)), long[0]]  # a repeat counts with its own number of steps
+    assert np.median(scaling.ratio(short * 5, seed=3).draws) == pytest.approx(scaling.ratio(short, 3).value, rel=0.1)
 
 
 def test_the_same_measurements_give_the_same_interval():
     rng = np.random.default_rng(5)
-    repeats = [rng.lognormal(3, 0.2, 30) for _ in range(3)]
-    assert scaling.median(repeats, seed=9).interval == scaling.median(repeats, seed=9).interval
+    repeats = of_counts([rng.lognormal(3, 0.2, 30) for _ in range(3)])
+    assert scaling.ratio(repeats, seed=9).interval == scaling.ratio(repeats, seed=9).interval
 
 
 def test_ratio_of_an_estimate_to_itself_is_one():
@@ -105,6 +122,13 @@ def test_amdahl_is_recovered_with_an_interval_that_holds_it():
     assert fit.points == (12, 4)
     assert fit.rate(16) == pytest.approx(amdahl(16), rel=0.1)
     assert fit.peak is None
+
+
+def test_a_rate_that_falls_from_the_first_device_on_peaks_at_one():
+    parameters = {"rate1": (100.0, 90.0, 110.0), "sigma": (1.2, 1.1, 1.3), "kappa": (0.01, 0.005, 0.02)}
+    assert scaling.Fit("USL", scaling.USL, parameters, None, (8, 5)).peak == 1
+    parameters["sigma"] = (0.03, 0.02, 0.04)
+    assert scaling.Fit("USL", scaling.USL, parameters, None, (8, 5)).peak == pytest.approx((0.97 / 0.01) ** 0.5)
 
 
 def test_usl_is_recovered_and_names_its_peak():

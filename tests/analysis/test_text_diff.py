@@ -104,7 +104,7 @@ def test_report_of_articles(makes, arrays):
     ],
 )
 def test_verdict(makes, arrays, interval, max_drop, expected):
-    r = report_of(makes.text([arrays.tokens([CAT], [1.0])] * 2, VOCABULARY))
+    r = report_of(makes.text([arrays.tokens([CAT], [1.0]), arrays.tokens([CAT], [1.1])], VOCABULARY))
     assert dataclasses.replace(r, ratio_interval=interval, max_drop=max_drop).verdict == expected
     assert r.verdict is None
 
@@ -115,32 +115,117 @@ def test_sign_flip_is_the_exact_test_in_the_limit():
         abs(sum(s * c for s, c in zip(signs, change, strict=True))) for signs in itertools.product((-1, 1), repeat=8)
     ]
     exact = np.mean([s >= abs(change.sum()) - 1e-9 for s in sums])
-    assert sign_flip(change) == pytest.approx(exact, abs=0.01)
-    assert sign_flip(-change) == sign_flip(change)
-    assert sign_flip(np.zeros(5)) == 1
-    assert math.isnan(sign_flip(np.array([1.0, np.nan])))
+    size = np.full(8, 10)
+    assert sign_flip(change, size)[0] == pytest.approx(exact, abs=0.01)
+    assert sign_flip(-change, size)[0] == sign_flip(change, size)[0]
+    assert sign_flip(np.zeros(5), size[:5])[0] == 1
+    assert sign_flip(np.ones(40), np.full(40, 9))[0] == 1 / 5001  # the observed signs are a draw: p is never 0
 
 
-def test_bootstrap_covers():
-    """The interval of the ratio covers the true one in about 95 % of repeated texts."""
+def test_interval_of_the_change_is_the_inverted_test():
+    """A shift inside it is not rejected by the test of what remains, one outside is; the test is written anew here."""
+    rng = np.random.default_rng(3)
+    size = rng.integers(20, 400, 12)
+    change = size * rng.normal(0.05, 0.1, 12)
+    signs = rng.choice([-1.0, 1.0], (40_000, 12))
+
+    def p(shift):
+        left = change - shift * size
+        return np.mean(np.abs(signs @ left) >= abs(left.sum()) * (1 - 1e-12))
+
+    low, high = sign_flip(change, size)[1]
+    assert low < change.sum() / size.sum() < high
+    for limit, outward in ((low, -1), (high, 1)):
+        assert p(limit + outward * 0.01) < 0.05 < p(limit - outward * 0.01)
+
+
+def test_interval_and_test_of_the_change_agree():
+    rng = np.random.default_rng(5)
+    seen = set()
+    for _ in range(300):
+        count = int(rng.integers(6, 40))
+        size = rng.integers(20, 400, count)
+        change = size * rng.normal(rng.choice([0.0, 0.05, 0.1]), 0.2, count)
+        p, (low, high) = sign_flip(change, size)
+        assert (low <= 0 <= high) == (p >= 0.05)
+        seen.add(p < 0.05)
+    assert seen == {True, False}
+
+
+def test_few_documents_have_no_interval():
+    # of five documents the most extreme of all signs comes up in 2 of 32 draws
+    assert sign_flip(np.arange(1.0, 6.0), np.full(5, 9))[1] is None
+    assert sign_flip(np.arange(1.0, 8.0), np.full(7, 9))[1] is not None
+
+
+@pytest.mark.parametrize("count", [10, 60])
+def test_intervals_cover(count):
+    """They hold the true value in about 95 % of repeated texts."""
     rng = np.random.default_rng(1)
-    hits = 0
-    for _ in range(100):
-        size = rng.integers(200, 800, 60)
-        effect = rng.normal(0.1, 0.2, 60)
-        sums = np.stack([size * 4.0, size * (4.0 + effect)])
-        low, high = bootstrap(sums, size)[2]
-        hits += low <= math.exp(0.1) <= high
-    assert 0.87 <= hits / 100 <= 0.99
+    change, perplexity = 0, 0
+    for _ in range(200):
+        size = rng.integers(200, 800, count)
+        effect, level = rng.normal(0.1, 0.2, count), rng.normal(4.0, 0.3, count)
+        sums = np.stack([size * level, size * (level + effect)])
+        low, high = sign_flip(sums[1] - sums[0], size)[1]
+        change += low <= 0.1 <= high
+        low, high = bootstrap(sums, size)[0]
+        perplexity += low <= math.exp(4.0) <= high
+    assert 0.91 <= change / 200 <= 0.99
+    assert (0.82 if count == 10 else 0.9) <= perplexity / 200 <= 0.99
 
 
-def test_infinite_losses_are_reported(makes, arrays):
+def test_bootstrap_by_loops():
+    """Its quantiles are those of texts put together document by document."""
+    rng = np.random.default_rng(9)
+    size = rng.integers(50, 300, 15)
+    sums = np.stack([size * rng.normal(4, 0.5, 15), size * rng.normal(3, 0.5, 15)])
+    draws = []
+    for _ in range(20_000):
+        picked = rng.integers(0, 15, 15)
+        draws.append(sums[:, picked].sum(1) / size[picked].sum())
+    expected = np.exp(np.quantile(draws, [0.025, 0.975], axis=0))
+    assert bootstrap(sums, size)[0] == pytest.approx(tuple(expected[:, 0]), rel=0.02)
+    assert bootstrap(sums, size)[1] == pytest.approx(tuple(expected[:, 1]), rel=0.02)
+
+
+def test_what_is_not_finite_has_a_row_of_its_own(makes, arrays):
+    token = [CAT, SAT, DOG, RAN] * 100
+    loss = np.ones(400)
+    a, b = loss.copy(), loss.copy()
+    a[:2] = np.inf, np.nan
+    b[1:4] = np.nan, np.nan, -np.inf
+    b[4], b[5] = 3.0, 0.1
+    r = report_of(makes.text([arrays.tokens(token, a), arrays.tokens(token, b)], VOCABULARY)).within(50)
+    assert (r.not_finite, r.broken) == ((2, 3), 4)
+    assert (r.lost, r.gained, r.churn) == (1, 1, 6)
+    assert [(f.offset, f.kind) for f in r.flips] == [
+        (1, "not_finite"), (2, "not_finite"), (3, "not_finite"), (4, "not_finite"), (5, "lost"), (6, "gained")
+    ]  # fmt: skip
+    assert r.ratio_interval is None
+    assert r.paired_p is None
+    assert (r.verdict, r.equal) == ("FAIL", False)
+    assert "3 of the 400 judgements of B are not finite" in r.ruling.why
+    assert [w.word for w in r.words if w.total] == ["cat", "sat"]  # of the finite ones
+    assert all(math.isfinite(w.total) for w in r.words)
+    tree = json.loads(json.dumps(r.to_json(), allow_nan=False))
+    assert tree["not_finite"] == {"a": 2, "b": 3, "either": 4}
+    assert tree["ppl"]["b"] is None
+    assert tree["flips"][0]["loss_a"] is None
+    rows = list(csv.DictReader(io.StringIO(r.to_csv())))
+    assert [row["kind"] for row in rows] == ["not_finite"] * 4 + ["lost", "gained"]
+    mirrored = report_of(makes.text([arrays.tokens(token, loss), arrays.tokens(token, loss)], VOCABULARY)).within(0)
+    assert (mirrored.verdict, mirrored.equal) == ("PASS", True)
+
+
+def test_a_base_that_is_not_finite_proves_nothing(makes, arrays):
     token = [CAT, SAT] * 100
-    a = arrays.tokens(token, np.ones(200))
-    b = arrays.tokens(token, np.full(200, np.nan))
-    r = report_of(makes.text([a, b], VOCABULARY)).within(1)
-    json.dumps(r.to_json(), allow_nan=False)
-    assert r.verdict == "INCONCLUSIVE"
+    broken, whole = arrays.tokens(token, np.full(200, np.nan)), arrays.tokens(token, np.ones(200))
+    assert report_of(makes.text([broken, whole], VOCABULARY)).within(9).verdict == "INCONCLUSIVE"
+    both = report_of(makes.text([broken, broken], VOCABULARY, weights=[{"w": np.ones(2, np.float32)}] * 2)).within(9)
+    assert both.same_model
+    assert (both.verdict, both.equal, both.broken) == ("FAIL", False, 200)
+    assert both.to_csv().count("not_finite") == 200
 
 
 def test_refused_vocabulary(makes, arrays):

@@ -1,17 +1,21 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from rayexp.config import ExperimentConfig
 from rayexp.errors import RunError, UserError
 from rayexp.launch.evaluate import judge, predict
 from rayexp.launch.train import run
+from rayexp.workloads import generate as text
 
 Tiny = Callable[..., ExperimentConfig]
 IMAGES = {
@@ -72,3 +76,68 @@ def test_the_lines_are_those_of_pytorchs_example(
     assert means[3].endswith(f"({metrics['acc1']:6.2f})")
     out, _ = command("evaluate", f"{made.id}@1", "--json").communicate(timeout=60)
     assert json.loads(out)["acc1"] == metrics["acc1"]
+
+
+def test_a_model_that_is_not_finite_is_said_and_compared(
+    tiny: Tiny, command: Callable[..., subprocess.Popen[str]]
+) -> None:
+    made = run(tiny(**{**IMAGES, "lr": 1e30, "batch_size": 64}), argv=[])  # one step, and its loss is finite
+    found = judge(made, 1)
+    assert found.not_finite == len(found.predictions) == 72
+    assert found.equal
+    assert (found.metrics["acc1"], found.metrics["acc5"]) == (0, 0)
+    out, err = command("evaluate", f"{made.id}@1").communicate(timeout=60)
+    assert "NOT FINITE: the model's output for 72 of 72 samples" in err
+    assert "another device" not in err
+    assert "Loss not finite (not finite)" in out
+    out, _ = command("evaluate", f"{made.id}@1", "--json").communicate(timeout=60)
+    tree = json.loads(out, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    assert (tree["val_loss"], tree["not_finite"], tree["equal"]) == (None, 72, True)
+
+
+def test_a_language_model_that_is_not_finite(tiny: Tiny) -> None:
+    one_step = {"name": "python_docs", "max_train_tokens": 336, "max_val_tokens": 600, "bptt": 20}
+    made = run(tiny(lr=1e30, optimizer={"clip": None}, data=one_step, epochs=1, model={"name": "rnn_relu"}), argv=[])
+    found = judge(made, 1)
+    assert found.not_finite == len(found.predictions)
+    assert found.equal
+    assert not math.isfinite(found.metrics["ppl"])
+    with pytest.raises(RunError, match="not finite"):
+        list(text.generate(text.open_writer(made, 1).net, [0], 3))
+
+
+def picture_folder(root: Path, seed: int) -> Path:
+    rng = np.random.default_rng(seed)
+    for part, count in (("train", 8), ("val", 6)):
+        for name in ("cat", "dog"):
+            (root / part / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / part / name / f"{i}.png")
+    return root
+
+
+def test_data_that_has_moved_is_taken_by_its_hash(
+    tiny: Tiny, tmp_path: Path, command: Callable[..., subprocess.Popen[str]]
+) -> None:
+    old, new = picture_folder(tmp_path / "old", 0), tmp_path / "new"
+    data = {"name": "folder", "root": str(old), "image_size": 32}
+    made = run(tiny(**{**IMAGES, "data": data, "batch_size": 8, "shards": 2}), argv=[])
+    shutil.move(old, new)
+    other = picture_folder(tmp_path / "other", 1)
+    with pytest.raises(UserError, match=r"old.*; `rayexp evaluate .*@1 data\.root=DIR` takes the data from where"):
+        judge(made, 1)
+    assert judge(made, 1, root=new).equal
+    with pytest.raises(UserError, match=r"^data\.root: the validation data in .*other is not that of"):
+        judge(made, 1, root=other)
+    (new / "val" / "cat").rename(new / "val" / "x")
+    (new / "train" / "cat").rename(new / "train" / "x")
+    with pytest.raises(UserError, match=r"^data\.root: "):
+        judge(made, 1, root=new)
+    (new / "val" / "x").rename(new / "val" / "cat")
+    (new / "train" / "x").rename(new / "train" / "cat")
+    process = command("evaluate", f"{made.id}@1", f"data.root={new}", "--json")
+    assert json.loads(process.communicate(timeout=60)[0])["equal"] is True
+    process = command("evaluate", f"{made.id}@1", "lr=3")
+    assert "data.root=DIR only" in process.communicate(timeout=60)[1]
+    assert process.returncode == 2

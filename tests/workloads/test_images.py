@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from rayexp.config import AugmentConfig, ExperimentConfig, parse
 from rayexp.engine import order
 from rayexp.engine.matmul import product
 from rayexp.errors import UserError
+from rayexp.records import Predictions
 from rayexp.workloads.augment import DRAWS, augment, boxes, resampling
 from rayexp.workloads.image_classification import ImageClassification, Options, build
 from rayexp.workloads.pool_first import pool_first
@@ -191,3 +193,76 @@ def test_predictions_are_sorted_and_counted() -> None:
     hits = [row[0] == label for row, label in zip(found["top5"], found["label"], strict=True)]
     assert workload.metrics(found)["acc1"] == pytest.approx(100 * sum(hits) / 40)
     assert ((found["confidence"] > 0) & (found["confidence"] <= 1)).all()
+
+
+class Says(nn.Module):
+    """Gives the logits that a test wants, batch after batch."""
+
+    def __init__(self, logits: np.ndarray) -> None:
+        super().__init__()
+        self.rows = iter(torch.from_numpy(logits.astype(np.float32)))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.stack([next(self.rows) for _ in range(len(images))])
+
+
+def judged(workload: ImageClassification, logits: np.ndarray) -> Predictions:
+    model, cpu = Says(logits), torch.device("cpu")
+    return workload.predictions([workload.judge(model, s, cpu) for s in range(workload.val_streams())])
+
+
+def test_top5_confidence_and_loss_by_independent_code() -> None:
+    """Of equal logits the lower class comes first (torch.topk leaves their order open); all in plain Python."""
+    workload = ImageClassification(config())
+    classes = len(workload.data.classes)
+    rng = np.random.default_rng(7)
+    logits = rng.integers(0, 4, (40, classes)).astype(np.float64)  # many ties, across the fifth place too
+    logits[0] = 0
+    logits[1, 3] = -np.inf  # a class that cannot be, which is a judgement like any other
+    found = judged(workload, logits)
+    hits = [0, 0]
+    for row, top5, confidence, loss, label in zip(
+        logits.tolist(),
+        found["top5"].tolist(),
+        found["confidence"],
+        found["loss"],
+        found["label"].tolist(),
+        strict=True,
+    ):
+        order_of = sorted(range(classes), key=lambda c: (-row[c], c))[:5]
+        assert top5 == order_of
+        total = math.fsum(math.exp(x) for x in row)
+        assert confidence == pytest.approx(math.exp(row[order_of[0]]) / total, rel=1e-5)
+        assert loss == pytest.approx(math.log(total) - row[label], rel=1e-5)
+        hits[0] += order_of[0] == label
+        hits[1] += label in order_of
+    metrics = workload.metrics(found)
+    assert metrics["acc1"] == pytest.approx(100 * hits[0] / 40)
+    assert metrics["acc5"] == pytest.approx(100 * hits[1] / 40)
+    assert metrics["val_loss"] == pytest.approx(np.mean(found["loss"].astype(np.float64)))
+    assert found.finite.all() == (not np.isinf(found["loss"]).any())
+
+
+@pytest.mark.parametrize("broken", [[math.nan], [math.inf], [-math.inf] * 99, [math.nan, math.inf]])
+def test_an_output_that_is_not_finite_names_no_class(broken: list[float]) -> None:
+    """A descending sort puts NaN first: class 0 would be the likeliest, and right wherever it is the label."""
+    workload = ImageClassification(config())
+    classes = len(workload.data.classes)
+    labels = workload.data.val.labels
+    logits = np.full((40, classes), -1.0)
+    logits[np.arange(40), labels] = 5.0  # right everywhere but for
+    spoilt = [0, 1, 2, 38]
+    for row in spoilt:
+        logits[row, : len(broken[:classes])] = broken[:classes]
+    found = judged(workload, logits)
+    assert np.flatnonzero(~found.finite).tolist() == spoilt
+    assert (found["top5"][spoilt] == -1).all()
+    assert np.isnan(found["confidence"][spoilt]).all()
+    assert np.isnan(found["loss"][spoilt]).all()
+    metrics = workload.metrics(found)
+    assert (metrics["acc1"], metrics["acc5"]) == (90, 90)
+    assert math.isnan(metrics["val_loss"])
+    again = Predictions.from_npz(found.to_npz(), "x")
+    assert again.same_as(found)
+    elsewhere = {**again.arrays, "loss": np.where(np.arange(40) == 3, np.nan, again["loss"]).astype(np.float32)}
+    assert not Predictions("images", found.data_sha, elsewhere).same_as(found)

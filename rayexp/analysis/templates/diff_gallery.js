@@ -4,7 +4,8 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const pictures = JSON.parse(document.getElementById("pictures").textContent);
 const form = document.querySelector(".filters"), grid = document.getElementById("grid");
 const more = document.getElementById("more"), count = document.getElementById("count");
-const PAGE = 120, SIGN = { lost: "▼ lost", gained: "▲ gained", other_wrong: "◆ wrong in another way" };
+const PAGE = 120, SIGN = { lost: "▼ lost", gained: "▲ gained", other_wrong: "◆ wrong in another way", not_finite: "✕ not finite" };
+const CSS = { other_wrong: "other", not_finite: "broken" };
 let rows = [], shown = 0;
 
 const counts = new Map();
@@ -21,8 +22,9 @@ function make(tag, className, text) {
 
 function said(side, label, confidence, right) {
   const line = make("div", "said");
-  line.append(make("span", "soft", `${side} ${right ? "✓" : "✗"}`), make("span", "", data.words[label]));
-  line.append(make("span", "soft", confidence === null ? "no number" : `${confidence.toFixed(0)} %`));
+  line.append(make("span", "soft", `${side} ${right ? "✓" : "✗"}`));
+  line.append(make("span", "", label === null ? "not finite" : data.words[label]));
+  line.append(make("span", "soft", confidence === null ? "" : `${confidence.toFixed(0)} %`));
   const meter = make("div", "meter"), bar = make("i");
   bar.style.width = `${confidence || 0}%`;
   meter.append(bar);
@@ -32,7 +34,7 @@ function said(side, label, confidence, right) {
 
 function card(i) {
   const kind = data.kinds[data.kind[i]], label = data.label[i];
-  const item = make("li", kind === "other_wrong" ? "other" : kind), left = make("div");
+  const item = make("li", CSS[kind] || kind), left = make("div");
   if (pictures[i]) {
     const image = make("img");
     image.decoding = "async";
@@ -63,8 +65,8 @@ function page() {
 const ORDER = {
   worst: (x, y) => x - y,
   best: (x, y) => y - x,
-  a: (x, y) => data.ca[y] - data.ca[x] || x - y,
-  b: (x, y) => data.cb[y] - data.cb[x] || x - y,
+  a: (x, y) => (data.ca[y] ?? -1) - (data.ca[x] ?? -1) || x - y,
+  b: (x, y) => (data.cb[y] ?? -1) - (data.cb[x] ?? -1) || x - y,
   name: (x, y) => data.name[x].localeCompare(data.name[y], "en", { numeric: true }),
 };
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -17,6 +18,7 @@ from rayexp.config import ExperimentConfig, parse
 from rayexp.disk import now
 from rayexp.errors import RunError, UserError
 from rayexp.recorder import Recorder
+from rayexp.records import Predictions
 from rayexp.runs import Run
 
 
@@ -50,6 +52,40 @@ def test_rates_leave_the_first_step_out(grids):
     assert found["cpu-x1-exact"].measured.startup() == pytest.approx(10)
 
 
+def test_every_cell_is_measured_alike_whatever_its_steps_look_like(grids):
+    """The plain script's loader hands over in bursts: most steps take nothing, every fifth waits for all of them."""
+    comparison = grids.fill(grids.plan(repeats=2), {"cpu-plain": 80.0, "cpu-x1-exact": 50.0})
+    for run in Run.all(comparison.cells_path):
+        if "plain" in run.id:
+            rows = run.steps()
+            for row in rows:
+                total = sum(row["total"][1:]) if row["first"] else sum(row["total"])
+                waits = [total / 2 if i in (5, 9) else 1e-6 for i in range(len(row["total"]))]
+                row["total"] = [row["total"][0], *waits[1:]] if row["first"] else waits
+            run.steps_path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plain, exact = compare(comparison).lines
+    assert plain.rate.value == pytest.approx(80, rel=1e-4)
+    assert exact.over_plain.value == pytest.approx(50 / 80, rel=1e-4)
+    for line in (plain, exact):
+        tree = line.to_json()
+        rates = tree["samples_per_second"]
+        assert rates["value"] == pytest.approx(rates["throughput"]) == pytest.approx(np.mean(rates["repeats"]))
+        assert rates["value"] * tree["step_seconds"]["value"] == pytest.approx(256)  # one measure for both
+
+
+def test_what_is_not_finite_differs_from_the_reference(grids):
+    comparison = grids.fill(grids.plan(repeats=1), {"cpu-x1-exact": 50.0, "cpu-x1-ddp": 50.0})
+    run = next(r for r in Run.all(comparison.cells_path) if r.id.split("-cpu-x1-")[1].startswith("ddp"))
+    p = run.predictions(2)
+    loss = np.where(np.arange(8) < 3, np.nan, p["loss"]).astype(np.float32)
+    run.predictions_path(2).write_bytes(Predictions(p.kind, p.data_sha, {**p.arrays, "loss": loss}).to_npz())
+    rows = [r.to_json() | {"val_loss": None} for r in run.records()]
+    run.epochs_path.write_text("".join(json.dumps(row).replace("null", "NaN") + "\n" for row in rows))
+    report = compare(comparison)
+    assert next(line.differing for line in report.lines if line.cell.id == "cpu-x1-ddp") == (3, 3)
+    assert next(row["val_loss"] for row in tables.results(report) if row["cell"] == "cpu-x1-ddp") == "not finite"
+
+
 def test_rates_leave_the_first_step_of_every_process_out(grids):
     comparison = grids.fill(grids.plan(), grids.rates)
     row = next(row for row in comparison.rows() if row.cell == "cpu-x1-exact")
@@ -59,7 +95,7 @@ def test_rates_leave_the_first_step_of_every_process_out(grids):
     run.steps_path.write_text("".join(json.dumps(line) + "\n" for line in rows))
     found = measured.read(run, 60)
     assert len(found.steps["total"]) == 2 * grids.steps - 2
-    assert found.rates == pytest.approx(50, rel=1e-5)
+    assert found.throughput == pytest.approx(50, rel=1e-5)
     assert (found.first_step, found.startup) == (7.0, 13.0 - 7.0)
     for line in rows:
         for name in ("count", "total", *measured.STEP_PHASES):

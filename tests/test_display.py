@@ -1,0 +1,72 @@
+"""How what we did not choose is shown: terminals, cells, figures, JSON."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rayexp.display import csv_cell, figure, plain, printable
+
+
+def test_what_a_terminal_would_obey_is_escaped():
+    assert printable("\x1b]0;x\x07\x1b[2J") == "\\x1b]0;x\\x07\\x1b[2J"
+    assert printable("a\r\nb\tc\x7f\x85\x9b") == "a\\x0d\\x0ab\\x09c\\x7f\\x85\\x9b"
+    assert printable("\u2028\u2029\u202egnp.exe\u2066") == "\\u2028\\u2029\\u202egnp.exe\\u2066"
+    assert printable("a\nb\x1b", keep="\n") == "a\nb\\x1b"
+
+
+def test_what_people_write_stays():
+    for text in ("plain", "Ägypten", "猫", "می‌خواهم", "👩‍🔬", "a\u00a0b", "[red]x[/red]", "back\\slash"):
+        assert printable(text) == text
+
+
+def test_a_name_that_is_no_utf8_shows_its_bytes():
+    name = os.fsdecode(b"caf\xe9.png")
+    assert printable(name) == "caf\\xe9.png"
+    assert printable("\ud800") == "\\ud800"
+
+
+@given(st.text(st.characters(codec=None, categories=None)))
+def test_anything_is_printable(text):
+    shown = printable(text)
+    shown.encode()
+    assert not any(ord(c) < 32 or 127 <= ord(c) < 160 for c in shown)
+    assert printable(shown) == shown
+
+
+@pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠"])
+def test_no_cell_is_a_formula(start):
+    """https://owasp.org/www-community/attacks/CSV_Injection"""
+    cell = csv_cell(start + 'cmd|"/C calc"!A0')
+    assert cell[0] == "'"
+    out = io.StringIO()
+    csv.writer(out).writerow([cell, "next"])
+    assert next(csv.reader(io.StringIO(out.getvalue()))) == [cell, "next"]
+
+
+def test_other_cells_stay():
+    for text in ("", "goldfish, Carassius auratus", "a=b", "'quoted", "1-2"):
+        assert csv_cell(text) == text
+
+
+def test_figures():
+    assert figure(None) == ""
+    assert [figure(x, ".2f") for x in (math.nan, math.inf, -math.inf)] == ["not finite"] * 3
+    assert figure(1e300, ".2f") == "1e+300"
+    assert figure(-2e6, ".2f") == "-2e+06"
+    assert figure(123.456, ".2f") == "123.46"
+    assert figure(1e7, ".4e") == "1.0000e+07"
+
+
+def test_json_is_strict_whatever_comes():
+    value = {1: (np.float32("nan"), np.int64(3), [math.inf, 1.5]), "a": np.array([[1.0, -math.inf]]), "b": True}
+    assert plain(value) == {"1": [None, 3, [None, 1.5]], "a": [[1.0, None]], "b": True}
+    json.dumps(plain(value), allow_nan=False)
