@@ -6,10 +6,12 @@ and with how many workers, is decided here and not by Ray.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import secrets
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Sequence
@@ -18,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 from rayexp.config import ExperimentConfig
 from rayexp.data import open_data
 from rayexp.disk import only_driver, write_atomic
-from rayexp.errors import UserError
+from rayexp.errors import HeadLostError, Stopped, UserError
 from rayexp.launch import plan as planning
 from rayexp.launch.as_job import at_home, job_id
 from rayexp.launch.plan import Plan
 from rayexp.launch.screen import chatter_to, screen
-from rayexp.launch.stopping import stoppable
+from rayexp.launch.stopping import Stopping, stoppable
 from rayexp.recorder import Recorder
 from rayexp.runs import Run
 
@@ -62,16 +64,17 @@ def run(
         parent: the id of the comparison this run belongs to.
 
     Raises:
-        UserError: the configuration, the data or the machine does not allow it. A fresh run leaves nothing behind.
+        UserError: the configuration, the data or the machine does not allow it. A run that has not begun leaves
+            nothing behind; one that holds anything that training has made is kept.
         RunError: the run failed; run.json says so.
-        KeyboardInterrupt: it was asked to stop; the last whole step is saved and run.json says `stopped`.
+        Stopped: a signal asked it to stop; the last whole step is saved and run.json says `stopped`.
     """
     started = started or time.time()
     config = at_home(config).absolute()
     if resume is not None:
         check_unchanged(resume, config)
     made = resume or Run.create(config, argv=list(argv), parent=parent)
-    with only_driver(made.root):
+    with only_driver(made.root), stoppable(made) as stopping:
         if resume is not None:
             _reopen(made, config, argv)
         payload = {
@@ -84,21 +87,18 @@ def run(
             "timeout_s": TIMEOUT_S,
         }
         try:
-            status = _supervise(made, config, payload, address, console)
-        except KeyboardInterrupt:
-            _finish(made, "stopped", "ended at once; the step that was under way is lost")
-            raise
-        except UserError as error:
-            if resume is None and not made.epochs():
-                shutil.rmtree(made.root)
-            else:
-                _finish(made, "failed", str(error))
-            raise
+            status = _supervise(made, config, payload, address, console, stopping)
         except BaseException as error:
-            _finish(made, "failed", str(error) or type(error).__name__)
+            if _status(made) == "done":
+                return made  # a signal, or the end of its Ray, that comes after the run's own changes nothing
+            _fail(made, error, stopping, fresh=resume is None)
+            if stopping() or isinstance(error, KeyboardInterrupt):
+                raise _stopped(made, stopping) from error
+            if isinstance(error, UserError | HeadLostError) and _holds_work(made):
+                raise type(error)(f"{error}; {_saved(made)}") from error
             raise
     if status == "stopped" and (max_steps is None or _steps_done(made) < max_steps):
-        raise KeyboardInterrupt
+        raise _stopped(made, stopping)
     return made
 
 
@@ -130,9 +130,44 @@ def _reopen(run: Run, config: ExperimentConfig, argv: Sequence[str]) -> None:
     run.update(status="running", error=None, finished=None, pid=os.getpid(), resumed=resumed)
 
 
+def _fail(run: Run, error: BaseException, stopping: Stopping, fresh: bool) -> None:
+    """The last word where no worker could say it; of a run that has not begun, nothing is left."""
+    if stopping() or isinstance(error, KeyboardInterrupt):
+        if _status(run) != "stopped":
+            _finish(run, "stopped", "ended at once; the step that was under way is lost")
+    elif isinstance(error, UserError) and fresh and not _holds_work(run):
+        shutil.rmtree(run.root)
+    else:
+        _finish(run, "failed", str(error) or type(error).__name__)
+
+
 def _finish(run: Run, status: str, error: str) -> None:
-    """The last word where no worker could say it."""
-    Recorder(run).end(status, error)
+    # What ended the run may be in the way of this, too (a full disk, a directory that is gone), and is what is to be
+    # told: a run that says `running` without a driver counts as one that died.
+    with contextlib.suppress(OSError, UserError):
+        Recorder(run).end(status, error)
+
+
+def _status(run: Run) -> str:
+    try:
+        return str(run.meta()["status"])
+    except UserError:
+        return ""
+
+
+def _holds_work(run: Run) -> bool:
+    """Whether anything lies there that training has made: a checkpoint of any kind, whole or not, or an epoch."""
+    kept = (run.checkpoints, run.predictions_path(1).parent)
+    return run.epochs_path.exists() or any(folder.is_dir() and any(folder.iterdir()) for folder in kept)
+
+
+def _stopped(run: Run, stopping: Stopping) -> Stopped:
+    return Stopped(stopping.number or signal.SIGINT, f"stopped; {_saved(run)}")
+
+
+def _saved(run: Run) -> str:
+    step = _steps_done(run)
+    return f"saved up to step {step}: --resume {run.id} goes on" if step else f"nothing is saved yet in {run.id}"
 
 
 def _steps_done(run: Run) -> int:
@@ -179,7 +214,12 @@ def outline(config: ExperimentConfig, address: str | None = None) -> dict[str, A
 
 
 def _supervise(
-    run: Run, config: ExperimentConfig, payload: dict[str, Any], address: str | None, console: Console | None
+    run: Run,
+    config: ExperimentConfig,
+    payload: dict[str, Any],
+    address: str | None,
+    console: Console | None,
+    stopping: Stopping,
 ) -> str:
     if config.scaling.num_workers == 0:
         from rayexp.launch.local import attempt, here
@@ -191,7 +231,8 @@ def _supervise(
             with session.session(address):
                 sources.offer(run)
         plan = planning.make(config, [here()])
-        with screen(run, console) as shown, stoppable(run, shown.say):
+        with screen(run, console) as shown:
+            stopping.say = shown.say
             return attempt(run, payload | _placed(plan))
     with chatter_to(run.logs / "ray.log", console), screen(run, console) as shown:
         shown.phase("starting Ray")
@@ -200,15 +241,27 @@ def _supervise(
         imports.start()
         from rayexp.launch.on_ray import session
 
-        # In this order: Ray sets signal handlers of its own.
-        with session.session(address) as own_ray, stoppable(run, shown.say) as stopped:
+        stopping.say = shown.say
+
+        def last(why: str) -> None:
+            """End this process, which hangs in a call to a Ray that is gone."""
+            status = _status(run)
+            if status != "done":
+                _fail(run, HeadLostError(why), stopping, fresh=False)
+            shown.close()
+            shown.say(f"{'stopped' if stopping() else f'error: {why}'}; {_saved(run)}")
+            os._exit(0 if status == "done" else 128 + stopping.number if stopping.number else 1)
+
+        with session.session(address) as own_ray:
             if own_ray:
                 open_data(config.data)  # so that what is missing here is said at once, and packed once
             imports.join()
             from rayexp.launch.on_ray.drive import drive
+            from rayexp.launch.on_ray.head import watched
 
             shown.phase("starting workers")
-            return drive(run, config, payload, _placed, shown, stopped, own_ray)
+            with watched(own_ray, run, stopping, last) as watch:
+                return drive(run, config, payload, _placed, shown, stopping, own_ray, watch)
 
 
 def _placed(plan: Plan) -> dict[str, Any]:

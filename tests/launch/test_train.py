@@ -3,7 +3,6 @@ from __future__ import annotations
 import fcntl
 import io
 import json
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -139,27 +138,6 @@ def test_a_failed_run_says_so(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.Mo
     assert made.meta()["status"] == "failed"
     assert "by nothing" in made.meta()["error"]
     assert "Traceback" in (made.logs / "rank_0.log").read_text()
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_exits_with_130(
-    tiny: Tiny, tmp_path: Path, command: Command, until: Callable[..., None], number: int
-) -> None:
-    config = tiny(epochs=16)
-    (tmp_path / "c.yaml").write_text(config.to_yaml())
-    process = command("train", "c.yaml")
-    until(lambda: list((tmp_path / "runs").glob("*/progress.json")))
-    process.send_signal(number)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    made = only(tmp_path / "runs")
-    assert made.meta()["status"] == "stopped"
-    assert list(made.resumable())
-    assert not made.stop_path.exists()
-    done = command("train", "--resume", made.id, "--json")
-    out, err = done.communicate(timeout=120)
-    assert done.returncode == 0, err
-    assert json.loads(out)["epochs"][-1]["state_sha"] == shas(run(config, argv=[]))[-1]
 
 
 def test_without_a_terminal_there_is_a_line_an_epoch(tiny: Tiny) -> None:
