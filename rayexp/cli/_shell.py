@@ -137,7 +137,9 @@ def main() -> None:
 
 def _leave(code: int) -> NoReturn:
     head = sys.modules.get("rayexp.launch.on_ray.head")
-    if head is not None and head.forgotten:
+    # All is cleaned up. What still runs in the background (imports, what a lost Ray has left) would be heard of, or be
+    # waited for, and Ray may crash.
+    if code > 128 or (head is not None and head.forgotten):
         with contextlib.suppress(OSError):
             sys.stdout.flush()
         os._exit(code)

@@ -93,12 +93,12 @@ def run(
                 return made  # a signal, or the end of its Ray, that comes after the run's own changes nothing
             _fail(made, error, stopping, fresh=resume is None)
             if stopping() or isinstance(error, KeyboardInterrupt):
-                raise _stopped(made, stopping) from error
+                raise _stopped(made, stopping.number or int(getattr(error, "number", signal.SIGINT))) from error
             if isinstance(error, UserError | HeadLostError) and _holds_work(made):
                 raise type(error)(f"{error}; {_saved(made)}") from error
             raise
     if status == "stopped" and (max_steps is None or _steps_done(made) < max_steps):
-        raise _stopped(made, stopping)
+        raise _stopped(made, stopping.number or signal.SIGINT)
     return made
 
 
@@ -134,7 +134,9 @@ def _fail(run: Run, error: BaseException, stopping: Stopping, fresh: bool) -> No
     """The last word where no worker could say it; of a run that has not begun, nothing is left."""
     if stopping() or isinstance(error, KeyboardInterrupt):
         if _status(run) != "stopped":
-            _finish(run, "stopped", "ended at once; the step that was under way is lost")
+            begun = run.progress_path.exists()
+            lost = "ended at once; the step that was under way is lost" if begun else "ended before its first step"
+            _finish(run, "stopped", lost)
     elif isinstance(error, UserError) and fresh and not _holds_work(run):
         shutil.rmtree(run.root)
     else:
@@ -161,8 +163,8 @@ def _holds_work(run: Run) -> bool:
     return run.epochs_path.exists() or any(folder.is_dir() and any(folder.iterdir()) for folder in kept)
 
 
-def _stopped(run: Run, stopping: Stopping) -> Stopped:
-    return Stopped(stopping.number or signal.SIGINT, f"stopped; {_saved(run)}")
+def _stopped(run: Run, number: int) -> Stopped:
+    return Stopped(number, f"stopped; {_saved(run)}")
 
 
 def _saved(run: Run) -> str:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,13 +34,6 @@ def ray_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.delenv("RAY_ADDRESS", raising=False)
         with session.session(None):
             yield
-
-
-@pytest.fixture
-def short_path() -> Iterator[Path]:
-    """A folder whose path leaves room for the names of Ray's sockets (107 characters in all)."""
-    with tempfile.TemporaryDirectory(prefix="rx-", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        yield Path(folder)
 
 
 def shas(made: Run) -> list[str]:
@@ -132,26 +123,3 @@ def test_a_failure_of_the_training_code_is_told_in_one_line(tiny: Tiny, ray_here
     assert "\n" not in str(caught.value)
     assert made.meta()["status"] == "failed"
     assert len(workers_pids(made, 1)) == 1, "it was tried again"
-
-
-def test_ctrl_c_on_a_cold_ray_saves_and_exits_with_130(
-    tiny: Tiny,
-    tmp_path: Path,
-    short_path: Path,
-    command: Callable[..., subprocess.Popen[str]],
-    until: Until,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("RAY_TMPDIR", str(short_path))
-    (tmp_path / "c.yaml").write_text(tiny(epochs=200, scaling={"num_workers": 2}).to_yaml())
-    process = command("train", "c.yaml")
-    until(lambda: list((tmp_path / "runs").glob("*/progress.json")))
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=90)
-    assert process.returncode == 130, err
-    (made,) = Run.all(tmp_path / "runs")
-    assert made.meta()["status"] == "stopped"
-    assert list(made.resumable())
-    assert not out
-    assert "ray" not in err.lower(), "Ray's chatter belongs into logs/"
-    assert (made.logs / "ray.log").exists()

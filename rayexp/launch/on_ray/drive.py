@@ -69,8 +69,11 @@ def drive(
         keeper = keep(run, fields["nonce"], session.node_id()) if fields["nodes"] > 1 else None
         attempt = Fit(payload | fields, plan)
         attempt.start()
-        growing = _follow(run, config, plan, attempt, stopped, watch)
-        (run.root / NONCE).unlink(missing_ok=True)
+        try:
+            growing = _follow(run, config, plan, attempt, stopped, watch)
+        finally:
+            (run.root / NONCE).unlink(missing_ok=True)
+            attempt.close()
         if attempt.status != "done" and (why := watch.verdict()):
             raise HeadLostError(why)
         if keeper is not None:

@@ -131,12 +131,7 @@ class Lab:
             subprocess.run(["nsenter", "-t", str(self.net.pid), "-n", "ip", *words.split()], check=True)
         names = ("head", "one", "two", "desk")
         self.hosts |= {name: Host(name, f"{NET}.{i}", self.net.pid, self.wait) for i, name in enumerate(names, 1)}
-        for host in self.hosts.values():
-            host.boot()
-            self.give_token(host)
-        self.join("head", 0)
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(self.join, ("one", "two")))
+        self.restart()
 
     def give_token(self, host: Host) -> None:
         path = host.disk / "home/.ray/auth_token"
@@ -157,6 +152,17 @@ class Lab:
         self.hosts[name].boot()
         self.give_token(self.hosts[name])
         self.join(name)
+
+    def restart(self) -> None:
+        """Every host and its Ray anew, with empty disks."""
+        for host in self.hosts.values():
+            host.unplug()
+        for host in self.hosts.values():
+            host.boot()
+            self.give_token(host)
+        self.join("head", 0)
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(self.join, ("one", "two")))
 
     def close(self) -> None:
         for host in self.hosts.values():
