@@ -51,6 +51,9 @@ class Host:
         self.wait(lambda: (self.disk / "home/.ray").is_dir(), f"{self.name}'s disk")
         port = f"v{self.name}"
         run = partial(subprocess.run, check=True)
+        # One of a host that was unplugged just now may still be there.
+        remove = ["nsenter", "-t", str(self.switch), "-n", "ip", "link", "delete", port]
+        subprocess.run(remove, check=False, stderr=subprocess.DEVNULL)
         run(["nsenter", "-t", str(self.switch), "-n", "ip", "link", "add", port, "type", "veth", "peer", "name", "eth0",
              "netns", str(self.init)])  # fmt: skip
         run(["nsenter", "-t", str(self.switch), "-n", "ip", "link", "set", port, "master", "br0", "up"])
