@@ -1,10 +1,10 @@
-"""Files and directories that are complete or absent, a directory by part of its name, and one driver at a time."""
+"""Files and directories that are complete or absent, and a directory by part of its name."""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
-import fcntl
+import errno
 import json
 import os
 import secrets
@@ -13,9 +13,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rayexp.errors import UserError, nearest
+from rayexp.errors import UserError, WriteError, nearest
 
 TEMPORARY = ".tmp-"  # the prefix of everything that is being written
+OLD = "-old"  # ends the temporary name of a directory while another takes its place
+ATTEMPTS = 100  # to find a directory's name that is free
+TAIL = 1 << 16  # bytes read at once from the end of a file
+# What file systems answer that cannot flush a directory by itself; EACCES: it may be written, but not read.
+UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EBADF, errno.EACCES})
 
 
 def now() -> str:
@@ -23,19 +28,36 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def write_atomic(path: Path, data: bytes | str) -> None:
-    """Write a file so that a reader, or a crash, sees the old bytes or the new ones and never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(4)}-{path.name}")
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """While something is written under temporary names: an error of the system speaks of `path` (WriteError)."""
     try:
-        with temporary.open("wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+        yield
+    except WriteError:
         raise
+    except OSError as error:
+        # A file stands where a folder is to be made.
+        number = errno.ENOTDIR if error.errno == errno.EEXIST else error.errno or errno.EIO
+        raise WriteError(number, os.strerror(number), str(path)) from error
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Write a file so that a reader, or a crash, sees the old bytes or the new ones and never a part.
+
+    Raises:
+        WriteError: it cannot be written; the old bytes are still there.
+    """
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = _temporary(path)
+        try:
+            _write(temporary, data)
+            temporary.replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+        sync_directory(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -44,36 +66,123 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_directory(path: Path, files: Mapping[str, bytes]) -> None:
-    """Write a directory of files in one step; one that stands there already is replaced."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(4)}-{path.name}")
-    old = temporary.with_name(temporary.name + "-old")
+    """Write a directory of files in one step; one that stands there already is replaced.
+
+    Raises:
+        WriteError: it cannot be written; what stood there is still there.
+    """
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = _temporary(path)
+        old = temporary.with_name(temporary.name + OLD)
+        try:
+            temporary.mkdir()
+            for name, data in files.items():
+                _write(temporary / name, data)
+            sync_directory(temporary)
+            if path.exists():
+                path.replace(old)
+            temporary.replace(path)
+            sync_directory(path.parent)
+        except BaseException:
+            _put_back(old, path)
+            raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a file of JSON lines; it is on disk when this returns.
+
+    A last line that a crash has torn goes first, so that nothing is ever glued to it.
+
+    Raises:
+        WriteError: it cannot be written; the file ends as before.
+    """
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = not path.exists()
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            end, head = _end(handle)
+            os.ftruncate(handle, end)
+            try:
+                _write_all(handle, f"{head}{line}\n".encode(), end)
+                os.fsync(handle)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(handle, end)
+                raise
+        finally:
+            os.close(handle)
+        if fresh:
+            sync_directory(path.parent)
+
+
+def _end(handle: int) -> tuple[int, str]:
+    """Where the whole lines of a file end, and what must come before the next one.
+
+    A last line without its newline stays where it is whole all the same: those who read it take it, too.
+    """
+    end = start = os.fstat(handle).st_size
+    tail = b""
+    while start and b"\n" not in tail:
+        start = max(0, start - TAIL)
+        tail = os.pread(handle, end - start, start)
+    torn = tail[tail.rfind(b"\n") + 1 :]
+    if not torn:
+        return end, ""
     try:
-        temporary.mkdir()
-        for name, data in files.items():
-            write_atomic(temporary / name, data)
-        if path.exists():
-            path.replace(old)
-        temporary.replace(path)
-        sync_directory(path.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        json.loads(torn)
+    except ValueError:
+        return end - len(torn), ""
+    return end, "\n"
+
+
+def _write_all(handle: int, data: bytes, at: int) -> None:
+    while data:
+        written = os.pwrite(handle, data, at)
+        data, at = data[written:], at + written
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f"{TEMPORARY}{secrets.token_hex(4)}-{path.name}")
+
+
+def _write(path: Path, data: bytes | str) -> None:
+    with path.open("wb") as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def sync_directory(path: Path) -> None:
-    """Flush a directory's entries, so that a rename survives a power cut."""
-    handle = os.open(path, os.O_RDONLY)
+    """Flush a directory's entries, so that a rename survives a power cut; where a file system cannot, it is left."""
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
 
 
 def sweep(path: Path) -> None:
-    """Remove what a killed writer left under a temporary name."""
-    for leftover in path.glob(f"{TEMPORARY}*"):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+    """Remove what a killed writer left under a temporary name; what it was about to replace goes back to its place."""
+    leftovers = sorted(path.glob(f"{TEMPORARY}*"))
+    for leftover in leftovers:
+        if leftover.name.endswith(OLD):
+            _put_back(leftover, path / leftover.name[len(_temporary(path / "x").name) - 1 : -len(OLD)])
+    for leftover in leftovers:
+        shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+
+
+def _put_back(old: Path, path: Path) -> None:
+    if old.exists() and not path.exists():
+        old.replace(path)
 
 
 def make_directory(storage: Path, name: str) -> Path:
@@ -82,13 +191,20 @@ def make_directory(storage: Path, name: str) -> Path:
     Raises:
         UserError: it cannot be made.
     """
-    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
-    made = storage / f"{stamp}-{name}-{secrets.token_hex(2)}"
-    try:
-        made.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"storage_path: {made} cannot be made ({error.strerror})") from error
-    return made
+    for _ in range(ATTEMPTS):
+        stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
+        made = storage / f"{stamp}-{name}-{secrets.token_hex(2)}"
+        try:
+            storage.mkdir(parents=True, exist_ok=True)
+            made.mkdir()
+        except FileExistsError:
+            if not storage.is_dir():
+                raise UserError(f"storage_path: {storage} is not a folder") from None
+            continue  # two runs of one name in one second drew the same digits
+        except OSError as error:
+            raise UserError(f"storage_path: {WriteError(error.errno, error.strerror, str(storage))}") from error
+        return made
+    raise UserError(f"storage_path: no free name for {name} in {storage}")
 
 
 def directories(storage: Path, file: str) -> list[Path]:
@@ -119,22 +235,3 @@ def find_directory(name: str, storage: Path, file: str, noun: str, hint: str = "
             f"({hint}--runs DIR looks elsewhere)"
         )
     return (storage / found[0]).resolve()
-
-
-@contextlib.contextmanager
-def only_driver(root: Path) -> Iterator[None]:
-    """Hold a directory's lock; the system lets go of it whenever this process ends, however it ends.
-
-    Raises:
-        UserError: another process holds it.
-    """
-    with (root / "driver.lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            raise UserError(f"{root.name}: another process is running it (pid {file.read() or 'unknown'})") from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield

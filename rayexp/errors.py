@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import signal
 from collections.abc import Iterable
 
@@ -32,6 +33,36 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, number: int = signal.SIGINT, line: str = "") -> None:
         super().__init__(line)
         self.number = number
+
+
+class WriteError(OSError):
+    """The system refuses to write; `filename` is what the user knows of, not a temporary name.
+
+    The command line prints it and exits with 2 where the path is wrong, else with 1.
+    """
+
+    WRONG_PATH = frozenset(
+        {
+            errno.EACCES,
+            errno.EPERM,
+            errno.EROFS,
+            errno.ENOENT,
+            errno.ENOTDIR,
+            errno.EISDIR,
+            errno.ENAMETOOLONG,
+            errno.ELOOP,
+        }
+    )
+
+    def __str__(self) -> str:
+        full = self.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = "; free some space there, or choose another folder" if full else ""
+        return f"{self.filename}: cannot be written ({self.strerror}){advice}"
+
+    @property
+    def wrong_path(self) -> bool:
+        """Whether another path, or other rights, would help."""
+        return self.errno in self.WRONG_PATH
 
 
 def nearest(word: str, allowed: Iterable[str]) -> str:

@@ -12,11 +12,15 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rayexp.disk import now, sweep, write_atomic, write_directory, write_json
+from rayexp.clock import since
+from rayexp.disk import append_line, now, sweep, write_atomic, write_directory, write_json
 from rayexp.records import EpochRecord
 from rayexp.runs import Run, broken, epoch_name, step_name
+
+if TYPE_CHECKING:
+    from rayexp.board import Board
 
 KEEP_SNAPSHOTS = 2
 
@@ -26,7 +30,9 @@ class Recorder:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self._board: Any = None
+        self._board: Board | None = None
+        self._done = 0  # the epoch after which it began
+        self._ends: dict[Path, int] = {}  # the last epoch of each file that has a line an epoch
 
     # ------------------------------------------------------------------ reading for a resume
 
@@ -58,6 +64,8 @@ class Recorder:
                 records.setdefault(record["epoch"], record)
         if records or self.run.epochs_path.exists():
             self._write_lines(self.run.epochs_path, [records[e] for e in sorted(records)])
+        if self.run.steps_path.exists():
+            self._write_lines(self.run.steps_path, [row for row in self.run.steps() if row["epoch"] <= done])
 
     # ------------------------------------------------------------------ writing
 
@@ -65,17 +73,32 @@ class Recorder:
         """Fields for run.json."""
         self.run.update(**fields)
 
+    def first_step(self, began: Mapping[str, Any] | None, in_worker: float) -> None:
+        """A process has done its first step: run.json says how long that took after the command.
+
+        Args:
+            began: when the command began (`clock.mark`). Measured here, since this is the driver's host; where it is
+                not, or a lost worker was replaced and the first of them has said it, nothing is said.
+            in_worker: seconds of it since the worker began.
+        """
+        if began is None or self.run.meta().get("began") == began:
+            return
+        whole = since(began)
+        parts = {"to_worker": max(0.0, whole - in_worker), "to_first_step": whole} if whole is not None else None
+        self.run.update(began=dict(began), startup_seconds=parts)
+
     def begin(self, meta: Mapping[str, Any], data: Mapping[str, Any]) -> None:
         """Training begins: fields for run.json, and the data's description for data.json."""
         self.run.update(**meta)
         write_json(self.run.data_path, data)
-        board = self._tensorboard()
-        board.add_text("config", "```yaml\n" + self.run.config_path.read_text() + "```", 0)
+        board, _ = self._tensorboard()
+        board.text("config", "```yaml\n" + self.run.config_path.read_text() + "```")
         board.flush()
 
     def graph(self, events: bytes) -> None:
-        """An event file that holds the model graph, beside the run's own."""
-        write_atomic(self.run.tb / "events.out.tfevents.0.graph", events)
+        """An event file that holds the model graph, beside the run's own (empty: there is none)."""
+        if events:
+            write_atomic(self.run.tb / "events.out.tfevents.0.graph", events)
 
     def progress(self, fields: Mapping[str, Any]) -> None:
         """Where the epoch stands, for the driver's progress bar. Not flushed to disk: it is worthless after a crash."""
@@ -102,23 +125,22 @@ class Recorder:
         write_atomic(self.run.predictions_path(epoch), predictions)
         write_directory(self.run.checkpoints / epoch_name(epoch), files)
         if steps is not None:
-            self._write_lines(self.run.steps_path, [*(r for r in self.run.steps() if r["epoch"] < epoch), dict(steps)])
-        rows = [r.to_json() for r in self.run.records() if r.epoch < epoch]
-        self._write_lines(self.run.epochs_path, [*rows, dict(record)])
+            self._append(self.run.steps_path, steps)
+        self._append(self.run.epochs_path, record)
         for old in self.run.checkpoints.glob("step_*"):
             shutil.rmtree(old, ignore_errors=True)
         self._plot(EpochRecord.from_json(record))
 
     def trace(self, row: Mapping[str, Any]) -> None:
         """One step's hashes, for `rayexp verify`: a line of trace.jsonl."""
-        with (self.run.root / "trace.jsonl").open("a") as file:
-            file.write(json.dumps(dict(row)) + "\n")
+        append_line(self.run.root / "trace.jsonl", json.dumps(dict(row)))
 
     def log(self, rank: int, text: str) -> None:
-        """A line of logs/rank_<rank>.log."""
-        self.run.logs.mkdir(exist_ok=True)
-        with (self.run.logs / f"rank_{rank}.log").open("a") as file:
-            file.write(f"{now()} {text}\n")
+        """A line of logs/rank_<rank>.log, where it can be written: what it is about matters more."""
+        with contextlib.suppress(OSError):
+            self.run.logs.mkdir(exist_ok=True)
+            with (self.run.logs / f"rank_{rank}.log").open("a") as file:
+                file.write(f"{now()} {text}\n")
 
     def end(self, status: str, error: str | None = None, **fields: Any) -> None:
         """The last word: `done`, `failed` or `stopped`."""
@@ -136,28 +158,26 @@ class Recorder:
 
     # ------------------------------------------------------------------ TensorBoard
 
-    def _tensorboard(self) -> Any:
+    def _tensorboard(self) -> tuple[Board, int]:
+        """The open event file, and the epoch after which it began (0: a fresh run)."""
         if self._board is None:
-            from tensorboardX import SummaryWriter
+            from rayexp.board import Board
 
-            self._board = SummaryWriter(str(self.run.tb))
-        return self._board
+            records = self.run.records()
+            self._done = records[-1].epoch if records else 0
+            self._board = Board(self.run.tb, purge=self._done)
+            if records:  # what was said of it is forgotten, and may not have been said at all
+                self._board.scalars(self._done, scalars(records[-1]))
+        return self._board, self._done
 
     def _plot(self, record: EpochRecord) -> None:
-        board = self._tensorboard()
-        scalars = {
-            "loss/train": record.train_loss,
-            "loss/val": record.val_loss,
-            "lr": record.lr,
-            "throughput/samples_per_second": record.samples_per_second,
-            **{f"metric/{name}": value for name, value in record.metrics.items()},
-            **{f"seconds/{name}": value for name, value in record.seconds.items()},
-        }
-        for name, value in scalars.items():
-            board.add_scalar(name, value, record.epoch)
-        board.flush()
+        board, done = self._tensorboard()
+        if record.epoch > done:
+            board.scalars(record.epoch, scalars(record))
 
     def _hyperparameters(self) -> None:
+        from rayexp.board import write_hyperparameters
+
         records = self.run.records()
         if not records:
             return
@@ -177,11 +197,36 @@ class Recorder:
             "num_workers": str(config.scaling.num_workers),
         }
         last = records[-1]
-        self._tensorboard().add_hparams(
-            words,
-            {"hparam/val_loss": last.val_loss, **{f"hparam/{k}": v for k, v in last.metrics.items()}},
-            name="hparams",
-        )
+        metrics = {"hparam/val_loss": last.val_loss, **{f"hparam/{k}": v for k, v in last.metrics.items()}}
+        write_hyperparameters(self.run.tb / "hparams", words, metrics)
+
+    # ------------------------------------------------------------------ a line an epoch
+
+    def _append(self, path: Path, row: Mapping[str, Any]) -> None:
+        """Add an epoch's line. Lines of it and of later ones, left by an attempt from a later checkpoint, go first."""
+        epoch = int(row["epoch"])
+        if path not in self._ends:
+            self._ends[path] = max((r["epoch"] for r in self._rows(path)), default=0)
+        if epoch <= self._ends[path]:
+            self._write_lines(path, [r for r in self._rows(path) if r["epoch"] < epoch])
+        append_line(path, json.dumps(dict(row)))
+        self._ends[path] = epoch
+
+    def _rows(self, path: Path) -> list[dict[str, Any]]:
+        return self.run.steps() if path == self.run.steps_path else [r.to_json() for r in self.run.records()]
 
     def _write_lines(self, path: Path, rows: list[dict[str, Any]]) -> None:
         write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
+        self._ends[path] = rows[-1]["epoch"] if rows else 0
+
+
+def scalars(record: EpochRecord) -> dict[str, float]:
+    """An epoch's points for TensorBoard, by the names of their curves."""
+    return {
+        "loss/train": record.train_loss,
+        "loss/val": record.val_loss,
+        "lr": record.lr,
+        "throughput/samples_per_second": record.samples_per_second,
+        **{f"metric/{name}": value for name, value in record.metrics.items()},
+        **{f"seconds/{name}": value for name, value in record.seconds.items()},
+    }

@@ -32,9 +32,11 @@ class EpochRecord:
         val_loss: mean validation loss, likewise.
         metrics: `acc1`, `acc5` in percent (images), or `ppl` (language).
         lr: learning rate of the epoch's last step.
-        samples_per_second: global training throughput (images/s or tokens/s) without evaluation and checkpointing;
-            the first epoch's first step is left out of it.
-        seconds: `total` and the PHASES, in seconds of rank 0's clock, and `first_step` where the epoch held it.
+        samples_per_second: global training throughput (images/s or tokens/s) without evaluation and checkpointing.
+            A process's first step (compilation, warm-up) is left out, so one after every resume too; where an epoch
+            has no other step, it is that one's.
+        seconds: `total` and the PHASES, in seconds of rank 0's clock, and `first_step` where the epoch held a
+            process's first. After a resume inside the epoch: of the steps since.
         weights_sha: sha256 over the model's tensors. Two rows with one sha are the same model.
         state_sha: sha256 over model, optimizer and carried state.
         world_size: number of workers (0: in-process).

@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +25,7 @@ import psutil
 from rayexp.config import ExperimentConfig, read
 from rayexp.disk import directories, find_directory, make_directory, now, write_atomic, write_json
 from rayexp.errors import UserError
+from rayexp.locks import DRIVER, is_locked
 from rayexp.records import EpochRecord, Predictions, RunRef
 
 LAYOUT = 1
@@ -190,12 +191,20 @@ class Run:
         return dict(meta)
 
     def status(self) -> str:
-        """`running`, `done`, `failed` or `stopped`; `died` where run.json says running and its process is gone."""
+        """`running`, `done`, `failed` or `stopped`; `died` where run.json says running and no driver holds its lock.
+
+        Of a run on another host only what run.json says is known: not every shared file system shows its locks.
+        """
         meta = self.meta()
-        here = meta.get("host") == socket.gethostname() and isinstance(meta.get("pid"), int)
-        if meta["status"] == "running" and here and not psutil.pid_exists(meta["pid"]):
+        if meta["status"] == "running" and meta.get("host") == socket.gethostname() and not self._driven(meta):
             return "died"
         return str(meta["status"])
+
+    def _driven(self, meta: Mapping[str, Any]) -> bool:
+        if (self.root / DRIVER).exists():
+            return is_locked(self.root)
+        # Not locked yet, or a copy: then the process is all there is to go by.
+        return not isinstance(meta.get("pid"), int) or psutil.pid_exists(meta["pid"])
 
     def config(self) -> ExperimentConfig:
         """The resolved configuration."""

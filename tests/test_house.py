@@ -17,9 +17,11 @@ HOUSE = Path(__file__).parents[1] / "rayexp"
 # From the ground up; a module imports only from floors below its own, and from its own floor.
 FLOORS = (
     ("errors",),
+    ("clock", "locks"),
     ("config", "disk", "records"),
     ("runs",),
     ("comparison",),
+    ("board",),
     ("recorder",),
     ("data",),
     ("engine",),
@@ -28,7 +30,7 @@ FLOORS = (
     ("cli", "__main__"),
 )
 # Reads what lies on disk, and nothing that trains.
-ANALYSIS = {"errors", "config", "disk", "records", "comparison", "runs", "data", "analysis"}
+ANALYSIS = {"errors", "clock", "locks", "config", "disk", "records", "comparison", "runs", "data", "analysis"}
 # config looks into the table of workloads, which is names only.
 EXCEPTIONS = {("config.py", "workloads")}
 ROOMS = {
@@ -39,7 +41,9 @@ ROOMS = {
     "typer": ("cli/*",),
     "matplotlib": ("analysis/report*.py", "analysis/html*.py"),
     "jinja2": ("analysis/report*.py", "analysis/html*.py"),
-    "tensorboardX": ("recorder.py",),
+    "tensorboardX": ("board.py",),
+    "filelock": ("locks.py",),
+    "fcntl": ("locks.py",),
 }
 
 

@@ -28,7 +28,7 @@ class Repeat:
     Attributes:
         run: its directory.
         records: its epochs, at least one.
-        steps: float64[n] by name (`count`, `total` and the phases of a step): all but the process's first.
+        steps: float64[n] by name (`count`, `total` and the phases of a step): all but a process's first, as in records.
         startup: seconds from the command to the first step's begin.
         first_step: seconds; compilation and warm-up are in it.
         wall: seconds from the command to the end, as the grid's own clock saw it.
@@ -210,15 +210,16 @@ def read(run: Run, wall: float) -> Repeat:
     records, lines = tuple(run.records()), run.steps()
     if not records or not lines:
         raise UserError(f"{run.root}: epochs.jsonl or steps.jsonl is missing; the cell must be measured again")
-    first = float(lines[0]["total"][0])
+    firsts = [line["total"][0] for line in lines if line["first"]]
+    first = float(firsts[-1] if firsts else lines[0]["total"][0])  # of the process that startup_seconds is of
     try:
         to_first_step = float(run.meta()["startup_seconds"]["to_first_step"])
     except (KeyError, TypeError, ValueError):
         to_first_step = math.nan
-    # One step in the whole run: it is all there is.
-    skip = 1 if lines[0]["first"] and sum(len(line["total"]) for line in lines) > 1 else 0
+    counts = np.concatenate([np.arange(len(line["total"])) > (0 if line["first"] else -1) for line in lines])
+    counts = counts if counts.any() else ~counts  # no other step in the whole run: it is all there is
     steps = {
-        name: np.concatenate([np.asarray(line.get(name, [0.0] * len(line["total"]))) for line in lines])[skip:]
+        name: np.concatenate([np.asarray(line.get(name, [0.0] * len(line["total"]))) for line in lines])[counts]
         for name in ("count", "total", *STEP_PHASES)
     }
     return Repeat(run, records, steps, to_first_step - first, first, wall)

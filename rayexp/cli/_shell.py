@@ -103,7 +103,7 @@ def error_line(text: str) -> None:
 
 def main() -> None:
     """The console script."""
-    from rayexp.errors import RunError, Stopped, UserError
+    from rayexp.errors import RunError, Stopped, UserError, WriteError
     from rayexp.launch import signals
 
     try:
@@ -119,10 +119,13 @@ def main() -> None:
         code = 130
     except typer.Abort:
         code = 130
+    except WriteError as error:
+        code = _fail(error, 2 if error.wrong_path else 1)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
             raise
-        code = _fail(error, 1)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename
+        code = _fail(WriteError(error.errno, error.strerror, error.filename) if full else error, 1)
     except Exception as error:
         # typer's own usage errors (unknown option, missing argument) are click exceptions with an exit code of 2.
         shown = getattr(error, "format_message", None)

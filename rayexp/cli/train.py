@@ -55,10 +55,11 @@ def train(
         return
     from rich.console import Console
 
+    from rayexp.clock import process_began
     from rayexp.launch.train import run as start
 
     made = start(
-        settled, argv=sys.argv, resume=run, address=address, console=Console(stderr=True), started=_command_began()
+        settled, argv=sys.argv, resume=run, address=address, console=Console(stderr=True), started=process_began()
     )
     if as_json:
         print_json({**made.meta(), "path": str(made.root), "epochs": [r.to_json() for r in made.records()]})
@@ -151,10 +152,3 @@ def _show_plan(config: ExperimentConfig, address: str | None, as_json: bool) -> 
         return
     print(config.to_yaml())
     print_table([{"plan": key, "": value} for key, value in plan.items()])
-
-
-def _command_began() -> float:
-    """time.time() at which this process was started."""
-    import psutil
-
-    return psutil.Process().create_time()

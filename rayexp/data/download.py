@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import os
 import time
@@ -18,7 +17,8 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from rayexp.disk import TEMPORARY
-from rayexp.errors import UserError
+from rayexp.errors import UserError, WriteError
+from rayexp.locks import locked
 
 TINY_IMAGENET = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 # Published checksums; a download from anywhere else is checked by its length (and every file in a ZIP by its CRC).
@@ -54,8 +54,7 @@ def download(url: str, known_hash: str | None = None) -> Path:
     part = folder / f"{TEMPORARY}{name}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / f"{TEMPORARY}{name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # a second process waits, and then finds the file
+        with locked(folder / f"{TEMPORARY}{name}.lock"):  # a second process waits, and then finds the file
             path = pooch.retrieve(url, known_hash or KNOWN.get(url), name, folder, downloader=_downloader(part))
     except requests.HTTPError as error:
         raise UserError(f"{url}: the server refuses ({_reason(error)})") from error
@@ -68,7 +67,7 @@ def download(url: str, known_hash: str | None = None) -> Path:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             part.unlink(missing_ok=True)
-        raise UserError(f"{folder}: cannot be written ({error.strerror or error})") from error
+        raise UserError(str(WriteError(error.errno, error.strerror or str(error), str(folder)))) from error
     return Path(path)
 
 

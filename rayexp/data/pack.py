@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import io
 import json
@@ -30,10 +29,12 @@ from rayexp.data import pool
 from rayexp.data.fetch import Source, read
 from rayexp.disk import TEMPORARY, now, sync_directory, write_json
 from rayexp.errors import UserError
+from rayexp.locks import locked
 
 FORMAT = 1
 SPLITS = ("train", "val")
 PARTIAL = f"{TEMPORARY}pack"
+LOCK = "lock"
 CHUNK_BYTES = 4 << 20  # pixels decoded in one call and hashed together
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # not all of Pillow's: some start other programs
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
@@ -93,7 +94,7 @@ def pack(to: Path, make_plan: Callable[[], Plan]) -> bool:
         with _alone(to) as partial:
             try:
                 if done(to):
-                    shutil.rmtree(partial)
+                    shutil.rmtree(partial, ignore_errors=True)  # one that waits may have begun in it
                     return False
                 _pack(make_plan(), to, partial)
             except (UserError, OSError):
@@ -106,7 +107,8 @@ def pack(to: Path, make_plan: Callable[[], Plan]) -> bool:
         if isinstance(error, UserError):
             raise
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        raise UserError(f"{to}: {'the disk is full' if full else f'cannot be written ({error.strerror})'}") from error
+        advice = "the disk is full; free some space there, or choose another folder"
+        raise UserError(f"{to}: {advice if full else f'cannot be written ({error.strerror})'}") from error
     return True
 
 
@@ -116,27 +118,13 @@ def _alone(to: Path) -> Iterator[Path]:
     partial = to / PARTIAL
     while True:
         partial.mkdir(parents=True, exist_ok=True)
-        try:
-            handle = os.open(partial / "lock", os.O_CREAT | os.O_RDWR, 0o644)
-        except FileNotFoundError:
-            continue  # the one before us has just finished and swept up
-        try:
-            _lock(handle)
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(handle), (partial / "lock").stat()):
-                    yield partial
-                    return
-        finally:
-            os.close(handle)
-
-
-def _lock(handle: int) -> None:
-    """Wait for the lock. Some network file systems have none; there, one packing at a time is the user's care."""
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-            raise
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(locked(partial / LOCK))
+            except FileNotFoundError:
+                continue  # the one before us has just finished and swept up
+            yield partial
+            return
 
 
 def _pack(plan: Plan, to: Path, partial: Path) -> None:
@@ -151,7 +139,7 @@ def _pack(plan: Plan, to: Path, partial: Path) -> None:
         )
     else:
         for leftover in partial.iterdir():
-            if leftover.name != "lock":
+            if not leftover.name.startswith(LOCK):
                 leftover.unlink()
         state.write_text(plan.key())
     have = sum(file.stat().st_size for file in (*partial.glob("*_images.npy"), *to.glob("*_images.npy")))
@@ -192,7 +180,7 @@ def _pack(plan: Plan, to: Path, partial: Path) -> None:
         "names": {split: part["names"] for split, part in splits.items()},
     }
     write_json(to / "meta.json", meta)
-    shutil.rmtree(partial)
+    shutil.rmtree(partial, ignore_errors=True)
 
 
 def chunk_rows(size: int) -> int:

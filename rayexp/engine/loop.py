@@ -164,7 +164,7 @@ class Session:
         while self.epoch < self.config.epochs:
             began = time.perf_counter()
             spent = dict.fromkeys(PHASES, 0.0)
-            first = 0.0
+            first: float | None = None  # seconds of this process's first step, where this epoch holds it
             counted, counted_seconds, rate = 0, 0.0, 0.0
             lr = self.schedule.lr(max(0, self.global_step - 1))
             while self.step < self.steps:
@@ -175,7 +175,7 @@ class Session:
                 self.loss_sum += result.loss
                 self.loss_count += result.count
                 took = time.perf_counter() - start
-                if not first:
+                if fresh:
                     first = took
                 else:
                     counted, counted_seconds = counted + result.count, counted_seconds + took
@@ -214,7 +214,7 @@ class Session:
                 metrics=metrics,
                 lr=lr,
                 samples_per_second=counted / counted_seconds if counted else rate,
-                seconds={"total": total, "first_step": first, **spent},
+                seconds={"total": total, **({} if first is None else {"first_step": first}), **spent},
                 weights_sha="",
                 world_size=0,
                 peak_memory=self.place.peak_memory(),

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from rayexp.disk import TEMPORARY, now, sync_directory, write_atomic, write_json
+from rayexp.disk import TEMPORARY, naming, now, sync_directory, write_atomic, write_json
 from rayexp.errors import RunError, UserError
 from rayexp.launch.sources import Source, Storage, below
 from rayexp.records import Predictions
@@ -196,17 +196,21 @@ class _Copy:
         return data
 
     def _file(self, path: str, target: Path, sha: str | None = None) -> None:
-        target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f"{TEMPORARY}{target.name}")
         digest = hashlib.sha256()
         try:
-            with temporary.open("wb") as file:
+            with naming(target):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                file = temporary.open("wb")
+            with file:
                 for piece in self.source.read(path):
-                    file.write(piece)
+                    with naming(target):
+                        file.write(piece)
                     digest.update(piece)
                     self.size += len(piece)
-                file.flush()
-                os.fsync(file.fileno())
+                with naming(target):
+                    file.flush()
+                    os.fsync(file.fileno())
             if sha and digest.hexdigest() != sha:
                 raise _DamagedError(f"{path} is damaged (sha256 {digest.hexdigest()[:12]}, expected {sha[:12]})")
             temporary.replace(target)

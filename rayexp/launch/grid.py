@@ -23,12 +23,13 @@ from typing import TYPE_CHECKING, Any
 
 from rayexp.comparison import PLAIN, Cell, Comparison, Row
 from rayexp.config import CompareConfig, ExperimentConfig, parse
-from rayexp.disk import now, only_driver
+from rayexp.disk import now
 from rayexp.errors import RunError, UserError
 from rayexp.launch.cells import base_of, plan, with_overrides
 from rayexp.launch.grid_screen import Follower, callback
 from rayexp.launch.plan import Node
 from rayexp.launch.screen import chatter_to
+from rayexp.locks import only_driver
 from rayexp.runs import Run
 
 if TYPE_CHECKING:
@@ -282,7 +283,7 @@ def measure(comparison: Comparison, cell: Cell, repeat: int) -> Row:
     """Run one repeat of a cell here, and say what came of it."""
     words = {"storage_path": str(comparison.cells_path), "name": f"{cell.id}-r{repeat}", "max_failures": 0}
     before = {run.id for run in Run.all(comparison.cells_path)}
-    began = time.time()
+    began = time.monotonic()
     error = None
     try:
         # A worker that is replaced would be timed with its restart, so a lost worker fails the cell.
@@ -298,7 +299,7 @@ def measure(comparison: Comparison, cell: Cell, repeat: int) -> Row:
         error = _line(failure)
     except Exception as failure:
         error = f"{type(failure).__name__}: {_line(failure)}"
-    wall = time.time() - began
+    wall = time.monotonic() - began
     mine = [run.id for run in Run.all(comparison.cells_path) if run.id not in before]
     return Row(cell.id, repeat, "failed" if error else "done", error, mine[-1] if mine else None, wall, now())
 
@@ -310,6 +311,11 @@ def plain(config: ExperimentConfig, device: str, argv: Sequence[str], started: f
         RunError: it failed; the line is the last that it printed.
     """
     made = Run.create(config, argv=list(argv), parent=parent)
+    with only_driver(made.root):
+        return _plain(made, config, device, started)
+
+
+def _plain(made: Run, config: ExperimentConfig, device: str, started: float) -> Run:
     made.logs.mkdir()
     payload = {"run": str(made.root), "config": config.model_dump(mode="json"), "device": device, "started": started}
     path, out = made.root / "payload.json", made.logs / "plain.out"

@@ -294,6 +294,12 @@ def _job(info: Any) -> Job:
         status=str(info.status).lower(),
         code=info.driver_exit_code,
         started=started,
-        seconds=start and round((end or time.time() * 1e3) / 1e3 - start / 1e3),
+        seconds=_seconds(start, end),
         message=(info.message or "").strip(),
     )
+
+
+def _seconds(start: float | None, end: float | None) -> int | None:
+    """From the cluster's milliseconds. While a job runs, this host's clock must do: None where it is behind."""
+    seconds = round(((end or time.time() * 1e3) - start) / 1e3) if start else None
+    return seconds if seconds is None or seconds >= 0 else None

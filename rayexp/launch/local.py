@@ -36,7 +36,7 @@ def attempt(run: Run, payload: Mapping[str, Any]) -> str:
         raise
     except OSError as error:
         recorder.log(0, traceback.format_exc())
-        raise RunError(str(error)) from error
+        raise RunError(f"{error}; --resume {run.id} goes on from the newest checkpoint") from error
     except Exception as error:
         recorder.log(0, traceback.format_exc())
         line = " ".join(str(error).split())[:500]

@@ -30,7 +30,7 @@ class Screen:
     def __init__(self, run: Run, console: Console | None) -> None:
         self.run, self.console = run, console
         self.shown = len(run.records())
-        self.written = 0
+        self._at = (0, 0)  # the file of epochs.jsonl (its inode), and the bytes of it that have been read
         self.warned: set[str] = set()
         self._end = threading.Event()
         self._bar: Any = None
@@ -99,15 +99,22 @@ class Screen:
 
     def _epochs(self) -> None:
         try:
-            written = self.run.epochs_path.stat().st_mtime_ns
+            file = self.run.epochs_path.open("rb")
         except FileNotFoundError:
             return
-        if written == self.written:
-            return
-        records, self.written = self.run.records(), written
-        for record in records[self.shown :]:
-            self.say(epoch_line(record))
-        self.shown = len(records)
+        with file:
+            inode, read = self._at
+            anew = os.fstat(file.fileno()).st_ino != inode
+            file.seek(0 if anew else read)
+            # A last line without its end is being written.
+            lines = [line for line in file.read().splitlines(keepends=True) if line.endswith(b"\n")]
+            self._at = (os.fstat(file.fileno()).st_ino, sum(map(len, lines)) + (0 if anew else read))
+        if anew:  # what has been shown is in it again
+            self.shown = min(self.shown, len(lines))
+            lines = lines[self.shown :]
+        for line in lines:
+            self.shown += 1
+            self.say(epoch_line(EpochRecord.from_json(json.loads(line))))
 
 
 def epoch_line(record: EpochRecord) -> str:

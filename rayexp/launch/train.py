@@ -12,20 +12,22 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import threading
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rayexp.clock import mark
 from rayexp.config import ExperimentConfig
 from rayexp.data import open_data
-from rayexp.disk import only_driver, write_atomic
+from rayexp.disk import write_atomic
 from rayexp.errors import HeadLostError, Stopped, UserError
 from rayexp.launch import plan as planning
 from rayexp.launch.as_job import at_home, job_id
 from rayexp.launch.plan import Plan
 from rayexp.launch.screen import chatter_to, screen
 from rayexp.launch.stopping import Stopping, stoppable
+from rayexp.locks import Driver, only_driver
 from rayexp.recorder import Recorder
 from rayexp.runs import Run
 
@@ -58,7 +60,7 @@ def run(
         resume: go on with this run instead of making one.
         address: of a running Ray; None: RAY_ADDRESS, a Ray started here by `ray start`, else a new one.
         console: where progress is shown; None: nowhere.
-        started: time.time() at which the command began.
+        started: time.monotonic() at which the command began.
         max_steps: stop (and save) after that many steps of the whole run.
         trace: write the hashes of every step to trace.jsonl.
         parent: the id of the comparison this run belongs to.
@@ -69,22 +71,23 @@ def run(
         RunError: the run failed; run.json says so.
         Stopped: a signal asked it to stop; the last whole step is saved and run.json says `stopped`.
     """
-    started = started or time.time()
+    began = mark(started)
     config = at_home(config).absolute()
     if resume is not None:
         check_unchanged(resume, config)
     made = resume or Run.create(config, argv=list(argv), parent=parent)
-    with only_driver(made.root), stoppable(made) as stopping:
+    with _driving(made, fresh=resume is None) as driver, stoppable(made) as stopping:
         if resume is not None:
             _reopen(made, config, argv)
         payload = {
             "run": str(made.root),
             "config": config.model_dump(mode="json"),
-            "started": started,
+            "started": began,
             "max_steps": max_steps,
             "trace": trace,
             "measure_link": parent is not None,
             "timeout_s": TIMEOUT_S,
+            "driver": driver.token,
         }
         try:
             status = _supervise(made, config, payload, address, console, stopping)
@@ -100,6 +103,19 @@ def run(
     if status == "stopped" and (max_steps is None or _steps_done(made) < max_steps):
         raise _stopped(made, stopping.number or signal.SIGINT)
     return made
+
+
+@contextlib.contextmanager
+def _driving(run: Run, fresh: bool) -> Iterator[Driver]:
+    """`only_driver`; a directory that was just made does not stay where its lock cannot be had."""
+    with contextlib.ExitStack() as stack:
+        try:
+            driver = stack.enter_context(only_driver(run.root))
+        except UserError:
+            if fresh:
+                shutil.rmtree(run.root, ignore_errors=True)
+            raise
+        yield driver
 
 
 def check_unchanged(run: Run, config: ExperimentConfig) -> None:
@@ -127,7 +143,8 @@ def _reopen(run: Run, config: ExperimentConfig, argv: Sequence[str]) -> None:
     kept = config.model_copy(update={"name": before.name, "storage_path": before.storage_path})
     write_atomic(run.config_path, kept.to_yaml())
     resumed = [*meta.get("resumed", ()), {"argv": list(argv), "after": meta["status"]}]
-    run.update(status="running", error=None, finished=None, pid=os.getpid(), resumed=resumed)
+    where = {"pid": os.getpid(), "host": socket.gethostname()}
+    run.update(status="running", error=None, finished=None, resumed=resumed, **where)
 
 
 def _fail(run: Run, error: BaseException, stopping: Stopping, fresh: bool) -> None:

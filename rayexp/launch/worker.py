@@ -5,7 +5,7 @@ What comes in is plain JSON:
     config     the resolved configuration
     device     "cpu" or "cuda"
     cpus       cores this worker may use (null: all it can see)
-    started    time.time() at which the command began
+    started    when the command began (clock.mark)
     max_steps  stop after that many steps of the whole run (null: train to the end)
     trace      whether to hash every tensor after every step (for `rayexp verify`)
     measure_link  whether to time bare all-reductions before training (for `rayexp compare`)
@@ -75,7 +75,7 @@ class _Worker:
     def __init__(
         self, payload: Mapping[str, Any], group: Group, pen: Recorder, device: torch.device, world_size: int | None
     ) -> None:
-        self.entered = time.time()
+        self.entered = time.monotonic()
         self.payload, self.group, self.pen = payload, group, pen
         self.config = parse(payload["config"], ExperimentConfig, "config")
         self.world_size = group.world if world_size is None else world_size
@@ -190,7 +190,7 @@ class _Worker:
 
     def _step(self, event: StepDone) -> None:
         if event.first and self.lead:
-            self._first_step()
+            self.pen.first_step(self.payload.get("started"), time.monotonic() - self.entered)
         if self.payload.get("trace"):
             self._trace(event)  # before the snapshot: a step that is saved is not done again
         every = self.config.checkpoint.every_steps
@@ -221,10 +221,6 @@ class _Worker:
             hashes = {name: checkpoint.sha({name: tensor}) for name, tensor in state.tensors.items()}
             weights, step = checkpoint.sha(state.weights()), self.session.global_step
             self.pen.trace({"step": step, "weights_sha": weights, "tensors": hashes, "rate": event.rate})
-
-    def _first_step(self) -> None:
-        now, started = time.time(), self.payload.get("started") or self.entered
-        self.pen.note({"startup_seconds": {"to_worker": self.entered - started, "to_first_step": now - started}})
 
     def _snapshot(self) -> None:
         state = self.session.state()
@@ -299,13 +295,15 @@ def graph_events(model: torch.nn.Module, example: tuple[Any, ...]) -> bytes:
     """A TensorBoard event file with the model's graph; empty where the model cannot be traced."""
     from torch.utils.tensorboard import SummaryWriter
 
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+    # Tracing fails in many ways, and the temporary folder may be full: a missing picture must not cost a run.
+    with contextlib.suppress(Exception), tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         board = SummaryWriter(folder)
-        with contextlib.suppress(Exception):  # tracing fails in many ways, and a missing picture must not cost a run
+        with contextlib.suppress(Exception):
             board.add_graph(model, example)
         board.close()
         return next(Path(folder).iterdir()).read_bytes()
+    return b""
 
 
 def join(

@@ -219,7 +219,7 @@ def main(argv: list[str]) -> int:
             for column, value in zip(columns.values(), values, strict=True):
                 column.append(value)
             if done == 0:
-                startup = {"startup_seconds": {"to_first_step": time.time() - payload["started"]}}
+                startup = {"startup_seconds": {"to_first_step": time.monotonic() - payload["started"]}}
                 (run / "startup.json").write_text(json.dumps(startup))
             done += 1
             if os.getppid() != parent:
@@ -234,7 +234,8 @@ def main(argv: list[str]) -> int:
         phases = {k: sum(columns[k]) for k in ("data", "transfer", "compute", "optimizer")}
         phases |= {"reduce": 0.0, "evaluate": judged - trained, "checkpoint": time.perf_counter() - judged}
         phases["other"] = max(0.0, total - sum(phases.values()))
-        later = slice(1 if len(columns["count"]) > 1 else 0, None)
+        # As the engine does: a process's first step is left out, unless it is all there is.
+        later = slice(1 if epoch == 1 and len(columns["count"]) > 1 else 0, None)
         peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)}
         if device.type == "cuda":
             peak["device"] = torch.cuda.max_memory_allocated()
@@ -245,7 +246,7 @@ def main(argv: list[str]) -> int:
             **metrics,
             "lr": config.lr,
             "samples_per_second": sum(columns["count"][later]) / sum(columns["total"][later]),
-            "seconds": {"total": total, "first_step": columns["total"][0], **phases},
+            "seconds": {"total": total, **({"first_step": columns["total"][0]} if epoch == 1 else {}), **phases},
             "weights_sha": "",
             "world_size": 0,
             "peak_memory": peak,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import subprocess
 import sys
@@ -70,6 +71,22 @@ def test_verdicts(makes, arrays, rayexp):
     out, _ = rayexp("diff", f"{ref}@1", "@4", "--max-drop", 1.5, "--json", code=3)
     assert json.loads(out)["verdict"] == "INCONCLUSIVE"
     assert "PASS" in rayexp("diff", f"{ref}@1", "@1", "--max-drop", 0.5)[0]
+
+
+@pytest.mark.parametrize("option", ["--html", "--csv"])
+def test_a_page_that_cannot_be_written_is_named(makes, faults, tmp_path, rayexp, option):
+    run = makes.random_images(50, 5, 2)
+    (tmp_path / "file").touch()
+    before = set(tmp_path.rglob("*"))
+    _, err = rayexp("diff", f"{run.id}@1", "@2", option, "file/page", code=2)
+    assert err == "error: file/page: cannot be written (Not a directory)\n"
+    full = [sys.executable, "-m", "rayexp", "diff", f"{run.root}@1", "@2", option, "page"]
+    env = faults(fsync=errno.ENOSPC)
+    done = subprocess.run(full, capture_output=True, text=True, cwd=tmp_path, env=env, timeout=60, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: page: cannot be written (No space left on device); free some space there")
+    assert done.stderr.count("\n") == 1
+    assert set(tmp_path.rglob("*")) == before
 
 
 def test_same_model_in_one_line(makes, arrays, rayexp):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import http.server
 import threading
@@ -75,6 +77,16 @@ def test_once(server, cache):
     assert download(server.url + "/x%20y.zip") == path
     assert server.asked == [None]
     assert leftovers(cache) == [path.name]
+
+
+def test_where_there_is_no_flock(server, cache, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    server.files["/a.zip"] = DATA
+    assert download(server.url + "/a.zip").read_bytes() == DATA
+    assert leftovers(cache) == [next((cache / "downloads").glob("*-a.zip")).name]
 
 
 def test_goes_on_after_breaks(server, cache):

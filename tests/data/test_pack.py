@@ -187,7 +187,8 @@ def test_files_of_the_same_name_are_not_overwritten(tmp_path, source, listing):
     assert listing(tmp_path) == before
 
 
-def test_several_at_once(tmp_path, tiny):
+@pytest.mark.parametrize("flock", [True, False], ids=["flock", "no flock"])
+def test_several_at_once(tmp_path, tiny, faults, flock):
     """One packs, the others wait for it; all find the same."""
     source = tiny.write_zip(tmp_path / "a.zip", tiny.layout())
     code = (
@@ -195,7 +196,8 @@ def test_several_at_once(tmp_path, tiny):
         "print(fetch(sys.argv[1], Path(sys.argv[2])))"
     )
     command = [sys.executable, "-c", code, str(source), str(tmp_path / "d")]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    env = None if flock else faults(flock=errno.ENOLCK)
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) for _ in range(4)]
     answers = [process.communicate(timeout=60)[0].strip() for process in processes]
     assert sorted(answers) == ["False", "False", "False", "True"]
     packed.check(tmp_path / "d")

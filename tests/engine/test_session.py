@@ -86,6 +86,42 @@ def test_what_an_epoch_says(small: Make, session: Open) -> None:
     assert again == record.metrics
 
 
+@pytest.mark.parametrize("small", ["language_model"], indirect=True)  # the workload has no part in it
+def test_rates_leave_out_a_processes_first_step(small: Make, session: Open) -> None:
+    """Of a fresh run and of resumed ones, whole epochs and begun ones; as records.py and the comparison have it."""
+    config = small(epochs=2, lr=0.01)
+    whole = session(config)
+    last = {whole.steps - 1: "one step of epoch 1 is left", whole.steps + 1: "epoch 2 has begun"}
+    saved = []
+
+    def check(one: Session, epochs: tuple[int, ...]) -> None:
+        steps: list[StepDone] = []
+        seen = []
+        for event in one.train():
+            if isinstance(event, StepDone):
+                steps.append(event)
+                if one is whole and one.global_step in last:
+                    saved.append(checkpoint.encode(one.state()))
+                continue
+            record, alone = event.record, len(steps) == 1
+            assert [s.first for s in steps] == [i == 0 and not seen for i in range(len(steps))]
+            counted = [s for s in steps if not s.first or alone]
+            rate = sum(s.count for s in counted) / sum(s.count / s.rate for s in counted)
+            assert record.samples_per_second == pytest.approx(rate, rel=1e-6)
+            assert ("first_step" in record.seconds) is (not seen)
+            if not seen:
+                assert record.seconds["first_step"] == pytest.approx(steps[0].count / steps[0].rate, rel=1e-6)
+            seen.append(record.epoch)
+            steps = []
+        assert tuple(seen) == epochs
+
+    check(whole, (1, 2))
+    for files, epochs in zip(saved, ((1, 2), (2,)), strict=True):
+        resumed = session(config)
+        resumed.load(checkpoint.decode(files))
+        check(resumed, epochs)
+
+
 def test_state_survives_a_round_trip(small: Make, session: Open) -> None:
     one = session(small(lr=0.01))
     shas(one, 2)

@@ -27,7 +27,7 @@ from rayexp.runs import Run
 )  # fmt: skip
 def test_the_plain_script_is_measured_like_a_cell(tmp_path, tiny_images, changes):
     config = parse({**tiny_images, **changes, "name": "plain", "storage_path": str(tmp_path)}, ExperimentConfig, "x")
-    run = grid.plain(config, "cpu", ["x"], time.time(), "parent")
+    run = grid.plain(config, "cpu", ["x"], time.monotonic(), "parent")
     assert run.meta()["status"] == "done"
     assert run.meta()["startup_seconds"]["to_first_step"] > 0
     records, steps = run.records(), run.steps()
@@ -38,6 +38,9 @@ def test_the_plain_script_is_measured_like_a_cell(tmp_path, tiny_images, changes
         assert [sum(parts) for parts in zip(*phases, strict=True)] == pytest.approx(line["total"], abs=1e-5)
         assert record.seconds["total"] >= sum(line["total"])
         assert math.isfinite(record.val_loss)
+        skip = int(line["first"])
+        assert record.samples_per_second == pytest.approx(sum(line["count"][skip:]) / sum(line["total"][skip:]))
+        assert ("first_step" in record.seconds) is line["first"]
     expected = 64 if not changes else (2000 // 4 - 1) * 4
     assert sum(steps[0]["count"]) == expected
 
@@ -50,7 +53,7 @@ def test_the_plain_script_s_failure_is_one_line(tmp_path, tiny_images):
     }
     config = parse(tree, ExperimentConfig, "x")
     with pytest.raises(grid.RunError, match="none"):
-        grid.plain(config, "cpu", ["x"], time.time(), "parent")
+        grid.plain(config, "cpu", ["x"], time.monotonic(), "parent")
     (run,) = Run.all(tmp_path / "runs")
     assert run.meta()["status"] == "failed"
 

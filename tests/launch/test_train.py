@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import errno
 import fcntl
 import io
+import itertools
 import json
+import os
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -121,6 +126,88 @@ def test_two_drivers_on_one_run_are_refused(tiny: Tiny) -> None:
     run(tiny(), argv=[], resume=made)
 
 
+def test_a_run_whose_lock_cannot_be_had_leaves_nothing_behind(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    made = run(tiny(), argv=[], max_steps=1)
+    monkeypatch.setattr(fcntl, "flock", fail)
+    for resume in (None, made):
+        with pytest.raises(UserError, match=r"driver.lock: cannot be locked \(Input/output error\)"):
+            run(tiny(), argv=[], resume=resume)
+    assert only(tmp_path / "runs") == made
+    assert made.meta()["status"] == "stopped"
+
+
+def test_a_file_system_without_flock_and_directory_fsync_will_do(
+    tiny: Tiny, tmp_path: Path, faults: Callable[..., dict[str, str]]
+) -> None:
+    (tmp_path / "c.yaml").write_text(tiny().to_yaml())
+    done = subprocess.run(
+        [sys.executable, "-m", "rayexp", "train", "c.yaml"],
+        cwd=tmp_path,
+        env=faults(flock=errno.ENOLCK, directory_fsync=errno.EINVAL),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    made = only(tmp_path / "runs")
+    assert made.status() == "done"
+    assert shas(made) == shas(run(tiny(), argv=[]))
+    assert not list(made.root.glob("*.lease"))
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount"), reason="mounting a small disk needs root")
+def test_a_full_disk_is_one_line_and_loses_nothing(tiny: Tiny, tmp_path: Path, command: Command) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1200k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    config = tiny(storage_path=str(disk / "runs"), checkpoint={"every_steps": 3})
+    try:
+        (tmp_path / "c.yaml").write_text(config.to_yaml())
+        process = command("train", "c.yaml")
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 1
+        made = only(disk / "runs")
+        (line,) = err.splitlines()
+        assert line.startswith(f"error: {made.root}/checkpoints/")
+        assert "(No space left on device); free some space there" in line
+        assert f"--resume {made.id} goes on" in line
+        assert not list(made.root.rglob(".tmp-*"))
+        assert made.status() in ("failed", "died")
+        subprocess.run(["mount", "-o", "remount,size=30m", disk], check=True)
+        assert shas(run(config, argv=[], resume=made)) == shas(run(tiny(), argv=[]))
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_clock_that_is_set_back_does_not_matter(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    began = time.time()
+    times = itertools.count(int(began), -3600)
+    monkeypatch.setattr(time, "time", lambda: float(next(times)))
+    made = run(tiny(epochs=1), argv=[])
+    startup = made.meta()["startup_seconds"]
+    assert 0 <= startup["to_worker"] <= startup["to_first_step"] < 600
+    (record,) = made.records()
+    assert all(0 <= seconds < 600 for seconds in record.seconds.values())
+
+
+def test_records_and_steps_leave_out_the_same_steps(tiny: Tiny) -> None:
+    made = run(tiny(), argv=[], max_steps=7)
+    run(tiny(), argv=[], resume=made)
+    rows = made.steps()
+    assert [row["first"] for row in rows] == [True, False]
+    for record, row in zip(made.records(), rows, strict=True):
+        skip = 1 if row["first"] and len(row["count"]) > 1 else 0
+        rate = sum(row["count"][skip:]) / sum(row["total"][skip:])
+        assert record.samples_per_second == pytest.approx(rate, rel=1e-3)
+        assert ("first_step" in record.seconds) is row["first"]
+
+
 def test_the_users_mistake_leaves_nothing_behind(tiny: Tiny, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere"):
         run(tiny(data={"name": "text", "root": str(tmp_path / "nowhere")}), argv=[])
@@ -138,6 +225,34 @@ def test_a_failed_run_says_so(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.Mo
     assert made.meta()["status"] == "failed"
     assert "by nothing" in made.meta()["error"]
     assert "Traceback" in (made.logs / "rank_0.log").read_text()
+
+
+def test_a_killed_run_goes_on_and_tensorboard_has_one_value_a_step(
+    tiny: Tiny, tmp_path: Path, command: Command, until: Callable[..., None]
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = tiny(epochs=12)
+    (tmp_path / "c.yaml").write_text(config.to_yaml())
+    process = command("train", "c.yaml")
+    until(lambda: any(len(run.records()) > 2 for run in Run.all(tmp_path / "runs")))
+    process.kill()
+    process.wait()
+    made = only(tmp_path / "runs")
+    assert 2 < len(made.records()) < 12
+    assert made.status() == "died"
+    run(config, argv=[], resume=made)
+    assert made.status() == "done"
+    assert [record.epoch for record in made.records()] == [row["epoch"] for row in made.steps()] == list(range(1, 13))
+    board = EventAccumulator(str(made.tb), size_guidance={"scalars": 0})
+    board.Reload()
+    tags = board.Tags()
+    assert {"loss/train", "loss/val", "lr", "metric/ppl", "throughput/samples_per_second"} <= set(tags["scalars"])
+    assert tags["graph"]
+    for tag in set(tags["scalars"]) - {"seconds/first_step"}:
+        assert [event.step for event in board.Scalars(tag)] == list(range(1, 13)), tag
+    shown = {event.step: event.value for event in board.Scalars("loss/val")}
+    assert shown == {r.epoch: pytest.approx(r.val_loss, rel=1e-6) for r in made.records()}
 
 
 def test_without_a_terminal_there_is_a_line_an_epoch(tiny: Tiny) -> None:

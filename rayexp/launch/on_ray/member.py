@@ -6,12 +6,13 @@ import os
 import socket
 import traceback
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
 
-from rayexp.errors import RunError, UserError
+from rayexp.errors import RunError, UserError, WriteError
 from rayexp.launch.faults import LostError, peer_lost
 from rayexp.launch.on_ray import pen
 
@@ -32,6 +33,9 @@ def member(payload: Mapping[str, Any]) -> str:
         mine.log(rank, traceback.format_exc())
         where = f"node {socket.gethostname()} ({_address()}): " if payload["nodes"] > 1 else ""
         raise UserError(f"{where}{error}") from None
+    except WriteError as error:
+        mine.log(rank, traceback.format_exc())
+        raise RunError(f"{error}; --resume {Path(payload['run']).name} goes on from the newest checkpoint") from None
     except RunError:
         mine.log(rank, traceback.format_exc())
         raise

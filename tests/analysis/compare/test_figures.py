@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from rayexp.analysis import compare_tables as tables
+from rayexp.analysis import measured
 from rayexp.analysis.compare import compare
 from rayexp.analysis.report import answers, compare_page, write_compare_page
 from rayexp.cli import app
@@ -47,6 +48,24 @@ def test_rates_leave_the_first_step_out(grids):
     assert found["cpu-x1-exact"].rate.value == pytest.approx(50, rel=1e-5)
     assert found["cpu-x1-exact"].measured.first_step() == pytest.approx(3)
     assert found["cpu-x1-exact"].measured.startup() == pytest.approx(10)
+
+
+def test_rates_leave_the_first_step_of_every_process_out(grids):
+    comparison = grids.fill(grids.plan(), grids.rates)
+    row = next(row for row in comparison.rows() if row.cell == "cpu-x1-exact")
+    run = comparison.run(row)
+    rows = run.steps()
+    rows[1]["first"], rows[1]["total"][0] = True, 7.0  # resumed here
+    run.steps_path.write_text("".join(json.dumps(line) + "\n" for line in rows))
+    found = measured.read(run, 60)
+    assert len(found.steps["total"]) == 2 * grids.steps - 2
+    assert found.rates == pytest.approx(50, rel=1e-5)
+    assert (found.first_step, found.startup) == (7.0, 13.0 - 7.0)
+    for line in rows:
+        for name in ("count", "total", *measured.STEP_PHASES):
+            line[name] = line[name][:1]
+    run.steps_path.write_text("".join(json.dumps(line) + "\n" for line in rows))
+    assert list(measured.read(run, 60).steps["total"]) == [3.0, 7.0]  # there are no others
 
 
 def test_speedup_efficiency_and_what_they_are_against(grids):

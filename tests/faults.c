@@ -1,0 +1,28 @@
+/* Preloaded by tests: file systems that lack flock, that cannot fsync a directory, or that are full. */
+#include <errno.h>
+#include <stdlib.h>
+#include <sys/file.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+int flock(int fd, int operation) {
+    const char *fault = getenv("FAULT_FLOCK");
+    if (fault && *fault) {
+        errno = atoi(fault);
+        return -1;
+    }
+    return syscall(SYS_flock, fd, operation);
+}
+
+int fsync(int fd) {
+    const char *fault = getenv("FAULT_DIRECTORY_FSYNC");
+    struct stat found;
+    if (fstat(fd, &found) == 0 && !S_ISDIR(found.st_mode))
+        fault = getenv("FAULT_FSYNC");
+    if (fault && *fault) {
+        errno = atoi(fault);
+        return -1;
+    }
+    return syscall(SYS_fsync, fd);
+}
