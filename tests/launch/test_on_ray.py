@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from rayexp import locks
 from rayexp.config import ExperimentConfig
 from rayexp.errors import RunError, UserError
 from rayexp.launch.train import run
@@ -123,3 +125,26 @@ def test_a_failure_of_the_training_code_is_told_in_one_line(tiny: Tiny, ray_here
     assert "\n" not in str(caught.value)
     assert made.meta()["status"] == "failed"
     assert len(workers_pids(made, 1)) == 1, "it was tried again"
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_workers_of_a_driver_that_has_ended_write_nothing(
+    tiny: Tiny, ray_here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nodes: int
+) -> None:
+    from rayexp.launch import train
+    from rayexp.launch.on_ray import drive, session
+
+    @contextlib.contextmanager
+    def driving(made: Run, fresh: bool) -> Iterator[locks.Driver]:
+        yield locks.Driver(1, "here", "a token that is not in the lock")
+
+    monkeypatch.setattr(train, "_driving", driving)
+    if nodes == 2:  # as in test_workers_without_the_drivers_disk_write_through_its_keeper
+        monkeypatch.setattr(drive, "NONCE", "elsewhere")
+        there = session.nodes()
+        monkeypatch.setattr(session, "nodes", lambda: [*there, *there])
+    with pytest.raises(RunError, match=r"workers were lost 1 times .*its driver has ended"):
+        run(tiny(scaling={"num_workers": 2, "cpus_per_worker": 0.5}, max_failures=0), argv=[])
+    (made,) = Run.all(tmp_path / "runs")
+    assert {path.name for path in made.root.iterdir()} <= {"run.json", "config.yaml", "logs"}
+    assert workers_pids(made, 0) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import psutil
 import pytest
 
 from rayexp.config import ExperimentConfig
+from rayexp.locks import is_locked
 from rayexp.runs import Run
 
 pytestmark = pytest.mark.ray
@@ -88,6 +90,22 @@ def test_a_signal_while_ray_starts(
     assert made.meta()["status"] == "stopped"
     assert err.splitlines() == [f"stopped; nothing is saved yet in {made.id}"]
     assert members(cold.pid) == []
+
+
+@pytest.mark.slow
+def test_a_killed_driver_leaves_no_worker_that_writes(
+    cold: subprocess.Popen[str], tmp_path: Path, until: Callable[..., None], members: Members
+) -> None:
+    made = begun(tmp_path, until)
+    workers = [process for process in members(cold.pid) if "TrainWorker" in " ".join(process.cmdline())]
+    assert len(workers) == 2
+    cold.kill()
+    until(lambda: not is_locked(made.root))
+    time.sleep(0.3)  # a write may have been under way
+    before = {path: path.stat().st_mtime_ns for path in made.root.rglob("*")}
+    time.sleep(3)  # they did some hundred steps in that time
+    assert {path: path.stat().st_mtime_ns for path in made.root.rglob("*")} == before
+    until(lambda: not any(process.is_running() for process in workers))
 
 
 SCRIPT = """

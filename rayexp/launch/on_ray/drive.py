@@ -66,7 +66,7 @@ def drive(
     while True:
         fields = placed(plan) | {"nodes": len(session.nodes())}
         (run.root / NONCE).write_text(fields["nonce"])
-        keeper = keep(run, fields["nonce"], session.node_id()) if fields["nodes"] > 1 else None
+        keeper = keep(run, fields["nonce"], session.node_id(), payload["driver"]) if fields["nodes"] > 1 else None
         attempt = Fit(payload | fields, plan)
         attempt.start()
         try:
