@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import signal
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -148,3 +150,31 @@ def test_workers_of_a_driver_that_has_ended_write_nothing(
     (made,) = Run.all(tmp_path / "runs")
     assert {path.name for path in made.root.iterdir()} <= {"run.json", "config.yaml", "logs"}
     assert workers_pids(made, 0) == []
+
+
+@pytest.mark.parametrize(("how", "why"), [("raise", "OSError: [Errno 28] No space left on device"), ("die", "exit")])
+def test_a_worker_that_cannot_start_names_its_host_and_the_cause(ray_here: None, how: str, why: str) -> None:
+    import ray
+    from ray.exceptions import RayActorError
+    from ray.train import ControllerError
+
+    from rayexp.launch.on_ray.fit import _cause
+
+    class Starting:
+        def __init__(self) -> None:
+            if how == "die":
+                os._exit(1)
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def ready(self) -> None:
+            pass
+
+    actor = ray.remote(num_cpus=0.1)(Starting).remote()
+    try:
+        ray.get(actor.ready.remote())
+    except RayActorError:  # told by Ray Train as here
+        failure = RuntimeError(f"One of the worker actors failed to initialize due to error:\n{traceback.format_exc()}")
+    line = str(_cause(ControllerError(failure)))
+    assert line.startswith(f"a worker could not be started on {ray.util.get_node_ip_address()}: ")
+    assert why in line
+    assert "\n" not in line

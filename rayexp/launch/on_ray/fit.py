@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import shutil
 import tempfile
 import threading
@@ -144,8 +145,17 @@ def _cause(error: TrainingFailedError) -> Exception:
                     return kind(str(failure))
         return LostError("; ".join(f"rank {rank}: {_fate(e)}" for rank, e in dead or failures))
     if isinstance(error, ControllerError):
-        return LostError(f"the workers could not be started ({_line(error.controller_failure)})")
+        return LostError(_no_start(error.controller_failure))
     return LostError(_line(error))
+
+
+def _no_start(error: BaseException) -> str:
+    """Where a worker could not be started, and why: both stand somewhere in a long text of Ray's, the cause last."""
+    text = str(error)
+    hosts = dict.fromkeys(re.findall(r"\bip[=:] ?([^\s,)]+)", text))
+    cause = next((line.strip() for line in reversed(text.splitlines()) if line.strip()), type(error).__name__)
+    where = f" on {', '.join(hosts)}" if hosts else ""
+    return f"a worker could not be started{where}: {' '.join(cause.split())[:300]}"
 
 
 def _fate(error: BaseException) -> str:
