@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -9,7 +10,7 @@ import pty
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,15 @@ def shas(made: Run) -> list[str]:
 def only(folder: Path) -> Run:
     (found,) = Run.all(folder)
     return found
+
+
+@contextlib.contextmanager
+def not_stopped() -> Iterator[None]:
+    """A failure of the test where an interruption would end all tests."""
+    try:
+        yield
+    except Stopped as stopped:
+        pytest.fail(f"it was stopped by {stopped.number}")
 
 
 @pytest.fixture
@@ -114,7 +124,8 @@ def test_under_nohup_a_closed_terminal_is_none_of_our_business() -> None:
     before = signal.signal(HANGUP, signal.SIG_IGN)
     try:
         with signals.handled(signals.stop):
-            os.kill(os.getpid(), HANGUP)
+            with not_stopped():
+                os.kill(os.getpid(), HANGUP)
             with pytest.raises(Stopped) as caught:
                 os.kill(os.getpid(), signal.SIGUSR1)
         assert caught.value.number == signal.SIGUSR1
@@ -150,8 +161,9 @@ def test_one_request_may_come_as_several_signals(tiny: Tiny, monkeypatch: pytest
     assert asked()
     assert made.stop_path.exists()
     now[0] += 0.5  # `timeout` sends it to the process and to its group, a batch system to each process and its parent
-    asked.ask(signal.SIGTERM)
-    asked.ask(signal.SIGHUP)
+    with not_stopped():
+        asked.ask(signal.SIGTERM)
+        asked.ask(signal.SIGHUP)
     assert len(said) == 1
     now[0] += 0.6
     with pytest.raises(Stopped):
@@ -192,7 +204,8 @@ def test_what_comes_after_the_end_does_not_change_it(
     tiny: Tiny, after: Callable[[BaseException], None], error: BaseException
 ) -> None:
     after(error)
-    made = run(tiny(), argv=[])
+    with not_stopped():
+        made = run(tiny(), argv=[])
     assert made.meta()["status"] == "done"
     assert made.meta()["error"] is None
 
