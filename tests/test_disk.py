@@ -180,6 +180,49 @@ def new(action: str) -> dict[str, bytes]:
     }[action]
 
 
+def test_all_is_flushed_before_it_has_its_name_and_the_name_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a power cut would lose: bytes and names that no fsync has followed."""
+    events: list[tuple[str, str]] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def flushed(handle: int) -> None:
+        events.append(("fsync", Path(f"/proc/self/fd/{handle}").readlink().name))
+        fsync(handle)
+
+    def renamed(path: Path, target: Path) -> Path:
+        events.append(("rename", target.name))
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(Path, "replace", renamed)
+    monkeypatch.setattr(disk, "_temporary", lambda path: path.with_name(f".tmp-{path.name}"))
+    disk.write_atomic(tmp_path / "file", "x")
+    assert events == [("fsync", ".tmp-file"), ("rename", "file"), ("fsync", tmp_path.name)]
+    events.clear()
+    disk.write_directory(tmp_path / "d", {"a": b"1", "b": b"2"})
+    parts = [("fsync", "a"), ("fsync", "b"), ("fsync", ".tmp-d")]
+    assert events == [*parts, ("rename", "d"), ("fsync", tmp_path.name)]
+    events.clear()
+    for _ in range(2):
+        disk.append_line(tmp_path / "lines", "{}")
+    assert events == [("fsync", "lines"), ("fsync", tmp_path.name), ("fsync", "lines")]
+
+
+def test_a_line_that_cannot_be_added_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk.append_line(tmp_path / "x", '{"a": 1}')
+    before = (tmp_path / "x").read_bytes()
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(WriteError):
+        disk.append_line(tmp_path / "x", '{"a": 2}')
+    assert (tmp_path / "x").read_bytes() == before
+
+
 def test_sweep_removes_what_is_half_and_nothing_else(tmp_path: Path) -> None:
     disk.write_directory(tmp_path / "epoch_001", {"a": b"1"})
     disk.write_atomic(tmp_path / "b", "2")

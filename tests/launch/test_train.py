@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -81,7 +82,9 @@ def test_a_stopped_run_goes_on_at_its_step(tiny: Tiny, steps: int) -> None:
 def test_a_finished_run_has_nothing_to_go_on_with(tiny: Tiny) -> None:
     made = run(tiny(), argv=[])
     before = shas(made)
+    made.update(host="elsewhere", pid=1)
     assert shas(run(tiny(), argv=[], resume=made)) == before
+    assert (made.meta()["host"], made.meta()["pid"]) == (socket.gethostname(), os.getpid())
     assert made.meta()["status"] == "done"
 
 
