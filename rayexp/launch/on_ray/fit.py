@@ -153,7 +153,8 @@ def _no_start(error: BaseException) -> str:
     """Where a worker could not be started, and why: both stand somewhere in a long text of Ray's, the cause last."""
     text = str(error)
     hosts = dict.fromkeys(re.findall(r"\bip[=:] ?([^\s,)]+)", text))
-    cause = next((line.strip() for line in reversed(text.splitlines()) if line.strip()), type(error).__name__)
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("The actor never ran")]
+    cause = lines[-1] if lines else type(error).__name__
     where = f" on {', '.join(hosts)}" if hosts else ""
     return f"a worker could not be started{where}: {' '.join(cause.split())[:300]}"
 
