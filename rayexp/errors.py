@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import signal
 from collections.abc import Iterable
 
 
@@ -16,6 +17,22 @@ class UserError(Exception):
 
 class RunError(Exception):
     """The run or the check itself failed. The command line prints it and exits with 1."""
+
+
+class HeadLostError(RunError):
+    """The Ray of a run is gone, and nothing more can be asked of it."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal has asked to stop. The command line prints the line, if there is one, and exits with 128 + its number.
+
+    Attributes:
+        number: the signal.
+    """
+
+    def __init__(self, number: int = signal.SIGINT, line: str = "") -> None:
+        super().__init__(line)
+        self.number = number
 
 
 class WriteError(OSError):

@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
+import os
 import re
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
+import typer.core
 
 from rayexp.display import NOT_FINITE, figure, plain, printable
 
+
+class _Commands(typer.core.TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        """See click; typer itself ends every interruption as Ctrl-C."""
+        from rayexp.errors import Stopped
+
+        try:
+            return super().invoke(ctx)
+        except Stopped as stopped:
+            if str(stopped):
+                say(str(stopped))
+            raise typer.Exit(128 + stopped.number) from stopped
+
+
 app = typer.Typer(
+    cls=_Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -50,7 +68,8 @@ def _root(
 
 def say(text: str = "") -> None:
     """One line of progress or advice, on stderr."""
-    print(printable(text, keep="\n"), file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # the terminal may have been closed
+        print(printable(text, keep="\n"), file=sys.stderr, flush=True)
 
 
 def tell(text: str = "") -> None:
@@ -91,22 +110,27 @@ def _cell(value: Any) -> str:
 
 def error_line(text: str) -> None:
     """One red line on stderr."""
-    line = printable(" ".join(text.split()))
-    print(f"\033[31merror: {line}\033[0m" if sys.stderr.isatty() else f"error: {line}", file=sys.stderr, flush=True)
+    line = f"error: {printable(' '.join(text.split()))}"
+    with contextlib.suppress(OSError):
+        print(f"\033[31m{line}\033[0m" if sys.stderr.isatty() else line, file=sys.stderr, flush=True)
 
 
 def main() -> None:
     """The console script."""
-    from rayexp.errors import RunError, UserError, WriteError
+    from rayexp.errors import RunError, Stopped, UserError, WriteError
+    from rayexp.launch import signals
     from rayexp.launch.surroundings import settle_home
 
     try:
         settle_home(say)
-        code = app(standalone_mode=False)
+        with signals.handled(signals.stop):
+            code = app(standalone_mode=False)
     except UserError as error:
         code = _fail(error, 2)
     except RunError as error:
         code = _fail(error, 1)
+    except Stopped as stopped:
+        code = 128 + stopped.number
     except KeyboardInterrupt:
         code = 130
     except typer.Abort:
@@ -125,7 +149,18 @@ def main() -> None:
             code = _fail(RuntimeError(f"{type(error).__name__}: {error} (--debug shows where)"), 1)
         else:
             code = _fail(RuntimeError(shown()), getattr(error, "exit_code", 2))
-    sys.exit(code if isinstance(code, int) else 0)
+    _leave(code if isinstance(code, int) else 0)
+
+
+def _leave(code: int) -> NoReturn:
+    head = sys.modules.get("rayexp.launch.on_ray.head")
+    # All is cleaned up. What still runs in the background (imports, what a lost Ray has left) would be heard of, or be
+    # waited for, and Ray may crash.
+    if code > 128 or (head is not None and head.forgotten):
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _fail(error: BaseException, code: int) -> int:

@@ -45,8 +45,9 @@ def train(
 ) -> None:
     """Train: in this process (scaling.num_workers=0, the default), or on Ray (1 to 8; [1,8] is elastic).
 
-    Ctrl-C saves after the present step and exits with 130. --resume goes on from there, with as many workers as you
-    like; CONFIG may then be left out.
+    Ctrl-C saves after the present step and exits with 130; so does SIGTERM (143), SIGUSR1, a batch system's notice
+    (138), and the closing of the terminal (129; not under nohup). --resume goes on from there, with as many workers as
+    you like; CONFIG may then be left out.
     """
     run, settled = _settle(config, overrides or [], runs, name, resume)
     if dry_run:

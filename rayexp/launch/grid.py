@@ -11,13 +11,10 @@ import json
 import logging
 import os
 import shutil
-import signal
 import subprocess
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from rayexp import spawn
@@ -29,6 +26,7 @@ from rayexp.launch.cells import base_of, plan, with_overrides
 from rayexp.launch.grid_screen import Follower, callback
 from rayexp.launch.plan import Node
 from rayexp.launch.screen import chatter_to
+from rayexp.launch.signals import handled, stop
 from rayexp.locks import only_driver
 from rayexp.runs import Run
 
@@ -197,7 +195,7 @@ def _tune(comparison: Comparison, jobs: list[dict[str, Any]], address: str | Non
             ),
         )
         try:
-            with _terminable():
+            with handled(stop):  # Ray's own handler would leave the process in the middle of it
                 results = tuner.fit()
         finally:
             follower.close()
@@ -237,23 +235,6 @@ def release() -> None:
     for name, group in placement_group_table().items():
         if name.endswith(job) and not group["name"] and group["state"] != "REMOVED":
             remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(name))))
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM ends the grid as Ctrl-C does; Ray's own handler would leave the process in the middle of it."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def resources(cell: Cell, host: str, cores: float) -> dict[str, float]:

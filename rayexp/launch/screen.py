@@ -5,6 +5,7 @@ The screen reads progress.json and epochs.jsonl, wherever the workers are; nothi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -41,8 +42,9 @@ class Screen:
 
     def say(self, text: str) -> None:
         """One line above the bar."""
-        if self.console is not None:
-            self.console.print(printable(text, keep="\n"), highlight=False, markup=False, soft_wrap=True)
+        with contextlib.suppress(OSError):  # the terminal may have been closed
+            if self.console is not None:
+                self.console.print(printable(text, keep="\n"), highlight=False, markup=False, soft_wrap=True)
 
     def phase(self, text: str) -> None:
         """What goes on while there is no step yet."""
@@ -66,7 +68,8 @@ class Screen:
         self._end.set()
         self._thread.join()
         if self._bar is not None:
-            self._bar.stop()
+            with contextlib.suppress(OSError):
+                self._bar.stop()
 
     def _follow(self) -> None:
         ended = False

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first asks the run to save and stop, the second ends it at once.
+"""A run that is asked to stop: the first signal asks it to save and stop, the second ends it at once.
 
 Before the first step there is nothing to save, so there the first ends it too.
 """
@@ -7,36 +7,58 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import threading
+import time
 from collections.abc import Callable, Iterator
-from types import FrameType
 
+from rayexp.errors import Stopped
+from rayexp.launch.signals import handled
 from rayexp.runs import Run
+
+# `timeout` and batch systems send theirs to a process and to its group: what comes so soon after the first is the same.
+SAME_S = 1.0
+
+
+class Stopping:
+    """Whether the run was asked to stop; calling it says so.
+
+    Attributes:
+        number: the signal that asked; None: none has.
+        say: where the user is told.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.number: signal.Signals | None = None
+        self.say: Callable[[str], None] = lambda text: None
+        self._at = 0.0
+
+    def __call__(self) -> bool:
+        """Whether a signal has come."""
+        return self.number is not None
+
+    def ask(self, number: signal.Signals) -> None:
+        """What a signal does."""
+        again, now = self.number is not None, time.monotonic()
+        if again and now - self._at < SAME_S:
+            return
+        self.number, self._at = number, now
+        if again or not self.run.progress_path.exists():
+            raise Stopped(number)
+        self.run.stop_path.touch()
+        self.say(f"{number.name}: stopping after this step; once more ends at once, with what was saved last")
 
 
 @contextlib.contextmanager
-def stoppable(run: Run, say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
-    """While this lasts, a first signal makes the run's stop file; a further one raises KeyboardInterrupt.
+def stoppable(run: Run) -> Iterator[Stopping]:
+    """While this lasts, a first signal makes the run's stop file; a further one raises Stopped.
 
-    Gives a function that says whether a signal has come. Outside the main thread signals are left alone.
+    Outside the main thread signals are left alone.
     """
-    asked = threading.Event()
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        again = asked.is_set()
-        asked.set()
-        if again or not run.progress_path.exists():
-            raise KeyboardInterrupt
-        run.stop_path.touch()
-        say("stopping after this step; once more ends at once, with what was saved last")
-
     run.stop_path.unlink(missing_ok=True)
     run.progress_path.unlink(missing_ok=True)
-    signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-    before = {number: signal.signal(number, ask) for number in signals}
+    stopping = Stopping(run)
     try:
-        yield asked.is_set
+        with handled(stopping.ask):
+            yield stopping
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
         run.stop_path.unlink(missing_ok=True)

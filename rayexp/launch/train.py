@@ -11,6 +11,7 @@ import importlib
 import os
 import secrets
 import shutil
+import signal
 import socket
 import threading
 from collections.abc import Iterator, Sequence
@@ -19,15 +20,15 @@ from typing import TYPE_CHECKING, Any
 from rayexp.clock import mark
 from rayexp.config import ExperimentConfig, passed_over
 from rayexp.data import open_data
-from rayexp.errors import UserError
+from rayexp.errors import HeadLostError, Stopped, UserError
 from rayexp.integrity import FREE, changes, check_config
 from rayexp.launch import plan as planning
 from rayexp.launch import surroundings
 from rayexp.launch.as_job import at_home, job_id
 from rayexp.launch.plan import Plan
 from rayexp.launch.screen import chatter_to, screen
-from rayexp.launch.stopping import stoppable
-from rayexp.locks import only_driver
+from rayexp.launch.stopping import Stopping, stoppable
+from rayexp.locks import Driver, only_driver
 from rayexp.manifest import state_fault
 from rayexp.recorder import Recorder
 from rayexp.runs import Run
@@ -64,16 +65,17 @@ def run(
         parent: the id of the comparison this run belongs to.
 
     Raises:
-        UserError: the configuration, the data or the machine does not allow it. A fresh run leaves nothing behind.
+        UserError: the configuration, the data or the machine does not allow it. A run that has not begun leaves
+            nothing behind; one that holds anything that training has made is kept.
         RunError: the run failed; run.json says so.
-        KeyboardInterrupt: it was asked to stop; the last whole step is saved and run.json says `stopped`.
+        Stopped: a signal asked it to stop; the last whole step is saved and run.json says `stopped`.
     """
     began = mark(started)
     config = at_home(config).absolute()
     if resume is not None:
         check_unchanged(resume, config)
     made = resume or Run.create(config, argv=list(argv), parent=parent)
-    with _driving(made, fresh=resume is None):
+    with _driving(made, fresh=resume is None) as driver, stoppable(made) as stopping:
         if resume is not None:
             _reopen(made, config, argv)
         payload = {
@@ -84,37 +86,35 @@ def run(
             "trace": trace,
             "measure_link": parent is not None,
             "timeout_s": TIMEOUT_S,
+            "driver": driver.token,
         }
         try:
-            status = _supervise(made, config, payload, address, console)
-        except KeyboardInterrupt:
-            _finish(made, "stopped", "ended at once; the step that was under way is lost")
-            raise
-        except UserError as error:
-            if resume is None and not made.epochs():
-                shutil.rmtree(made.root)
-            else:
-                _finish(made, "failed", str(error))
-            raise
+            status = _supervise(made, config, payload, address, console, stopping)
         except BaseException as error:
-            _finish(made, "failed", str(error) or type(error).__name__)
+            if _status(made) == "done":
+                return made  # a signal, or the end of its Ray, that comes after the run's own changes nothing
+            _fail(made, error, stopping, fresh=resume is None)
+            if stopping() or isinstance(error, KeyboardInterrupt):
+                raise _stopped(made, stopping.number or int(getattr(error, "number", signal.SIGINT))) from error
+            if isinstance(error, UserError | HeadLostError) and _holds_work(made):
+                raise type(error)(f"{error}; {_saved(made)}") from error
             raise
     if status == "stopped" and (max_steps is None or _steps_done(made) < max_steps):
-        raise KeyboardInterrupt
+        raise _stopped(made, stopping.number or signal.SIGINT)
     return made
 
 
 @contextlib.contextmanager
-def _driving(run: Run, fresh: bool) -> Iterator[None]:
+def _driving(run: Run, fresh: bool) -> Iterator[Driver]:
     """`only_driver`; a directory that was just made does not stay where its lock cannot be had."""
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(only_driver(run.root))
+            driver = stack.enter_context(only_driver(run.root))
         except UserError:
             if fresh:
                 shutil.rmtree(run.root, ignore_errors=True)
             raise
-        yield
+        yield driver
 
 
 def check_unchanged(run: Run, config: ExperimentConfig) -> None:
@@ -135,10 +135,46 @@ def _reopen(run: Run, config: ExperimentConfig, argv: Sequence[str]) -> None:
     run.update(status="running", error=None, finished=None, resumed=resumed, **where)
 
 
+def _fail(run: Run, error: BaseException, stopping: Stopping, fresh: bool) -> None:
+    """The last word where no worker could say it; of a run that has not begun, nothing is left."""
+    if stopping() or isinstance(error, KeyboardInterrupt):
+        if _status(run) != "stopped":
+            begun = run.progress_path.exists()
+            lost = "ended at once; the step that was under way is lost" if begun else "ended before its first step"
+            _finish(run, "stopped", lost)
+    elif isinstance(error, UserError) and fresh and not _holds_work(run):
+        shutil.rmtree(run.root)
+    else:
+        _finish(run, "failed", str(error) or type(error).__name__)
+
+
 def _finish(run: Run, status: str, error: str) -> None:
-    """The last word where no worker could say it. Where it cannot be written, the run reads as died."""
-    with contextlib.suppress(OSError):
+    # What ended the run may be in the way of this, too (a full disk, a directory that is gone), and is what is to be
+    # told: a run that says `running` without a driver counts as one that died.
+    with contextlib.suppress(OSError, UserError):
         Recorder(run).end(status, error)
+
+
+def _status(run: Run) -> str:
+    try:
+        return str(run.meta()["status"])
+    except UserError:
+        return ""
+
+
+def _holds_work(run: Run) -> bool:
+    """Whether anything lies there that training has made: a checkpoint of any kind, whole or not, or an epoch."""
+    kept = (run.checkpoints, run.predictions_path(1).parent)
+    return run.epochs_path.exists() or any(folder.is_dir() and any(folder.iterdir()) for folder in kept)
+
+
+def _stopped(run: Run, number: int) -> Stopped:
+    return Stopped(number, f"stopped; {_saved(run)}")
+
+
+def _saved(run: Run) -> str:
+    step = _steps_done(run)
+    return f"saved up to step {step}: --resume {run.id} goes on" if step else f"nothing is saved yet in {run.id}"
 
 
 def _steps_done(run: Run) -> int:
@@ -188,7 +224,12 @@ def outline(config: ExperimentConfig, address: str | None = None) -> dict[str, A
 
 
 def _supervise(
-    run: Run, config: ExperimentConfig, payload: dict[str, Any], address: str | None, console: Console | None
+    run: Run,
+    config: ExperimentConfig,
+    payload: dict[str, Any],
+    address: str | None,
+    console: Console | None,
+    stopping: Stopping,
 ) -> str:
     if config.scaling.num_workers == 0:
         from rayexp.launch.local import attempt, here
@@ -200,7 +241,8 @@ def _supervise(
             with session.session(address):
                 sources.offer(run)
         plan = planning.make(config, [here()])
-        with screen(run, console) as shown, stoppable(run, shown.say):
+        with screen(run, console) as shown:
+            stopping.say = shown.say
             return attempt(run, payload | _placed(plan))
     surroundings.ray_address(address)  # where nobody answers, that is said before anything is imported
     drive_module = _imported("rayexp.launch.on_ray.drive")
@@ -208,15 +250,27 @@ def _supervise(
         shown.phase("starting Ray")
         from rayexp.launch.on_ray import session
 
-        # In this order: Ray sets signal handlers of its own.
-        with session.session(address) as own_ray, stoppable(run, shown.say) as stopped:
+        stopping.say = shown.say
+
+        def last(why: str) -> None:
+            """End this process, which hangs in a call to a Ray that is gone."""
+            status = _status(run)
+            if status != "done":
+                _fail(run, HeadLostError(why), stopping, fresh=False)
+            shown.close()
+            shown.say(f"{'stopped' if stopping() else f'error: {why}'}; {_saved(run)}")
+            os._exit(0 if status == "done" else 128 + stopping.number if stopping.number else 1)
+
+        with session.session(address) as own_ray:
             if own_ray:
                 open_data(config.data)  # so that what is missing here is said at once, and packed once
             imports.join()
             from rayexp.launch.on_ray.drive import drive
+            from rayexp.launch.on_ray.head import watched
 
             shown.phase("starting workers")
-            return drive(run, config, payload, _placed, shown, stopped, own_ray)
+            with watched(own_ray, run, stopping, last) as watch:
+                return drive(run, config, payload, _placed, shown, stopping, own_ray, watch)
 
 
 @contextlib.contextmanager

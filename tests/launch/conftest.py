@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from rayexp.config import ExperimentConfig, parse
@@ -59,9 +61,19 @@ def alone() -> Iterator[dict[str, str]]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def members(session: int) -> list[psutil.Process]:
+    """The live processes of a session, its leader last."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(OSError, psutil.Error):
+            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return sorted(found, key=lambda process: process.pid == session)
+
+
 @pytest.fixture
 def command(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Start `rayexp ...` in tmp_path; what still runs at the end of the test is killed."""
+    """Start `rayexp ...` in tmp_path, in a session of its own; what still runs at the end of the test is killed."""
     started: list[subprocess.Popen[str]] = []
 
     def start(*words: str) -> subprocess.Popen[str]:
@@ -71,14 +83,28 @@ def command(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,
         )
         started.append(process)
         return process
 
     yield start
     for process in started:
-        process.kill()
+        for child in members(process.pid):
+            child.kill()
         process.communicate()
+
+
+@pytest.fixture(name="members")
+def members_fixture() -> Callable[[int], list[psutil.Process]]:
+    return members
+
+
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A folder whose path leaves room for the names of Ray's sockets (107 characters in all)."""
+    with tempfile.TemporaryDirectory(prefix="rx-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
 
 
 @pytest.fixture

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import re
 import signal
-import subprocess
-import tempfile
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from rayexp import locks
 from rayexp.config import ExperimentConfig
 from rayexp.errors import RunError, UserError
 from rayexp.launch.train import run
@@ -37,13 +39,6 @@ def ray_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.delenv("RAY_ADDRESS", raising=False)
         with session.session(None):
             yield
-
-
-@pytest.fixture
-def short_path() -> Iterator[Path]:
-    """A folder whose path leaves room for the names of Ray's sockets (107 characters in all)."""
-    with tempfile.TemporaryDirectory(prefix="rx-", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        yield Path(folder)
 
 
 def shas(made: Run) -> list[str]:
@@ -136,24 +131,52 @@ def test_a_failure_of_the_training_code_is_told_in_one_line(tiny: Tiny, ray_here
     assert len(workers_pids(made, 1)) == 1, "it was tried again"
 
 
-def test_ctrl_c_on_a_cold_ray_saves_and_exits_with_130(
-    tiny: Tiny,
-    tmp_path: Path,
-    short_path: Path,
-    command: Callable[..., subprocess.Popen[str]],
-    until: Until,
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_workers_of_a_driver_that_has_ended_write_nothing(
+    tiny: Tiny, ray_here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nodes: int
 ) -> None:
-    monkeypatch.setenv("RAY_TMPDIR", str(short_path))
-    (tmp_path / "c.yaml").write_text(tiny(epochs=200, scaling={"num_workers": 2}).to_yaml())
-    process = command("train", "c.yaml")
-    until(lambda: list((tmp_path / "runs").glob("*/progress.json")))
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=90)
-    assert process.returncode == 130, err
+    from rayexp.launch import train
+    from rayexp.launch.on_ray import drive, session
+
+    @contextlib.contextmanager
+    def driving(made: Run, fresh: bool) -> Iterator[locks.Driver]:
+        yield locks.Driver(1, "here", "a token that is not in the lock")
+
+    monkeypatch.setattr(train, "_driving", driving)
+    if nodes == 2:  # as in test_workers_without_the_drivers_disk_write_through_its_keeper
+        monkeypatch.setattr(drive, "NONCE", "elsewhere")
+        there = session.nodes()
+        monkeypatch.setattr(session, "nodes", lambda: [*there, *there])
+    with pytest.raises(RunError, match=r"workers were lost 1 times .*its driver has ended"):
+        run(tiny(scaling={"num_workers": 2, "cpus_per_worker": 0.5}, max_failures=0), argv=[])
     (made,) = Run.all(tmp_path / "runs")
-    assert made.meta()["status"] == "stopped"
-    assert list(made.resumable())
-    assert not out
-    assert "ray" not in err.lower(), "Ray's chatter belongs into logs/"
-    assert (made.logs / "ray.log").exists()
+    assert {path.name for path in made.root.iterdir()} <= {"run.json", "config.yaml", "logs"}
+    assert workers_pids(made, 0) == []
+
+
+@pytest.mark.parametrize(("how", "why"), [("raise", "OSError: [Errno 28] No space left on device"), ("die", "exit")])
+def test_a_worker_that_cannot_start_names_its_host_and_the_cause(ray_here: None, how: str, why: str) -> None:
+    import ray
+    from ray.exceptions import RayActorError
+    from ray.train import ControllerError
+
+    from rayexp.launch.on_ray.fit import _cause
+
+    class Starting:
+        def __init__(self) -> None:
+            if how == "die":
+                os._exit(1)
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def ready(self) -> None:
+            pass
+
+    actor = ray.remote(num_cpus=0.1)(Starting).remote()
+    try:
+        ray.get(actor.ready.remote())
+    except RayActorError:  # told by Ray Train as here
+        failure = RuntimeError(f"One of the worker actors failed to initialize due to error:\n{traceback.format_exc()}")
+    line = str(_cause(ControllerError(failure)))
+    assert line.startswith(f"a worker could not be started on {ray.util.get_node_ip_address()}: ")
+    assert why in line
+    assert "\n" not in line

@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -229,27 +228,6 @@ def test_a_failed_run_says_so(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.Mo
     assert made.meta()["status"] == "failed"
     assert "by nothing" in made.meta()["error"]
     assert "Traceback" in (made.logs / "rank_0.log").read_text()
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_exits_with_130(
-    tiny: Tiny, tmp_path: Path, command: Command, until: Callable[..., None], number: int
-) -> None:
-    config = tiny(epochs=16)
-    (tmp_path / "c.yaml").write_text(config.to_yaml())
-    process = command("train", "c.yaml")
-    until(lambda: list((tmp_path / "runs").glob("*/progress.json")))
-    process.send_signal(number)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    made = only(tmp_path / "runs")
-    assert made.meta()["status"] == "stopped"
-    assert list(made.resumable())
-    assert not made.stop_path.exists()
-    done = command("train", "--resume", made.id, "--json")
-    out, err = done.communicate(timeout=120)
-    assert done.returncode == 0, err
-    assert json.loads(out)["epochs"][-1]["state_sha"] == shas(run(config, argv=[]))[-1]
 
 
 def test_a_killed_run_goes_on_and_tensorboard_has_one_value_a_step(

@@ -1,5 +1,6 @@
 """The only rooms that import Ray.
 
+head       whether that Ray still lives
 drive      attempts, one after another, until the run is done
 session    join a running Ray or start one here, quietly
 autoscale  machines that an autoscaler may add

@@ -3,6 +3,7 @@
 fault                                      what follows
 UserError, RunError of a worker            nothing: it would come again
 a worker or a node lost, a hung worker     another attempt, at most `max_failures` times
+Ray's head lost, or this host's raylet     the workers save and stop after their step; nothing more: Ray ends too
 elastic, and fewer places than before      another attempt with the largest allowed number that can be placed
 elastic, and more places than before       the workers save and stop after their step; another attempt, not counted
 """
@@ -17,12 +18,13 @@ from typing import Any
 import ray
 
 from rayexp.config import ExperimentConfig
-from rayexp.errors import RunError, UserError
+from rayexp.errors import HeadLostError, RunError, UserError
 from rayexp.launch import plan as planning
 from rayexp.launch import sources
 from rayexp.launch.faults import LostError
 from rayexp.launch.on_ray import autoscale, session
 from rayexp.launch.on_ray.fit import Fit
+from rayexp.launch.on_ray.head import Watch
 from rayexp.launch.on_ray.pen import NONCE, keep
 from rayexp.launch.plan import Plan
 from rayexp.launch.screen import Screen
@@ -41,6 +43,7 @@ def drive(
     shown: Screen,
     stopped: Callable[[], bool],
     own_ray: bool,
+    watch: Watch,
 ) -> str:
     """Train on the connected Ray; returns `done` or `stopped`.
 
@@ -50,9 +53,11 @@ def drive(
         shown: the screen.
         stopped: whether the user asked to stop.
         own_ray: whether this Ray was started for the run.
+        watch: over that Ray.
 
     Raises:
         UserError, RunError: see the table above.
+        KeyboardInterrupt: workers were lost when it was asked to stop.
     """
     sources.offer(run)
     failures = 0
@@ -61,11 +66,16 @@ def drive(
     while True:
         fields = placed(plan) | {"nodes": len(session.nodes())}
         (run.root / NONCE).write_text(fields["nonce"])
-        keeper = keep(run, fields["nonce"], session.node_id()) if fields["nodes"] > 1 else None
+        keeper = keep(run, fields["nonce"], session.node_id(), payload["driver"]) if fields["nodes"] > 1 else None
         attempt = Fit(payload | fields, plan)
         attempt.start()
-        growing = _watch(run, config, plan, attempt, stopped)
-        (run.root / NONCE).unlink(missing_ok=True)
+        try:
+            growing = _follow(run, config, plan, attempt, stopped, watch)
+        finally:
+            (run.root / NONCE).unlink(missing_ok=True)
+            attempt.close()
+        if attempt.status != "done" and (why := watch.verdict()):
+            raise HeadLostError(why)
         if keeper is not None:
             ray.kill(keeper)
         if attempt.error is None:
@@ -88,10 +98,12 @@ def drive(
         plan = _room_again(config, shown, stopped)
 
 
-def _watch(run: Run, config: ExperimentConfig, plan: Plan, attempt: Fit, stopped: Callable[[], bool]) -> bool:
-    """Wait for the attempt's end; returns whether the workers were asked to make room for more of them."""
+def _follow(
+    run: Run, config: ExperimentConfig, plan: Plan, attempt: Fit, stopped: Callable[[], bool], watch: Watch
+) -> bool:
+    """Wait for the attempt's end, or Ray's; returns whether the workers were asked to make room for more of them."""
     growing, looked = False, time.monotonic()
-    while attempt.is_alive():
+    while attempt.is_alive() and not watch.lost:
         attempt.join(0.1)
         elastic = isinstance(config.scaling.num_workers, tuple)
         if elastic and not growing and not stopped() and time.monotonic() - looked >= GROW_S:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
+import shutil
 import tempfile
 import threading
 from collections.abc import Mapping
@@ -96,20 +98,20 @@ def _in_actor() -> bool:
     return ray.get_runtime_context().get_actor_id() is not None
 
 
-def fit(payload: Mapping[str, Any], plan: Plan) -> str:
+def fit(payload: Mapping[str, Any], plan: Plan, books: str) -> str:
     """Run the workers once; returns `done` or `stopped`.
 
     Args:
         payload: see launch.worker and member.
         plan: how many workers, and what each holds.
+        books: a folder for what Ray Train writes of its own; the run directory is the truth.
 
     Raises:
         UserError, RunError: as a worker raised it.
         LostError: workers were lost or could not be placed in time.
     """
     resources = {"CPU": plan.cpus or 1.0} | ({"GPU": plan.gpus} if plan.gpu else {})
-    # Ray Train keeps books of its own; the run directory is the truth, so they go with the attempt.
-    with tempfile.TemporaryDirectory(prefix="rayexp-") as books, environment(_ENVIRONMENT):
+    with environment(_ENVIRONMENT):
         trainer = Trainer(
             member,  # type: ignore[arg-type]
             train_loop_config=dict(payload),
@@ -143,8 +145,18 @@ def _cause(error: TrainingFailedError) -> Exception:
                     return kind(str(failure))
         return LostError("; ".join(f"rank {rank}: {_fate(e)}" for rank, e in dead or failures))
     if isinstance(error, ControllerError):
-        return LostError(f"the workers could not be started ({_line(error.controller_failure)})")
+        return LostError(_no_start(error.controller_failure))
     return LostError(_line(error))
+
+
+def _no_start(error: BaseException) -> str:
+    """Where a worker could not be started, and why: both stand somewhere in a long text of Ray's, the cause last."""
+    text = str(error)
+    hosts = dict.fromkeys(re.findall(r"\bip[=:] ?([^\s,)]+)", text))
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("The actor never ran")]
+    cause = lines[-1] if lines else type(error).__name__
+    where = f" on {', '.join(hosts)}" if hosts else ""
+    return f"a worker could not be started{where}: {' '.join(cause.split())[:300]}"
 
 
 def _fate(error: BaseException) -> str:
@@ -167,12 +179,17 @@ class Fit(threading.Thread):
     def __init__(self, payload: Mapping[str, Any], plan: Plan) -> None:
         super().__init__(name="fit", daemon=True)
         self.payload, self.plan = payload, plan
+        self.books = tempfile.mkdtemp(prefix="rayexp-")
         self.status = ""
         self.error: BaseException | None = None
 
     def run(self) -> None:
         """See threading.Thread."""
         try:
-            self.status = fit(self.payload, self.plan)
+            self.status = fit(self.payload, self.plan, self.books)
         except BaseException as error:
             self.error = error
+
+    def close(self) -> None:
+        """Remove the attempt's books; it may hang in a Ray that is gone."""
+        shutil.rmtree(self.books, ignore_errors=True)

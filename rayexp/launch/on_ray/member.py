@@ -36,7 +36,7 @@ def member(payload: Mapping[str, Any]) -> str:
     except WriteError as error:
         mine.log(rank, traceback.format_exc())
         raise RunError(f"{error}; --resume {Path(payload['run']).name} goes on from the newest checkpoint") from None
-    except RunError:
+    except (RunError, LostError):
         mine.log(rank, traceback.format_exc())
         raise
     except Exception as error:

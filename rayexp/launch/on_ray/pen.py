@@ -15,6 +15,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from rayexp.launch.fence import Fenced
 from rayexp.recorder import Recorder
 from rayexp.runs import Run
 
@@ -25,8 +26,8 @@ ASK_S = 0.5  # how long an answer to "shall I stop?" is good for
 class Keeper:
     """The actor on the driver's host: a Recorder, one call at a time."""
 
-    def __init__(self, root: str) -> None:
-        self.recorder = Recorder(Run(Path(root)))
+    def __init__(self, root: str, driver: str) -> None:
+        self.recorder = Fenced(Recorder(Run(Path(root))), driver)
 
     def call(self, method: str, *args: Any, **fields: Any) -> Any:
         """Call a method of the Recorder."""
@@ -70,23 +71,26 @@ class RemotePen:
             self._lock.release()
 
 
-def keep(run: Run, nonce: str, node: str) -> Any:
+def keep(run: Run, nonce: str, node: str, driver: str) -> Any:
     """Start the Keeper on the driver's node; the driver owns it, because an actor ends with the worker that made it."""
     return (
         ray.remote(num_cpus=0)(Keeper)
         .options(name=_name(nonce), scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
-        .remote(str(run.root))
+        .remote(str(run.root), driver)
     )
 
 
 def take(payload: Mapping[str, Any]) -> Any:
-    """A worker's pen: a Recorder where the driver's run directory is in sight, else a RemotePen."""
+    """A worker's pen: a Recorder where the driver's run directory and its lock are in sight, else a RemotePen."""
     root = Path(payload["run"])
+    mine = Fenced(Recorder(Run(root)), payload["driver"])
     try:
-        if (root / NONCE).read_text() == payload["nonce"]:
-            return Recorder(Run(root))
+        seen = (root / NONCE).read_text() == payload["nonce"]
     except OSError:
-        pass
+        seen = False
+    # Not every shared file system shows another host's locks.
+    if seen and (payload["nodes"] == 1 or mine.driven()):
+        return mine
     return RemotePen(ray.get_actor(_name(payload["nonce"])))
 
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import signal
+import threading
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -15,8 +19,9 @@ import ray._private.state
 import ray._private.worker
 
 from rayexp.config import ExperimentConfig
-from rayexp.errors import UserError
-from rayexp.launch import doors, surroundings
+from rayexp.errors import Stopped, UserError
+from rayexp.launch import doors, signals, surroundings
+from rayexp.launch.on_ray import head
 from rayexp.launch.plan import Node, Plan, capacity
 
 # Read by processes that Ray starts from here.
@@ -90,18 +95,78 @@ def session(address: str | None, for_tune: bool = False) -> Iterator[bool]:
                 stack.enter_context(environment(_NO_BOOKS | {"RAY_TMPDIR": str(surroundings.ray_folder())}))
                 stack.enter_context(replaced(ray._private.node.Node, **dict.fromkeys(without, _nothing)))
             _bring_token(address)
-            ray.init(**words)
+            _connect(words)
     except ConnectionError as error:
         raise UserError(f"{address}: no Ray answers there ({' '.join(str(error).split())[:200]})") from error
+    there = head.Head.joined(own=not address)
     try:
         yield not address
     finally:
         started = [] if address else _started()
-        ray.shutdown()
+        if there.gone(patient=False):
+            head.forget()
+        else:
+            with _hurried(started):
+                ray.shutdown()
         # A process of Ray's whose end falls together with Ray's own may wait for ever for what is gone.
-        for process in started:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+        _kill(started)
+
+
+def _connect(words: Mapping[str, Any]) -> None:
+    """ray.init; where a signal ends it, nothing of it is left.
+
+    Ray sets a handler of its own for SIGTERM, which would end the command in the middle of its work.
+    """
+    before, others = signal.getsignal(signal.SIGTERM), psutil.Process().children()
+    try:
+        with signals.shielded() if words["address"] == "local" else contextlib.nullcontext():
+            ray.init(**words)
+    except BaseException as error:
+        mine = [child for child in psutil.Process().children() if child not in others]
+        mine += [grandchild for child in mine for grandchild in child.children(recursive=True)]
+        ray.shutdown()
+        _kill(mine)
+        if isinstance(error, SystemExit):
+            raise Stopped(signal.SIGTERM) from error
+        raise
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _hurried(processes: list[psutil.Process]) -> Iterator[None]:
+    """Ray asks its processes to end by SIGTERM, which they do not hear, and gives each a second; each ends at once."""
+    waiting = [p for p in processes if not _asked_to_end(p)]
+    over = threading.Event()
+
+    def hurry() -> None:
+        while not over.wait(0.02):
+            _kill([p for p in waiting if _asked_to_end(p)])
+
+    thread = threading.Thread(target=hurry, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _asked_to_end(process: psutil.Process) -> bool:
+    """Whether a SIGTERM waits for a process that does not hear it; False where the system does not tell."""
+    try:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+    except OSError:
+        return False
+    pending = re.search(r"^ShdPnd:\s*([0-9a-f]+)$", status, re.MULTILINE)
+    return pending is not None and bool(int(pending[1], 16) >> (signal.SIGTERM - 1) & 1)
+
+
+def _kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def _started() -> list[psutil.Process]:

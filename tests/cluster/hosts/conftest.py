@@ -51,6 +51,9 @@ class Host:
         self.wait(lambda: (self.disk / "home/.ray").is_dir(), f"{self.name}'s disk")
         port = f"v{self.name}"
         run = partial(subprocess.run, check=True)
+        # One of a host that was unplugged just now may still be there.
+        remove = ["nsenter", "-t", str(self.switch), "-n", "ip", "link", "delete", port]
+        subprocess.run(remove, check=False, stderr=subprocess.DEVNULL)
         run(["nsenter", "-t", str(self.switch), "-n", "ip", "link", "add", port, "type", "veth", "peer", "name", "eth0",
              "netns", str(self.init)])  # fmt: skip
         run(["nsenter", "-t", str(self.switch), "-n", "ip", "link", "set", port, "master", "br0", "up"])
@@ -131,12 +134,7 @@ class Lab:
             subprocess.run(["nsenter", "-t", str(self.net.pid), "-n", "ip", *words.split()], check=True)
         names = ("head", "one", "two", "desk")
         self.hosts |= {name: Host(name, f"{NET}.{i}", self.net.pid, self.wait) for i, name in enumerate(names, 1)}
-        for host in self.hosts.values():
-            host.boot()
-            self.give_token(host)
-        self.join("head", 0)
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(self.join, ("one", "two")))
+        self.restart()
 
     def give_token(self, host: Host) -> None:
         path = host.disk / "home/.ray/auth_token"
@@ -157,6 +155,17 @@ class Lab:
         self.hosts[name].boot()
         self.give_token(self.hosts[name])
         self.join(name)
+
+    def restart(self) -> None:
+        """Every host and its Ray anew, with empty disks."""
+        for host in self.hosts.values():
+            host.unplug()
+        for host in self.hosts.values():
+            host.boot()
+            self.give_token(host)
+        self.join("head", 0)
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(self.join, ("one", "two")))
 
     def close(self) -> None:
         for host in self.hosts.values():

@@ -1,0 +1,58 @@
+"""The signals that ask a command to stop: Ctrl-C, a batch system's SIGTERM and its notice SIGUSR1, a closed terminal.
+
+A command that one of them has ended exits with 128 + its number: 130 Ctrl-C, 143 SIGTERM, 138 SIGUSR1, 129 SIGHUP.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+from rayexp.errors import Stopped
+
+# Not every system has all of them.
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
+
+
+@contextlib.contextmanager
+def handled(handler: Callable[[signal.Signals], None]) -> Iterator[None]:
+    """While this lasts, the signals call the handler. Outside the main thread they are left alone.
+
+    SIGHUP stays ignored where it was: that is what `nohup` asks for.
+    """
+
+    def call(number: int, frame: FrameType | None) -> None:
+        handler(signal.Signals(number))
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            if number is signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, call)
+    try:
+        yield
+    finally:
+        for number, handler_before in before.items():
+            signal.signal(number, handler_before)
+
+
+def stop(number: signal.Signals) -> None:
+    """The handler of whatever has nothing to save."""
+    raise Stopped(number)
+
+
+@contextlib.contextmanager
+def shielded() -> Iterator[None]:
+    """Processes that are started within do not hear the signals, nor do those that these start.
+
+    A batch system sends its signal to every process at once. It is this one that answers it: Ray and the workers must
+    live on until the step is saved. (Ray itself does the same with SIGINT.)
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

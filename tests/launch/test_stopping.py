@@ -1,0 +1,250 @@
+"""Signals that ask a run to stop, and what ends a run at its very end or without its data."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayexp.config import ExperimentConfig
+from rayexp.errors import HeadLostError, RunError, Stopped, UserError
+from rayexp.launch import local, signals, stopping
+from rayexp.launch.stopping import Stopping, stoppable
+from rayexp.launch.train import run
+from rayexp.recorder import Recorder
+from rayexp.runs import Run
+
+Tiny = Callable[..., ExperimentConfig]
+Command = Callable[..., "subprocess.Popen[str]"]
+Until = Callable[..., None]
+HANGUP = signal.SIGHUP
+
+
+def shas(made: Run) -> list[str]:
+    return [record.state_sha for record in made.records()]
+
+
+def only(folder: Path) -> Run:
+    (found,) = Run.all(folder)
+    return found
+
+
+@contextlib.contextmanager
+def not_stopped() -> Iterator[None]:
+    """A failure of the test where an interruption would end all tests."""
+    try:
+        yield
+    except Stopped as stopped:
+        pytest.fail(f"it was stopped by {stopped.number}")
+
+
+@pytest.fixture
+def begun(tiny: Tiny, tmp_path: Path, until: Until) -> Callable[[], Run]:
+    """Waits until a run of c.yaml, which is written here, has done a step."""
+    (tmp_path / "c.yaml").write_text(tiny(epochs=400).to_yaml())
+
+    def wait() -> Run:
+        until(lambda: list((tmp_path / "runs").glob("*/progress.json")))
+        return only(tmp_path / "runs")
+
+    return wait
+
+
+# ---------------------------------------------------------------------- signals
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138), (signal.SIGHUP, 129)]
+)
+def test_a_signal_saves_and_has_its_exit_code(
+    begun: Callable[[], Run], command: Command, number: int, code: int
+) -> None:
+    process = command("train", "c.yaml")
+    made = begun()
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert not out
+    assert made.meta()["status"] == "stopped"
+    step = next(made.resumable())[1]["step"]
+    assert err.splitlines()[-1] == f"stopped; saved up to step {step}: --resume {made.id} goes on"
+    assert not made.stop_path.exists()
+    assert not made.progress_path.exists()
+
+
+def test_a_stopped_run_goes_on_to_the_same_weights(tiny: Tiny, tmp_path: Path, command: Command, until: Until) -> None:
+    config = tiny(epochs=16)
+    (tmp_path / "c.yaml").write_text(config.to_yaml())
+    process = command("train", "c.yaml")
+    until(lambda: list((tmp_path / "runs").glob("*/progress.json")))
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    done = command("train", "--resume", only(tmp_path / "runs").id, "--json")
+    out, err = done.communicate(timeout=120)
+    assert done.returncode == 0, err
+    assert json.loads(out)["epochs"][-1]["state_sha"] == shas(run(config, argv=[]))[-1]
+
+
+def test_a_closed_terminal_saves(begun: Callable[[], Run], tmp_path: Path) -> None:
+    keyboard, screen = pty.openpty()
+    code = (
+        "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.executable, sys.argv[1:])"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, sys.executable, "-m", "rayexp", "train", "c.yaml"],
+        cwd=tmp_path,
+        stdin=screen,
+        stdout=screen,
+        stderr=screen,
+        start_new_session=True,
+    )
+    try:
+        os.close(screen)
+        made = begun()
+        os.close(keyboard)  # the system sends SIGHUP, and whoever writes to the terminal now gets an error
+        assert process.wait(60) == 129
+    finally:
+        process.kill()
+        process.wait()
+    assert made.meta()["status"] == "stopped"
+    assert list(made.resumable())
+
+
+def test_under_nohup_a_closed_terminal_is_none_of_our_business() -> None:
+    before = signal.signal(HANGUP, signal.SIG_IGN)
+    try:
+        with signals.handled(signals.stop):
+            with not_stopped():
+                os.kill(os.getpid(), HANGUP)
+            with pytest.raises(Stopped) as caught:
+                os.kill(os.getpid(), signal.SIGUSR1)
+        assert caught.value.number == signal.SIGUSR1
+        assert signal.getsignal(HANGUP) is signal.SIG_IGN
+    finally:
+        signal.signal(HANGUP, before)
+
+
+def test_other_commands_end_with_the_signals_code_too(tmp_path: Path, until: Until) -> None:
+    code = (
+        "import time\nfrom rayexp.cli import _shell\n"
+        "@_shell.app.command()\ndef wait() -> None:\n"
+        "    open('there', 'w').close()\n    try:\n        time.sleep(60)\n"
+        "    except KeyboardInterrupt:\n        open('cleaned', 'w').close()\n        raise\n"
+        "_shell.main()"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, "wait"], cwd=tmp_path)
+    until((tmp_path / "there").exists)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 143
+    assert (tmp_path / "cleaned").exists()
+
+
+def test_one_request_may_come_as_several_signals(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Run.create(tiny(), argv=[])
+    now = [100.0]
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: now[0])
+    asked, said = Stopping(made), []
+    asked.say = said.append
+    made.progress_path.touch()
+    assert not asked()
+    asked.ask(signal.SIGTERM)
+    assert asked()
+    assert made.stop_path.exists()
+    now[0] += 0.5  # `timeout` sends it to the process and to its group, a batch system to each process and its parent
+    with not_stopped():
+        asked.ask(signal.SIGTERM)
+        asked.ask(signal.SIGHUP)
+    assert len(said) == 1
+    now[0] += 0.6
+    with pytest.raises(Stopped):
+        asked.ask(signal.SIGTERM)
+
+
+def test_before_the_first_step_a_signal_ends_the_run_at_once(tiny: Tiny) -> None:
+    made = Run.create(tiny(), argv=[])
+    made.stop_path.touch()  # of a driver that was killed
+    with stoppable(made) as asked:
+        assert not made.stop_path.exists()
+        with pytest.raises(Stopped) as caught:
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert caught.value.number == signal.SIGTERM
+    assert asked()
+
+
+# ---------------------------------------------------------------------- what comes after the end, or without the data
+
+
+@pytest.fixture
+def after(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
+    """Let an attempt end with that error, after all that it had to do."""
+    real = local.attempt
+
+    def end(error: BaseException) -> None:
+        def attempt(made: Run, payload: Mapping[str, Any]) -> str:
+            real(made, payload)
+            raise error
+
+        monkeypatch.setattr(local, "attempt", attempt)
+
+    return end
+
+
+@pytest.mark.parametrize("error", [Stopped(signal.SIGTERM), HeadLostError("Ray's head has ended")])
+def test_what_comes_after_the_end_does_not_change_it(
+    tiny: Tiny, after: Callable[[BaseException], None], error: BaseException
+) -> None:
+    after(error)
+    with not_stopped():
+        made = run(tiny(), argv=[])
+    assert made.meta()["status"] == "done"
+    assert made.meta()["error"] is None
+
+
+@pytest.mark.parametrize("kind", [UserError, HeadLostError])
+def test_nothing_that_can_be_resumed_is_removed(
+    tiny: Tiny, tmp_path: Path, after: Callable[[BaseException], None], kind: type[Exception]
+) -> None:
+    after(kind("data.root: not there"))
+    with pytest.raises(kind, match=r"^data.root: not there; saved up to step 2: --resume \S+ goes on$"):
+        run(tiny(checkpoint={"every_steps": 1}), argv=[], max_steps=2)
+    made = only(tmp_path / "runs")
+    assert made.epochs() == []
+    assert (made.meta()["status"], made.meta()["error"]) == ("failed", "data.root: not there")
+
+
+@pytest.mark.parametrize("what", ["checkpoints/epoch_001", "checkpoints/step_00000003", "predictions", "epochs.jsonl"])
+def test_anything_that_training_has_made_is_kept(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    def attempt(made: Run, payload: Mapping[str, Any]) -> str:
+        (made.root / what).mkdir(parents=True)
+        (made.root / what / "a").touch()
+        raise UserError("wrong")
+
+    monkeypatch.setattr(local, "attempt", attempt)
+    with pytest.raises(UserError, match="wrong"):
+        run(tiny(), argv=[])
+    assert (only(tmp_path / "runs").root / what / "a").exists()
+
+
+def test_the_last_word_does_not_hide_what_ended_the_run(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    def attempt(made: Run, payload: Mapping[str, Any]) -> str:
+        raise RunError("the network is gone")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(local, "attempt", attempt)
+    monkeypatch.setattr(Recorder, "end", full)
+    with pytest.raises(RunError, match="the network is gone"):
+        run(tiny(), argv=[])
