@@ -16,7 +16,7 @@ HOUSE = Path(__file__).parents[1] / "rayexp"
 
 # From the ground up; a module imports only from floors below its own, and from its own floor.
 FLOORS = (
-    ("errors", "display", "spawn"),
+    ("errors", "cores", "display", "spawn"),
     ("clock", "locks"),
     ("config", "fields", "yaml_tree", "disk", "records", "manifest"),
     ("runs",),

@@ -23,14 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import rayexp
+from rayexp.cores import cores
 from rayexp.errors import RunError, UserError
 
 HEAD = struct.Struct("<cQ")  # R(esult), U(ser error) or F(ailure); bytes that follow
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def ordered(function: str, calls: Iterable[list[Any]], processes: int | None = None) -> Generator[bytes]:

@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 
 from rayexp import __version__
+from rayexp.cores import cores
 from rayexp.errors import UserError
 from rayexp.launch import surroundings
 
@@ -72,8 +73,7 @@ def _devices(folder: Path) -> Finding:
 
 
 def _cores(folder: Path) -> Finding:
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return Finding("CPU", f"{usable} cores usable, {platform.machine()}")
+    return Finding("CPU", f"{cores()} cores usable, {platform.machine()}")
 
 
 def _memory(folder: Path) -> Finding:

@@ -96,7 +96,8 @@ def environment() -> dict[str, Any]:
 
     import psutil
 
-    from rayexp.engine.place import cores, cpu_capability, gpu_names
+    from rayexp.cores import cores
+    from rayexp.engine.place import cpu_capability, gpu_names
     from rayexp.launch.doctor import version
 
     packages = ("rayexp", "torch", "torchvision", "ray", "numpy")

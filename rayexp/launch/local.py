@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Mapping
 from typing import Any
 
+from rayexp.cores import cores
 from rayexp.errors import RunError, UserError
 from rayexp.launch.plan import Node
 from rayexp.recorder import Recorder
@@ -16,7 +17,7 @@ def here() -> Node:
     """This machine."""
     from rayexp.engine import place
 
-    return Node("this machine", place.cores(), place.gpus())
+    return Node("this machine", cores(), place.gpus())
 
 
 def attempt(run: Run, payload: Mapping[str, Any]) -> str:
@@ -31,7 +32,7 @@ def attempt(run: Run, payload: Mapping[str, Any]) -> str:
 
     recorder = Recorder(run)
     try:
-        return work(payload, Group(), recorder, place.device(payload["device"]), world_size=0)
+        return work(payload, Group, recorder, place.device(payload["device"]), world_size=0)
     except (UserError, RunError):
         raise
     except OSError as error:

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rayexp.config import ExperimentConfig, parse
+from rayexp.cores import cores
 from rayexp.data import ImageSplit, open_data
 from rayexp.records import EpochRecord
 from rayexp.workloads.image_classification import MEAN, STD, Options, build
@@ -72,7 +73,7 @@ class Images:
             "pin_memory": device.type == "cuda",
             "persistent_workers": True,
         }
-        words["num_workers"] = min(LOADERS, os.cpu_count() or 1)
+        words["num_workers"] = min(LOADERS, cores())
         self.train = torch.utils.data.DataLoader(Pictures(data.train, t.Compose(head + tail)), shuffle=True, **words)
         self.val = torch.utils.data.DataLoader(Pictures(data.val, t.Compose(tail)), **words)
         self.smoothing = config.label_smoothing
