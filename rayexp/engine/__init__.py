@@ -13,7 +13,8 @@ The number of workers may decide who computes a shard, never what the shard is, 
     group       the workers of a run as one group
     exchange    what travels between workers to complete the tree
     optimize    SGD and AdamW on the flat buffers; schedules
-    place       device, threads, lanes, determinism, fingerprint
+    place       device, threads, lanes, determinism
+    fingerprint what bits depend on, and a probe of it
     lane        what a thread of a worker needs to compute shards
     step        one optimizer step: shards on lanes, then the tree, then the update
     evaluate    validation predictions, cut into streams

@@ -6,6 +6,7 @@ with gloo a row is staged in host memory.
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+PATIENCE = datetime.timedelta(days=7)
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name before torch 2.14
 
 
@@ -141,3 +143,37 @@ class Group:
         host = row.cpu()
         sent = dist.all_reduce(host, group=self.rows, async_op=True)
         return lambda: (sent.wait(), row.copy_(host))
+
+
+def join(
+    world: int,
+    rank: int,
+    address: str,
+    timeout_s: float,
+    backend: str = "gloo",
+    device: torch.device | None = None,
+) -> Group:
+    """Initialise torch.distributed at `address` (host:port, of rank 0), and return the group.
+
+    Waits for all workers to come, however long they take: each packs its data before. Whoever started them sees when
+    one is lost, and ends those who wait.
+
+    Args:
+        timeout_s: how long those who have joined wait for one that says nothing.
+    """
+    if device is not None and device.type == "cuda":
+        torch.cuda.set_device(device)  # before NCCL, which otherwise takes the first
+    host, _, port = address.rpartition(":")
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        host.strip("[]"), int(port), world, rank == 0, PATIENCE, wait_for_workers=True
+    )
+    limit = datetime.timedelta(seconds=timeout_s)
+    store.set_timeout(limit)
+    dist.init_process_group(backend, store=store, world_size=world, rank=rank, timeout=limit)
+    return Group.join()
+
+
+def leave() -> None:
+    """End what `join` began, if it did."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

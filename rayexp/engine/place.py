@@ -1,7 +1,7 @@
 """Where a worker computes, and everything there that bits or speed depend on, pinned in one place.
 
-What a result's bits depend on is `fingerprint`: the device kind, the library versions and the threads of a lane.
-What they do not depend on: the number of workers, and the number of lanes a worker computes its shards on.
+What a result's bits depend on is in engine/fingerprint.py. What they do not depend on: the number of workers, and the
+number of lanes a worker computes its shards on.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from rayexp.config import ExperimentConfig
+from rayexp.cores import cores
 
 THREADS_PER_LANE = 1
+_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 T = TypeVar("T")
 
 
@@ -33,12 +34,22 @@ class Place:
         lanes: how many shards are computed at once; 1 on a GPU.
         threads: intra-op threads of each lane.
         pool: the lanes' threads (None where there is one lane).
+        before: the process's settings before, which come back at the end of the context.
     """
 
     device: torch.device
     lanes: int
     threads: int
     pool: ThreadPoolExecutor | None
+    before: _Settings
+
+    def __enter__(self) -> Place:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self.pool is not None:
+            self.pool.shutdown()
+        self.before.restore()
 
     def run(self, tasks: Sequence[Callable[[], T]]) -> list[T]:
         """Run one task a lane, side by side; the first error is raised after all have ended."""
@@ -89,31 +100,10 @@ class Place:
         except Exception:  # no library, no driver, no permission, no counter
             return {}
 
-    def fingerprint(self) -> dict[str, Any]:
-        """What the bits depend on beside the configuration."""
-        cuda = self.device.type == "cuda"
-        override = os.environ.get("NVIDIA_TF32_OVERRIDE")
-        return {
-            "device": torch.cuda.get_device_name(self.device)
-            if cuda
-            else f"cpu {platform.machine()} {cpu_capability()}",
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            "cuda": torch.version.cuda if cuda else None,
-            "cudnn": torch.backends.cudnn.version() if cuda else None,  # type: ignore[no-untyped-call]
-            "threads_per_lane": self.threads,
-            **({"tf32_override": override} if cuda and override else {}),
-        }
-
 
 def cpu_capability() -> str:
     """The instruction set that PyTorch's kernels use here: DEFAULT, AVX2 or AVX512."""
     return str(torch.backends.cpu.get_cpu_capability())
-
-
-def cores() -> int:
-    """CPU cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def upload(array: NDArray[Any], device: torch.device) -> torch.Tensor:
@@ -140,32 +130,33 @@ def device(name: str, index: int = 0) -> torch.device:
 def settle(config: ExperimentConfig, device: torch.device, shards: int, cpus: float | None = None) -> Place:
     """Pin determinism, threads and the allocator in this process, and make the lanes.
 
+    What is returned is a context: at its end the lanes are gone, and threads and determinism are what they were before
+    (the allocator goes on keeping freed memory).
+
     Args:
         config: precision and reduction decide what is pinned.
         device: where this worker computes.
         shards: shards this worker computes in a step.
         cpus: cores this worker may use; None: all of the process's.
     """
+    before = _Settings.now()
     # Makes cuBLAS deterministic; set over what is there, since another workspace may mean other kernels.
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-    tune_allocator()
+    os.environ[_WORKSPACE] = ":4096:8"
+    keep_freed_memory()
     torch.use_deterministic_algorithms(config.reduction == "exact" or device.type == "cpu", warn_only=False)
     torch.backends.cudnn.benchmark = device.type == "cuda" and config.reduction == "ddp"
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = config.precision == "tf32"
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    budget = _budget(cpus)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.cuda.reset_peak_memory_stats(device)
         torch.set_num_threads(THREADS_PER_LANE)
-        return Place(device, 1, THREADS_PER_LANE, None)
+        return Place(device, 1, THREADS_PER_LANE, None, before)
     lanes = lanes_of(config, shards, cpus)
-    threads = budget if config.reduction == "ddp" else THREADS_PER_LANE
-    if lanes == 1 and _in_first_arena():
-        set_threads(threads)
-        return Place(device, 1, threads, None)
-    set_threads(1)
-    return Place(device, lanes, threads, _threads(lanes, threads) if lanes > 1 else _thread_in_first_arena(threads))
+    threads = _budget(cpus) if config.reduction == "ddp" else THREADS_PER_LANE
+    set_threads(threads)
+    pool = ThreadPoolExecutor(lanes, "lane", initializer=set_threads, initargs=(threads,)) if lanes > 1 else None
+    return Place(device, lanes, threads, pool, before)
 
 
 def lanes_of(config: ExperimentConfig, shards: int, cpus: float | None = None) -> int:
@@ -175,10 +166,6 @@ def lanes_of(config: ExperimentConfig, shards: int, cpus: float | None = None) -
 
 def _budget(cpus: float | None) -> int:
     return max(1, min(cores(), int(cpus) if cpus else cores()))
-
-
-def _threads(count: int, threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(count, "lane", initializer=set_threads, initargs=(threads,))
 
 
 def set_threads(threads: int) -> None:
@@ -191,48 +178,13 @@ def set_threads(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def _thread_in_first_arena(threads: int) -> ThreadPoolExecutor:
-    """A thread for the work of a caller that is in another arena, as Ray's training threads are.
-
-    Only the first arena holds blocks of more than 64 MiB; elsewhere each is a mapping of its own, whose pages fault in
-    anew every step (13 % of a pass over 256 images). glibc deals its arenas out to new threads in turn.
-    """
-    tried: list[ThreadPoolExecutor] = []
-    found = None
-    while found is None and len(tried) < 64:
-        tried.append(_threads(1, threads))
-        # Those that were in vain stay until the end: the arena of one that is gone would be dealt out first.
-        found = tried[-1] if tried[-1].submit(_in_first_arena).result() else None
-    for pool in tried:
-        if pool is not found:
-            pool.shutdown()
-    return found or _threads(1, threads)
-
-
-def _in_first_arena() -> bool:
-    """Whether glibc allocates this thread's memory in its first arena; True on another C library."""
-    libc = _glibc()
-    if libc is None:
-        return True
-    libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = (
-        ctypes.c_void_p,
-        [ctypes.c_size_t],
-        [ctypes.c_void_p],
-    )
-    block = libc.malloc(1 << 16)
-    size = ctypes.c_size_t.from_address(block - ctypes.sizeof(ctypes.c_size_t)).value
-    libc.free(block)
-    other_arena = 4  # NON_MAIN_ARENA in a chunk's size field (glibc, malloc/malloc.c)
-    return not size & other_arena
-
-
-def _glibc() -> ctypes.CDLL | None:
-    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
-
-
-def tune_allocator() -> None:
+def keep_freed_memory() -> None:
     """Let glibc keep freed memory: activations of the same sizes come back every step, and giving their pages to the
-    kernel and faulting them in again costs up to a fifth of a CPU step. Does nothing on another C library."""
+    kernel and faulting them in again costs up to a fifth of a CPU step. Does nothing under another allocator.
+
+    Blocks of more than 64 MiB are kept in the first arena only. A main thread uses that one; the threads of Ray's
+    workers do because launch.on_ray.session sets MALLOC_ARENA_MAX.
+    """
     libc = _glibc()
     if libc is None:
         return
@@ -241,3 +193,50 @@ def tune_allocator() -> None:
     libc.mallopt(m_trim_threshold, 2**31 - 1)
     # Heaps of threads hold 64 MiB, and an empty one is given back unless this much should be spare.
     libc.mallopt(m_top_pad, 1 << 27)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    """glibc, where memory is its own affair: a preloaded allocator (jemalloc, tcmalloc) puts its `malloc` before it."""
+    if platform.libc_ver()[0] != "glibc":
+        return None
+    library, process = ctypes.CDLL("libc.so.6"), ctypes.CDLL(None)
+    own, used = (ctypes.cast(where.malloc, ctypes.c_void_p).value for where in (library, process))
+    return library if own == used else None
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What `settle` changes in a process, as it was."""
+
+    threads: int
+    deterministic: int
+    fill: bool
+    benchmark: bool
+    tf32: tuple[bool, bool]
+    workspace: str | None
+    device: int | None
+
+    @classmethod
+    def now(cls) -> _Settings:
+        return cls(
+            threads=torch.get_num_threads(),
+            deterministic=torch.get_deterministic_debug_mode(),
+            fill=torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
+            benchmark=torch.backends.cudnn.benchmark,
+            tf32=(torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32),
+            workspace=os.environ.get(_WORKSPACE),
+            device=torch.cuda.current_device() if torch.cuda.is_initialized() else None,  # type: ignore[no-untyped-call]
+        )
+
+    def restore(self) -> None:
+        set_threads(self.threads)
+        torch.set_deterministic_debug_mode(self.deterministic)
+        torch.utils.deterministic.fill_uninitialized_memory = self.fill  # type: ignore[attr-defined]
+        torch.backends.cudnn.benchmark = self.benchmark
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = self.tf32
+        if self.workspace is None:
+            os.environ.pop(_WORKSPACE, None)
+        else:
+            os.environ[_WORKSPACE] = self.workspace
+        if self.device is not None:
+            torch.cuda.set_device(self.device)

@@ -86,24 +86,24 @@ def judge(
     # One process, whatever the run had: the workers' number never changes what a model says.
     alone = config.model_copy(update={"scaling": config.scaling.model_copy(update={"num_workers": 0})})
     gpu = plan.make(alone, [here()]).gpu
-    settled = place.settle(config, place.device("cuda" if gpu else "cpu"), config.shards)
-    try:
-        workload = workloads.open_workload(config)
-    except UserError as error:
-        if root is None and config.data.root is not None and not config.data.root.exists():
-            moved = f"`rayexp evaluate {run.id}@{epoch} data.root=DIR` takes the data from where it lies now"
-            raise UserError(f"{error}; {moved}") from error
-        raise
-    _same_data(run, workload.describe(), config)
-    model = checkpoint.load_model(workload, files).to(settled.device)
-    if begin is not None:
-        begin(workload.val_streams())
-    models = [copy.deepcopy(model) for _ in range(settled.lanes)]
-    ordered = _InOrder(seen) if seen is not None else lambda stream, part: None
-    predictions = evaluate.judge(workload, models, Group(), settled, ordered)
-    metrics = workload.metrics(predictions)
-    if (test := getattr(workload, "test_metrics", None)) is not None:
-        metrics |= test(model, settled.device)
+    with place.settle(config, place.device("cuda" if gpu else "cpu"), config.shards) as settled:
+        try:
+            workload = workloads.open_workload(config)
+        except UserError as error:
+            if root is None and config.data.root is not None and not config.data.root.exists():
+                moved = f"`rayexp evaluate {run.id}@{epoch} data.root=DIR` takes the data from where it lies now"
+                raise UserError(f"{error}; {moved}") from error
+            raise
+        _same_data(run, workload.describe(), config)
+        model = checkpoint.load_model(workload, files).to(settled.device)
+        if begin is not None:
+            begin(workload.val_streams())
+        models = [copy.deepcopy(model) for _ in range(settled.lanes)]
+        ordered = _InOrder(seen) if seen is not None else lambda stream, part: None
+        predictions = evaluate.judge(workload, models, Group(), settled, ordered)
+        metrics = workload.metrics(predictions)
+        if (test := getattr(workload, "test_metrics", None)) is not None:
+            metrics |= test(model, settled.device)
     path = run.predictions_path(epoch)
     data = predictions.to_npz()
     missing = not path.exists()

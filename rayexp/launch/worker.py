@@ -9,6 +9,7 @@ What comes in is plain JSON:
     max_steps  stop after that many steps of the whole run (null: train to the end)
     trace      whether to hash every tensor after every step (for `rayexp verify`)
     measure_link  whether to time bare all-reductions before training (for `rayexp compare`)
+    timeout_s  how long workers that have joined wait for one that says nothing
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import datetime
+import functools
 import json
 import os
 import socket
@@ -24,7 +25,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,34 +35,52 @@ from rayexp import workloads
 from rayexp.config import ExperimentConfig, parse, passed_over
 from rayexp.engine import checkpoint, link, place
 from rayexp.engine.checkpoint import TENSORS, WORDS, State, Writer
-from rayexp.engine.group import Group
+from rayexp.engine.fingerprint import differences, fingerprint
+from rayexp.engine.group import Group, join
 from rayexp.engine.loop import EpochDone, Session, StepDone
+from rayexp.engine.place import Place
 from rayexp.engine.step import Wish
+from rayexp.engine.workload import Workload
 from rayexp.errors import UserError
+from rayexp.launch.alike import Colleague, everyone, unlike, unlike_weights
 from rayexp.manifest import digest
 from rayexp.recorder import Recorder
 
 PROGRESS_SECONDS = 0.3
+TIMEOUT_S = 1800.0
 
 
 def work(
-    payload: Mapping[str, Any], group: Group, pen: Recorder, device: torch.device, world_size: int | None = None
+    payload: Mapping[str, Any],
+    join: Callable[[], Group],
+    pen: Recorder,
+    device: torch.device,
+    world: int = 1,
+    world_size: int | None = None,
 ) -> str:
-    """Train as one worker of the group; returns `done` or `stopped`.
+    """Train as one worker of a group; returns `done` or `stopped`.
 
     Args:
         payload: see the head of this file.
-        group: the workers; this one's rank is in it.
+        join: joins the group. Called when this worker's data is there: it may have to pack it first, for as long as
+            that takes, and the others' patience with a silent worker begins when all have joined.
         pen: only rank 0 writes with it; every rank logs. Anything with a Recorder's methods will do.
         device: where this worker computes.
+        world: the group's size.
         world_size: what records say (0: in-process); None: the group's size.
 
     Raises:
-        UserError: the configuration or the data is wrong.
+        UserError: the configuration or the data is wrong, or the workers are unlike where they must not be.
         RunError: training cannot go on.
     """
+    entered = time.monotonic()
+    config = parse(payload["config"], ExperimentConfig, "config")
     try:
-        return _Worker(payload, group, pen, device, world_size).run()
+        with place.settle(config, device, config.shards // world, payload.get("cpus")) as settled:
+            workload = workloads.open_workload(config)
+            group = join()
+            size = group.world if world_size is None else world_size
+            return _Worker(payload, config, group, pen, settled, workload, size, entered).run()
     except RuntimeError as error:
         operation, found, _ = str(error).partition(" does not have a deterministic implementation")
         if not found:
@@ -74,17 +93,21 @@ def work(
 
 class _Worker:
     def __init__(
-        self, payload: Mapping[str, Any], group: Group, pen: Recorder, device: torch.device, world_size: int | None
+        self,
+        payload: Mapping[str, Any],
+        config: ExperimentConfig,
+        group: Group,
+        pen: Recorder,
+        settled: Place,
+        workload: Workload,
+        world_size: int,
+        entered: float,
     ) -> None:
-        self.entered = time.monotonic()
-        self.payload, self.group, self.pen = payload, group, pen
-        self.config = parse(payload["config"], ExperimentConfig, "config")
-        self.world_size = group.world if world_size is None else world_size
+        self.payload, self.config, self.group, self.pen = payload, config, group, pen
+        self.place, self.workload, self.world_size, self.entered = settled, workload, world_size, entered
         self.lead = group.rank == 0
-        shards = self.config.shards // group.world
-        self.place = place.settle(self.config, device, shards, payload.get("cpus"))
-        self.workload = workloads.open_workload(self.config)
         self.described = self.workload.describe()
+        self.fingerprint = fingerprint(self.place)
         self.session = Session(self.config, self.workload, group, self.place)
         self.writer = Writer()
         self.buffers: dict[str, torch.Tensor] = {}
@@ -100,11 +123,12 @@ class _Worker:
             for warning in self._doubts():
                 self._warn(warning)
         self._resume()
+        workers = self._compare()
         measured = None
         if self.payload.get("measure_link") and self.group.world > 1:
             measured = link.measure(self.group, self.place, self.session.stepper.exchange_bytes)
         if self.lead:
-            self._begin(measured)
+            self._begin(measured, workers)
         status = "done"
         self.energy = self._energy()
         try:
@@ -139,10 +163,8 @@ class _Worker:
         self.session.load(state)
         self._log(f"resumed at epoch {self.session.epoch + 1}, step {self.session.step}")
         self._same_data(state.words.get("data"))
-        then, now = state.words.get("fingerprint"), self.place.fingerprint()
-        if self.lead and then and then != now:
-            keys = [k for k in {**then, **now} if then.get(k) != now.get(k)]
-            differs = ", ".join(f"{k} {then.get(k)} -> {now.get(k)}" for k in keys)
+        then = state.words.get("fingerprint")
+        if self.lead and then and (differs := ", ".join(differences(then, self.fingerprint))):
             self._warn(f"resumed under another fingerprint: {differs}; the bits may differ from here on")
 
     def _doubts(self) -> list[str]:
@@ -154,6 +176,25 @@ class _Worker:
         if self.workload.unit == "images" and images is not None and batch > images:
             lines.append(f"batch_size: {batch} is above the {images} training images: every step takes all of them")
         return lines
+
+    def _compare(self) -> list[Colleague]:
+        """All workers, of whom none is unlike the others where the reduction does not allow it."""
+        weights = checkpoint.sha(self.session.replicated().weights())
+        workers = everyone(self.group, socket.gethostname(), self.fingerprint, weights)
+        exact = self.config.reduction == "exact"
+        if found := unlike(workers):
+            if exact:
+                raise UserError(f"reduction: exact needs workers that compute alike, and {found}; allowed here: ddp")
+            if self.lead:
+                self._warn(f"the workers do not compute alike: {found}")
+        if found := unlike_weights(workers):
+            if exact:
+                raise UserError(f"reduction: exact needs the same weights everywhere, and {found}; allowed here: ddp")
+            # As DistributedDataParallel does.
+            files = checkpoint.encode(self.session.replicated()) if self.lead else {}
+            sent = {name: self.group.broadcast(files.get(name)) for name in (WORDS, TENSORS)}
+            self.session.load(checkpoint.decode(sent))
+        return workers
 
     def _warn(self, warning: str) -> None:
         self._log(warning)
@@ -172,7 +213,7 @@ class _Worker:
                 f"data: {self.config.data.root or self.config.data.name} does not hold the data of this run ({differs})"
             )
 
-    def _begin(self, measured: Mapping[str, float] | None) -> None:
+    def _begin(self, measured: Mapping[str, float] | None, workers: Sequence[Colleague]) -> None:
         described = self.described
         layout = self.session.layout
         meta = {
@@ -180,7 +221,8 @@ class _Worker:
             "world_size": self.world_size,
             "device": str(self.place.device.type),
             "lanes": self.place.lanes,
-            "fingerprint": self.place.fingerprint(),
+            "fingerprint": self.fingerprint,
+            "workers": [worker.to_json() for worker in workers],
             "parameters": sum(slot.size for slot in layout.params),
             "exchange_bytes": self.session.stepper.exchange_bytes,
             "link": measured,
@@ -291,7 +333,7 @@ class _Worker:
     def _words(self) -> dict[str, Any]:
         data = {key: self.described[key] for key in ("train_sha", "val_sha")}
         config = self.config.model_dump(mode="json")
-        return {"fingerprint": self.place.fingerprint(), "data": data, "config": config}
+        return {"fingerprint": self.fingerprint, "data": data, "config": config}
 
     def _log(self, text: str) -> None:
         self.pen.log(self.group.rank, text)
@@ -323,33 +365,6 @@ def graph_events(model: torch.nn.Module, example: tuple[Any, ...]) -> bytes:
     return b""
 
 
-def join(
-    world: int,
-    rank: int,
-    address: str,
-    timeout_s: float = 1800,
-    backend: str = "gloo",
-    device: torch.device | None = None,
-) -> Group:
-    """Initialise torch.distributed at tcp://address (host:port), and return the group."""
-    if device is not None and device.type == "cuda":
-        torch.cuda.set_device(device)  # before NCCL, which otherwise takes the first
-    torch.distributed.init_process_group(
-        backend,
-        init_method=f"tcp://{address}",
-        world_size=world,
-        rank=rank,
-        timeout=datetime.timedelta(seconds=timeout_s),
-    )
-    return Group.join()
-
-
-def leave(group: Group) -> None:
-    """End what `join` began."""
-    if group.world > 1 and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
 def main(argv: list[str]) -> None:
     """`python -m rayexp.launch.worker PAYLOAD.json RANK WORLD HOST:PORT`: one worker of launch.processes."""
     from rayexp.runs import Run
@@ -359,8 +374,9 @@ def main(argv: list[str]) -> None:
     there = place.gpus() if payload["device"] == "cuda" else 0
     device = place.device(payload["device"], rank % max(1, there))
     # NCCL refuses two workers on one GPU.
-    group = join(world, rank, argv[3], backend="nccl" if 1 < world <= there else "gloo", device=device)
-    work(payload, group, Recorder(Run(Path(payload["run"]))), device)
+    backend = "nccl" if 1 < world <= there else "gloo"
+    meet = functools.partial(join, world, rank, argv[3], payload.get("timeout_s", TIMEOUT_S), backend, device)
+    work(payload, meet, Recorder(Run(Path(payload["run"]))), device, world)
     sys.stdout.flush()
     sys.stderr.flush()
     # All is written. Taking down gloo's threads in turn aborts now and then when another worker is gone already.

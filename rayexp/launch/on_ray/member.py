@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import socket
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,19 +49,20 @@ def member(payload: Mapping[str, Any]) -> str:
 
 def _train(payload: Mapping[str, Any], rank: int, world: int, mine: Any) -> str:
     from rayexp.engine import place
-    from rayexp.engine.group import Group
-    from rayexp.launch.worker import join, leave, work
+    from rayexp.engine.group import Group, join, leave
+    from rayexp.launch.worker import work
 
     device = place.device(payload["device"], _gpu(place.gpus()) if payload["device"] == "cuda" else 0)
-    group = Group()
+    meet: Callable[[], Group] = Group
     if world > 1:
         # NCCL refuses two workers on one GPU; gloo carries rows through host memory.
         nccl = device.type == "cuda" and not payload["shared_gpu"]
         _choose_interface()
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        group = join(world, rank, address, payload["timeout_s"], "nccl" if nccl else "gloo", device)
-    status = work(payload, group, mine, device)
-    leave(group)
+        backend = "nccl" if nccl else "gloo"
+        meet = functools.partial(join, world, rank, address, payload["timeout_s"], backend, device)
+    status = work(payload, meet, mine, device, world)
+    leave()
     return status
 
 

@@ -1,0 +1,85 @@
+"""Whether the workers of a run may train it together: looked at once, before the first step.
+
+`exact` promises the same bits whoever computes a shard, so it refuses workers whose kernels round otherwise, by name.
+`ddp` promises none, and says what is unlike. Weights must start alike in both.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rayexp.engine.fingerprint import differences
+from rayexp.engine.group import Group
+
+NAMED = 3  # unlike workers that a line names; the rest is counted
+
+
+@dataclass(frozen=True, slots=True)
+class Colleague:
+    """A worker, as all others see it.
+
+    Attributes:
+        rank: its rank.
+        host: the name of its machine.
+        fingerprint: what its bits depend on (engine.fingerprint).
+        weights_sha: the hash of the weights it would start from.
+    """
+
+    rank: int
+    host: str
+    fingerprint: Mapping[str, Any]
+    weights_sha: str
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} on {self.host}"
+
+    def to_json(self) -> dict[str, Any]:
+        """For run.json."""
+        return {"rank": self.rank, "host": self.host, "fingerprint": dict(self.fingerprint)}
+
+
+def everyone(group: Group, host: str, fingerprint: Mapping[str, Any], weights_sha: str) -> list[Colleague]:
+    """All workers, by rank; every worker must call it."""
+    mine = Colleague(group.rank, host, fingerprint, weights_sha)
+    return [Colleague(**json.loads(said)) for said in group.gather(json.dumps(asdict(mine)).encode())]
+
+
+def unlike(workers: Sequence[Colleague]) -> str | None:
+    """Which workers' bits depend on something else than most others', and on what; None where all are alike."""
+    kinds: list[list[Colleague]] = []
+    for worker in workers:
+        kind = next((k for k in kinds if k[0].fingerprint == worker.fingerprint), None)
+        if kind is None:
+            kinds.append([worker])
+        else:
+            kind.append(worker)
+    usual = max(kinds, key=len)  # of two as large the first, which has the lower rank
+    others = [kind for kind in kinds if kind is not usual]
+    if not others:
+        return None
+    named = "; ".join(f"{_these(kind)} has {_what(usual[0], kind[0])}" for kind in others[:NAMED])
+    more = f"; and {len(others) - NAMED} kinds more" if len(others) > NAMED else ""
+    return f"{named} as {_these(usual)}{more}"
+
+
+def unlike_weights(workers: Sequence[Colleague]) -> str | None:
+    """Which worker would start from other weights than rank 0; None where all start alike."""
+    other = next((worker for worker in workers if worker.weights_sha != workers[0].weights_sha), None)
+    if other is None:
+        return None
+    mine, others = workers[0].weights_sha[:12], other.weights_sha[:12]
+    return f"{other} starts from other weights ({others}) than {workers[0]} ({mine})"
+
+
+def _these(kind: Sequence[Colleague]) -> str:
+    return str(kind[0]) + (f" (and {len(kind) - 1} more)" if len(kind) > 1 else "")
+
+
+def _what(one: Colleague, other: Colleague) -> str:
+    found = differences(one.fingerprint, other.fingerprint)
+    # Where a name tells the cause, the probe only shows that it matters.
+    named = [text for text in found if not text.startswith("probe ")]
+    return ", ".join(named or found)

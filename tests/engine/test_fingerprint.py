@@ -1,0 +1,102 @@
+"""What bits depend on: whatever changes them changes the fingerprint, and nothing else does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rayexp.config import ExperimentConfig, parse
+from rayexp.engine import place
+from rayexp.engine.fingerprint import differences, fingerprint, probe, processor
+
+CODE = """
+import json, torch
+from rayexp.config import ExperimentConfig
+from rayexp.engine import place
+from rayexp.engine.fingerprint import fingerprint
+with place.settle(ExperimentConfig(), torch.device("cpu"), 8) as settled:
+    print(json.dumps(fingerprint(settled)))
+"""
+
+
+def taken(lanes: int = 1) -> dict[str, Any]:
+    config = parse({"scaling": {"lanes": lanes}}, ExperimentConfig, "test")
+    with place.settle(config, torch.device("cpu"), 8) as settled:
+        return fingerprint(settled)
+
+
+def elsewhere(**env: str) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-c", CODE], env={**os.environ, **env}, capture_output=True, text=True, check=True
+    )
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def test_it_is_the_same_again_on_any_lane_and_in_another_process() -> None:
+    one = taken()
+    assert taken(lanes=2) == one == elsewhere(OMP_NUM_THREADS="1", HOME="/nowhere")
+    assert differences(one, taken()) == []
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "needs", "named"),
+    [
+        ("ATEN_CPU_CAPABILITY", "avx2", "AVX512", {"device", "probe"}),
+        ("ONEDNN_MAX_CPU_ISA", "AVX2", "AVX512", {"environment", "probe"}),
+        ("MKL_CBWR", "COMPATIBLE", "AVX", {"environment", "probe"}),
+        ("MKL_ENABLE_INSTRUCTIONS", "SSE4_2", "AVX", {"environment"}),
+    ],
+)
+def test_what_narrows_the_kernels_is_seen(variable: str, value: str, needs: str, named: set[str]) -> None:
+    if needs not in place.cpu_capability():
+        pytest.skip(f"this processor has no {needs}")
+    one, other = taken(), elsewhere(**{variable: value})
+    assert named <= {name for name in one if one[name] != other[name]} <= {*named, "probe"}
+    assert any(text.startswith(min(named)) for text in differences(one, other))
+
+
+def test_the_probe_draws_nothing_and_leaves_no_gradient_mode_behind() -> None:
+    before = torch.get_rng_state()
+    with torch.no_grad():
+        assert probe(torch.device("cpu")) == probe(torch.device("cpu"))
+        assert not torch.is_grad_enabled()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_processor_in_words(tmp_path: Path) -> None:
+    info = (
+        "processor\t: 0\nvendor_id\t: GenuineIntel\nflags\t\t: fpu smep fma avx512f amx_tile rdtscp\n\nprocessor\t: 1\n"
+    )
+    (tmp_path / "cpuinfo").write_text(info)
+    for i, (level, kind, size) in enumerate(
+        [("1", "Data", "32K"), ("1", "Instruction", "64K"), ("2", "Unified", "1M")]
+    ):
+        folder = tmp_path / f"cache/index{i}"
+        folder.mkdir(parents=True)
+        for name, text in (("level", level), ("type", kind), ("size", size)):
+            (folder / name).write_text(f"{text}\n")
+    words = processor(tmp_path / "cpuinfo", tmp_path / "cache")
+    assert words == "GenuineIntel L1=32K L2=1M amx_tile avx512f fma"
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nFeatures\t: fp asimd sve2 crc32\nCPU implementer\t: 0x41\n")
+    assert processor(tmp_path / "cpuinfo", tmp_path / "none") == "0x41 asimd sve2"
+
+
+def test_differences_are_named_and_short() -> None:
+    one = {"device": "cpu AVX512", "cpu": "A L1=32K L2=1M avx avx2 avx512f fma", "environment": None, "gone": 1}
+    other = {"device": "cpu AVX2", "cpu": "A L1=32K L2=1M avx avx2 fma", "environment": "X=1", "new": 2}
+    assert differences(one, other) == [
+        "device cpu AVX2, not cpu AVX512",
+        "cpu without these, not avx512f",
+        "environment X=1, not unset",
+    ]
+    assert differences({"torch": "2.12", "probe": "a"}, {"torch": "2.13", "probe": "a"}) == ["torch 2.13, not 2.12"]
+    # What an older version of rayexp did not write is not another machine.
+    assert differences({"device": "x"}, {"device": "x", "probe": "a"}) == []

@@ -1,0 +1,180 @@
+"""Workers that compute otherwise than the others are refused for `exact` by name, warned of for `ddp`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from rayexp.config import ExperimentConfig
+from rayexp.engine.place import cpu_capability
+from rayexp.launch.alike import Colleague, unlike, unlike_weights
+from rayexp.launch.processes import free_port
+from rayexp.launch.train import run as train
+from rayexp.runs import Run
+
+Tiny = Callable[..., ExperimentConfig]
+Plant = Callable[[str], dict[str, str]]
+needs_avx512 = pytest.mark.skipif(cpu_capability() != "AVX512", reason="AVX2 can be told from AVX-512 only there")
+
+
+def colleague(rank: int, host: str = "a", sha: str = "w", **fields: Any) -> Colleague:
+    return Colleague(rank, host, {"device": "cpu AVX512", "torch": "2", "probe": "p", **fields}, sha)
+
+
+def test_alike() -> None:
+    assert unlike([colleague(0)]) is None
+    assert unlike([colleague(0), colleague(1, "b")]) is None
+    assert unlike_weights([colleague(0), colleague(1, "b")]) is None
+
+
+def test_the_odd_one_is_named_whichever_rank_it_has() -> None:
+    odd = {"device": "cpu AVX2", "probe": "q"}
+    said = unlike([colleague(0), colleague(1, "b", **odd), colleague(2, "c")])
+    assert said == "rank 1 on b has device cpu AVX2, not cpu AVX512 as rank 0 on a (and 1 more)"
+    said = unlike([colleague(0, **odd), colleague(1, "b"), colleague(2, "c")])
+    assert said == "rank 0 on a has device cpu AVX2, not cpu AVX512 as rank 1 on b (and 1 more)"
+    assert unlike([colleague(0), colleague(1, "b", probe="q")]) == "rank 1 on b has probe q, not p as rank 0 on a"
+
+
+def test_many_kinds_stay_one_line() -> None:
+    said = unlike([colleague(rank, f"h{rank}", torch=str(rank)) for rank in range(8)])
+    assert said is not None
+    assert said.count("rank") == 4
+    assert said.endswith("and 4 kinds more")
+
+
+def test_other_weights_are_named() -> None:
+    said = unlike_weights([colleague(0), colleague(1, "b"), colleague(2, "c", sha="v" * 64)])
+    assert said == "rank 2 on c starts from other weights (vvvvvvvvvvvv) than rank 0 on a (w)"
+
+
+# ---------------------------------------------------------------------- workers
+
+
+class Workers:
+    """Two worker processes of one run, each with an environment of its own."""
+
+    def __init__(self, config: ExperimentConfig, *environments: dict[str, str], **payload: Any) -> None:
+        self.run = Run.create(config, argv=["test"])
+        self.run.logs.mkdir(exist_ok=True)
+        path = self.run.root / "payload.json"
+        fields = {
+            "run": str(self.run.root),
+            "config": config.absolute().model_dump(mode="json"),
+            "device": "cpu",
+            "cpus": 1,
+        }
+        path.write_text(json.dumps(fields | payload))
+        address = f"127.0.0.1:{free_port()}"
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, "-m", "rayexp.launch.worker", str(path), str(rank), str(len(environments)), address],
+                env={**os.environ, "GLOO_SOCKET_IFNAME": "lo", **env},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for rank, env in enumerate(environments)
+        ]
+
+    def end(self) -> list[tuple[int, str]]:
+        """Exit code and last line of each."""
+        try:
+            said = [process.communicate(timeout=240)[0].strip().splitlines() for process in self.processes]
+        finally:
+            for process in self.processes:
+                process.send_signal(signal.SIGKILL)
+        return [
+            (process.returncode, lines[-1] if lines else "")
+            for process, lines in zip(self.processes, said, strict=True)
+        ]
+
+
+@pytest.fixture
+def plant(tmp_path: Path) -> Callable[[str], dict[str, str]]:
+    """An environment in which Python runs this code first."""
+
+    def make(code: str) -> dict[str, str]:
+        (tmp_path / "planted").mkdir()
+        (tmp_path / "planted" / "sitecustomize.py").write_text(code)
+        return {"PYTHONPATH": f"{tmp_path / 'planted'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+
+    return make
+
+
+# As if the initialisation came out otherwise.
+OTHER_WEIGHTS = """
+from rayexp.engine import order
+key = order.key
+order.key = lambda seed, purpose, *n: key(seed + purpose.startswith("init"), purpose, *n)
+"""
+SLOW = """
+import time
+from rayexp import workloads
+open_workload = workloads.open_workload
+workloads.open_workload = lambda config: time.sleep(9) or open_workload(config)
+"""
+
+
+@needs_avx512
+def test_exact_refuses_an_avx2_worker_beside_an_avx512_one(tiny: Tiny) -> None:
+    workers = Workers(tiny(), {}, {"ATEN_CPU_CAPABILITY": "avx2"})
+    for code, line in workers.end():
+        assert code != 0
+        assert "UserError: reduction: exact needs workers that compute alike, and rank 1 on " in line
+        assert "device cpu x86_64 AVX2, not cpu x86_64 AVX512 as rank 0 on" in line
+        assert line.endswith("allowed here: ddp")
+    assert workers.run.records() == []
+    assert not (workers.run.root / "trace.jsonl").exists()
+
+
+@needs_avx512
+def test_ddp_warns_and_starts_from_the_same_weights(tiny: Tiny, plant: Plant) -> None:
+    planted = {**plant(OTHER_WEIGHTS), "ATEN_CPU_CAPABILITY": "avx2"}
+    workers = Workers(tiny(reduction="ddp", epochs=1), {}, planted, trace=True, max_steps=2)
+    assert [code for code, _ in workers.end()] == [0, 0]
+    log = (workers.run.logs / "rank_0.log").read_text()
+    assert "the workers do not compute alike: rank 1 on" in log
+    meta = workers.run.meta()
+    assert [worker["rank"] for worker in meta["workers"]] == [0, 1]
+    assert [worker["fingerprint"]["device"].split()[-1] for worker in meta["workers"]] == ["AVX512", "AVX2"]
+    assert meta["workers"][0]["fingerprint"] == meta["fingerprint"]
+    assert meta["workers"][0]["host"]
+    # The second worker's weights came from the first: both together come to what one alone comes to, nearly.
+    alone = train(tiny(reduction="ddp", epochs=1), argv=["test"], max_steps=2)
+    one, other = (_weights(run) for run in (workers.run, alone))
+    for name, weight in one.items():
+        assert torch.allclose(weight, other[name], rtol=0, atol=1e-6), name
+
+
+def _weights(run: Run) -> dict[str, torch.Tensor]:
+    newest, _ = next(iter(run.resumable()))
+    return safetensors.torch.load_file(newest / "state.safetensors")
+
+
+def test_exact_refuses_other_initial_weights(tiny: Tiny, plant: Plant) -> None:
+    workers = Workers(tiny(), {}, plant(OTHER_WEIGHTS))
+    for code, line in workers.end():
+        assert code != 0
+        assert "reduction: exact needs the same weights everywhere, and rank 1 on " in line
+
+
+# ---------------------------------------------------------------------- patience
+
+
+@pytest.mark.parametrize("slow", [0, 1])
+def test_a_worker_that_packs_for_longer_than_the_limit_is_waited_for(tiny: Tiny, plant: Plant, slow: int) -> None:
+    environments = [{}, {}]
+    environments[slow] = plant(SLOW)
+    workers = Workers(tiny(epochs=1), *environments, timeout_s=4, max_steps=2)
+    assert workers.end() == [(0, ""), (0, "")]
