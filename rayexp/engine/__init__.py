@@ -15,6 +15,7 @@ The number of workers may decide who computes a shard, never what the shard is, 
     optimize    SGD and AdamW on the flat buffers; schedules
     place       device, threads, lanes, determinism
     fingerprint what bits depend on, and a probe of it
+    contract    what a model must keep to, watched during the first step
     lane        what a thread of a worker needs to compute shards
     step        one optimizer step: shards on lanes, then the tree, then the update
     evaluate    validation predictions, cut into streams

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rayexp.errors import UserError
+
 
 class Draws:
     """The generators of the shards in the present pass. One per model replica; set before each training pass."""
@@ -85,22 +87,30 @@ class StochasticDepth(nn.Module):
 def adopt(model: nn.Module, draws: Draws, dim: int) -> None:
     """Replace every random layer below `model` by its keyed form, all drawing from `draws`.
 
+    A layer that stands under several names is replaced under each of them.
+
     Raises:
-        TypeError: a layer draws by itself and no keyed form of it is known.
+        UserError: a layer draws by itself and no keyed form of it is known.
     """
-    for name, child in model.named_children():
-        if isinstance(child, Dropout | StochasticDepth):
-            child.draws = draws
-        elif isinstance(child, nn.Dropout | nn.Dropout1d | nn.Dropout2d | nn.Dropout3d):
-            if type(child) is not nn.Dropout:
-                raise TypeError(f"{name}: {type(child).__name__} has no form with keyed draws")
-            setattr(model, name, Dropout(child.p, dim, draws))
-        elif type(child).__name__ == "StochasticDepth":
-            depth: Any = child
-            keyed = StochasticDepth(depth.p, depth.mode)
-            keyed.draws = draws
-            setattr(model, name, keyed)
-        elif isinstance(getattr(child, "dropout", None), float) and child.dropout:
-            raise TypeError(f"{name}: {type(child).__name__} draws dropout by itself; set its dropout to 0")
-        else:
-            adopt(child, draws, dim)
+    for name, layer in list(model.named_modules(remove_duplicate=False)):
+        if (keyed := _keyed(name, layer, draws, dim)) is not None:
+            path, _, last = name.rpartition(".")
+            setattr(model.get_submodule(path), last, keyed)
+
+
+def _keyed(name: str, layer: Any, draws: Draws, dim: int) -> nn.Module | None:
+    """The keyed form of a random layer; None where there is nothing to replace."""
+    kind = type(layer).__name__
+    if isinstance(layer, Dropout | StochasticDepth):
+        layer.draws = draws
+    elif type(layer) is nn.Dropout:
+        return Dropout(layer.p, dim, draws)
+    elif kind == "StochasticDepth":
+        keyed = StochasticDepth(layer.p, layer.mode)
+        keyed.draws = draws
+        return keyed
+    elif isinstance(layer, nn.Dropout1d | nn.Dropout2d | nn.Dropout3d | nn.AlphaDropout | nn.FeatureAlphaDropout):
+        raise UserError(f"model: {name} ({kind}) has no form with draws per shard; allowed: nn.Dropout")
+    elif isinstance(getattr(layer, "dropout", None), float) and layer.dropout:
+        raise UserError(f"model: {name} ({kind}) draws dropout by itself; allowed: a dropout of 0 there")
+    return None

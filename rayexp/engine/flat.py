@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from rayexp.errors import UserError
+
 TAIL = ("loss", "count", "shards", "stop", "save")
 """The tail of a row: sum of the loss, number of loss terms, number of shards, and the workers that
 wish to stop or to save."""
@@ -69,7 +71,8 @@ class Layout:
     def _place(self, named: Sequence[tuple[str, Tensor]], start: int, slots: list[Slot]) -> int:
         for name, tensor in named:
             if tensor.dtype != torch.float32:
-                raise TypeError(f"{name}: parameters must be float32, not {tensor.dtype}")
+                kind = str(tensor.dtype).removeprefix("torch.")
+                raise UserError(f"model: {name} is {kind}; allowed: float32 (precision makes faster products of it)")
             # A permuted but gapless tensor (channels_last) keeps its strides; anything else becomes contiguous.
             dense = tensor.is_contiguous() or (
                 tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
@@ -146,12 +149,15 @@ class Master:
         """Every tensor of the model's state_dict, as views; `num_batches_tracked` is the optimizer step."""
         views = {s.name: s.view(self.params) for s in self.layout.params}
         views |= {s.name: s.view(self.stats) for s in self.layout.stats}
+        named = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        # A tensor of several names (a shared module) lies in the buffers under the first of them.
+        held = {id(tensor): views[name] for name, tensor in named.items() if name in views}
         found = {}
-        for name, tensor in self.model.state_dict().items():
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
             if name.endswith("num_batches_tracked"):
                 found[name] = torch.tensor(step)
             else:
-                found[name] = views.get(name, tensor)
+                found[name] = held.get(id(tensor), tensor.detach())
         return found
 
     def load(self, tensors: dict[str, Tensor]) -> None:
@@ -251,8 +257,9 @@ class Replica:
             module._buffers[name] = stat
 
     def settle(self) -> None:
-        """Zero the gradients of parameters that the pass did not use."""
+        """A pass has ended: zero the gradients of parameters that it did not use."""
         for parameter, gradient in zip(self._parameters, self._row.gradients, strict=True):
+            parameter.uses = 0  # type: ignore[attr-defined]
             if parameter.grad is None:
                 parameter.grad = gradient.zero_()
 

@@ -114,6 +114,7 @@ def shardwise(model: nn.Module, draws: Draws) -> None:
 
 
 def _conv(module: nn.Conv2d, draws: Draws, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    taps.used(weight)
     words = module.stride, module.padding, module.dilation, module.groups
     out: Tensor = _Conv.apply(x, weight, bias, words, draws.sizes)
     return out

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from rayexp.config import ExperimentConfig
 from rayexp.engine import order
+from rayexp.engine.contract import FirstStep, generators, moved, refuse_drawing
 from rayexp.engine.exchange import AllReduce, Assembly, Exchange, Plan
 from rayexp.engine.flat import Layout, Master, Row, Touched
 from rayexp.engine.group import Group
@@ -81,6 +82,7 @@ class Stepper:
         # Whether shards of these sizes have the same bits together as one by one.
         self.tried: dict[tuple[int, ...], bool] = {}
         self.carries: dict[int, Carry] = {}
+        self.fresh = not (config.compile and not on_cpu)  # what is compiled is not watched: it would be compiled twice
         length, without = master.layout.row, self._touched(1, 0)
         self.exchange: Exchange | AllReduce = AllReduce(group, length, without=without)
         if self.exact:
@@ -102,7 +104,10 @@ class Stepper:
         seconds = _Seconds()
         begin_step(self.lanes, self.place)
         touched = self._touched(epoch, step)
+        watched = self._watch()
         row = (self._exact if self.exact else self._ddp)(epoch, step, touched, wish, seconds, clock)
+        if watched is not None:
+            self._hold_to(*watched, epoch, step)
         self.place.synchronize()
         clock.append(time.perf_counter())
         loss, count, shards, stops, saves = self.master.layout.tail(row).tolist()
@@ -128,6 +133,31 @@ class Stepper:
 
     def _touched(self, epoch: int, step: int) -> list[Touched]:
         return touched(self.workload, self.master.layout, self.place.device, epoch, step)
+
+    # ------------------------------------------------------------------ the first step
+
+    def _watch(self) -> tuple[FirstStep, list[Tensor]] | None:
+        """Begin to watch what a pass does beside its result, once in a process."""
+        first, self.fresh = self.fresh, False
+        if not first:
+            return None
+        known = {slot.name for slot in self.master.layout.stats}
+        return FirstStep(self.lanes[0].replica.model, known), generators(self.place.device)
+
+    def _hold_to(self, first: FirstStep, before: list[Tensor], epoch: int, step: int) -> None:
+        """Refuse the model where it does what the engine cannot keep (UserError)."""
+        first.end()
+        if self.exact and moved(before, self.place.device):
+            lane, carries = self.lanes[0], dict(self.carries)
+            shards = range(self.shards.start, self.shards.start + 1)
+
+            def run() -> None:
+                row = Row(self.master.layout, self.master.device)  # the step's result is in a row that was given back
+                lane.replica.bind(row, None)
+                self._pass(lane, row, epoch, step, shards, Wish(), _Seconds())
+
+            refuse_drawing(lane.replica.model, self.place.device, lambda: self.place.run([run]))
+            self.carries = carries
 
     # ------------------------------------------------------------------ exact
 

@@ -36,6 +36,11 @@ def out_size(size: int, stride: int) -> int:
     return (size - 1) // stride + 1
 
 
+def used(weight: Tensor) -> None:
+    """A convolution is about to use this weight in the present pass, at whose end `engine.flat.Replica` counts anew."""
+    weight.uses = getattr(weight, "uses", 0) + 1  # type: ignore[attr-defined]
+
+
 def weight_gradient(
     weight: nn.Parameter, grad: Tensor, x: Tensor, stride: Sequence[int], sizes: Sequence[int]
 ) -> Tensor | None:
@@ -49,7 +54,8 @@ def weight_gradient(
     Returns:
         fp32[out, in, 3, 3], or None where `engine.flat.Replica` has said where it belongs, and there it is.
     """
-    sink: Tensor | None = getattr(weight, "into", None)
+    # Of a weight that a pass uses several times autograd adds up the shard's own sum, before it comes to another's.
+    sink: Tensor | None = getattr(weight, "into", None) if getattr(weight, "uses", 1) == 1 else None
     given = sink is None
     if sink is None:
         sink = torch.empty_like(weight)

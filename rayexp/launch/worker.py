@@ -191,7 +191,8 @@ class _Worker:
             if exact:
                 raise UserError(f"reduction: exact needs the same weights everywhere, and {found}; allowed here: ddp")
             # As DistributedDataParallel does.
-            files = checkpoint.encode(self.session.replicated()) if self.lead else {}
+            state = checkpoint.snapshot(self.session.replicated(), {})
+            files = checkpoint.encode(state) if self.lead else {}
             sent = {name: self.group.broadcast(files.get(name)) for name in (WORDS, TENSORS)}
             self.session.load(checkpoint.decode(sent))
         return workers

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from rayexp.engine.draws import Draws
 from rayexp.engine.matmul import onednn
-from rayexp.engine.taps import out_size, weight_gradient
+from rayexp.engine.taps import out_size, used, weight_gradient
 
 LARGEST = 2
 """Height and width of the largest output map that takes the short way."""
@@ -111,15 +111,18 @@ class SmallMapConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """The convolution."""
         size, stride = x.shape[-1], self.stride[0]
-        short = x.shape[-2] == size and out_size(size, stride) <= LARGEST
-        if (
-            short
+        short = (
+            x.shape[-2] == size
+            and out_size(size, stride) <= LARGEST
             and x.device.type == "cpu"
             and x.dtype == torch.float32
             and torch.is_grad_enabled()
             and not torch.is_autocast_enabled("cpu")
             and not torch._C._get_tracing_state()
-        ):
+        )
+        if short or self.draws is None:  # else engine.shardwise counts
+            used(self.weight)
+        if short:
             if size not in self.kept:
                 self.kept = {**self.kept, size: self._matrices(size)}
             sizes = (len(x),) if self.draws is None else self.draws.sizes

@@ -1,0 +1,118 @@
+"""What a model must keep to so that the engine keeps its promises, watched during a process's first step.
+
+A module that draws random numbers by itself draws others on another number of workers. A buffer that training writes,
+and that is no running statistic of a batch norm, is in no reduction and no checkpoint. A batch norm that runs twice in
+a pass has one place for two statistics. Each is refused by name, before a weight has changed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Container
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from rayexp.engine.checkpoint import sha
+from rayexp.errors import UserError
+
+
+class FirstStep:
+    """Watches a training replica from its making until `end`.
+
+    Args:
+        model: the replica's.
+        known: names of the buffers that are reduced and stored.
+    """
+
+    def __init__(self, model: nn.Module, known: Container[str]) -> None:
+        self.model, self.known = model, known
+        self.buffers = self._foreign()
+        self._calls: Counter[str] = Counter()
+        self._most: Counter[str] = Counter()
+        self._hooks = [model.register_forward_pre_hook(lambda module, inputs: self._calls.clear())]
+        for name, module in model.named_modules():
+            if isinstance(module, _BatchNorm):
+                self._hooks.append(module.register_forward_pre_hook(self._counting(name)))
+
+    def end(self) -> None:
+        """Stop watching.
+
+        Raises:
+            UserError: a buffer was written, or a batch norm ran twice.
+        """
+        for hook in self._hooks:
+            hook.remove()
+        for name, times in self._most.items():
+            if times > 1:
+                raise UserError(
+                    f"model: the batch norm {name} runs {times} times in a pass and has one place for its statistics; "
+                    "allowed: one batch norm for each place"
+                )
+        now = self._foreign()
+        for name in [*self.buffers, *now]:
+            if self.buffers.get(name) != now.get(name):
+                raise UserError(
+                    f"model: training writes the buffer {name}, which no worker reduces and no checkpoint holds; "
+                    "allowed: the running statistics of batch norms, and buffers that stay as they are"
+                )
+
+    def _counting(self, name: str) -> Callable[..., None]:
+        def count(module: nn.Module, inputs: Any) -> None:
+            self._calls[name] += 1
+            self._most[name] = max(self._most[name], self._calls[name])
+
+        return count
+
+    def _foreign(self) -> dict[str, str]:
+        buffers = self.model.named_buffers(remove_duplicate=False)
+        return {name: sha({name: buffer}) for name, buffer in buffers if name not in self.known}
+
+
+def generators(device: torch.device) -> list[Tensor]:
+    """The states of the global generators that an operation may draw from."""
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+
+
+def moved(before: list[Tensor], device: torch.device) -> bool:
+    """Whether a global generator has been drawn from since."""
+    return not all(map(torch.equal, before, generators(device)))
+
+
+def refuse_drawing(model: nn.Module, device: torch.device, run: Callable[[], object]) -> None:
+    """Find out what draws from a global generator while `run` passes through the model.
+
+    Raises:
+        UserError: names the innermost module. Nothing is raised where `run` does not draw: then it was somebody else in
+            this process.
+    """
+    begun: list[list[Tensor]] = []
+    found: list[str] = []
+
+    def enter(module: nn.Module, inputs: Any) -> None:
+        begun.append(generators(device))
+
+    def leave(name: str) -> Callable[..., None]:
+        def look(module: nn.Module, inputs: Any, output: Any) -> None:
+            if moved(begun.pop(), device) and not found:
+                found.append(f"{name or 'the model'} ({type(module).__name__})")
+
+        return look
+
+    hooks: list[Any] = []
+    for name, module in model.named_modules():
+        hooks += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave(name))]
+    before = generators(device)
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if moved(before, device):
+        raise UserError(
+            f"reduction: exact draws per shard, and {found[0] if found else 'the loss'} draws from PyTorch's global "
+            "generator (functional dropout?); it takes nn.Dropout and StochasticDepth; allowed with this model: ddp"
+        )
