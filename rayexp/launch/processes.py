@@ -4,14 +4,32 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rayexp import spawn
 from rayexp.errors import RunError
+
+
+class WorkersFailedError(RunError):
+    """Workers ended badly.
+
+    Attributes:
+        codes: exit codes of the workers that had ended by themselves, by rank; a signal's number is negative.
+    """
+
+    def __init__(self, message: str, codes: Mapping[int, int]) -> None:
+        super().__init__(message)
+        self.codes = codes
+
+    @property
+    def killed(self) -> bool:
+        """Whether one of them was killed; whatever others ran into, that is the reason."""
+        return -signal.SIGKILL in self.codes.values()
 
 
 def free_port() -> int:
@@ -47,21 +65,25 @@ def wait(payload: Mapping[str, Any], workers: list[subprocess.Popen[bytes]]) -> 
     """Wait for all workers; if one fails, end the others.
 
     Raises:
-        RunError: a worker failed; the line ends with the last line it printed.
+        WorkersFailedError: a worker failed; the line ends with the last line it printed.
     """
     import time
 
-    while any(worker.poll() is None for worker in workers):
-        failed = [rank for rank, worker in enumerate(workers) if worker.poll() not in (None, 0)]
-        if failed:
-            break
+    while any(worker.poll() is None for worker in workers) and not _failed(workers):
         time.sleep(0.05)
-    failed = [rank for rank, worker in enumerate(workers) if worker.poll() not in (None, 0)]
+    # Looked at again: of two that have ended, the one that ended first may have been passed already.
+    codes = _failed(workers)
     for worker in workers:
-        if worker.poll() is None and failed:
+        if worker.poll() is None and codes:
             worker.kill()
         worker.wait()
-    if failed:
-        out = Path(payload["run"]) / "logs" / f"rank_{failed[0]}.out"
+    if codes:
+        rank, code = min(codes.items(), key=lambda each: (each[1] != -signal.SIGKILL, each[0]))
+        out = Path(payload["run"]) / "logs" / f"rank_{rank}.out"
         lines = out.read_text(errors="replace").strip().splitlines() or ["no output"]
-        raise RunError(f"worker {failed[0]} ended with {workers[failed[0]].returncode}: {lines[-1]} (see {out})")
+        raise WorkersFailedError(f"worker {rank} ended with {code}: {lines[-1]} (see {out})", codes)
+
+
+def _failed(workers: Sequence[subprocess.Popen[bytes]]) -> dict[int, int]:
+    codes = {rank: worker.poll() for rank, worker in enumerate(workers)}
+    return {rank: code for rank, code in codes.items() if code}

@@ -13,6 +13,7 @@ import math
 import os
 import re
 import signal
+import socket
 import statistics
 import tempfile
 import threading
@@ -222,20 +223,25 @@ class _Bench:
         return self._read(made, label, workers)
 
     def run_killed(self, config: ExperimentConfig, label: str, workers: int, steps: int) -> Trial:
-        """One trial that loses its last worker half way through its steps, which may be fewer than were asked for."""
+        """One trial that loses a worker half way through its steps, which may be fewer than were asked for."""
         if steps < 2:
             raise UserError("--kill: a worker is killed after a step and before another, and this run has only one")
         checkpoint = config.checkpoint.model_copy(update={"every_steps": 1})
         failures = max(1, config.max_failures)
         config = config.model_copy(update={"checkpoint": checkpoint, "max_failures": failures})
         known = set(self.folder.iterdir())
-        with _Killer(self.folder, known, workers - 1, steps // 2) as killer:
+        with _Killer(self.folder, known, steps // 2) as killer:
             trial = self.run(config, label, workers)
+        if killer.elsewhere:
+            raise RunError(
+                f"--kill: all workers were on other hosts ({', '.join(killer.elsewhere)}), and a process can only be "
+                f"killed on this one ({socket.gethostname()}); run it where workers are, or with --launcher processes"
+            )
         if not killer.pid:
             raise RunError(
                 f"no worker could be killed within {steps} steps; more of them (--steps, epochs, data) give more time"
             )
-        self.say(f"  (worker {workers - 1}, pid {killer.pid}, was killed after step {killer.step})")
+        self.say(f"  (worker {killer.rank}, pid {killer.pid}, was killed after step {killer.step})")
         return trial
 
     def _processes(self, config: ExperimentConfig, workers: int) -> Run:
@@ -253,8 +259,8 @@ class _Bench:
             try:
                 processes.wait(payload, processes.start(payload, workers))
                 return made
-            except RunError as error:
-                if not left or "-9" not in str(error):
+            except processes.WorkersFailedError as error:
+                if not left or not error.killed:
                     raise
         return made
 
@@ -272,11 +278,18 @@ class _Bench:
 
 
 class _Killer:
-    """Sends SIGKILL to one rank of the run that appears in a folder, once it has done some steps."""
+    """Sends SIGKILL to a worker on this host, the last of them, of the run that appears in a folder, once the run has
+    done some steps.
 
-    def __init__(self, folder: Path, known: set[Path], rank: int, step: int) -> None:
-        self.folder, self.known, self.rank, self.step = folder, known, rank, step
-        self.pid = 0
+    Attributes:
+        rank, pid: of the worker that was killed; pid 0: none.
+        elsewhere: the workers' hosts where none of them is on this one.
+    """
+
+    def __init__(self, folder: Path, known: set[Path], step: int) -> None:
+        self.folder, self.known, self.step = folder, known, step
+        self.rank = self.pid = 0
+        self.elsewhere: list[str] = []
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="killer", daemon=True)
 
@@ -291,11 +304,27 @@ class _Killer:
     def _watch(self) -> None:
         while not self._end.wait(0.02):
             for root in set(self.folder.iterdir()) - self.known:
-                trace, log = root / "trace.jsonl", root / "logs" / f"rank_{self.rank}.log"
-                if not (trace.exists() and log.exists()) or trace.read_text().count("\n") < self.step:
+                trace = root / "trace.jsonl"
+                if not trace.exists() or trace.read_text().count("\n") < self.step:
                     continue
-                pid = int(re.findall(r"pid (\d+)", log.read_text())[-1])
+                workers = placed(root / "logs")
+                here = {rank: pid for rank, (pid, host) in workers.items() if host == socket.gethostname()}
+                if not here:
+                    self.elsewhere = sorted({host for _, host in workers.values()})
+                    return
+                rank = max(here)
                 with contextlib.suppress(ProcessLookupError):  # the run was faster
-                    os.kill(pid, signal.SIGKILL)
-                    self.pid = pid
+                    os.kill(here[rank], signal.SIGKILL)
+                    self.rank, self.pid = rank, here[rank]
                 return
+
+
+def placed(logs: Path) -> dict[int, tuple[int, str]]:
+    """Process id and host of the workers that a run has, or had last, by rank; all log it before the first step."""
+    found = {}
+    for log in logs.glob("rank_*.log"):
+        said = re.findall(r"rank (\d+) of \d+: .*, pid (\d+) on (\S+)", log.read_text(errors="replace"))
+        if said:
+            rank, pid, host = said[-1]
+            found[int(rank)] = (int(pid), host)
+    return found

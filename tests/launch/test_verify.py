@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,7 @@ import pytest
 
 from rayexp.config import ExperimentConfig
 from rayexp.errors import UserError
-from rayexp.launch.verify import Trial, differences, verify
+from rayexp.launch.verify import Trial, _Killer, differences, verify
 
 Tiny = Callable[..., ExperimentConfig]
 Command = Callable[..., "subprocess.Popen[str]"]
@@ -116,6 +119,51 @@ def test_equal_in_this_process_and_in_two_one_of_them_killed(tiny: Tiny, asked: 
     assert [row["workers"] for row in verdict.rows()] == ["0", "2", "2, one killed"]
     assert all(len(trial.steps) == done for trial in verdict.trials)
     assert f"same bits after each of {done} steps" in verdict.sentence()
+
+
+def _sleeping() -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
+
+
+def _log(root: Path, rank: int, pid: int, host: str) -> None:
+    (root / "logs").mkdir(parents=True, exist_ok=True)
+    with (root / "logs" / f"rank_{rank}.log").open("a") as file:
+        file.write(f"2026-11-26T07:00:00Z rank {rank} of 3: cpu, 1 lanes, pid {pid} on {host}\nother pid 1 on x\n")
+
+
+def test_only_a_process_of_this_host_is_killed(tmp_path: Path) -> None:
+    """The worker with the highest rank is on another host, where its process id means another process."""
+    bystander, replaced, ours = _sleeping(), _sleeping(), _sleeping()
+    try:
+        with _Killer(tmp_path, set(), step=2) as killer:
+            root = tmp_path / "run"
+            _log(root, 0, replaced.pid, socket.gethostname())
+            _log(root, 1, replaced.pid, socket.gethostname())
+            _log(root, 1, ours.pid, socket.gethostname())  # of a later attempt
+            _log(root, 2, bystander.pid, "elsewhere")
+            (root / "trace.jsonl").write_text("{}\n{}\n")
+            assert ours.wait(20) == -signal.SIGKILL
+        assert (killer.rank, killer.pid, killer.elsewhere) == (1, ours.pid, [])
+        assert (bystander.poll(), replaced.poll()) == (None, None)
+    finally:
+        for process in (bystander, replaced, ours):
+            process.kill()
+            process.wait()
+
+
+def test_where_no_worker_is_here_nobody_is_killed(tmp_path: Path) -> None:
+    bystander = _sleeping()
+    try:
+        with _Killer(tmp_path, set(), step=1) as killer:
+            _log(tmp_path / "run", 0, bystander.pid, "two")
+            _log(tmp_path / "run", 1, bystander.pid, "one")
+            (tmp_path / "run" / "trace.jsonl").write_text("{}\n")
+            killer._thread.join(20)
+        assert (killer.pid, killer.elsewhere) == (0, ["one", "two"])
+        assert bystander.poll() is None
+    finally:
+        bystander.kill()
+        bystander.wait()
 
 
 def test_ddp_is_not_equal_and_is_named(tiny: Tiny) -> None:

@@ -1,0 +1,55 @@
+"""Workers as processes: whoever was killed is the reason, whatever others ran into, and in whichever order they end."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from rayexp.launch import processes
+from rayexp.launch.processes import WorkersFailedError
+
+
+def start(*endings: str) -> list[subprocess.Popen[bytes]]:
+    return [subprocess.Popen([sys.executable, "-c", f"import os, signal, time\n{ending}"]) for ending in endings]
+
+
+LASTS = "time.sleep(60)"
+KILLED, ABORTS, FAILS, DONE = "os.kill(os.getpid(), signal.SIGKILL)", "os.abort()", "exit(1)", "pass"
+
+
+def failed(root: Path, workers: Sequence[subprocess.Popen[bytes]]) -> WorkersFailedError:
+    (root / "logs").mkdir(exist_ok=True)
+    for rank in range(len(workers)):
+        (root / "logs" / f"rank_{rank}.out").write_text(f"some\nlast words of {rank}\n")
+    with pytest.raises(WorkersFailedError) as caught:
+        processes.wait({"run": str(root)}, list(workers))
+    assert all(worker.returncode is not None for worker in workers)
+    return caught.value
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations([KILLED, ABORTS, FAILS])))
+def test_the_killed_one_is_the_reason(tmp_path: Path, order: Sequence[str]) -> None:
+    workers = start(*order)
+    for worker in workers:
+        worker.wait()
+    error = failed(tmp_path, [*workers, *start(LASTS)])
+    rank = order.index(KILLED)
+    assert error.killed
+    assert error.codes == {i: {KILLED: -9, ABORTS: -6, FAILS: 1}[ending] for i, ending in enumerate(order)}
+    assert str(error).startswith(f"worker {rank} ended with -9: last words of {rank} (see ")
+
+
+def test_those_that_are_ended_here_were_not_killed(tmp_path: Path) -> None:
+    error = failed(tmp_path, start(DONE, FAILS, LASTS))
+    assert error.codes == {1: 1}
+    assert not error.killed
+    assert str(error).startswith("worker 1 ended with 1: ")
+
+
+def test_all_well(tmp_path: Path) -> None:
+    processes.wait({"run": str(tmp_path)}, start(DONE, DONE))
