@@ -92,14 +92,14 @@ def loop(words: dict[str, Any]) -> float:
 
 def bare(words: dict[str, Any], rank: int) -> None:
     """One bare process; rank 0 prints the rate."""
-    from rayexp.launch.worker import join, leave
+    from rayexp.engine.group import join, leave
 
-    group = join(words["world"], rank, words["address"]) if words["world"] > 1 else None
+    group = join(words["world"], rank, words["address"], 1800) if words["world"] > 1 else None
     rate = loop(words)
     if rank == 0:
         print(rate)
     if group is not None:
-        leave(group)
+        leave()
 
 
 def ray_train(words: dict[str, Any]) -> None:

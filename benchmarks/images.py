@@ -102,10 +102,11 @@ def bare_loop(packed: Path, images: int, batch: int) -> list[float]:
     import torch.nn.functional as F
 
     from rayexp.config import ExperimentConfig, parse
+    from rayexp.cores import cores
     from rayexp.engine import order
     from rayexp.engine.draws import Draws
     from rayexp.engine.norm import per_shard
-    from rayexp.engine.place import cores, tune_allocator
+    from rayexp.engine.place import keep_freed_memory
     from rayexp.workloads.augment import DRAWS, augment
     from rayexp.workloads.image_classification import MEAN, STD, ImageClassification
 
@@ -113,7 +114,7 @@ def bare_loop(packed: Path, images: int, batch: int) -> list[float]:
     config = parse({"data": data, "batch_size": batch}, ExperimentConfig, "benchmark")
     workload = ImageClassification(config)
     split, recipe = workload.data.train, config.data.augment
-    tune_allocator()
+    keep_freed_memory()
     torch.set_num_threads(cores())
     model, draws = workload.model().train(), Draws()
     draws.begin((), workload.sizes(0, range(config.shards)), torch.device("cpu"))

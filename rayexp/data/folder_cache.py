@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from rayexp.config import DataConfig
-from rayexp.cores import cores
 from rayexp.data import ImageSplit, pool, uses
 from rayexp.data.fetch import cache_dir
 from rayexp.data.pack import SPLITS, Item, Plan, chunk_rows, done, pack
@@ -106,7 +105,7 @@ def _equal(plan: Plan, candidate: Path, split: str, packed: ImageSplit) -> bool:
 
 def _decode_equal(plan: Plan, items: Sequence[Item], packed: ImageSplit, parts: list[list[int]]) -> bool:
     calls = (plan.call([items[row] for row in part]) for part in parts)
-    with contextlib.closing(pool.ordered(plan.decoder, calls, min(cores(), max(1, len(parts))))) as answers:
+    with contextlib.closing(pool.ordered(plan.decoder, calls, min(pool.cores(), max(1, len(parts))))) as answers:
         return all(
             answer[:32] == hashlib.sha256(packed.images.take(part, axis=0).data).digest()
             for part, answer in zip(parts, answers, strict=True)

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rayexp.cores import cores
+from rayexp.data import pool
 from rayexp.data.download import cache_dir
 from rayexp.disk import write_atomic
 from rayexp.errors import UserError
@@ -85,7 +85,7 @@ def _first_difference(images: NDArray[np.uint8], rows: int, chunks: Sequence[str
     def good(start: int, sha: str) -> bool:
         return hashlib.sha256(images[start : start + rows].data).hexdigest() == sha
 
-    with ThreadPoolExecutor(cores(), thread_name_prefix="rayexp-check") as threads:
+    with ThreadPoolExecutor(pool.cores(), thread_name_prefix="rayexp-check") as threads:
         for start, same in zip(starts, threads.map(good, starts, chunks), strict=True):
             if not same:
                 threads.shutdown(cancel_futures=True)

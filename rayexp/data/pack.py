@@ -24,7 +24,6 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from rayexp.cores import cores
 from rayexp.data import pool
 from rayexp.data.fetch import Source
 from rayexp.disk import TEMPORARY, now, sync_directory, write_json
@@ -244,7 +243,7 @@ def _images(plan: Plan, items: Sequence[Item], path: Path, journal: Path, advanc
         advance(min(len(chunks) * rows, len(items)))
         todo = [items[start : start + rows] for start in starts[len(chunks) :]]
         calls = (plan.call(part) for part in todo)
-        with contextlib.closing(pool.ordered(plan.decoder, calls, min(cores(), len(todo)))) as answers:
+        with contextlib.closing(pool.ordered(plan.decoder, calls, min(pool.cores(), len(todo)))) as answers:
             for part, answer in zip(todo, answers, strict=True):
                 file.write(answer[32:])
                 file.flush()

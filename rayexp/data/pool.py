@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import rayexp
-from rayexp.cores import cores
+from rayexp.cores import cores as cores
 from rayexp.errors import RunError, UserError
 
 HEAD = struct.Struct("<cQ")  # R(esult), U(ser error) or F(ailure); bytes that follow
