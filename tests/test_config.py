@@ -113,7 +113,7 @@ LIMITS: dict[str, tuple[list[Any], list[Any]]] = {
     "optimizer.name": (["sgd", "adamw"], ["adam", None]),
     "optimizer.momentum": SHARE,
     "optimizer.nesterov": SWITCH,
-    "optimizer.betas": ([[0, 1], [0.9, 0.95]], [[0.9], [0.9, 1.1], 0.9]),
+    "optimizer.betas": ([[0, 0.5], [0.9, 0.95]], [[0.9], [0.9, 1.1], [0.9, 1], [1, 0.9], 0.9]),
     "optimizer.eps": ABOVE_0,
     "optimizer.clip": ([None, *ABOVE_0[0]], ABOVE_0[1]),
     "optimizer.decay_norm_and_bias": SWITCH,

@@ -296,7 +296,7 @@ def test_refused_other_classes(makes, arrays):
     first, second = makes.images([a], 2), makes.images([a], 2)
     data = json.loads(second.data_path.read_text())
     data["classes"] = data["classes"][::-1]
-    second.data_path.write_text(json.dumps(data))
+    second.write("data.json", json.dumps(data))
     with pytest.raises(UserError, match="same classes"):
         report_of(first, second, epochs=(1, 1))
 

@@ -144,9 +144,9 @@ def test_lost_and_gained_come_first_where_pictures_are_many(pictures, monkeypatc
 
 def test_pictures_not_at_hand(makes, pictures):
     assert "not those that were judged" in thumbnails(image_report(makes.random_images(50, 3, 2)))[1]
-    path = pictures.config_path
-    text = path.read_text().replace("name: shapes", "name: folder").replace("root: null", "root: /nowhere/at/all")
-    path.write_text(text)
+    text = pictures.config_path.read_text()
+    moved = text.replace("name: shapes", "name: folder").replace("root: null", "root: /nowhere/at/all")
+    pictures.write("config.yaml", moved)
     page = image_page(image_report(pictures))
     assert "The pictures are not at hand" in page
     assert "/nowhere/at/all" in page
