@@ -103,6 +103,7 @@ def session(address: str | None, for_tune: bool = False) -> Iterator[bool]:
                 stack.enter_context(environment(_NO_BOOKS | {"RAY_TMPDIR": str(surroundings.ray_folder())}))
                 stack.enter_context(replaced(ray._private.node.Node, **dict.fromkeys(without, _nothing)))
             _bring_token(address)
+            stack.enter_context(_own_sigterm())
             _connect(words)
     except ConnectionError as error:
         raise UserError(f"{address}: no Ray answers there ({' '.join(str(error).split())[:200]})") from error
@@ -114,18 +115,15 @@ def session(address: str | None, for_tune: bool = False) -> Iterator[bool]:
         if there.gone(patient=False):
             head.forget()
         else:
-            with _hurried(started):
+            with _hurried(started), _own_sigterm():
                 ray.shutdown()
         # A process of Ray's whose end falls together with Ray's own may wait for ever for what is gone.
         _kill(started)
 
 
 def _connect(words: Mapping[str, Any]) -> None:
-    """ray.init; where a signal ends it, nothing of it is left.
-
-    Ray sets a handler of its own for SIGTERM, which would end the command in the middle of its work.
-    """
-    before, others = signal.getsignal(signal.SIGTERM), psutil.Process().children()
+    """ray.init; where a signal ends it, nothing of it is left."""
+    others = psutil.Process().children()
     try:
         with signals.shielded() if words["address"] == "local" else contextlib.nullcontext():
             ray.init(**words)
@@ -137,6 +135,15 @@ def _connect(words: Mapping[str, Any]) -> None:
         if isinstance(error, SystemExit):
             raise Stopped(signal.SIGTERM) from error
         raise
+
+
+@contextlib.contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """What SIGTERM does here stays: ray.init sets a handler of its own, which would end the command in the middle of
+    its work, and ray.shutdown goes back to the system's, unseen by Python's getsignal."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)
