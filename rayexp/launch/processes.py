@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,41 +48,49 @@ def start(payload: Mapping[str, Any], world: int) -> list[subprocess.Popen[bytes
     address = f"127.0.0.1:{free_port()}"
     # gloo otherwise looks up this host's name, which need not resolve.
     loopback = {"GLOO_SOCKET_IFNAME": "lo"} if Path("/sys/class/net/lo").exists() else {}
-    workers = []
-    for rank in range(world):
-        with (run / "logs" / f"rank_{rank}.out").open("ab") as out:
-            workers.append(
-                subprocess.Popen(
-                    spawn.command("rayexp.launch.worker", str(run / "payload.json"), str(rank), str(world), address),
-                    stdout=out,
-                    stderr=subprocess.STDOUT,
-                    env={**os.environ, **loopback},
+    workers: list[subprocess.Popen[bytes]] = []
+    try:
+        for rank in range(world):
+            with (run / "logs" / f"rank_{rank}.out").open("ab") as out:
+                words = (str(run / "payload.json"), str(rank), str(world), address)
+                workers.append(
+                    subprocess.Popen(
+                        spawn.command("rayexp.launch.worker", *words),
+                        stdout=out,
+                        stderr=subprocess.STDOUT,
+                        env={**os.environ, **loopback},
+                    )
                 )
-            )
+    except BaseException:
+        _end(workers)
+        raise
     return workers
 
 
 def wait(payload: Mapping[str, Any], workers: list[subprocess.Popen[bytes]]) -> None:
-    """Wait for all workers; if one fails, end the others.
+    """Wait for all workers; if one fails, or this is interrupted, end the others.
 
     Raises:
         WorkersFailedError: a worker failed; the line ends with the last line it printed.
     """
-    import time
-
-    while any(worker.poll() is None for worker in workers) and not _failed(workers):
-        time.sleep(0.05)
-    # Looked at again: of two that have ended, the one that ended first may have been passed already.
-    codes = _failed(workers)
-    for worker in workers:
-        if worker.poll() is None and codes:
-            worker.kill()
-        worker.wait()
+    try:
+        while any(worker.poll() is None for worker in workers) and not _failed(workers):
+            time.sleep(0.05)
+        # Looked at again: of two that have ended, the one that ended first may have been passed already.
+        codes = _failed(workers)
+    finally:
+        _end(workers)
     if codes:
         rank, code = min(codes.items(), key=lambda each: (each[1] != -signal.SIGKILL, each[0]))
         out = Path(payload["run"]) / "logs" / f"rank_{rank}.out"
         lines = out.read_text(errors="replace").strip().splitlines() or ["no output"]
         raise WorkersFailedError(f"worker {rank} ended with {code}: {lines[-1]} (see {out})", codes)
+
+
+def _end(workers: Sequence[subprocess.Popen[bytes]]) -> None:
+    for worker in workers:
+        worker.kill()
+        worker.wait()
 
 
 def _failed(workers: Sequence[subprocess.Popen[bytes]]) -> dict[int, int]:

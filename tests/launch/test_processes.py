@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -53,3 +54,14 @@ def test_those_that_are_ended_here_were_not_killed(tmp_path: Path) -> None:
 
 def test_all_well(tmp_path: Path) -> None:
     processes.wait({"run": str(tmp_path)}, start(DONE, DONE))
+
+
+def test_an_interruption_ends_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    workers = start(LASTS, LASTS)
+    monkeypatch.setattr(time, "sleep", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        processes.wait({"run": str(tmp_path)}, workers)
+    assert [worker.returncode for worker in workers] == [-9, -9]
