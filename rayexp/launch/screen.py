@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayexp.display import figure, printable
-from rayexp.records import EpochRecord
+from rayexp.records import EpochRecord, read_lines
 from rayexp.runs import Run
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class Screen:
 
     def __init__(self, run: Run, console: Console | None) -> None:
         self.run, self.console = run, console
-        self.shown = len(run.records())
+        self.shown = len(read_lines(run.epochs_path, EpochRecord.from_json, []))  # a resume mends the others
         self._at = (0, 0)  # the file of epochs.jsonl (its inode), and the bytes of it that have been read
         self.warned: set[str] = set()
         self.told = False  # what the data are

@@ -50,6 +50,19 @@ def test_one_character_is_named_and_the_one_before_is_taken(tiny: Tiny, old: str
     assert faults(again) == []
 
 
+def test_a_damaged_line_of_epochs_is_named_and_comes_back(tiny: Tiny) -> None:
+    config = tiny(epochs=3)
+    whole = run(config, argv=[])
+    made = run(config, argv=[], max_steps=24)
+    first, *others = made.epochs_path.read_text().splitlines(keepends=True)
+    made.epochs_path.write_text("".join([first.replace("train_loss", "train_lozz"), *others]))
+    screen = io.StringIO()
+    again = run(config, argv=[], resume=made, console=Console(file=screen, width=400))
+    assert shas(again) == shas(whole)
+    assert "epochs.jsonl: line 1 is damaged" in screen.getvalue()
+    assert faults(again) == []
+
+
 def test_an_edited_configuration_is_refused_and_the_key_is_named(tiny: Tiny) -> None:
     config = tiny(epochs=1)
     whole = run(config, argv=[])
