@@ -46,7 +46,7 @@ def submit(
     if as_json:
         print_json({"job": job})
     else:
-        print(job, flush=True)
+        tell(job)
     if not wait:
         say(f"follow: rayexp logs {job} -f     stop: rayexp stop {job}     bring home: rayexp collect {job}")
         return

@@ -109,9 +109,9 @@ def cache(
     amount = f"{len(stale)} of {len(found)}" if not prune else f"{len(stale)}"
     size = f"{sum(entry.bytes for entry in stale) / 1e6:,.1f} MB"
     if prune:
-        print(f"removed: {amount}, {size}, from {cache_dir()}")
+        tell(f"removed: {amount}, {size}, from {cache_dir()}")
     else:
-        print(f"stale: {amount}, {size}, in {cache_dir()}{' (--prune removes them)' if stale else ''}")
+        tell(f"stale: {amount}, {size}, in {cache_dir()}{' (--prune removes them)' if stale else ''}")
 
 
 def _line(summary: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rayexp.cli._shell import RUNS, JsonOption, RunsOption, app, print_json, say
+from rayexp.cli._shell import RUNS, JsonOption, RunsOption, app, print_json, say, tell
 
 if TYPE_CHECKING:
     from rayexp.analysis.diff import DiffReport
@@ -166,7 +166,7 @@ def evaluate(
             }
         )
         return
-    print(summary(found.metrics), flush=True)
+    tell(summary(found.metrics))
     if found.not_finite:
         say(f"NOT FINITE: the model's output for {found.not_finite:,} of {len(found.predictions):,} samples")
     if found.stored:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from rayexp.cli._shell import RUNS, JsonOption, RunsOption, app, print_json, print_table, tell
+from rayexp.display import NOT_FINITE, figure
 
 if TYPE_CHECKING:
     from rayexp.runs import Run
-
-NOT_FINITE = "not finite"
 
 # ---------------------------------------------------------------------- runs
 
@@ -95,15 +93,11 @@ def _row(run: Run) -> dict[str, Any]:
         if records:
             row |= {"metric": NOT_FINITE, "last weights": records[-1].weights_sha[:12]}
         if found := best(records):
-            metrics = ", ".join(f"{name} {_number(value, '.2f')}" for name, value in found.metrics.items())
+            metrics = ", ".join(f"{name} {figure(value, '.2f')}" for name, value in found.metrics.items())
             row |= {"best": found.epoch, "metric": metrics}
     except UserError as error:
         row |= {"status": "damaged", "metric": str(error)}
     return row
-
-
-def _number(value: float, form: str) -> str:
-    return format(value, form) if math.isfinite(value) else NOT_FINITE
 
 
 def _one(run: Run, as_json: bool) -> None:
@@ -135,12 +129,12 @@ def _one(run: Run, as_json: bool) -> None:
             {
                 "epoch": f"{r.epoch}{' best' if r is found else ''}",
                 "step": r.step,
-                "train_loss": _number(r.train_loss, ",.4g"),
-                "val_loss": _number(r.val_loss, ",.4g"),
-                **{name: _number(r.metrics.get(name, math.nan), ".2f") for name in names},
-                "lr": f"{r.lr:.3g}",
-                "samples/s": _number(r.samples_per_second, ",.1f"),
-                "seconds": _number(r.seconds.get("total", math.nan), ",.1f"),
+                "train_loss": figure(r.train_loss, ",.4g"),
+                "val_loss": figure(r.val_loss, ",.4g"),
+                **{name: figure(r.metrics.get(name), ".2f") for name in names},
+                "lr": figure(r.lr, ".3g"),
+                "samples/s": figure(r.samples_per_second, ",.1f"),
+                "seconds": figure(r.seconds.get("total"), ",.1f"),
                 "workers": r.world_size,
                 "weights": r.weights_sha[:12],
             }

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rayexp.cli._shell import RUNS, JsonOption, app, print_json, print_table, say
+from rayexp.cli._shell import RUNS, JsonOption, app, print_json, print_table, say, tell
 
 if TYPE_CHECKING:
     from rayexp.config import ExperimentConfig
@@ -64,7 +64,7 @@ def train(
     if as_json:
         print_json({**made.meta(), "path": str(made.root), "epochs": [r.to_json() for r in made.records()]})
     else:
-        print(made.root)
+        tell(str(made.root))
 
 
 @app.command()
@@ -114,10 +114,9 @@ def verify(
     else:
         print_table(verdict.rows())
         if verdict.contrast:
-            print(
-                f"ddp: {len({t.weights for t in verdict.contrast})} different weights at {len(verdict.contrast)} counts"
-            )
-        print(verdict.sentence())
+            different = len({trial.weights for trial in verdict.contrast})
+            tell(f"ddp: {different} different weights at {len(verdict.contrast)} counts")
+        tell(verdict.sentence())
     raise typer.Exit(0 if verdict.ok else 1)
 
 
@@ -152,5 +151,5 @@ def _show_plan(config: ExperimentConfig, address: str | None, as_json: bool) -> 
         return
     for warning in plan.pop("warnings"):
         say(f"warning: {warning}")
-    print(config.to_yaml())
+    tell(config.to_yaml())
     print_table([{"plan": key, "": value} for key, value in plan.items()])
