@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 from rayexp.config import ExperimentConfig, parse
-from rayexp.engine.place import cores
+from rayexp.cores import cores
 from rayexp.launch import processes
 from rayexp.runs import Run
 

@@ -125,7 +125,8 @@ def machine() -> dict[str, object]:
     """Where this was measured."""
     import torch
 
-    from rayexp.engine.place import cores, cpu_capability
+    from rayexp.cores import cores
+    from rayexp.engine.place import cpu_capability
 
     model = platform.processor()
     if Path("/proc/cpuinfo").exists():

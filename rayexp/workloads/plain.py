@@ -194,9 +194,7 @@ def main(argv: list[str]) -> int:
     done, parent = 0, os.getppid()
     for epoch in range(1, config.epochs + 1):
         began = time.perf_counter()
-        columns: dict[str, list[float]] = {
-            k: [] for k in ("count", "total", "data", "transfer", "compute", "optimizer")
-        }
+        columns: dict[str, list[float]] = {name: [] for name in COLUMNS}
         losses = 0.0
         model.train()
         clock = time.perf_counter()
