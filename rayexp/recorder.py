@@ -233,6 +233,7 @@ class Recorder:
     def _append(self, path: Path, row: Mapping[str, Any]) -> None:
         """Add an epoch's line. Lines of it and of later ones, left by an attempt from a later checkpoint, go first."""
         epoch = int(row["epoch"])
+        self.run.uncover(path.name)  # a driver that gave up may have had its last word already
         if path not in self._ends:
             self._ends[path] = max((r["epoch"] for r in self._rows(path)), default=0)
         if epoch <= self._ends[path]:

@@ -249,6 +249,16 @@ def test_epochs_beyond_the_checkpoint_go(run: Run) -> None:
     assert [row["epoch"] for row in run.steps()] == [1, 2]
 
 
+def test_a_line_after_the_last_word_does_not_seem_damaged(run: Run) -> None:
+    pen = begun(run)
+    add(pen, 1)
+    Recorder(run).end("stopped")  # a driver's, which has lost touch with the worker
+    add(pen, 2)
+    assert {name: run.fault(name) for name in run.files()} == {"config.yaml": None, "data.json": None}
+    Recorder(run).end("stopped")
+    assert {name for name in run.files() if not run.fault(name)} >= {"epochs.jsonl", "steps.jsonl"}
+
+
 def test_a_trace_is_mended_too(run: Run) -> None:
     (run.root / "trace.jsonl").write_text('{"step": 1}\n{"ste')
     Recorder(run).trace({"step": 2})
