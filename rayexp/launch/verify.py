@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rayexp.config import ExperimentConfig, parse
-from rayexp.errors import RunError, UserError
+from rayexp.errors import RunError, Stopped, UserError
 from rayexp.launch import processes
 from rayexp.launch.local import here
 from rayexp.launch.screen import chatter_to
@@ -219,7 +219,10 @@ class _Bench:
         if workers and self.launcher == "processes":
             made = self._processes(config, workers)
         else:
-            made = train(config, argv=["verify"], max_steps=self.steps, trace=True)
+            try:
+                made = train(config, argv=["verify"], max_steps=self.steps, trace=True)
+            except Stopped as stopped:
+                raise Stopped(stopped.number) from stopped  # nothing to go on with: its directory is thrown away
         return self._read(made, label, workers)
 
     def run_killed(self, config: ExperimentConfig, label: str, workers: int, steps: int) -> Trial:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from rayexp.config import ExperimentConfig
-from rayexp.errors import UserError
+from rayexp.errors import Stopped, UserError
 from rayexp.launch.verify import Trial, _Killer, differences, verify
 
 Tiny = Callable[..., ExperimentConfig]
@@ -170,6 +170,16 @@ def test_ddp_is_not_equal_and_is_named(tiny: Tiny) -> None:
     verdict = verify(tiny(reduction="ddp"), [1, 2], steps=3, launcher="processes")
     assert not verdict.ok
     assert verdict.differences[0].label == "2"
+
+
+def test_a_stopped_verification_offers_nothing_to_go_on_with(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*args: Any, **words: Any) -> None:
+        raise Stopped(signal.SIGTERM, "stopped; saved up to step 2: --resume that goes on")
+
+    monkeypatch.setattr("rayexp.launch.verify.train", stopped)
+    with pytest.raises(Stopped) as caught:
+        verify(tiny(), [0, 1], launcher="processes")
+    assert (caught.value.number, str(caught.value)) == (signal.SIGTERM, "")
 
 
 def test_counts_that_cannot_be_compared_are_refused(tiny: Tiny) -> None:
