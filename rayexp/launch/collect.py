@@ -105,7 +105,7 @@ class _Copy:
         # In this order: what run.json says is true of epochs.jsonl, and all that a line there stands for is complete.
         self.meta = self._bytes("run.json")
         there = self.source.list("")
-        files = {name: self._bytes(name) for name in (LINES, *RECORDS, TRACE) if name in there}
+        files = {name: self._bytes(name) for name in (*RECORDS, TRACE) if name in there}
         rows = self._rows(files)
         saved = {n.rstrip("/") for n in self.source.list("checkpoints")}
         wanted = self._wanted(epochs, rows, [e for e in rows if epoch_name(e) in saved])

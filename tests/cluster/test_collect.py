@@ -85,6 +85,17 @@ def test_a_break_leaves_nothing_half_and_is_taken_up(made_run: Run, tmp_path: Pa
     assert got.size < everything - before + 50_000  # checkpoints that had arrived were not fetched again
 
 
+def test_no_file_is_read_twice(made_run: Run, tmp_path: Path) -> None:
+    class Counting(Storage):
+        def read(self, path: str) -> Iterator[bytes]:
+            read.append(path)
+            return super().read(path)
+
+    read: list[str] = []
+    collect(Counting(str(made_run.root)), made_run.id, tmp_path / "home")
+    assert len(read) == len(set(read))
+
+
 def test_again_fetches_only_what_is_new(made_run: Run, tmp_path: Path, write_run: Callable[..., Run]) -> None:
     source, name = find(str(made_run.root), None)
     collect(source, name, tmp_path / "home")
