@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rayexp.comparison import Comparison
-from rayexp.display import printable
-from rayexp.launch.screen import Screen
+from rayexp.launch.screen import Screen, show
 from rayexp.runs import Run
 
 if TYPE_CHECKING:
@@ -32,8 +31,7 @@ class Follower:
 
     def say(self, text: str) -> None:
         """One line."""
-        if self.console is not None:
-            self.console.print(printable(text, keep="\n"), highlight=False, markup=False, soft_wrap=True)
+        show(self.console, text)
 
     def start(self, cell: str, repeat: int) -> None:
         """A cell starts."""

@@ -26,6 +26,13 @@ if TYPE_CHECKING:
 POLL_S = 0.2
 
 
+def show(console: Console | None, text: str) -> None:
+    """One line on a console."""
+    with contextlib.suppress(OSError):  # the terminal may have been closed
+        if console is not None:
+            console.print(printable(text, keep="\n"), highlight=False, markup=False, soft_wrap=True)
+
+
 class Screen:
     """Shows one run on a console until `close`; with `console` None it shows nothing."""
 
@@ -42,9 +49,7 @@ class Screen:
 
     def say(self, text: str) -> None:
         """One line above the bar."""
-        with contextlib.suppress(OSError):  # the terminal may have been closed
-            if self.console is not None:
-                self.console.print(printable(text, keep="\n"), highlight=False, markup=False, soft_wrap=True)
+        show(self.console, text)
 
     def phase(self, text: str) -> None:
         """What goes on while there is no step yet."""

@@ -109,11 +109,15 @@ def ray_address(address: str | None) -> str | None:
     return named
 
 
-def answers(address: str) -> bool:
-    """Whether anyone listens there: Ray itself would try for many minutes, silently."""
+def answers(address: str, patience: float = CONNECT_S) -> bool:
+    """Whether anyone listens at host:port: Ray itself would try for many minutes, silently.
+
+    Args:
+        patience: seconds for a connection to be taken up.
+    """
     host, _, port = address.rpartition(":")
     try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S):
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=patience):
             return True
     except (OSError, ValueError, OverflowError):
         return False

@@ -7,7 +7,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ import ray
 
 from rayexp.errors import UserError
 from rayexp.launch.stopping import Stopping
+from rayexp.launch.surroundings import answers
 from rayexp.runs import Run
 
 RAYS_PATIENCE = "RAY_gcs_rpc_server_reconnect_timeout_s"  # Ray itself waits so long for a GCS; we, half of it
@@ -53,26 +53,16 @@ class Head:
         Args:
             patient: whether there is time to wait for the GCS.
         """
-        if not answers(self.raylet):
+        if not answers(self.raylet, ANSWER_S):
             return f"the raylet of this host ({self.raylet}) has ended"
         now = time.monotonic()
-        if answers(self.gcs):
+        if answers(self.gcs, ANSWER_S):
             self._silent = None
         elif self._silent is None:
             self._silent = now
         if self._silent is not None and (not patient or now - self._silent >= self.patience):
             return f"Ray's head ({self.gcs}) has ended"
         return None
-
-
-def answers(address: str) -> bool:
-    """Whether anyone listens at host:port."""
-    host, _, port = address.rpartition(":")
-    try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_S):
-            return True
-    except (OSError, ValueError):
-        return False
 
 
 class Watch(threading.Thread):
