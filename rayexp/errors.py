@@ -7,6 +7,8 @@ import errno
 import signal
 from collections.abc import Iterable
 
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})  # what the system answers where there is no room left
+
 
 class UserError(Exception):
     """The input was wrong: one line that names the key, the file or the reference, and what is allowed.
@@ -55,7 +57,7 @@ class WriteError(OSError):
     )
 
     def __str__(self) -> str:
-        full = self.errno in (errno.ENOSPC, errno.EDQUOT)
+        full = self.errno in FULL
         advice = "; free some space there, or choose another folder" if full else ""
         return f"{self.filename}: cannot be written ({self.strerror}){advice}"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import re
@@ -117,7 +116,7 @@ def error_line(text: str) -> None:
 
 def main() -> None:
     """The console script."""
-    from rayexp.errors import RunError, Stopped, UserError, WriteError
+    from rayexp.errors import FULL, RunError, Stopped, UserError, WriteError
     from rayexp.launch import signals
     from rayexp.launch.surroundings import settle_home
 
@@ -138,7 +137,7 @@ def main() -> None:
     except WriteError as error:
         code = _fail(error, 2 if error.wrong_path else 1)
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename
+        full = error.errno in FULL and error.filename
         code = _fail(WriteError(error.errno, error.strerror, error.filename) if full else error, 1)
     except Exception as error:
         # typer's own usage errors (unknown option, missing argument) are click exceptions with an exit code of 2.

@@ -7,7 +7,6 @@ An interrupted download leaves `.tmp-NAME` and goes on there, provided the serve
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import os
 import time
@@ -17,7 +16,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from rayexp.disk import TEMPORARY
-from rayexp.errors import UserError, WriteError
+from rayexp.errors import FULL, UserError, WriteError
 from rayexp.locks import locked
 
 TINY_IMAGENET = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
@@ -65,7 +64,7 @@ def download(url: str, known_hash: str | None = None) -> Path:
     except ValueError as error:
         raise UserError(f"{url}: what came is not the published file (checksum differs); nothing is kept") from error
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in FULL:
             part.unlink(missing_ok=True)
         raise UserError(str(WriteError(error.errno, error.strerror or str(error), str(folder)))) from error
     return Path(path)

@@ -11,7 +11,6 @@ The source decides the order: the same files give the same arrays and hashes on 
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import io
 import json
@@ -27,7 +26,7 @@ import numpy as np
 from rayexp.data import pool
 from rayexp.data.fetch import Source
 from rayexp.disk import TEMPORARY, now, sync_directory, write_json
-from rayexp.errors import UserError
+from rayexp.errors import FULL, UserError
 from rayexp.locks import locked
 
 FORMAT = 1
@@ -117,7 +116,7 @@ def pack(to: Path, make_plan: Callable[[], Plan]) -> bool:
                 folder.rmdir()  # fails, as it should, where something else is in it
         if isinstance(error, UserError):
             raise
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        full = error.errno in FULL
         advice = "the disk is full; free some space there, or choose another folder"
         raise UserError(f"{to}: {advice if full else f'cannot be written ({error.strerror})'}") from error
     return True
