@@ -122,7 +122,7 @@ def main() -> None:
 
     try:
         settle_home(say)
-        with signals.handled(signals.stop):
+        with signals.ending():
             code = app(standalone_mode=False)
     except UserError as error:
         code = _fail(error, 2)

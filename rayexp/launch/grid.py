@@ -26,7 +26,7 @@ from rayexp.launch.cells import base_of, plan, with_overrides
 from rayexp.launch.grid_screen import Follower, callback
 from rayexp.launch.plan import Node
 from rayexp.launch.screen import chatter_to
-from rayexp.launch.signals import handled, stop
+from rayexp.launch.signals import ending, handled
 from rayexp.locks import only_driver
 from rayexp.runs import Run
 
@@ -196,7 +196,9 @@ def _tune(comparison: Comparison, jobs: list[dict[str, Any]], address: str | Non
             ),
         )
         try:
-            with handled(stop):  # Ray's own handler would leave the process in the middle of it
+            with ending() as stop, contextlib.ExitStack() as begun:
+                # Tune sets a handler of its own for SIGUSR1, after which an interrupted grid would pass for a done one.
+                follower.begun = lambda: begun.enter_context(handled(stop))
                 results = tuner.fit()
         finally:
             follower.close()

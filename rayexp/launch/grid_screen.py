@@ -22,6 +22,7 @@ class Follower:
     def __init__(self, comparison: Comparison, console: Console | None, total: int) -> None:
         self.comparison, self.console, self.total = comparison, console, total
         self.count = 0
+        self.begun: Callable[[], object] = lambda: None  # called when Tune begins
         self._end = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -77,6 +78,9 @@ def callback(follower: Follower, died: Callable[[], None]) -> Any:
 
     class Watch(tune.Callback):
         """Passes on what Tune says of its trials."""
+
+        def setup(self, *args: Any, **info: Any) -> None:
+            follower.begun()
 
         def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
             follower.start(job(trial)["cell"], job(trial)["repeat"])

@@ -39,9 +39,25 @@ def handled(handler: Callable[[signal.Signals], None]) -> Iterator[None]:
             signal.signal(number, handler_before)
 
 
-def stop(number: signal.Signals) -> None:
-    """The handler of whatever has nothing to save."""
-    raise Stopped(number)
+@contextlib.contextmanager
+def ending() -> Iterator[Callable[[signal.Signals], None]]:
+    """For what has nothing to save: while this lasts, the signals raise Stopped. Gives the handler that does it.
+
+    Ray makes a plain KeyboardInterrupt of it where it comes within a call to Ray; here it is Stopped again.
+    """
+    heard: list[signal.Signals] = []
+
+    def stop(number: signal.Signals) -> None:
+        heard.append(number)
+        raise Stopped(number)
+
+    try:
+        with handled(stop):
+            yield stop
+    except KeyboardInterrupt as error:
+        if heard and not isinstance(error, Stopped):
+            raise Stopped(heard[0]) from error
+        raise
 
 
 @contextlib.contextmanager

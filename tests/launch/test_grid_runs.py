@@ -95,3 +95,31 @@ def test_a_cell_whose_process_is_killed_fails_alone(tmp_path, alone, tiny_images
         {"cell": "cpu-x1-exact", "repeat": 1, "error": "its process died: killed, or out of memory"}
     ]
     assert "1 of the runs failed (cpu-x1-exact)" in (tmp_path / "err").read_text()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
+def test_a_signal_stops_the_grid_and_has_its_exit_code(tmp_path, alone, tiny_images, number, code):
+    import yaml
+
+    tree = {"base": "base.yaml", "scaling": [{"num_workers": 0, "use_gpu": False}], "repeats": 1, "baseline": False}
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(tree))
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump({"name": "base", **tiny_images, "epochs": 1000}))
+    command = [sys.executable, "-m", "rayexp", "compare", "grid.yaml"]
+    with (tmp_path / "err").open("w") as err:
+        grid_process = subprocess.Popen(command, cwd=tmp_path, env=alone, stdout=err, stderr=err)
+        try:
+            deadline = time.monotonic() + 240
+            while not list(tmp_path.glob("runs/*/cells/*/epochs.jsonl")):
+                assert time.monotonic() < deadline
+                assert grid_process.poll() is None, (tmp_path / "err").read_text()
+                time.sleep(0.1)
+            grid_process.send_signal(number)
+            assert grid_process.wait(timeout=60) == code, (tmp_path / "err").read_text()
+        finally:
+            grid_process.kill()
+            grid_process.wait()
+    (root,) = (tmp_path / "runs").iterdir()
+    assert (Comparison(root).meta()["status"], len(Comparison(root).missing())) == ("stopped", 1)
+    assert "interrupted: `rayexp compare --resume" in (tmp_path / "err").read_text()

@@ -123,7 +123,7 @@ def test_a_closed_terminal_saves(begun: Callable[[], Run], tmp_path: Path) -> No
 def test_under_nohup_a_closed_terminal_is_none_of_our_business() -> None:
     before = signal.signal(HANGUP, signal.SIG_IGN)
     try:
-        with signals.handled(signals.stop):
+        with signals.ending():
             with not_stopped():
                 os.kill(os.getpid(), HANGUP)
             with pytest.raises(Stopped) as caught:
@@ -132,6 +132,18 @@ def test_under_nohup_a_closed_terminal_is_none_of_our_business() -> None:
         assert signal.getsignal(HANGUP) is signal.SIG_IGN
     finally:
         signal.signal(HANGUP, before)
+
+
+def test_what_ray_makes_of_an_interruption_keeps_the_signal() -> None:
+    def call_to_ray() -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt from None
+
+    with pytest.raises(Stopped) as caught, signals.ending():
+        call_to_ray()
+    assert caught.value.number == signal.SIGTERM
 
 
 def test_other_commands_end_with_the_signals_code_too(tmp_path: Path, until: Until) -> None:
