@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from rayexp import yaml_tree
 from rayexp.config import CompareConfig, ExperimentConfig, read
 from rayexp.disk import find_directory, make_directory, now, write_atomic, write_json
 from rayexp.errors import UserError
@@ -107,11 +108,9 @@ class Comparison:
         storage = config.storage_path.expanduser().resolve()
         made = cls(make_directory(storage, config.name))
         made.cells_path.mkdir()
-        import yaml
-
         tree = {**config.model_dump(mode="json"), "base": "base.yaml", "storage_path": str(storage)}
         write_atomic(made.root / "base.yaml", base.to_yaml())
-        write_atomic(made.root / "compare.yaml", yaml.safe_dump(tree, sort_keys=False))
+        write_atomic(made.root / "compare.yaml", yaml_tree.dump(tree))
         plan = [asdict(cell) for cell in cells]
         meta = {"layout": LAYOUT, "id": made.root.name, "name": config.name, "status": "running", "created": now()}
         write_json(made.meta_path, {**meta, "pid": os.getpid(), **fields, "plan": plan, "rows": []})
