@@ -16,7 +16,7 @@ LOOK_S = 0.5  # how often a worker that only asks whether to stop looks after it
 
 
 class Fenced:
-    """A Recorder's methods (launch.worker.Pen), refused with LostError once the driver has ended.
+    """A Recorder's methods, refused with LostError once the driver has ended.
 
     Args:
         recorder: what writes.

@@ -10,6 +10,11 @@ What comes in is plain JSON:
     trace      whether to hash every tensor after every step (for `rayexp verify`)
     measure_link  whether to time bare all-reductions before training (for `rayexp compare`)
     timeout_s  how long workers that have joined wait for one that says nothing
+and for workers on Ray:
+    driver     the driver's hold of the run's lock (locks.Driver.token), without which they write no more
+    nonce      this attempt's, by which a worker knows the driver's own run directory
+    nodes      how many machines there are
+    shared_gpu whether several workers share one
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ class Keeper:
 
 
 class RemotePen:
-    """A Recorder's methods (launch.worker.Pen), carried out by the Keeper."""
+    """A Recorder's methods, carried out by the Keeper."""
 
     def __init__(self, keeper: Any) -> None:
         self._keeper = keeper
