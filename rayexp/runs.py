@@ -334,6 +334,13 @@ class Run:
         except OSError as error:
             return f"cannot be read ({error.strerror})"
 
+    def stepping(self) -> bool:
+        """Whether the present attempt has done a step: progress.json names it (before that it may hold warnings)."""
+        try:
+            return "step" in json.loads(self.progress_path.read_bytes())
+        except (OSError, ValueError, TypeError):
+            return False
+
     # ------------------------------------------------------------------ the little that drivers write
 
     def update(self, **fields: Any) -> None:

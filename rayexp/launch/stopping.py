@@ -42,7 +42,7 @@ class Stopping:
         if again and now - self._at < SAME_S:
             return
         self.number, self._at = number, now
-        if again or not self.run.progress_path.exists():
+        if again or not self.run.stepping():
             raise Stopped(number)
         self.run.stop_path.touch()
         self.say(f"{number.name}: stopping after this step; once more ends at once, with what was saved last")

@@ -139,7 +139,7 @@ def _fail(run: Run, error: BaseException, stopping: Stopping, fresh: bool) -> No
     """The last word where no worker could say it; of a run that has not begun, nothing is left."""
     if stopping() or isinstance(error, KeyboardInterrupt):
         if _status(run) != "stopped":
-            begun = run.progress_path.exists()
+            begun = run.stepping()
             lost = "ended at once; the step that was under way is lost" if begun else "ended before its first step"
             _finish(run, "stopped", lost)
     elif isinstance(error, UserError) and fresh and not _holds_work(run):

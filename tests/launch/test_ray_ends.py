@@ -34,7 +34,7 @@ def cold(
 
 
 def begun(tmp_path: Path, until: Callable[..., None]) -> Run:
-    until(lambda: list((tmp_path / "runs").glob("*/progress.json")))
+    until(lambda: any(made.stepping() for made in Run.all(tmp_path / "runs")))
     (made,) = Run.all(tmp_path / "runs")
     return made
 

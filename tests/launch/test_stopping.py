@@ -54,7 +54,7 @@ def begun(tiny: Tiny, tmp_path: Path, until: Until) -> Callable[[], Run]:
     (tmp_path / "c.yaml").write_text(tiny(epochs=400).to_yaml())
 
     def wait() -> Run:
-        until(lambda: list((tmp_path / "runs").glob("*/progress.json")))
+        until(lambda: any(made.stepping() for made in Run.all(tmp_path / "runs")))
         return only(tmp_path / "runs")
 
     return wait
@@ -86,7 +86,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(tiny: Tiny, tmp_path: Path, c
     config = tiny(epochs=16)
     (tmp_path / "c.yaml").write_text(config.to_yaml())
     process = command("train", "c.yaml")
-    until(lambda: list((tmp_path / "runs").glob("*/progress.json")))
+    until(lambda: any(made.stepping() for made in Run.all(tmp_path / "runs")))
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     done = command("train", "--resume", only(tmp_path / "runs").id, "--json")
@@ -167,7 +167,7 @@ def test_one_request_may_come_as_several_signals(tiny: Tiny, monkeypatch: pytest
     monkeypatch.setattr(stopping.time, "monotonic", lambda: now[0])
     asked, said = Stopping(made), []
     asked.say = said.append
-    made.progress_path.touch()
+    Recorder(made).progress({"step": 1})
     assert not asked()
     asked.ask(signal.SIGTERM)
     assert asked()
@@ -187,6 +187,7 @@ def test_before_the_first_step_a_signal_ends_the_run_at_once(tiny: Tiny) -> None
     made.stop_path.touch()  # of a driver that was killed
     with stoppable(made) as asked:
         assert not made.stop_path.exists()
+        Recorder(made).progress({"warnings": ["lr: high"]})  # which is told before any step
         with pytest.raises(Stopped) as caught:
             os.kill(os.getpid(), signal.SIGTERM)
     assert caught.value.number == signal.SIGTERM

@@ -111,7 +111,7 @@ def _follow(
             more = session.room(plan, config) - plan.workers
             # Ray counts a lost node for some more seconds: only what can be placed is room.
             extra = dataclasses.replace(plan, workers=more)
-            if more > 0 and run.progress_path.exists() and session.placeable(extra, PLACE_S):
+            if more > 0 and run.stepping() and session.placeable(extra, PLACE_S):
                 growing = True
                 run.stop_path.touch()
     return growing

@@ -106,7 +106,7 @@ class Watch(threading.Thread):
         self._end.set()
 
     def _save(self) -> None:
-        if not self._run.progress_path.exists():
+        if not self._run.stepping():
             return  # no step has been done
         until = time.monotonic() + SAVE_S
         with contextlib.suppress(OSError, UserError):
