@@ -48,6 +48,7 @@ from rayexp.engine.step import Wish
 from rayexp.engine.workload import Workload
 from rayexp.errors import UserError
 from rayexp.launch.alike import Colleague, everyone, unlike, unlike_weights
+from rayexp.launch.fence import end_with_parent
 from rayexp.manifest import digest
 from rayexp.recorder import Recorder
 
@@ -375,6 +376,7 @@ def main(argv: list[str]) -> None:
     """`python -m rayexp.launch.worker PAYLOAD.json RANK WORLD HOST:PORT`: one worker of launch.processes."""
     from rayexp.runs import Run
 
+    end_with_parent()
     payload = json.loads(Path(argv[0]).read_text())
     rank, world = int(argv[1]), int(argv[2])
     there = place.gpus() if payload["device"] == "cuda" else 0

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import json
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 
+from rayexp import spawn
+from rayexp.config import ExperimentConfig
 from rayexp.launch import processes
 from rayexp.launch.processes import WorkersFailedError
+from rayexp.runs import Run
 
 
 def start(*endings: str) -> list[subprocess.Popen[bytes]]:
@@ -65,3 +70,26 @@ def test_an_interruption_ends_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(KeyboardInterrupt):
         processes.wait({"run": str(tmp_path)}, workers)
     assert [worker.returncode for worker in workers] == [-9, -9]
+
+
+def test_a_worker_ends_with_its_parent(tmp_path: Path, tiny: Callable[..., ExperimentConfig]) -> None:
+    config = tiny()
+    payload = {"run": str(Run.create(config, argv=[]).root), "config": config.model_dump(mode="json"), "device": "cpu"}
+    (tmp_path / "payload.json").write_text(json.dumps(payload))
+    # The other worker never comes, so this one would wait.
+    worker = spawn.command(
+        "rayexp.launch.worker", str(tmp_path / "payload.json"), "0", "2", f"127.0.0.1:{processes.free_port()}"
+    )
+    code = f"import subprocess\nworker = subprocess.Popen({worker!r})\nprint(worker.pid, flush=True)\nworker.wait()"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        left = psutil.Process(int(parent.stdout.readline()))
+        while not left.net_connections():  # it waits for the other
+            assert parent.poll() is None
+            time.sleep(0.05)
+        parent.kill()
+    try:
+        left.wait(30)
+    finally:
+        if left.is_running():
+            left.kill()
