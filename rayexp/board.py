@@ -9,6 +9,7 @@ A later attempt begins with a mark from which TensorBoard forgets what an earlie
 
 from __future__ import annotations
 
+import logging
 import shutil
 import socket
 import time
@@ -21,6 +22,8 @@ from tensorboardX.record_writer import RecordWriter
 from tensorboardX.summary import hparams, scalar, text
 
 from rayexp.disk import naming
+
+logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)  # its "NaN or Inf found" says neither where nor what
 
 FILE = "events.out.tfevents."
 VERSION = "brain.Event:2"

@@ -350,3 +350,11 @@ def test_a_full_disk_is_said_once_and_by_name(run: Run, monkeypatch: pytest.Monk
             add(pen, epoch)
     assert [r.epoch for r in run.records()] == [1, 2, 3]
     assert capfd.readouterr().err == ""
+
+
+def test_a_loss_that_is_not_finite_is_plotted_without_a_word(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    pen = begun(run)
+    add(pen, 1, math.nan)
+    pen.end("done")
+    assert run.records()[0].val_loss != run.records()[0].val_loss
+    assert not caplog.records
