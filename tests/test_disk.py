@@ -361,6 +361,14 @@ def test_an_error_names_what_the_user_knows(tmp_path: Path, number: int, expecte
         disk.make_directory(tmp_path / "runs", "name")
 
 
+def test_folders_on_the_way_are_made(tmp_path: Path) -> None:
+    made = disk.make_directory(tmp_path / "a" / "runs", "name")
+    assert made.is_dir()
+    assert made.parent == tmp_path / "a" / "runs"
+    disk.append_line(tmp_path / "b" / "c" / "epochs.jsonl", "{}")
+    assert (tmp_path / "b" / "c" / "epochs.jsonl").read_text() == "{}\n"
+
+
 def test_a_storage_path_that_is_a_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "runs").touch()
     with pytest.raises(UserError, match=f"storage_path: {tmp_path / 'runs'} is not a folder"):

@@ -210,6 +210,13 @@ def test_predictions_come_back() -> None:
         assert read[name].dtype == array.dtype
 
 
+def test_a_row_is_a_judgement_where_all_its_numbers_are_finite() -> None:
+    assert predictions().finite.tolist() == [True, False, False, True]
+    numbers = {"loss": np.array([1, np.nan, 1, 0], "f4"), "confidence": np.array([0.5, 0.5, np.inf, 1], "f4")}
+    images = Predictions("images", "v", {"label": np.arange(4), **numbers})
+    assert images.finite.tolist() == [True, False, False, True]
+
+
 def test_what_is_no_predictions_file_is_named() -> None:
     data = predictions().to_npz()
     pickled = Predictions("tokens", "v", {"loss": np.array([{}], dtype=object)}).to_npz()
