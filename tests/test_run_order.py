@@ -40,6 +40,14 @@ def test_checkpoints_are_resumed_from_the_most_advanced_on(tmp_path: Path) -> No
     assert order == [epoch_name(n) if kind == "epoch" else step_name(n) for kind, n in numbers]
 
 
+def test_states_that_claim_epochs_without_steps_change_no_order(tmp_path: Path) -> None:
+    run = made(tmp_path)
+    for name, steps in ((epoch_name(1), 10), (step_name(9), 0), (step_name(8), 0)):
+        (run.checkpoints / name).mkdir(parents=True)
+        (run.checkpoints / name / "state.json").write_text(json.dumps({"steps": steps}))
+    assert [path.name for path, _ in run.resumable()] == [epoch_name(1), step_name(9), step_name(8)]
+
+
 def test_the_next_layout_is_not_read(tmp_path: Path) -> None:
     assert made(tmp_path).meta()["status"] == "done"
     with pytest.raises(UserError, match="newer"):
