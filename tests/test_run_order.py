@@ -48,6 +48,16 @@ def test_states_that_claim_epochs_without_steps_change_no_order(tmp_path: Path) 
     assert [path.name for path, _ in run.resumable()] == [epoch_name(1), step_name(9), step_name(8)]
 
 
+@pytest.mark.parametrize(
+    ("text", "begun"), [('{"step": 1}', True), ('{"warnings": ["slow"]}', False), ("{", False), ("3", False)]
+)
+def test_an_attempt_is_stepping_when_its_progress_names_a_step(tmp_path: Path, text: str, begun: bool) -> None:
+    run = made(tmp_path)
+    assert not run.stepping()
+    run.progress_path.write_text(text)
+    assert run.stepping() is begun
+
+
 def test_the_next_layout_is_not_read(tmp_path: Path) -> None:
     assert made(tmp_path).meta()["status"] == "done"
     with pytest.raises(UserError, match="newer"):

@@ -145,6 +145,7 @@ def test_json_and_csv(makes):
     run = makes.random_images(200, 4, 2, names=[f'odd "{i}", näme.JPEG' for i in range(200)])
     r = report_of(run).within(2.0)
     tree = json.loads(json.dumps(r.to_json(), allow_nan=False))
+    assert tree["churn_rate"] == pytest.approx(r.churn / r.n)
     for key in ("n", "acc1", "acc5", "churn", "gained", "lost", "mcnemar_p", "flips"):
         assert key in tree
     assert tree["acc1"] == {"a": r.acc1[0], "b": r.acc1[1]}

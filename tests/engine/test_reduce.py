@@ -133,6 +133,7 @@ def test_the_order_matters_so_the_test_above_can_fail() -> None:
     assert not same_bits(in_rank_order, reference(leaves))
 
 
+@settings(deadline=None)
 @given(st.permutations(range(8)))
 def test_the_order_of_pushing_does_not_matter(pushed: list[int]) -> None:
     leaves = random_leaves(8, 5, 64)
@@ -154,6 +155,7 @@ def test_nan_and_infinity_pass_through(world: int) -> None:
         assert torch.isfinite(result[3:]).all()
 
 
+@settings(deadline=None)
 @given(st.integers(1, 64))
 def test_no_more_rows_than_the_depth_of_the_tree(shards: int) -> None:
     held = most = 0
@@ -175,6 +177,7 @@ def test_a_missing_shard_is_noticed(pushed: int) -> None:
         forest.root()
 
 
+@settings(deadline=None)
 @given(st.integers(1, 12), st.data())
 def test_left_comes_before_right_and_nothing_is_lost(shards: int, data: st.DataObject) -> None:
     """With words for values: added in order whatever the order of pushing, and nodes lie in the order of the shards."""
