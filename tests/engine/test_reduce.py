@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rayexp.engine import order
-from rayexp.engine.exchange import Assembly, Exchange, cut
+from rayexp.engine.exchange import Assembly, Background, Exchange, cut
 from rayexp.engine.flat import Touched
 from rayexp.engine.group import Group
 from rayexp.engine.reduce import Forest, forest_nodes
@@ -239,6 +239,18 @@ def test_touched_rows_are_added_over_all_workers_too(world: int) -> None:
 
     for result in on_all(world, work):
         assert same_bits(result, reference([leaf.clone() for leaf in leaves]))
+
+
+def test_what_goes_wrong_in_the_background_is_raised_in_its_turn() -> None:
+    threads = torch.get_num_threads()
+    background = Background(lambda divisor: 6 // divisor)
+    for divisor in (2, 0, 3):
+        background.put((divisor,))
+    assert background.result() == 3
+    with pytest.raises(ZeroDivisionError):
+        background.result()
+    assert background.result() == 2
+    assert torch.get_num_threads() == threads
 
 
 def test_buckets_cover_a_row_and_leave_out_what_they_must() -> None:
