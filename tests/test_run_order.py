@@ -62,3 +62,7 @@ def test_the_next_layout_is_not_read(tmp_path: Path) -> None:
     assert made(tmp_path).meta()["status"] == "done"
     with pytest.raises(UserError, match="newer"):
         made(tmp_path, LAYOUT + 1).meta()
+
+
+def test_a_request_to_stop_lies_in_the_run_directory(tmp_path: Path) -> None:
+    assert made(tmp_path).stop_path == tmp_path / "stop"
