@@ -361,6 +361,20 @@ def test_an_error_names_what_the_user_knows(tmp_path: Path, number: int, expecte
         disk.make_directory(tmp_path / "runs", "name")
 
 
+def test_an_error_that_names_its_file_keeps_that_name(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(WriteError, match="inner"), disk.naming(tmp_path / "outer"):
+        disk.write_atomic(tmp_path / "file" / "inner", b"")
+
+
+def test_folders_on_the_way_are_made(tmp_path: Path) -> None:
+    made = disk.make_directory(tmp_path / "a" / "runs", "name")
+    assert made.is_dir()
+    assert made.parent == tmp_path / "a" / "runs"
+    disk.append_line(tmp_path / "b" / "c" / "epochs.jsonl", "{}")
+    assert (tmp_path / "b" / "c" / "epochs.jsonl").read_text() == "{}\n"
+
+
 def test_a_storage_path_that_is_a_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "runs").touch()
     with pytest.raises(UserError, match=f"storage_path: {tmp_path / 'runs'} is not a folder"):

@@ -210,6 +210,28 @@ def test_predictions_come_back() -> None:
         assert read[name].dtype == array.dtype
 
 
+def test_a_row_is_a_judgement_where_all_its_numbers_are_finite() -> None:
+    assert predictions().finite.tolist() == [True, False, False, True]
+    numbers = {"loss": np.array([1, np.nan, 1, 0], "f4"), "confidence": np.array([0.5, 0.5, np.inf, 1], "f4")}
+    images = Predictions("images", "v", {"label": np.arange(4), **numbers})
+    assert images.finite.tolist() == [True, False, False, True]
+
+
+def test_the_same_judgements_are_the_same_where_both_are_judgements() -> None:
+    made = predictions()
+
+    def other(*loss: float) -> Predictions:
+        return replace(made, arrays={**made.arrays, "loss": np.array(loss, "f4")})
+
+    assert made.same_as(other(1, np.nan, np.inf, 0))
+    assert made.same_as(other(1, np.inf, np.nan, 0))  # which of them it is does not matter
+    assert not made.same_as(other(1, np.nan, np.inf, 0.5))
+    assert not made.same_as(other(1, np.nan, 1, 0))
+    assert not made.same_as(other(1, np.nan, np.inf, np.nan))
+    assert not made.same_as(replace(made, data_sha="w"))
+    assert not made.same_as(replace(made, kind="images"))
+
+
 def test_what_is_no_predictions_file_is_named() -> None:
     data = predictions().to_npz()
     pickled = Predictions("tokens", "v", {"loss": np.array([{}], dtype=object)}).to_npz()

@@ -15,7 +15,7 @@ from rayexp.config import ExperimentConfig
 from rayexp.disk import write_directory
 from rayexp.errors import UserError
 from rayexp.integrity import check_config, examine, faults
-from rayexp.manifest import SEAL, broken, digest, sealed, state_fault
+from rayexp.manifest import SEAL, STATE, broken, digest, sealed, state_fault
 from rayexp.recorder import Recorder
 from rayexp.records import EpochRecord
 from rayexp.runs import Run, epoch_name, step_name
@@ -239,6 +239,13 @@ def test_a_run_of_the_first_edition_is_not_covered_and_goes_on(tmp_path: Path) -
     found = {finding.what: finding.state for finding in examine(run)}
     assert set(found.values()) == {"not covered", "ok"}
     assert {name for name, kind in found.items() if kind == "ok"} == {f"predictions/epoch_00{e}.npz" for e in (1, 2)}
+    assert resumed(run) == (26, [])
+
+
+def test_what_a_resume_reads_is_enough_of_a_state(tmp_path: Path) -> None:
+    run = interrupted(tmp_path / "runs", seal=False)
+    words = json.loads(newest(run).read_text())
+    newest(run).write_text(json.dumps({key: words[key] for key in STATE}))
     assert resumed(run) == (26, [])
 
 

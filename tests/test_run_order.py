@@ -40,7 +40,29 @@ def test_checkpoints_are_resumed_from_the_most_advanced_on(tmp_path: Path) -> No
     assert order == [epoch_name(n) if kind == "epoch" else step_name(n) for kind, n in numbers]
 
 
+def test_states_that_claim_epochs_without_steps_change_no_order(tmp_path: Path) -> None:
+    run = made(tmp_path)
+    for name, steps in ((epoch_name(1), 10), (step_name(9), 0), (step_name(8), 0)):
+        (run.checkpoints / name).mkdir(parents=True)
+        (run.checkpoints / name / "state.json").write_text(json.dumps({"steps": steps}))
+    assert [path.name for path, _ in run.resumable()] == [epoch_name(1), step_name(9), step_name(8)]
+
+
+@pytest.mark.parametrize(
+    ("text", "begun"), [('{"step": 1}', True), ('{"warnings": ["slow"]}', False), ("{", False), ("3", False)]
+)
+def test_an_attempt_is_stepping_when_its_progress_names_a_step(tmp_path: Path, text: str, begun: bool) -> None:
+    run = made(tmp_path)
+    assert not run.stepping()
+    run.progress_path.write_text(text)
+    assert run.stepping() is begun
+
+
 def test_the_next_layout_is_not_read(tmp_path: Path) -> None:
     assert made(tmp_path).meta()["status"] == "done"
     with pytest.raises(UserError, match="newer"):
         made(tmp_path, LAYOUT + 1).meta()
+
+
+def test_a_request_to_stop_lies_in_the_run_directory(tmp_path: Path) -> None:
+    assert made(tmp_path).stop_path == tmp_path / "stop"

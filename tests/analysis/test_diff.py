@@ -99,6 +99,9 @@ def test_against_independent_code(makes):
     assert {(m.label, m.a, m.b): m.count for m in r.moves} == dict(moves)
     assert [m.count for m in r.moves] == sorted(moves.values(), reverse=True)
     assert {c.label: (c.gained, c.lost, c.n) for c in r.classes} == per_class
+    rise = [per_class[c.label][0] - per_class[c.label][1] for c in r.classes]
+    assert rise == sorted(rise)  # losses first
+    assert len(set(rise)) > 1
     p = {y: scipy.stats.binomtest(g, g + k).pvalue if g + k else 1.0 for y, (g, k, _) in per_class.items()}
     adjusted = dict(zip(p, scipy.stats.false_discovery_control(list(p.values())), strict=True))
     assert {c.label: c.adjusted_p for c in r.classes} == pytest.approx(adjusted)
@@ -142,6 +145,7 @@ def test_json_and_csv(makes):
     run = makes.random_images(200, 4, 2, names=[f'odd "{i}", näme.JPEG' for i in range(200)])
     r = report_of(run).within(2.0)
     tree = json.loads(json.dumps(r.to_json(), allow_nan=False))
+    assert tree["churn_rate"] == pytest.approx(r.churn / r.n)
     for key in ("n", "acc1", "acc5", "churn", "gained", "lost", "mcnemar_p", "flips"):
         assert key in tree
     assert tree["acc1"] == {"a": r.acc1[0], "b": r.acc1[1]}

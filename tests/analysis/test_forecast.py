@@ -60,6 +60,8 @@ def test_a_given_latency_leaves_the_bandwidth_to_be_measured():
 def test_a_given_link_needs_no_measurement():
     link = forecast.measure_link([], 5e9, 2e-6)
     assert (link.bandwidth.value, link.latency.value, link.source) == (5e9, 2e-6, "given")
+    words = link.to_json()  # 40 Gbit/s, 2 microseconds
+    assert (words["bandwidth_gbit"]["value"], words["latency_us"]["value"]) == pytest.approx((40, 2))
 
 
 def test_no_link_without_anything():

@@ -45,6 +45,13 @@ def test_by_hand(makes, arrays):
     json.dumps(r.to_json(), allow_nan=False)
 
 
+def test_zeros_that_stay_zeros_have_not_moved(makes, arrays):
+    same = {"fc.bias": np.zeros(2, np.float32)}
+    r = diff_weights(*pair(makes, arrays, same, {"fc.bias": np.zeros(2, np.float32)}))
+    assert [t.relative for t in r.tensors] == [0]
+    assert r.relative == 0
+
+
 def test_layers_by_hand(makes, arrays):
     a = {
         "l.weight": np.array([3.0], np.float32),

@@ -95,18 +95,20 @@ def test_the_master_holds_the_model_and_its_judges_look_into_it() -> None:
 
 
 def test_running_statistics_take_the_mean_over_shards() -> None:
-    model = nn.Sequential(nn.BatchNorm2d(3, momentum=0.3), nn.BatchNorm1d(2))
+    model = nn.Sequential(nn.BatchNorm2d(3, momentum=0.3), nn.BatchNorm1d(2), nn.BatchNorm1d(2, momentum=None))
     layout = Layout(model, 2)
     master = Master(model, layout, CPU)
     row = torch.zeros(layout.row)
     sums = {slot.name: slot.view(layout.batch_stats(row)) for slot in layout.stats}
     sums["0.running_mean"].fill_(6.0)
     sums["1.running_var"].fill_(8.0)
+    sums["2.running_var"].fill_(8.0)
     master.update_stats(row, 4)
     found = master.tensors(0)
     torch.testing.assert_close(found["0.running_mean"], torch.full((3,), 0.3 * 6 / 4))
     torch.testing.assert_close(found["0.running_var"], torch.full((3,), 0.7))
-    torch.testing.assert_close(found["1.running_var"], torch.full((2,), 0.9 + 0.1 * 8 / 4))
+    for name in ("1.running_var", "2.running_var"):  # 0.1 where a layer says nothing, or None
+        torch.testing.assert_close(found[name], torch.full((2,), 0.9 + 0.1 * 8 / 4))
 
 
 def one_pass(replica: Replica, layout: Layout, row: Row, x: Tensor, spare: bool) -> dict[str, Tensor]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +15,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rayexp.engine import order
-from rayexp.engine.exchange import Exchange, cut
+from rayexp.engine.exchange import Assembly, Background, Exchange, cut
 from rayexp.engine.flat import Touched
 from rayexp.engine.group import Group
 from rayexp.engine.reduce import Forest, forest_nodes
+
+CPU = torch.device("cpu")
 
 
 def reference(leaves: list[Tensor]) -> Tensor:
@@ -67,22 +72,13 @@ class Postbox(Group):
         self.meet.wait()
 
 
-def reduce_with(world: int, leaves: list[Tensor]) -> list[Tensor]:
-    shards, length = len(leaves), len(leaves[0])
+def on_all(world: int, work: Callable[[Group], Tensor]) -> list[Tensor]:
     shared: dict[tuple[str, int], Tensor] = {}
     barrier = threading.Barrier(world, timeout=20)
     results: list[Tensor] = [torch.empty(0)] * world
 
     def worker(rank: int) -> None:
-        forest = Forest[Tensor](shards, add)
-        for shard in order.share(shards, world, rank):
-            forest.push((0, shard), leaves[shard].clone())
-        rows = [row for _, row in forest.nodes()]
-        exchange = Exchange(Postbox(rank, world, shared, barrier), shards, length, torch.device("cpu"), bucket=shards)
-        for bucket, where in enumerate(exchange.buckets):
-            exchange.send(bucket, [row[where] for row in rows])
-        exchange.finish()
-        results[rank] = rows[0]
+        results[rank] = work(Postbox(rank, world, shared, barrier))
 
     threads = [threading.Thread(target=worker, args=(rank,)) for rank in range(world)]
     for thread in threads:
@@ -90,6 +86,23 @@ def reduce_with(world: int, leaves: list[Tensor]) -> list[Tensor]:
     for thread in threads:
         thread.join()
     return results
+
+
+def reduce_with(world: int, leaves: list[Tensor]) -> list[Tensor]:
+    shards, length = len(leaves), len(leaves[0])
+
+    def work(group: Group) -> Tensor:
+        forest = Forest[Tensor](shards, add)
+        for shard in order.share(shards, world, group.rank):
+            forest.push((0, shard), leaves[shard].clone())
+        rows = [row for _, row in forest.nodes()]
+        exchange = Exchange(group, shards, length, CPU, bucket=shards)
+        for bucket, where in enumerate(exchange.buckets):
+            exchange.send(bucket, [row[where] for row in rows])
+        exchange.finish()
+        return rows[0]
+
+    return on_all(world, work)
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -120,6 +133,7 @@ def test_the_order_matters_so_the_test_above_can_fail() -> None:
     assert not same_bits(in_rank_order, reference(leaves))
 
 
+@settings(deadline=None)
 @given(st.permutations(range(8)))
 def test_the_order_of_pushing_does_not_matter(pushed: list[int]) -> None:
     leaves = random_leaves(8, 5, 64)
@@ -141,6 +155,7 @@ def test_nan_and_infinity_pass_through(world: int) -> None:
         assert torch.isfinite(result[3:]).all()
 
 
+@settings(deadline=None)
 @given(st.integers(1, 64))
 def test_no_more_rows_than_the_depth_of_the_tree(shards: int) -> None:
     held = most = 0
@@ -162,6 +177,7 @@ def test_a_missing_shard_is_noticed(pushed: int) -> None:
         forest.root()
 
 
+@settings(deadline=None)
 @given(st.integers(1, 12), st.data())
 def test_left_comes_before_right_and_nothing_is_lost(shards: int, data: st.DataObject) -> None:
     """With words for values: added in order whatever the order of pushing, and nodes lie in the order of the shards."""
@@ -198,6 +214,43 @@ def test_power_of_two_shares_are_single_nodes() -> None:
     for world in (1, 2, 4, 8):
         for rank in range(world):
             assert len(forest_nodes(order.share(8, world, rank), 8)) == 1
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_touched_rows_are_added_over_all_workers_too(world: int) -> None:
+    """An embedding of 6 rows between other parameters, of which the batch reads three."""
+    leaves = random_leaves(4, 3, 64)
+    part = Touched(1, 16, 48, (6, 5), torch.tensor([0, 3, 4]))
+    for leaf in leaves:
+        touched = part.matrix(leaf)[part.rows].clone()
+        leaf[part.start : part.stop] = 0
+        part.matrix(leaf)[part.rows] = touched
+
+    def work(group: Group) -> Tensor:
+        exchange = Exchange(group, 4, 64, CPU, bucket=16, without=[part])
+        buckets = range(len(exchange.buckets))
+        plan: Any = SimpleNamespace(of=[], waits=[0 for _ in buckets], order=list(buckets))
+        assembly = Assembly(plan, exchange, 1, [part], lambda tasks: [task() for task in tasks])
+        shards = order.share(4, world, group.rank)
+        rows: Any = [((0, shard), SimpleNamespace(tensor=leaves[shard].clone())) for shard in shards]
+        assembly.held[0] = rows
+        assembly.ended(0)
+        return assembly.finish()
+
+    for result in on_all(world, work):
+        assert same_bits(result, reference([leaf.clone() for leaf in leaves]))
+
+
+def test_what_goes_wrong_in_the_background_is_raised_in_its_turn() -> None:
+    threads = torch.get_num_threads()
+    background = Background(lambda divisor: 6 // divisor)
+    for divisor in (2, 0, 3):
+        background.put((divisor,))
+    assert background.result() == 3
+    with pytest.raises(ZeroDivisionError):
+        background.result()
+    assert background.result() == 2
+    assert torch.get_num_threads() == threads
 
 
 def test_buckets_cover_a_row_and_leave_out_what_they_must() -> None:

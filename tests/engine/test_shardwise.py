@@ -92,6 +92,22 @@ def test_layers_are_what_they_were() -> None:
         assert torch.allclose(parameter.grad, expected[name], rtol=1e-4, atol=1e-4), name
 
 
+def test_a_linear_layers_gradients_are_added_shard_by_shard() -> None:
+    torch.manual_seed(0)
+    layer, draws, sizes = nn.Sequential(nn.Linear(64, 50)), Draws(), (11, 12, 13)
+    x, weight = torch.randn(36, 64), torch.randn(36, 50)
+    shardwise.shardwise(layer, draws)
+
+    def gradients(x: Tensor, weight: Tensor, *sizes: int) -> tuple[Tensor, ...]:
+        draws.begin(range(len(sizes)), sizes, x.device)
+        return torch.autograd.grad((layer(x) * weight).sum(), list(layer.parameters()))
+
+    shards = zip(x.split(sizes), weight.split(sizes), sizes, strict=True)
+    one_by_one = zip(*(gradients(*shard) for shard in shards), strict=True)
+    for found, parts in zip(gradients(x, weight, *sizes), one_by_one, strict=True):
+        assert torch.equal(found, total(iter(parts)))
+
+
 def test_what_cannot() -> None:
     assert shardwise.can(models.mobilenet_v3_small())
     assert not shardwise.can(nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4)))

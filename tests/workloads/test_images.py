@@ -16,6 +16,7 @@ from torch import nn
 
 from rayexp.config import AugmentConfig, ExperimentConfig, parse
 from rayexp.engine import order
+from rayexp.engine.draws import Draws, adopt
 from rayexp.engine.matmul import product
 from rayexp.errors import UserError
 from rayexp.records import Predictions
@@ -180,6 +181,17 @@ def test_shards_of_a_batch_are_the_batch() -> None:
     assert torch.equal(again.inputs[0], parts[3].inputs[0])
     other = workload.batch(2, 0, range(3, 4), cpu)
     assert not torch.equal(other.inputs[0], parts[3].inputs[0])
+
+
+def test_dropout_is_drawn_image_by_image() -> None:
+    """What a shard draws does not depend on the shards beside it."""
+    workload, random = ImageClassification(config()), Draws()
+    layers = nn.Sequential(nn.Dropout(0.5)).train()
+    adopt(layers, random, workload.batch_dim)
+    random.begin([1, 2], [3, 4], torch.device("cpu"))
+    both = layers(torch.ones(7, 7, 8, 8))
+    random.begin([2], [4], torch.device("cpu"))
+    assert torch.equal(layers(torch.ones(4, 7, 8, 8)), both[3:])
 
 
 def test_predictions_are_sorted_and_counted() -> None:
