@@ -143,3 +143,16 @@ def real_data() -> Path:
     if not folder:
         pytest.skip("RAYEXP_TEST_DATA is not set (a folder with tiny-imagenet-200-first80.zip)")
     return Path(folder)
+
+
+@pytest.fixture
+def counted(monkeypatch) -> list[list[str]]:
+    """The files that reach the packing pool, by call."""
+    calls: list[list[str]] = []
+    original = pool.ordered
+
+    def ordered(function, arguments, *rest):
+        return original(function, (calls.append(a[2]) or a for a in arguments), *rest)
+
+    monkeypatch.setattr(pool, "ordered", ordered)
+    return calls

@@ -32,19 +32,6 @@ def root(tmp_path, tiny) -> Path:
     return tiny.write_folder(tmp_path / "pets", files)
 
 
-@pytest.fixture
-def decoded(monkeypatch) -> list[list[str]]:
-    """The files that reach the pool, by call."""
-    calls: list[list[str]] = []
-    original = packing.pool.ordered
-
-    def ordered(function, arguments, *rest):
-        return original(function, (calls.append(a[2]) or a for a in arguments), *rest)
-
-    monkeypatch.setattr(packing.pool, "ordered", ordered)
-    return calls
-
-
 def packed_folders(cache: Path) -> list[str]:
     return sorted(path.name for path in (cache / "folders").iterdir() if not path.is_symlink())
 
@@ -56,17 +43,17 @@ def states(cache: Path) -> dict[str, tuple[str, bool]]:
 # ---------------------------------------------------------------------- pixels decide
 
 
-def test_a_touched_image_is_compared_and_nothing_else(root, cache, decoded):
+def test_a_touched_image_is_compared_and_nothing_else(root, cache, counted):
     first = open_data(config(root))
-    decoded.clear()
+    counted.clear()
     os.utime(root / "b" / "3.png", ns=(1, 1))
     again = open_data(config(root))
-    assert decoded == [["b/3.png"]]
+    assert counted == [["b/3.png"]]
     assert (again.train.sha, again.val.sha) == (first.train.sha, first.val.sha)
     assert len(packed_folders(cache)) == 1
-    decoded.clear()
+    counted.clear()
     open_data(config(root))
-    assert decoded == []  # found by its new listing
+    assert counted == []  # found by its new listing
 
 
 def test_a_copy_of_the_folder_shares_what_is_packed(root, cache, tmp_path):
@@ -107,18 +94,18 @@ def test_a_change_is_packed(root, cache, tiny, change):
     assert len(packed_folders(cache)) == 2
 
 
-def test_a_packed_folder_of_an_older_rayexp_is_found(root, cache, decoded):
+def test_a_packed_folder_of_an_older_rayexp_is_found(root, cache, counted):
     """It has no list of files: all are compared once."""
     open_data(config(root))
     (packed,) = (cache / "folders").iterdir()
     for name in ("files.json", "used.json"):
         (packed / name).unlink()
-    decoded.clear()
+    counted.clear()
     open_data(config(root))
-    assert decoded == []
+    assert counted == []
     os.utime(root / "a" / "0.png", ns=(1, 1))
     open_data(config(root))
-    assert sum(map(len, decoded)) == 10
+    assert sum(map(len, counted)) == 10
     assert len(packed_folders(cache)) == 1
 
 

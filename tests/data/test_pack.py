@@ -35,19 +35,6 @@ def source(tmp_path, tiny, monkeypatch) -> Path:
     return tiny.write_zip(tmp_path / "a.zip", tiny.layout())
 
 
-@pytest.fixture
-def counted(monkeypatch) -> list[list[str]]:
-    """The calls that reach the pool; `stop_after` of them, the pool raises."""
-    calls: list[list[str]] = []
-    original = packing.pool.ordered
-
-    def ordered(function, arguments, *rest):
-        return original(function, (calls.append(a[2]) or a for a in arguments), *rest)
-
-    monkeypatch.setattr(packing.pool, "ordered", ordered)
-    return calls
-
-
 def interrupt(monkeypatch, after: int, error: BaseException) -> None:
     """Make the pool fail once it has answered `after` calls."""
     answered = 0
