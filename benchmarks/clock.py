@@ -23,9 +23,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from rayexp.analysis.measured import Measured, measure
-from rayexp.comparison import PLAIN, Comparison
 from rayexp.config import ExperimentConfig, parse
+from rayexp.grid.comparison import PLAIN, Comparison
+from rayexp.grid.measured import Measured, measure
 from rayexp.launch.processes import free_port
 
 
@@ -68,16 +68,16 @@ def loop(words: dict[str, Any]) -> float:
 
     import torch
 
-    from rayexp.engine.group import Group
-    from rayexp.engine.loop import EpochDone, Session
-    from rayexp.engine.place import settle
+    from rayexp.engine.group import WorkerGroup
+    from rayexp.engine.runtime import configure
+    from rayexp.engine.trainer import EpochDone, Trainer
     from rayexp.workloads import open_workload
 
     config = parse(words["config"], ExperimentConfig, "config")
-    group = Group.join() if words["world"] > 1 else Group()
-    place = settle(config, torch.device("cpu"), config.shards // group.world, words["cpus"])
+    group = WorkerGroup.join() if words["world"] > 1 else WorkerGroup()
+    place = configure(config, torch.device("cpu"), config.shards // group.world, words["cpus"])
     rates, samples, began = [], 0, 0.0
-    for event in Session(config, open_workload(config), group, place).train():
+    for event in Trainer(config, open_workload(config), group, place).train():
         now = time.perf_counter()
         if isinstance(event, EpochDone):
             began = 0.0

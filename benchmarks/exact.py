@@ -17,9 +17,9 @@ import tempfile
 from pathlib import Path
 
 from rayexp.config import ExperimentConfig, parse
-from rayexp.cores import cores
 from rayexp.launch import processes
-from rayexp.runs import Run
+from rayexp.runs.run import Run
+from rayexp.system.cores import cores
 
 PHASES = ("data", "compute", "reduce", "optimizer")
 

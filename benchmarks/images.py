@@ -102,13 +102,13 @@ def bare_loop(packed: Path, images: int, batch: int) -> list[float]:
     import torch.nn.functional as F
 
     from rayexp.config import ExperimentConfig, parse
-    from rayexp.cores import cores
     from rayexp.engine import order
-    from rayexp.engine.draws import Draws
-    from rayexp.engine.norm import per_shard
-    from rayexp.engine.place import keep_freed_memory
-    from rayexp.workloads.augment import DRAWS, augment
-    from rayexp.workloads.image_classification import MEAN, STD, ImageClassification
+    from rayexp.engine.batch_norm import per_shard
+    from rayexp.engine.rng import Draws
+    from rayexp.engine.runtime import keep_freed_memory
+    from rayexp.system.cores import cores
+    from rayexp.workloads.image_classification.augmentation import DRAWS, augment
+    from rayexp.workloads.image_classification.workload import MEAN, STD, ImageClassification
 
     data = {"name": "tiny_imagenet", "root": str(packed), "max_train_samples": images}
     config = parse({"data": data, "batch_size": batch}, ExperimentConfig, "benchmark")

@@ -78,14 +78,14 @@ def child(config: str, steps: str, *overrides: str) -> None:
     import torch
 
     from rayexp.config import load
-    from rayexp.engine.group import Group
-    from rayexp.engine.loop import Session, StepDone
-    from rayexp.engine.place import settle
+    from rayexp.engine.group import WorkerGroup
+    from rayexp.engine.runtime import configure
+    from rayexp.engine.trainer import StepDone, Trainer
     from rayexp.workloads import open_workload
 
     settings = load(config, overrides)
-    place = settle(settings, torch.device("cpu"), settings.shards)
-    session = Session(settings, open_workload(settings), Group(), place)
+    place = configure(settings, torch.device("cpu"), settings.shards)
+    session = Trainer(settings, open_workload(settings), WorkerGroup(), place)
     found = []
     for event in session.train():
         if isinstance(event, StepDone):
@@ -125,8 +125,8 @@ def machine() -> dict[str, object]:
     """Where this was measured."""
     import torch
 
-    from rayexp.cores import cores
-    from rayexp.engine.place import cpu_capability
+    from rayexp.engine.runtime import cpu_capability
+    from rayexp.system.cores import cores
 
     model = platform.processor()
     if Path("/proc/cpuinfo").exists():

@@ -19,8 +19,8 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-from rayexp.analysis.measured import measure
-from rayexp.comparison import PLAIN, Comparison
+from rayexp.grid.comparison import PLAIN, Comparison
+from rayexp.grid.measured import measure
 
 POLL_S = 0.002
 

@@ -69,3 +69,16 @@ def plain(value: Any) -> Any:
         return None
     # numpy's, without importing it: most commands do without
     return plain(value.tolist()) if hasattr(value, "tolist") else value
+
+
+def seconds(value: float | None) -> str:
+    """`0.412 s`, `38 s`, `12 min 5 s`, `3 h 20 min`."""
+    if value is None or math.isnan(value):
+        return ""
+    if value < 120:
+        return f"{value:.3g} s" if value < 100 else f"{value:.0f} s"
+    minutes = round(value / 60)
+    if value < 7200:
+        whole = round(value)
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{minutes // 60} h {minutes % 60} min"

@@ -1,16 +1,127 @@
-"""Shared by all tests: no usage reports, where real data lies, and file systems that lack something."""
+"""Shared by all tests: no usage reports, where real data lies, file systems that lack something, small experiments."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
+from rayexp.config import ExperimentConfig, parse
+
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+# Small and quick: a step takes milliseconds, an epoch has some ten of them.
+TINY: dict[str, Any] = {
+    "name": "tiny",
+    "workload": "language_model",
+    "data": {"name": "python_docs", "max_train_tokens": 3000, "max_val_tokens": 600, "bptt": 20},
+    "model": {"name": "lstm", "emsize": 16, "nhid": 16, "nlayers": 1, "dropout": 0.2},
+    "epochs": 2,
+    "batch_size": 16,
+    "shards": 4,
+    "lr": 1.0,
+    "weight_decay": 0.0,
+    "optimizer": {"momentum": 0.5, "clip": 0.25},
+}
+
+
+@pytest.fixture
+def tiny_images() -> dict[str, Any]:
+    """The keys of a small image classification."""
+    return {
+        "data": {"name": "shapes", "max_train_samples": 64, "max_val_samples": 32, "image_size": 32},
+        "batch_size": 16,
+        "shards": 2,
+        "epochs": 2,
+        "lr": 0.01,
+    }
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Callable[..., ExperimentConfig]:
+    """A small configuration, its runs in tmp_path/runs; keywords replace its keys."""
+
+    def make(**changes: Any) -> ExperimentConfig:
+        return parse({**TINY, "storage_path": str(tmp_path / "runs"), **changes}, ExperimentConfig, "test")
+
+    return make
+
+
+@pytest.fixture
+def alone() -> Iterator[dict[str, str]]:
+    """An environment in which no Ray runs that another process has started here (its address lies in RAY_TMPDIR)."""
+    folder = tempfile.mkdtemp(prefix="rx-")  # short: sockets lie below it
+    yield {**{k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}, "RAY_TMPDIR": folder}
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def members(session: int) -> list[psutil.Process]:
+    """The live processes of a session, its leader last."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(OSError, psutil.Error):
+            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return sorted(found, key=lambda process: process.pid == session)
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start `rayexp ...` in tmp_path, in a session of its own; what still runs at the end of the test is killed."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*words: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "rayexp", *words],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        for child in members(process.pid):
+            child.kill()
+        process.communicate()
+
+
+@pytest.fixture(name="members")
+def members_fixture() -> Callable[[int], list[psutil.Process]]:
+    return members
+
+
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A folder whose path leaves room for the names of Ray's sockets (107 characters in all)."""
+    with tempfile.TemporaryDirectory(prefix="rx-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def until() -> Callable[..., None]:
+    """Wait for something to become true."""
+
+    def wait(condition: Callable[[], Any], seconds: float = 120) -> None:
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, "it did not happen"
+            time.sleep(0.01)
+
+    return wait
 
 
 @pytest.fixture(scope="session")

@@ -13,8 +13,8 @@ from rayexp.cli import _shell
 from rayexp.cli._shell import error_line, print_json, print_table, say, tell
 from rayexp.errors import UserError
 from rayexp.launch.screen import Screen, epoch_line
-from rayexp.records import EpochRecord
-from rayexp.runs import Run
+from rayexp.runs.records import EpochRecord
+from rayexp.runs.run import Run
 
 EVIL = "\x1b]0;x\x07\x1b[2J[red]caf\udce9[/red]"
 SHOWN = "\\x1b]0;x\\x07\\x1b[2J[red]caf\\xe9[/red]"

@@ -116,9 +116,9 @@ def error_line(text: str) -> None:
 
 def main() -> None:
     """The console script."""
+    from rayexp.cluster.surroundings import settle_home
     from rayexp.errors import FULL, RunError, Stopped, UserError, WriteError
-    from rayexp.launch import signals
-    from rayexp.launch.surroundings import settle_home
+    from rayexp.system import signals
 
     try:
         settle_home(say)

@@ -8,10 +8,10 @@ from rayexp.cli._shell import print_table, tell
 from rayexp.display import NOT_FINITE, figure
 
 if TYPE_CHECKING:
-    from rayexp.analysis.churn import ChurnReport
-    from rayexp.analysis.diff import DiffReport
-    from rayexp.analysis.text_diff import TextReport
-    from rayexp.analysis.weights import WeightsReport
+    from rayexp.diff.churn import ChurnReport
+    from rayexp.diff.images import DiffReport
+    from rayexp.diff.text import TextReport
+    from rayexp.diff.weights import WeightsReport
 
 KIND = {"lost": "lost", "gained": "gained", "other_wrong": "other wrong", "not_finite": NOT_FINITE}
 MATRIX_EPOCHS = 24  # a wider matrix does not fit a terminal
@@ -20,7 +20,7 @@ LISTED_EPOCHS = 60  # of longer runs, as many are listed, evenly spread
 
 def show(report: DiffReport | TextReport, limit: int) -> None:
     """Everything but the verdict."""
-    from rayexp.analysis.diff import DiffReport
+    from rayexp.diff.images import DiffReport
 
     if isinstance(report, DiffReport):
         show_images(report, limit)
@@ -227,7 +227,7 @@ def show_verdict(report: DiffReport | TextReport) -> None:
 
 def _changes(report: DiffReport | TextReport) -> None:
     """In what the two runs' configurations differ."""
-    from rayexp.analysis.pair import config_changes
+    from rayexp.diff.pair import config_changes
 
     changes = config_changes(report.a, report.b)
     if changes:

@@ -38,8 +38,8 @@ def submit(
     Only the package and the resolved configuration travel. Paths in it are the cluster's; relative ones count from the
     home directory there. The job goes on when this command ends or loses its connection.
     """
+    from rayexp.cluster import jobs
     from rayexp.config import load
-    from rayexp.launch import jobs
 
     words = [*(overrides or []), *([f"name={name}"] if name else [])]
     job = jobs.submit(load(config, words), address, resume=resume, python=python, say=say)
@@ -58,7 +58,7 @@ def jobs_command(address: Address = None, as_json: JsonOption = False) -> None:
     """List the cluster's jobs, oldest first."""
     import dataclasses
 
-    from rayexp.launch import jobs
+    from rayexp.cluster import jobs
 
     rows = [{k: v for k, v in dataclasses.asdict(job).items() if k != "message"} for job in jobs.jobs(address)]
     if as_json:
@@ -76,7 +76,7 @@ def logs(
     address: Address = None,
 ) -> None:
     """Print what a job has printed."""
-    from rayexp.launch import jobs
+    from rayexp.cluster import jobs
 
     found = jobs.find(address, job)
     if follow:
@@ -88,7 +88,7 @@ def logs(
 @app.command()
 def stop(job: JobArgument = None, address: Address = None) -> None:
     """Ask a job to save its present step and end."""
-    from rayexp.launch import jobs
+    from rayexp.cluster import jobs
 
     found = jobs.find(address, job)
     if jobs.stop(address, found.job):
@@ -116,8 +116,8 @@ def collect(
     From a cluster over its HTTP address, also when the job has ended; or from a path, s3://, gs://. Every file is
     checked; the same command goes on where it was cut off, and fetches only what is new.
     """
-    from rayexp.launch import collect as collecting
-    from rayexp.launch import sources
+    from rayexp.cluster import collect as collecting
+    from rayexp.cluster import sources
 
     source, name = sources.find(what, address)
     with tempfile.TemporaryDirectory(prefix="rayexp-") as between:
@@ -133,8 +133,9 @@ def collect(
 
 def _follow(address: str | None, job: str, to: object) -> None:
     """Hand on a job's output and exit with its code."""
+    from rayexp.cluster import follow as following
+    from rayexp.cluster import jobs
     from rayexp.errors import RunError
-    from rayexp.launch import following, jobs
 
     def out(text: str) -> None:
         to.write(text)  # type: ignore[attr-defined]

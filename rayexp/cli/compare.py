@@ -11,8 +11,8 @@ import typer
 from rayexp.cli._shell import RUNS, JsonOption, RunsOption, app, print_json, say, tell
 
 if TYPE_CHECKING:
-    from rayexp.comparison import Comparison
-    from rayexp.runs import Run
+    from rayexp.grid.comparison import Comparison
+    from rayexp.runs.run import Run
 
 MarkdownOption = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Write the tables as Markdown.", dir_okay=False)
@@ -51,11 +51,11 @@ def compare(
     Every cell is an ordinary run, one at a time under Ray Tune, its repeats interleaved with those of the others. The
     exit code is 1 where a cell failed or exact cells ended with different weights.
     """
-    from rayexp.cli import _show_compare as view
-    from rayexp.comparison import Comparison
+    from rayexp.cli import _show_grid as view
+    from rayexp.cluster.as_job import below_home
     from rayexp.config import CompareConfig, load
     from rayexp.errors import UserError
-    from rayexp.launch.as_job import below_home
+    from rayexp.grid.comparison import Comparison
 
     words = [*(overrides or []), *([f"storage_path={runs}"] if runs else [])]
     if resume is None:
@@ -63,7 +63,7 @@ def compare(
             raise UserError("compare needs a CONFIG (or --resume COMPARE)")
         grid = load(config, words, CompareConfig)
         grid = grid.model_copy(update={"storage_path": below_home(grid.storage_path)})
-        from rayexp.launch.grid import go, planned, start
+        from rayexp.grid.run import go, planned, start
 
         base, cells = planned(grid, Path(config).parent, address)
         if dry_run:
@@ -73,7 +73,7 @@ def compare(
     else:
         if config is not None:
             raise UserError(f"compare --resume goes on with the grid as it was planned; leave {config} out")
-        from rayexp.launch.grid import go
+        from rayexp.grid.run import go
 
         made = Comparison.find(resume, below_home(runs or RUNS))
         grid, cells = made.config(), made.cells()
@@ -105,8 +105,8 @@ def report(
     as_json: JsonOption = False,
 ) -> None:
     """One offline page about a run (curves, phases, epochs) or about a comparison (speed, phases, results)."""
-    from rayexp.comparison import Comparison
     from rayexp.errors import UserError
+    from rayexp.grid.comparison import Comparison
 
     found = _find(name, runs)
     if isinstance(found, Comparison):
@@ -115,7 +115,7 @@ def report(
     run = found
     if markdown:
         raise UserError("--markdown: for comparisons; a run's table is epochs.jsonl")
-    from rayexp.analysis.report import write_run_page
+    from rayexp.pages.run_page import write_run_page
 
     out = out or run.root / "report.html"
     write_run_page(out, run)
@@ -127,9 +127,9 @@ def report(
 
 def _find(name: str, runs: Path) -> Run | Comparison:
     """The run or the comparison of that path or name (UserError where there is neither)."""
-    from rayexp.comparison import Comparison
     from rayexp.errors import UserError
-    from rayexp.runs import Run
+    from rayexp.grid.comparison import Comparison
+    from rayexp.runs.run import Run
 
     path = Path(name).expanduser()
     if (path / "run.json").is_file():
@@ -147,12 +147,12 @@ def _find(name: str, runs: Path) -> Run | Comparison:
 
 def _show(made: Comparison, page: Path, markdown: Path | None, as_json: bool, judge: bool) -> None:
     """Print a comparison, write its page and its Markdown, and with `judge` fail where it is not as promised."""
-    from rayexp.analysis.compare import compare as read
-    from rayexp.analysis.compare_tables import markdown as to_markdown
-    from rayexp.analysis.report import write_compare_page
-    from rayexp.cli import _show_compare as view
-    from rayexp.disk import write_atomic
+    from rayexp.cli import _show_grid as view
     from rayexp.errors import RunError
+    from rayexp.grid.page import write_compare_page
+    from rayexp.grid.report import compare as read
+    from rayexp.grid.tables import markdown as to_markdown
+    from rayexp.system.disk import write_atomic
 
     found = read(made)
     if as_json:

@@ -10,9 +10,9 @@ import typer
 from rayexp.cli._shell import RUNS, JsonOption, RunsOption, app, print_json, say, tell
 
 if TYPE_CHECKING:
-    from rayexp.analysis.diff import DiffReport
-    from rayexp.analysis.text_diff import TextReport
-    from rayexp.runs import Run
+    from rayexp.diff.images import DiffReport
+    from rayexp.diff.text import TextReport
+    from rayexp.runs.run import Run
 
 # ---------------------------------------------------------------------- diff
 
@@ -42,7 +42,7 @@ def diff(
     of every sample), 1 for FAIL (it lies below, or a judgement of B is not finite) and 3 for INCONCLUSIVE.
     """
     from rayexp.errors import UserError
-    from rayexp.runs import Run, resolve
+    from rayexp.runs.run import Run, resolve
 
     if every:
         if len(refs) != 1 or csv or weights or max_drop is not None:
@@ -56,22 +56,22 @@ def diff(
     for run, epoch in (a, b):
         _need_predictions(run, epoch)
 
-    from rayexp.analysis.pair import read_pair
     from rayexp.cli import _show_diff as view
+    from rayexp.diff.pair import read_pair
 
     pair = read_pair(a, b)
     report: DiffReport | TextReport
     if pair[0].predictions.kind == "images":
-        from rayexp.analysis.diff import diff_images
+        from rayexp.diff.images import diff_images
 
         report = diff_images(*pair).within(max_drop)
     else:
-        from rayexp.analysis.text_diff import diff_text
+        from rayexp.diff.text import diff_text
 
         report = diff_text(*pair).within(max_drop)
     moved = None
     if weights:
-        from rayexp.analysis.weights import diff_weights
+        from rayexp.diff.weights import diff_weights
 
         moved = diff_weights(a, b)
     if as_json:
@@ -82,12 +82,12 @@ def diff(
             view.show_weights(moved, limit)
         view.show_verdict(report)
     if csv:
-        from rayexp.disk import write_atomic
+        from rayexp.system.disk import write_atomic
 
         write_atomic(csv, report.to_csv())
         say(f"list: {csv}")
     if html:
-        from rayexp.analysis.html_diff import write_page
+        from rayexp.diff.page import write_page
 
         write_page(html, report, moved)
         say(f"page: {html}")
@@ -95,8 +95,8 @@ def diff(
 
 
 def _diff_all(run: Run, html: Path | None, as_json: bool) -> None:
-    from rayexp.analysis.churn import diff_all
     from rayexp.cli import _show_diff as view
+    from rayexp.diff.churn import diff_all
 
     epochs = sorted({*run.epochs(), *(r.epoch for r in run.records())})
     for epoch in epochs:
@@ -107,7 +107,7 @@ def _diff_all(run: Run, html: Path | None, as_json: bool) -> None:
     else:
         view.show_churn(report)
     if html:
-        from rayexp.analysis.html_churn import write_churn_page
+        from rayexp.diff.churn_page import write_churn_page
 
         write_churn_page(html, report)
         say(f"page: {html}")
@@ -142,15 +142,15 @@ def evaluate(
     where its hash is.
     """
     from rayexp.cli._meters import Progress, summary
-    from rayexp.runs import resolve
+    from rayexp.runs.run import resolve
 
     root = _moved(moved or [])
     run, epoch = resolve(ref, runs)
 
-    from rayexp.launch.evaluate import judge
+    from rayexp.launch.evaluate import evaluate
 
     progress = Progress(print_freq)
-    found = judge(run, epoch, progress.begin, None if as_json else progress.seen, root)
+    found = evaluate(run, epoch, progress.begin, None if as_json else progress.seen, root)
     if as_json:
         print_json(
             {
@@ -207,14 +207,14 @@ def generate(
     """Write text with a trained language model."""
     import time
 
-    from rayexp.disk import write_atomic
     from rayexp.display import printable
-    from rayexp.runs import resolve
+    from rayexp.runs.run import resolve
+    from rayexp.system.disk import write_atomic
 
     run, epoch = resolve(ref, runs)
 
     from rayexp.data.text import EOS, UNK
-    from rayexp.workloads import generate as text
+    from rayexp.workloads.language_model import generate as text
 
     writer = text.open_writer(run, epoch)
     start, unknown = text.read_prompt(prompt, writer)

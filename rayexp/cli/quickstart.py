@@ -12,7 +12,7 @@ import typer
 from rayexp.cli._shell import RUNS, app, say
 
 if TYPE_CHECKING:
-    from rayexp.runs import Run
+    from rayexp.runs.run import Run
 
 CHAPTERS = 6
 
@@ -67,7 +67,7 @@ def _train(config: Path, runs: Path) -> Run:
     from rich.console import Console
 
     from rayexp.config import load
-    from rayexp.launch.train import run
+    from rayexp.launch.driver import run
 
     return run(load(config, [f"storage_path={runs}"]), argv=sys.argv, console=Console(stderr=True))
 

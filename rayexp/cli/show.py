@@ -11,7 +11,7 @@ from rayexp.cli._shell import RUNS, JsonOption, RunsOption, app, print_json, pri
 from rayexp.display import NOT_FINITE, figure
 
 if TYPE_CHECKING:
-    from rayexp.runs import Run
+    from rayexp.runs.run import Run
 
 # ---------------------------------------------------------------------- runs
 
@@ -28,7 +28,7 @@ def runs_command(
     as_json: JsonOption = False,
 ) -> None:
     """List the runs, oldest first; or show one with its epochs. --check exits with 1 where something is damaged."""
-    from rayexp.runs import Run
+    from rayexp.runs.run import Run
 
     if check:
         _check([Run.locate(run, runs)] if run is not None else Run.all(runs), as_json)
@@ -46,7 +46,7 @@ def runs_command(
 
 
 def _check(found: list[Run], as_json: bool) -> None:
-    from rayexp.integrity import examine
+    from rayexp.runs.integrity import examine
 
     checked = {run.id: examine(run) for run in found}
     damaged = {name: [f for f in findings if f.state == "damaged"] for name, findings in checked.items()}
@@ -75,7 +75,7 @@ def _check(found: list[Run], as_json: bool) -> None:
 
 def _row(run: Run) -> dict[str, Any]:
     from rayexp.errors import UserError
-    from rayexp.records import best
+    from rayexp.runs.records import best
 
     row: dict[str, Any] = dict.fromkeys(
         ["run", "status", "workload", "workers", "device", "epochs", "best", "metric", "last weights"]
@@ -101,7 +101,7 @@ def _row(run: Run) -> dict[str, Any]:
 
 
 def _one(run: Run, as_json: bool) -> None:
-    from rayexp.records import best
+    from rayexp.runs.records import best
 
     meta, records = run.meta(), run.records()
     if as_json:

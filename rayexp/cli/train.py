@@ -12,7 +12,7 @@ from rayexp.cli._shell import RUNS, JsonOption, app, print_json, print_table, sa
 
 if TYPE_CHECKING:
     from rayexp.config import ExperimentConfig
-    from rayexp.runs import Run
+    from rayexp.runs.run import Run
 
 Words = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)]
 Address = Annotated[
@@ -55,8 +55,8 @@ def train(
         return
     from rich.console import Console
 
-    from rayexp.clock import process_began
-    from rayexp.launch.train import run as start
+    from rayexp.launch.driver import run as start
+    from rayexp.system.clock import process_began
 
     made = start(
         settled, argv=sys.argv, resume=run, address=address, console=Console(stderr=True), started=process_began()
@@ -124,10 +124,10 @@ def _settle(
     config: str | None, words: list[str], runs: Path | None, name: str | None, resume: str | None
 ) -> tuple[Run | None, ExperimentConfig]:
     """The run to go on with, if any, and the configuration."""
+    from rayexp.cluster.as_job import at_home, below_home
     from rayexp.config import load, read
     from rayexp.errors import UserError
-    from rayexp.launch.as_job import at_home, below_home
-    from rayexp.runs import Run
+    from rayexp.runs.run import Run
 
     if resume and config and "=" in config and not Path(config).exists():
         words = [config, *words]
@@ -143,7 +143,7 @@ def _settle(
 
 
 def _show_plan(config: ExperimentConfig, address: str | None, as_json: bool) -> None:
-    from rayexp.launch.train import outline
+    from rayexp.launch.driver import outline
 
     plan = outline(config, address)
     if as_json:

@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from rayexp.data.download import cache_dir
-from rayexp.disk import TEMPORARY, relative
 from rayexp.errors import UserError
-from rayexp.locks import share
+from rayexp.system.disk import TEMPORARY, relative
+from rayexp.system.locks import share
 
 LARGEST = 1 << 30  # bytes of one file; more is no picture and no text
 ALL = 200 << 30  # bytes of all files together

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from rayexp.data.fetch import Source, read
+from rayexp.data.fetch import FileSource, read
 from rayexp.errors import UserError
 
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # not all of Pillow's: some start other programs
@@ -33,7 +33,7 @@ def decode(path: str, prefix: str, names: list[str], size: int, resize: bool, sh
         UserError: a file is damaged, no image, of a kind whose brightness is not known, or of another size.
     """
     warnings.simplefilter("ignore")  # Pillow's remarks on odd but readable files
-    source = Source(Path(path), prefix, {}, shown=Path(shown) if shown else None)
+    source = FileSource(Path(path), prefix, {}, shown=Path(shown) if shown else None)
     pixels = np.empty((len(names), size, size, 3), np.uint8)
     for row, name in enumerate(names):
         data = read(source.path, prefix + name, source.where(name), LARGEST)

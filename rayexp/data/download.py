@@ -15,9 +15,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from rayexp.disk import TEMPORARY
 from rayexp.errors import FULL, UserError, WriteError
-from rayexp.locks import locked
+from rayexp.system.disk import TEMPORARY
+from rayexp.system.locks import locked
 
 TINY_IMAGENET = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 # Published checksums; a download from anywhere else is checked by its length (and every file in a ZIP by its CRC).

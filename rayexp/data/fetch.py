@@ -14,11 +14,11 @@ from rayexp.data import archive
 from rayexp.data.download import cache_dir, download
 from rayexp.errors import UserError
 
-__all__ = ["Source", "cache_dir", "download", "is_url", "list_folder", "open_source", "read"]
+__all__ = ["FileSource", "cache_dir", "download", "is_url", "list_folder", "open_source", "read"]
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class FileSource:
     """The files of an archive or of a folder, under one prefix.
 
     Attributes:
@@ -81,7 +81,7 @@ def is_url(source: str | Path) -> bool:
     return re.match("https?://", str(source), re.IGNORECASE) is not None
 
 
-def open_source(source: str | Path, *markers: str, layout: str = "") -> Source:
+def open_source(source: str | Path, *markers: str, layout: str = "") -> FileSource:
     """List an archive (ZIP or tar) or a folder (download a URL first). A marker is a file name that shows where the
     data begins: at the top, or in a folder below it (in a folder: at most two deep). The first that is there counts.
 
@@ -96,7 +96,7 @@ def open_source(source: str | Path, *markers: str, layout: str = "") -> Source:
         places = (f"{above}{marker}" for marker in markers for above in ("", "*/", "*/*/"))
         depths = (sorted(path.glob(place)) for place in places)
         if found := next((files[0].parent for files in depths if files), None):
-            return Source(found, "", list_folder(found))
+            return FileSource(found, "", list_folder(found))
     elif path.is_file():
         return _open_archive(path, url, markers, layout)
     else:
@@ -104,7 +104,7 @@ def open_source(source: str | Path, *markers: str, layout: str = "") -> Source:
     raise _without(str(source), markers, layout)
 
 
-def _open_archive(path: Path, url: str | None, markers: Sequence[str], layout: str) -> Source:
+def _open_archive(path: Path, url: str | None, markers: Sequence[str], layout: str) -> FileSource:
     zipped = path
     try:
         zipped = archive.as_zip(path)
@@ -121,7 +121,7 @@ def _open_archive(path: Path, url: str | None, markers: Sequence[str], layout: s
         raise UserError(f"{url}: {error}; it is not kept, and the same command fetches it again") from error
     prefix = prefixes[0]
     inside = {name.removeprefix(prefix): mark for name, mark in files.items() if name.startswith(prefix)}
-    return Source(zipped, prefix, inside, url, None if zipped == path else path)
+    return FileSource(zipped, prefix, inside, url, None if zipped == path else path)
 
 
 def _prefix(files: Iterable[str], marker: str) -> str | None:

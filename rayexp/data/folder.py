@@ -14,10 +14,10 @@ from typing import Any
 
 from rayexp.config import DataConfig
 from rayexp.data import ImageData, uses
-from rayexp.data.fetch import Source, list_folder
+from rayexp.data.fetch import FileSource, list_folder
 from rayexp.data.folder_cache import packed_for
 from rayexp.data.layouts import ACCEPTED, Classes, find_layout
-from rayexp.data.pack import Item, Plan, done
+from rayexp.data.pack import Item, PackPlan, done
 from rayexp.data.packed import class_table, open_packed
 from rayexp.data.resize import open_resized
 from rayexp.data.tiny_imagenet import natural
@@ -60,14 +60,14 @@ def info(root: Path) -> dict[str, Any]:
     }
 
 
-def make_plan(root: Path, size: int) -> Plan:
+def make_plan(root: Path, size: int) -> PackPlan:
     """Classes in alphabetical order (as torchvision's ImageFolder), images by class and number.
 
     Raises:
         UserError: an unknown layout (see layouts.py), no classes, only one, an empty one, or a class of val that train
             does not have.
     """
-    source = Source(root, "", list_folder(root))
+    source = FileSource(root, "", list_folder(root))
     layout = find_layout(root, source.files)
     train = _in_order(layout.train)
     if len(train) < 2:
@@ -80,7 +80,7 @@ def make_plan(root: Path, size: int) -> Plan:
     if not any(val.values()):
         raise UserError(f"{root}: too few images to keep some for validation; give at least two of a class")
     label = {name: number for number, name in enumerate(sorted(train))}
-    return Plan(
+    return PackPlan(
         dataset="folder",
         source=source,
         classes=tuple((name, name) for name in label),

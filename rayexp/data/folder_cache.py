@@ -19,10 +19,10 @@ from typing import Any
 from rayexp.config import DataConfig
 from rayexp.data import ImageSplit, pool, uses
 from rayexp.data.fetch import cache_dir
-from rayexp.data.pack import SPLITS, Item, Plan, chunk_rows, done, pack
+from rayexp.data.pack import SPLITS, Item, PackPlan, chunk_rows, done, pack
 from rayexp.data.packed import open_packed, read_meta
-from rayexp.disk import TEMPORARY, write_atomic
 from rayexp.errors import UserError
+from rayexp.system.disk import TEMPORARY, write_atomic
 
 FILES = "files.json"
 
@@ -32,12 +32,12 @@ def home() -> Path:
     return cache_dir() / "folders"
 
 
-def place(plan: Plan, root: Path) -> Path:
+def place(plan: PackPlan, root: Path) -> Path:
     """Where the folder `root` is or will be packed, as its files are listed now."""
     return home() / f"{root.name}-{plan.key()[:16]}"
 
 
-def packed_for(plan: Plan, root: Path) -> Path:
+def packed_for(plan: PackPlan, root: Path) -> Path:
     """The packed folder of a plan for `root`, packed where there is none with the same pixels.
 
     Raises:
@@ -58,7 +58,7 @@ def packed_for(plan: Plan, root: Path) -> Path:
     return at
 
 
-def matches(plan: Plan, meta: dict[str, Any]) -> bool:
+def matches(plan: PackPlan, meta: dict[str, Any]) -> bool:
     """Whether packed data are of the same names (and with them labels), classes and size as a plan; the pixels are
     another matter."""
     return (
@@ -68,11 +68,11 @@ def matches(plan: Plan, meta: dict[str, Any]) -> bool:
     )
 
 
-def _marks(plan: Plan, split: str) -> list[list[int]]:
+def _marks(plan: PackPlan, split: str) -> list[list[int]]:
     return [list(plan.source.files[file]) for file, _, _ in plan.splits[split]]
 
 
-def _same(plan: Plan) -> Path | None:
+def _same(plan: PackPlan) -> Path | None:
     """A packed folder with the pixels that packing the plan would give. Only files with another size or time
     than when it was packed are decoded."""
     for candidate in sorted(home().glob("*")):
@@ -89,7 +89,7 @@ def _same(plan: Plan) -> Path | None:
     return None
 
 
-def _equal(plan: Plan, candidate: Path, split: str, packed: ImageSplit) -> bool:
+def _equal(plan: PackPlan, candidate: Path, split: str, packed: ImageSplit) -> bool:
     items = plan.splits[split]
     try:
         before = json.loads((candidate / FILES).read_bytes())[split]
@@ -103,7 +103,7 @@ def _equal(plan: Plan, candidate: Path, split: str, packed: ImageSplit) -> bool:
     return _decode_equal(plan, items, packed, [touched[at : at + size] for at in range(0, len(touched), size)])
 
 
-def _decode_equal(plan: Plan, items: Sequence[Item], packed: ImageSplit, parts: list[list[int]]) -> bool:
+def _decode_equal(plan: PackPlan, items: Sequence[Item], packed: ImageSplit, parts: list[list[int]]) -> bool:
     calls = (plan.call([items[row] for row in part]) for part in parts)
     with contextlib.closing(pool.ordered(plan.decoder, calls, min(pool.cores(), max(1, len(parts))))) as answers:
         return all(

@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 
 from rayexp.data import pool
 from rayexp.data.download import cache_dir
-from rayexp.disk import write_atomic
 from rayexp.errors import UserError
-from rayexp.locks import locked
+from rayexp.system.disk import write_atomic
+from rayexp.system.locks import locked
 
 Identity = list[int]
 COARSE_S, FINE_S = 2.0, 0.05  # the longest step of file times kept in whole seconds, and of finer ones

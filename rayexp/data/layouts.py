@@ -33,7 +33,7 @@ Classes = dict[str, list[str]]
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class FolderLayout:
     """What lies where.
 
     Attributes:
@@ -50,7 +50,7 @@ class Layout:
     said: str
 
 
-def find_layout(root: Path, files: Iterable[str]) -> Layout:
+def find_layout(root: Path, files: Iterable[str]) -> FolderLayout:
     """The layout of the folder `root` with these files (relative names; those that are no images do not count).
 
     Raises:
@@ -75,7 +75,9 @@ def find_layout(root: Path, files: Iterable[str]) -> Layout:
     return _classes(root, images, loose, folders)
 
 
-def _splits(root: Path, images: list[str], loose: list[str], folders: list[str], roles: dict[str, list[str]]) -> Layout:
+def _splits(
+    root: Path, images: list[str], loose: list[str], folders: list[str], roles: dict[str, list[str]]
+) -> FolderLayout:
     train, val, test = roles["train"][0], roles["val"], roles["test"]
     known = {train, *val, *test}
     if other := next((name for name in folders if name not in known and _below(images, name)), None):
@@ -101,10 +103,10 @@ def _splits(root: Path, images: list[str], loose: list[str], folders: list[str],
     if test:
         parts.append(f"{', '.join(f'{name}/' for name in test)} set aside")
     prefixes = (f"{train}/", f"{val[0] if val else 'val'}/")
-    return Layout(found[train], found[val[0]] if val else {}, prefixes, _line(parts, left))
+    return FolderLayout(found[train], found[val[0]] if val else {}, prefixes, _line(parts, left))
 
 
-def _classes(root: Path, images: list[str], loose: list[str], folders: list[str]) -> Layout:
+def _classes(root: Path, images: list[str], loose: list[str], folders: list[str]) -> FolderLayout:
     classes = by_class(images, "")
     _no_empty_class(root, classes)
     if len(classes) == 1:
@@ -113,7 +115,7 @@ def _classes(root: Path, images: list[str], loose: list[str], folders: list[str]
         if any(part.lower() in ROLE for part in inside):
             raise _refused(root, f"{_some(inside)} lie in {name}/; name that folder: data.root={root / name}")
     said = _line(["train from the class folders", "val: a fifth of each class, held out"], loose)
-    return Layout(classes, {}, ("train/", "val/"), said)
+    return FolderLayout(classes, {}, ("train/", "val/"), said)
 
 
 def by_class(images: Iterable[str], below: str) -> Classes:

@@ -24,10 +24,10 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from rayexp.data import pool
-from rayexp.data.fetch import Source
-from rayexp.disk import TEMPORARY, now, sync_directory, write_json
+from rayexp.data.fetch import FileSource
 from rayexp.errors import FULL, UserError
-from rayexp.locks import locked
+from rayexp.system.disk import TEMPORARY, now, sync_directory, write_json
+from rayexp.system.locks import locked
 
 FORMAT = 1
 SPLITS = ("train", "val")
@@ -42,7 +42,7 @@ Item = tuple[str, str, int]
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class PackPlan:
     """What is to be packed, fully checked but for the pixels.
 
     Attributes:
@@ -56,7 +56,7 @@ class Plan:
     """
 
     dataset: str
-    source: Source
+    source: FileSource
     classes: tuple[tuple[str, str], ...]
     splits: Mapping[str, Sequence[Item]]
     size: int
@@ -86,7 +86,7 @@ def done(to: Path) -> bool:
     return (to / "meta.json").is_file()
 
 
-def pack(to: Path, make_plan: Callable[[], Plan]) -> bool:
+def pack(to: Path, make_plan: Callable[[], PackPlan]) -> bool:
     """Pack into a folder; False where that was done before. Several processes may call it at once: one packs, the
     others wait for it. `make_plan` is called under that lock.
 
@@ -137,7 +137,7 @@ def _alone(to: Path) -> Iterator[Path]:
             return
 
 
-def _pack(plan: Plan, to: Path, partial: Path) -> None:
+def _pack(plan: PackPlan, to: Path, partial: Path) -> None:
     """Write all files into `partial`, then move them to their places."""
     _begin(plan, to, partial)
     splits: dict[str, dict[str, Any]] = {}
@@ -176,7 +176,7 @@ def _pack(plan: Plan, to: Path, partial: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)  # one that waits may have begun in it
 
 
-def _begin(plan: Plan, to: Path, partial: Path) -> None:
+def _begin(plan: PackPlan, to: Path, partial: Path) -> None:
     """See to it that `partial` holds nothing but the beginning of this plan, and that there is room for the rest.
 
     Raises:
@@ -229,7 +229,9 @@ def split_sha(names: Sequence[str], labels: Sequence[int], chunks: Sequence[str]
     return hashlib.sha256(json.dumps([FORMAT, list(names), list(labels), list(chunks)]).encode()).hexdigest()
 
 
-def _images(plan: Plan, items: Sequence[Item], path: Path, journal: Path, advance: Callable[[int], None]) -> list[str]:
+def _images(
+    plan: PackPlan, items: Sequence[Item], path: Path, journal: Path, advance: Callable[[int], None]
+) -> list[str]:
     """Append what is missing of one split's images; the hashes of all chunks."""
     rows = chunk_rows(plan.size)
     starts = range(0, len(items), rows)

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import rayexp
-from rayexp.cores import cores as cores
 from rayexp.errors import RunError, UserError
+from rayexp.system.cores import cores as cores
 
 HEAD = struct.Struct("<cQ")  # R(esult), U(ser error) or F(ailure); bytes that follow
 

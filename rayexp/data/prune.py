@@ -13,9 +13,9 @@ from rayexp.data.download import cache_dir
 from rayexp.data.pack import PARTIAL, done
 from rayexp.data.packed import read_meta
 from rayexp.data.resize import source_of
-from rayexp.disk import TEMPORARY
 from rayexp.errors import UserError
-from rayexp.locks import unshared
+from rayexp.system.disk import TEMPORARY
+from rayexp.system.locks import unshared
 
 IN_USE = "in use by a running process"
 

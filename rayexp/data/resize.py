@@ -13,8 +13,8 @@ from PIL import Image
 from rayexp.config import DataConfig
 from rayexp.data import ImageData, ImageSplit, uses
 from rayexp.data.decode import answer, fit
-from rayexp.data.fetch import Source, cache_dir
-from rayexp.data.pack import SPLITS, Item, Plan, pack
+from rayexp.data.fetch import FileSource, cache_dir
+from rayexp.data.pack import SPLITS, Item, PackPlan, pack
 from rayexp.data.packed import open_packed, read_meta
 
 WHOLE = ("tiny_imagenet", "shapes")  # packed as they are; of others, what was cut off would be missing
@@ -31,7 +31,7 @@ def open_resized(root: Path, config: DataConfig) -> ImageData:
         return open_packed(root, config)
     everything = {"image_size": meta["image_size"], "max_train_samples": None, "max_val_samples": None}
     whole = open_packed(root, config.model_copy(update=everything))
-    plan = Plan(
+    plan = PackPlan(
         dataset=meta["dataset"],
         source=source_of(root.absolute(), meta),
         classes=whole.classes,
@@ -49,9 +49,9 @@ def open_resized(root: Path, config: DataConfig) -> ImageData:
     return data
 
 
-def source_of(root: Path, meta: dict[str, Any]) -> Source:
+def source_of(root: Path, meta: dict[str, Any]) -> FileSource:
     """A packed folder as what is to be packed; its key changes with the images, not with the place."""
-    return Source(root, "", {split: (meta["counts"][split], int(meta["sha"][split], 16)) for split in SPLITS})
+    return FileSource(root, "", {split: (meta["counts"][split], int(meta["sha"][split], 16)) for split in SPLITS})
 
 
 def _items(split: str, images: ImageSplit) -> list[Item]:

@@ -23,12 +23,12 @@ from PIL import Image, ImageDraw
 from rayexp.config import DataConfig
 from rayexp.data import ImageData, pool
 from rayexp.data.fetch import cache_dir, open_source
-from rayexp.data.pack import Plan, done, pack
+from rayexp.data.pack import PackPlan, done, pack
 from rayexp.data.packed import info, open_packed
 from rayexp.data.resize import open_resized
 from rayexp.data.tiny_imagenet import SIZE, make_plan
-from rayexp.disk import TEMPORARY
 from rayexp.errors import UserError
+from rayexp.system.disk import TEMPORARY
 
 __all__ = ["draw", "draw_archive", "fetch", "home", "info", "open_data"]
 
@@ -70,7 +70,7 @@ def fetch(source: str | None, to: Path, *, size: int = SIZE, train: int = 200, v
     archive = to.absolute() / "shapes.zip"
     drawn = []
 
-    def plan() -> Plan:
+    def plan() -> PackPlan:
         if not archive.exists():
             temporary = archive.with_name(f"{TEMPORARY}{archive.name}")
             try:

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from rayexp.config import DataConfig
 from rayexp.data import TextData, uses
 from rayexp.data.fetch import cache_dir
-from rayexp.disk import write_directory
 from rayexp.errors import UserError
+from rayexp.system.disk import write_directory
 
 LAYOUT = 1
 EOS, UNK = "<eos>", "<unk>"

@@ -19,8 +19,8 @@ from rayexp.config import DataConfig
 from rayexp.data import ImageData
 from rayexp.data.decode import SUFFIXES
 from rayexp.data.download import TINY_IMAGENET as URL
-from rayexp.data.fetch import Source, is_url, open_source
-from rayexp.data.pack import Item, Plan, done, pack
+from rayexp.data.fetch import FileSource, is_url, open_source
+from rayexp.data.pack import Item, PackPlan, done, pack
 from rayexp.data.packed import info, read_meta
 from rayexp.data.resize import open_resized
 from rayexp.errors import UserError
@@ -81,7 +81,7 @@ def fetch(source: str | Path | None, to: Path) -> bool:
     return packed
 
 
-def make_plan(source: Source, dataset: str, size: int = SIZE) -> Plan:
+def make_plan(source: FileSource, dataset: str, size: int = SIZE) -> PackPlan:
     """Read the lists, match them with the files, and settle labels and order (UserError names what does not fit)."""
     wnids = [line.strip() for line in source.text("wnids.txt").splitlines() if line.strip()]
     if not wnids:
@@ -96,7 +96,7 @@ def make_plan(source: Source, dataset: str, size: int = SIZE) -> Plan:
     label = {wnid: number for number, wnid in enumerate(order)}
     val = _sorted_val(source, label)
     of = "val/<class>/" if val else "val/images/"
-    return Plan(
+    return PackPlan(
         dataset=dataset,
         source=source,
         classes=tuple((wnid, words.get(wnid, wnid)) for wnid in order),
@@ -107,7 +107,7 @@ def make_plan(source: Source, dataset: str, size: int = SIZE) -> Plan:
     )
 
 
-def _train(source: Source, label: dict[str, int]) -> list[Item]:
+def _train(source: FileSource, label: dict[str, int]) -> list[Item]:
     images: dict[str, list[str]] = defaultdict(list)
     for name in source.files:
         parts = name.split("/")
@@ -125,7 +125,7 @@ def _train(source: Source, label: dict[str, int]) -> list[Item]:
     ]
 
 
-def _val(source: Source, label: dict[str, int]) -> list[Item]:
+def _val(source: FileSource, label: dict[str, int]) -> list[Item]:
     listed = "val/val_annotations.txt"
     items: dict[str, Item] = {}
     for number, line in enumerate(source.text(listed).splitlines(), 1):
@@ -149,7 +149,7 @@ def _val(source: Source, label: dict[str, int]) -> list[Item]:
     return [items[name] for name in sorted(items, key=natural)]
 
 
-def _sorted_val(source: Source, label: dict[str, int]) -> list[Item]:
+def _sorted_val(source: FileSource, label: dict[str, int]) -> list[Item]:
     """The validation images of class folders, by number; empty where there are none.
 
     The same images give the same data as in the official layout. Where their names repeat from class to class, they
@@ -176,7 +176,7 @@ def _sorted_val(source: Source, label: dict[str, int]) -> list[Item]:
     return sorted(items, key=lambda item: natural(item[1]))
 
 
-def _agree(source: Source, wnids: dict[str, str]) -> None:
+def _agree(source: FileSource, wnids: dict[str, str]) -> None:
     """Compare class folders with the annotations that were left beside them (UserError names what differs)."""
     listed = "val/val_annotations.txt"
     for number, line in enumerate(source.text(listed).splitlines(), 1):

@@ -12,8 +12,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from rayexp.disk import write_atomic
-from rayexp.locks import share
+from rayexp.system.disk import write_atomic
+from rayexp.system.locks import share
 
 USED = "used.json"
 

@@ -8,8 +8,8 @@ from typing import Any
 from rayexp.config import DataConfig
 from rayexp.data import TextData, text
 from rayexp.data.fetch import open_source
-from rayexp.disk import write_directory
 from rayexp.errors import UserError
+from rayexp.system.disk import write_directory
 
 # The published text, with one <eos> a line.
 TOKENS = {"train": 2_088_628, "valid": 217_646, "test": 245_569}

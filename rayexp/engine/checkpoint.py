@@ -18,10 +18,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from rayexp.engine.place import set_threads
+from rayexp.engine.runtime import set_threads
 from rayexp.engine.workload import Workload
 from rayexp.errors import RunError
-from rayexp.manifest import sealed
+from rayexp.runs.manifest import sealed
 
 TENSORS, WORDS = "state.safetensors", "state.json"
 
@@ -109,7 +109,7 @@ def load_model(workload: Workload, files: Mapping[str, bytes]) -> nn.Module:
     return model.eval()
 
 
-class Writer:
+class CheckpointWriter:
     """Runs writes one after another in a background thread; at most one waits.
 
     An error in a write is raised by the next `submit` or by `close`.

@@ -13,19 +13,19 @@ from numpy.typing import NDArray
 from torch import nn
 
 from rayexp.engine import order
-from rayexp.engine.group import Group
-from rayexp.engine.place import Place
+from rayexp.engine.group import WorkerGroup
+from rayexp.engine.runtime import Runtime
 from rayexp.engine.workload import Workload
-from rayexp.records import Predictions
+from rayexp.runs.records import Predictions
 
 Part = Mapping[str, NDArray[Any]]
 
 
-def judge(
+def predict(
     workload: Workload,
     models: list[nn.Module],
-    group: Group,
-    place: Place,
+    group: WorkerGroup,
+    place: Runtime,
     seen: Callable[[int, Part], None] = lambda stream, part: None,
 ) -> Predictions:
     """Predictions on the whole validation data, equal on every worker.

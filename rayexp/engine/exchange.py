@@ -19,10 +19,10 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from rayexp.engine.flat import Layout, Row, Touched
-from rayexp.engine.group import Group
-from rayexp.engine.place import set_threads
-from rayexp.engine.reduce import Forest, Node, forest_nodes
+from rayexp.engine.gradients import GradientBuffer, ParameterLayout, Touched
+from rayexp.engine.group import WorkerGroup
+from rayexp.engine.reduction import Forest, Node, forest_nodes
+from rayexp.engine.runtime import set_threads
 
 T = TypeVar("T")
 
@@ -43,7 +43,7 @@ class Exchange:
 
     def __init__(
         self,
-        group: Group,
+        group: WorkerGroup,
         shards: int,
         length: int,
         device: torch.device,
@@ -173,7 +173,7 @@ class AllReduce:
 
     shards = 1  # one row a worker, no tree
 
-    def __init__(self, group: Group, length: int, bucket: int = BUCKET, without: Sequence[Touched] = ()) -> None:
+    def __init__(self, group: WorkerGroup, length: int, bucket: int = BUCKET, without: Sequence[Touched] = ()) -> None:
         self.group = group
         self.buckets = cut(length, bucket, group.world, without)
         self._sent: list[Callable[[], object]] = []
@@ -201,10 +201,10 @@ def cut(length: int, bucket: int, unit: int, without: Sequence[Touched] = ()) ->
     return found
 
 
-class Plan:
+class ExchangePlan:
     """Which buckets a parameter's gradient lies in, and the order in which buckets leave."""
 
-    def __init__(self, layout: Layout, exchange: Exchange | AllReduce) -> None:
+    def __init__(self, layout: ParameterLayout, exchange: Exchange | AllReduce) -> None:
         def touched(start: int, stop: int) -> list[int]:
             return [i for i, b in enumerate(exchange.buckets) if b.start < stop and start < b.stop]
 
@@ -238,7 +238,7 @@ class Assembly:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: ExchangePlan,
         exchange: Exchange | AllReduce,
         lanes: int,
         touched: Sequence[Touched],
@@ -246,7 +246,7 @@ class Assembly:
     ) -> None:
         self.plan, self.exchange, self.touched, self.side_by_side = plan, exchange, touched, side_by_side
         self.waits = [list(plan.waits) for _ in range(lanes)]
-        self.held: list[list[tuple[Node, Row]]] = [[] for _ in range(lanes)]
+        self.held: list[list[tuple[Node, GradientBuffer]]] = [[] for _ in range(lanes)]
         self._own: list[dict[int, list[tuple[Node, Tensor]]]] = [{} for _ in range(lanes)]
         self._next = 0
         self._lock = threading.Lock()

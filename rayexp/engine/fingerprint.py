@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rayexp.engine.place import Place, cpu_capability
+from rayexp.engine.runtime import Runtime, cpu_capability
 
 # Instructions that change what a kernel adds in which order, or rounds.
 _INSTRUCTIONS = re.compile(r"avx|amx|fma|f16c|sse4|asimd|sve|sme(?!p)|bf16|i8mm")
@@ -33,7 +33,7 @@ _CHOICES = (
 _GPU_CHOICES = re.compile(r"NVIDIA_TF32_OVERRIDE|TORCH_ALLOW_TF32_CUBLAS_OVERRIDE|CUBLASLT_\w+|CUDNN_\w*HEUR\w*")
 
 
-def fingerprint(place: Place) -> dict[str, Any]:
+def fingerprint(place: Runtime) -> dict[str, Any]:
     """What the bits depend on, as plain values by name; calls the probe, which takes some milliseconds."""
     cuda = place.device.type == "cuda"
     choices = (*_CHOICES, _GPU_CHOICES) if cuda else _CHOICES

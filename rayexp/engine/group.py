@@ -31,7 +31,7 @@ class _All:
 
 
 @dataclass(frozen=True)
-class Group:
+class WorkerGroup:
     """`rank` of `world` workers; the others are process groups (None where the group has one member).
 
     `control` can carry CPU tensors whatever the backend of `rows` is.
@@ -44,7 +44,7 @@ class Group:
     _calls: list[int] = field(default_factory=lambda: [0, 0])
 
     @classmethod
-    def join(cls, members: int | None = None) -> Group:
+    def join(cls, members: int | None = None) -> WorkerGroup:
         """The initialised default process group, or its first `members` ranks.
 
         Every rank of the default group must call this. A rank that is not a member gets `rank` >= `world`.
@@ -152,7 +152,7 @@ def join(
     timeout_s: float,
     backend: str = "gloo",
     device: torch.device | None = None,
-) -> Group:
+) -> WorkerGroup:
     """Initialise torch.distributed at `address` (host:port, of rank 0), and return the group.
 
     Waits for all workers to come, however long they take: each packs its data before. Whoever started them sees when
@@ -170,7 +170,7 @@ def join(
     limit = datetime.timedelta(seconds=timeout_s)
     store.set_timeout(limit)
     dist.init_process_group(backend, store=store, world_size=world, rank=rank, timeout=limit)
-    return Group.join()
+    return WorkerGroup.join()
 
 
 def leave() -> None:

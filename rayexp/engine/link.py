@@ -7,13 +7,13 @@ import time
 
 import torch
 
-from rayexp.engine.group import Group
-from rayexp.engine.place import Place
+from rayexp.engine.group import WorkerGroup
+from rayexp.engine.runtime import Runtime
 
 SMALL = 64  # bytes
 
 
-def measure(group: Group, place: Place, size: int) -> dict[str, float]:
+def measure(group: WorkerGroup, place: Runtime, size: int) -> dict[str, float]:
     """Median seconds of adding up `size` bytes over the workers, and of a few bytes; every worker must call it.
 
     Returns:

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from rayexp.engine import taps
-from rayexp.engine.draws import Draws
-from rayexp.engine.norm import NORMS, per_shard
-from rayexp.engine.reduce import total
+from rayexp.engine.batch_norm import NORMS, per_shard
+from rayexp.engine.cpu import taps
+from rayexp.engine.reduction import total
+from rayexp.engine.rng import Draws
 
 
 class _Conv(torch.autograd.Function):

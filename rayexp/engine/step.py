@@ -18,15 +18,15 @@ from torch import Tensor, nn
 
 from rayexp.config import ExperimentConfig
 from rayexp.engine import order
+from rayexp.engine.batch_norm import per_shard
 from rayexp.engine.contract import FirstStep, generators, moved, refuse_drawing
-from rayexp.engine.exchange import AllReduce, Assembly, Exchange, Plan
-from rayexp.engine.flat import Layout, Master, Row, Touched
-from rayexp.engine.group import Group
-from rayexp.engine.lane import Lane, begin_step
-from rayexp.engine.norm import per_shard
-from rayexp.engine.optimize import Optimizer
-from rayexp.engine.place import Place, upload
-from rayexp.engine.reduce import Forest, Node, total
+from rayexp.engine.exchange import AllReduce, Assembly, Exchange, ExchangePlan
+from rayexp.engine.gradients import GradientBuffer, Master, ParameterLayout, Touched
+from rayexp.engine.group import WorkerGroup
+from rayexp.engine.optimizer import Optimizer
+from rayexp.engine.reduction import Forest, Node, total
+from rayexp.engine.replica import Replica, begin_step
+from rayexp.engine.runtime import Runtime, upload
 from rayexp.engine.shardwise import can, shardwise
 from rayexp.engine.workload import Batch, Carry, Workload
 
@@ -36,7 +36,7 @@ _IDENTITY = nn.Identity()
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class ControlFlags:
     """What a worker wants after this step: to end the run, or to save its state. All learn of it with the gradient."""
 
     stop: bool = False
@@ -49,7 +49,7 @@ class StepResult:
 
     loss: float
     count: int
-    wish: Wish
+    wish: ControlFlags
     seconds: dict[str, float]
 
 
@@ -68,8 +68,8 @@ class Stepper:
         workload: Workload,
         master: Master,
         optimizer: Optimizer,
-        group: Group,
-        place: Place,
+        group: WorkerGroup,
+        place: Runtime,
     ) -> None:
         self.config, self.workload, self.master, self.optimizer = config, workload, master, optimizer
         self.group, self.place = group, place
@@ -78,7 +78,7 @@ class Stepper:
         on_cpu = place.device.type == "cpu"
         self.together = self.exact and on_cpu and config.precision == "fp32" and workload.together and can(master.model)
         keep_apart = shardwise if self.together else None if self.exact else per_shard
-        self.lanes = [Lane(master, workload, keep_apart, config.compile and not on_cpu) for _ in range(place.lanes)]
+        self.lanes = [Replica(master, workload, keep_apart, config.compile and not on_cpu) for _ in range(place.lanes)]
         # Whether shards of these sizes have the same bits together as one by one.
         self.tried: dict[tuple[int, ...], bool] = {}
         self.carries: dict[int, Carry] = {}
@@ -87,9 +87,9 @@ class Stepper:
         self.exchange: Exchange | AllReduce = AllReduce(group, length, without=without)
         if self.exact:
             self.exchange = Exchange(group, config.shards, length, place.device, without=without)
-        self.plan = Plan(master.layout, self.exchange)
+        self.plan = ExchangePlan(master.layout, self.exchange)
 
-    def __call__(self, epoch: int, step: int, global_step: int, lr: float, wish: Wish) -> StepResult:
+    def __call__(self, epoch: int, step: int, global_step: int, lr: float, wish: ControlFlags) -> StepResult:
         """Run one step.
 
         Args:
@@ -123,7 +123,7 @@ class Stepper:
             "reduce": spans[1],
             "optimizer": spans[2],
         }
-        return StepResult(loss, int(count), Wish(stops > 0, saves > 0), phases)
+        return StepResult(loss, int(count), ControlFlags(stops > 0, saves > 0), phases)
 
     @property
     def exchange_bytes(self) -> int:
@@ -152,9 +152,11 @@ class Stepper:
             shards = range(self.shards.start, self.shards.start + 1)
 
             def run() -> None:
-                row = Row(self.master.layout, self.master.device)  # the step's result is in a row that was given back
+                row = GradientBuffer(
+                    self.master.layout, self.master.device
+                )  # the step's result is in a row that was given back
                 lane.replica.bind(row, None)
-                self._pass(lane, row, epoch, step, shards, Wish(), _Seconds())
+                self._pass(lane, row, epoch, step, shards, ControlFlags(), _Seconds())
 
             refuse_drawing(lane.replica.model, self.place.device, lambda: self.place.run([run]))
             self.carries = carries
@@ -162,13 +164,13 @@ class Stepper:
     # ------------------------------------------------------------------ exact
 
     def _exact(
-        self, epoch: int, step: int, touched: list[Touched], wish: Wish, seconds: _Seconds, clock: list[float]
+        self, epoch: int, step: int, touched: list[Touched], wish: ControlFlags, seconds: _Seconds, clock: list[float]
     ) -> Tensor:
         assembly = Assembly(self.plan, self.exchange, len(self.lanes), touched, self.place.run)
 
         def work(number: int) -> _Seconds:
             lane, spent = self.lanes[number], _Seconds()
-            forest = Forest[Row](self.config.shards, _add, lane.give)
+            forest = Forest[GradientBuffer](self.config.shards, _add, lane.give)
             runs = self._runs(number, epoch, step)
             for node, passes in runs:
                 row = lane.take(touched)
@@ -218,29 +220,29 @@ class Stepper:
             at = shards.stop
         return runs
 
-    def _alike(self, lane: Lane, epoch: int, step: int, shards: range) -> bool:
+    def _alike(self, lane: Replica, epoch: int, step: int, shards: range) -> bool:
         """Whether these shards have the same bits together as one by one. What kernels do depends on the sizes alone,
         so sizes are tried once, with the first data that has them."""
         sizes = self.workload.sizes(step, shards)
         if len(sizes) > 1 and sizes not in self.tried:
             found = []
             for passes in ([shards], [range(shard, shard + 1) for shard in shards]):
-                forest = Forest[Row](len(passes), _add)
+                forest = Forest[GradientBuffer](len(passes), _add)
                 for i, one in enumerate(passes):
                     row = lane.take(())
-                    self._pass(lane, row, epoch, step, one, Wish(), _Seconds())
+                    self._pass(lane, row, epoch, step, one, ControlFlags(), _Seconds())
                     forest.push((0, i), row)
                 found.append(forest.root().tensor.view(torch.int32))
             self.tried[sizes] = torch.equal(*found)
         return len(sizes) == 1 or self.tried[sizes]
 
-    def _recycle(self, row: Row) -> None:
+    def _recycle(self, row: GradientBuffer) -> None:
         min(self.lanes, key=lambda lane: lane.spares).give(row)
 
     # ------------------------------------------------------------------ ddp
 
     def _ddp(
-        self, epoch: int, step: int, touched: list[Touched], wish: Wish, seconds: _Seconds, clock: list[float]
+        self, epoch: int, step: int, touched: list[Touched], wish: ControlFlags, seconds: _Seconds, clock: list[float]
     ) -> Tensor:
         lane = self.lanes[0]
         assembly = Assembly(self.plan, self.exchange, 1, touched, self.place.run)
@@ -258,7 +260,16 @@ class Stepper:
 
     # ------------------------------------------------------------------ one forward and backward
 
-    def _pass(self, lane: Lane, row: Row, epoch: int, step: int, shards: range, wish: Wish, seconds: _Seconds) -> None:
+    def _pass(
+        self,
+        lane: Replica,
+        row: GradientBuffer,
+        epoch: int,
+        step: int,
+        shards: range,
+        wish: ControlFlags,
+        seconds: _Seconds,
+    ) -> None:
         """Add the sum over these shards to the row."""
         start = time.perf_counter()
         batch = self.workload.batch(epoch, step, shards, self.place.device)
@@ -286,7 +297,7 @@ class Stepper:
             tail[i].fill_(float(value))
         torch.add(before, rest, out=rest)
 
-    def _apart(self, lane: Lane, batch: Batch) -> list[Tensor]:
+    def _apart(self, lane: Replica, batch: Batch) -> list[Tensor]:
         """The losses of shards that go through the model together, each by itself."""
         outputs, sizes = lane.forward(*batch.inputs), list(batch.sizes)
         losses = []
@@ -322,12 +333,12 @@ class Stepper:
             self.carries[shard] = {name: part[i].contiguous() for name, part in parts.items()}
 
 
-def touched(workload: Workload, layout: Layout, device: torch.device, epoch: int, step: int) -> list[Touched]:
+def touched(workload: Workload, layout: ParameterLayout, device: torch.device, epoch: int, step: int) -> list[Touched]:
     """The parts of a step's row that are zero but for some rows."""
     rows = workload.touched_rows(epoch, step)
     return layout.touched({name: upload(r, device) for name, r in rows.items()})
 
 
-def _add(left: Row, right: Row) -> Row:
+def _add(left: GradientBuffer, right: GradientBuffer) -> GradientBuffer:
     left.tensor.add_(right.tensor)
     return left

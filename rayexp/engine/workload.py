@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rayexp.config import ExperimentConfig
-from rayexp.records import Predictions
+from rayexp.runs.records import Predictions
 
 Carry = dict[str, Tensor]
 """State that one shard hands from a step to the next (a recurrent net's hidden state); empty where there is none."""

@@ -12,13 +12,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from rayexp.engine.fingerprint import differences
-from rayexp.engine.group import Group
+from rayexp.engine.group import WorkerGroup
 
 NAMED = 3  # unlike workers that a line names; the rest is counted
 
 
 @dataclass(frozen=True, slots=True)
-class Colleague:
+class WorkerInfo:
     """A worker, as all others see it.
 
     Attributes:
@@ -41,15 +41,15 @@ class Colleague:
         return {"rank": self.rank, "host": self.host, "fingerprint": dict(self.fingerprint)}
 
 
-def everyone(group: Group, host: str, fingerprint: Mapping[str, Any], weights_sha: str) -> list[Colleague]:
+def everyone(group: WorkerGroup, host: str, fingerprint: Mapping[str, Any], weights_sha: str) -> list[WorkerInfo]:
     """All workers, by rank; every worker must call it."""
-    mine = Colleague(group.rank, host, fingerprint, weights_sha)
-    return [Colleague(**json.loads(said)) for said in group.gather(json.dumps(asdict(mine)).encode())]
+    mine = WorkerInfo(group.rank, host, fingerprint, weights_sha)
+    return [WorkerInfo(**json.loads(said)) for said in group.gather(json.dumps(asdict(mine)).encode())]
 
 
-def unlike(workers: Sequence[Colleague]) -> str | None:
+def unlike(workers: Sequence[WorkerInfo]) -> str | None:
     """Which workers' bits depend on something else than most others', and on what; None where all are alike."""
-    kinds: list[list[Colleague]] = []
+    kinds: list[list[WorkerInfo]] = []
     for worker in workers:
         kind = next((k for k in kinds if k[0].fingerprint == worker.fingerprint), None)
         if kind is None:
@@ -65,7 +65,7 @@ def unlike(workers: Sequence[Colleague]) -> str | None:
     return f"{named} as {_these(usual)}{more}"
 
 
-def unlike_weights(workers: Sequence[Colleague]) -> str | None:
+def unlike_weights(workers: Sequence[WorkerInfo]) -> str | None:
     """Which worker would start from other weights than rank 0; None where all start alike."""
     other = next((worker for worker in workers if worker.weights_sha != workers[0].weights_sha), None)
     if other is None:
@@ -74,11 +74,11 @@ def unlike_weights(workers: Sequence[Colleague]) -> str | None:
     return f"{other} starts from other weights ({others}) than {workers[0]} ({mine})"
 
 
-def _these(kind: Sequence[Colleague]) -> str:
+def _these(kind: Sequence[WorkerInfo]) -> str:
     return str(kind[0]) + (f" (and {len(kind) - 1} more)" if len(kind) > 1 else "")
 
 
-def _what(one: Colleague, other: Colleague) -> str:
+def _what(one: WorkerInfo, other: WorkerInfo) -> str:
     found = differences(one.fingerprint, other.fingerprint)
     # Where a name tells the cause, the probe only shows that it matters.
     named = [text for text in found if not text.startswith("probe ")]

@@ -15,15 +15,15 @@ from pathlib import Path
 import psutil
 
 from rayexp import __version__
-from rayexp.cores import cores
+from rayexp.cluster import surroundings
 from rayexp.errors import UserError
-from rayexp.launch import surroundings
+from rayexp.system.cores import cores
 
 ROOM = 2e9  # bytes; twenty checkpoints of a ResNet-18 with momentum
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class Check:
     """One line: what was looked at, what was found, and whether it is as it should be."""
 
     what: str
@@ -31,30 +31,30 @@ class Finding:
     ok: bool = True
 
 
-def examine(folder: Path) -> list[Finding]:
+def examine(folder: Path) -> list[Check]:
     """All findings; `folder` is where runs are kept."""
     return [look(folder) for look in _LOOKS]
 
 
-def _python(folder: Path) -> Finding:
-    return Finding("python", f"{platform.python_version()}, {platform.platform()}", sys.version_info >= (3, 11))
+def _python(folder: Path) -> Check:
+    return Check("python", f"{platform.python_version()}, {platform.platform()}", sys.version_info >= (3, 11))
 
 
-def _rayexp(folder: Path) -> Finding:
+def _rayexp(folder: Path) -> Check:
     names = ("rayexp", "numpy", "safetensors", "pydantic", "tensorboardX")
-    return Finding("packages", ", ".join(f"{name} {version(name)}" for name in names))
+    return Check("packages", ", ".join(f"{name} {version(name)}" for name in names))
 
 
-def _torch_pair(folder: Path) -> Finding:
+def _torch_pair(folder: Path) -> Check:
     """PyPI's torchvision is built for PyPI's torch of the same day; beside another build it does not import."""
     pair = f"torch {version('torch')}, torchvision {version('torchvision')}"
     # In a process of its own: a failed import leaves half a torchvision behind.
     code = "import torch, torchvision; torchvision.ops.nms"
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
     if done.returncode == 0:
-        return Finding("torch pair", f"{pair}: they fit together")
+        return Check("torch pair", f"{pair}: they fit together")
     last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-    return Finding(
+    return Check(
         "torch pair",
         f"{pair} do not fit together ({last}); install both from one index, in one command: "
         "pip install --force-reinstall torch torchvision",
@@ -62,9 +62,9 @@ def _torch_pair(folder: Path) -> Finding:
     )
 
 
-def _devices(folder: Path) -> Finding:
+def _devices(folder: Path) -> Check:
     def look() -> str:
-        from rayexp.engine.place import gpu_names
+        from rayexp.engine.runtime import gpu_names
 
         names = gpu_names()
         return f"{len(names)}: {', '.join(names)}" if names else "none that this PyTorch can use"
@@ -72,18 +72,16 @@ def _devices(folder: Path) -> Finding:
     return _tried("GPUs", look)
 
 
-def _cores(folder: Path) -> Finding:
-    return Finding("CPU", f"{cores()} cores usable, {platform.machine()}")
+def _cores(folder: Path) -> Check:
+    return Check("CPU", f"{cores()} cores usable, {platform.machine()}")
 
 
-def _memory(folder: Path) -> Finding:
+def _memory(folder: Path) -> Check:
     memory = psutil.virtual_memory()
-    return Finding(
-        "memory", f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB free", memory.available > 1e9
-    )
+    return Check("memory", f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB free", memory.available > 1e9)
 
 
-def _ray(folder: Path) -> Finding:
+def _ray(folder: Path) -> Check:
     def look() -> str:
         running = surroundings.ray_address(None) or surroundings.left_here()
         where = f"would join {running}" if running else "none of yours runs here; one is started for a run"
@@ -92,36 +90,36 @@ def _ray(folder: Path) -> Finding:
     return _tried("ray", look)
 
 
-def _home(folder: Path) -> Finding:
+def _home(folder: Path) -> Check:
     """Where caches and Ray's token lie."""
     home, other = surroundings.home(), surroundings.stand_in()
     if home is None or home == other or not surroundings.writable(home):
         why = "none" if home in (None, other) else f"{home} cannot be written"
-        return Finding("home", f"{why}: caches and Ray's token go to {other}; HOME=DIR chooses another place")
-    return Finding("home", str(home))
+        return Check("home", f"{why}: caches and Ray's token go to {other}; HOME=DIR chooses another place")
+    return Check("home", str(home))
 
 
-def _sockets(folder: Path) -> Finding:
+def _sockets(folder: Path) -> Check:
     """Where a Ray that is started here has its sockets."""
     return _tried("Ray's folder", lambda: f"{surroundings.ray_folder() / 'ray'}")
 
 
-def _shared(folder: Path) -> Finding:
+def _shared(folder: Path) -> Check:
     """Ray keeps its objects in shared memory, and falls back to a slow disk where there is too little."""
     place = Path("/dev/shm")
     if not place.is_dir():
-        return Finding("shared memory", "no /dev/shm here")
+        return Check("shared memory", "no /dev/shm here")
     free = shutil.disk_usage(place).free
-    return Finding("shared memory", f"{free / 1e9:.1f} GB free in {place}", free > 1e8)
+    return Check("shared memory", f"{free / 1e9:.1f} GB free in {place}", free > 1e8)
 
 
-def _disk(folder: Path) -> Finding:
+def _disk(folder: Path) -> Check:
     place = folder.resolve()
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
     writable = os.access(place, os.W_OK)
-    return Finding(
+    return Check(
         "disk", f"{free / 1e9:.1f} GB free for {folder}{'' if writable else ', not writable'}", free > ROOM and writable
     )
 
@@ -136,13 +134,13 @@ def version(name: str) -> str:
         return "missing"
 
 
-def _tried(what: str, look: Callable[[], str]) -> Finding:
+def _tried(what: str, look: Callable[[], str]) -> Check:
     try:
-        return Finding(what, look())
+        return Check(what, look())
     except UserError as error:
-        return Finding(what, str(error), ok=False)
+        return Check(what, str(error), ok=False)
     except Exception as error:
-        return Finding(what, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}", ok=False)
+        return Check(what, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}", ok=False)
 
 
 _LOOKS = (_python, _rayexp, _torch_pair, _devices, _cores, _memory, _ray, _home, _sockets, _shared, _disk)

@@ -12,18 +12,18 @@ from typing import Any
 from numpy.typing import NDArray
 
 from rayexp.config import ExperimentConfig
-from rayexp.disk import write_atomic
 from rayexp.errors import RunError, UserError
-from rayexp.launch import plan
+from rayexp.launch import placement
 from rayexp.launch.local import here
-from rayexp.records import Predictions
-from rayexp.runs import Run, broken
+from rayexp.runs.records import Predictions
+from rayexp.runs.run import Run, broken
+from rayexp.system.disk import write_atomic
 
 Part = Mapping[str, NDArray[Any]]
 
 
 @dataclass(frozen=True, slots=True)
-class Judgement:
+class Evaluation:
     """What came of it.
 
     Attributes:
@@ -52,16 +52,16 @@ def predict(run: Run, epoch: int) -> Predictions:
         UserError: the epoch has no checkpoint, or the validation data is missing or another one.
         RunError: the checkpoint is damaged.
     """
-    return judge(run, epoch).predictions
+    return evaluate(run, epoch).predictions
 
 
-def judge(
+def evaluate(
     run: Run,
     epoch: int,
     begin: Callable[[int], None] | None = None,
     seen: Callable[[int, Part], None] | None = None,
     root: Path | None = None,
-) -> Judgement:
+) -> Evaluation:
     """See `predict`.
 
     Args:
@@ -70,8 +70,8 @@ def judge(
         root: where the run's data lies now; None: where it lay. It must be the same data, by hash.
     """
     from rayexp import workloads
-    from rayexp.engine import checkpoint, evaluate, place
-    from rayexp.engine.group import Group
+    from rayexp.engine import checkpoint, evaluate, runtime
+    from rayexp.engine.group import WorkerGroup
 
     folder = run.checkpoint(epoch)
     if not folder.is_dir():
@@ -85,8 +85,8 @@ def judge(
         config = config.model_copy(update={"data": there})
     # One process, whatever the run had: the workers' number never changes what a model says.
     alone = config.model_copy(update={"scaling": config.scaling.model_copy(update={"num_workers": 0})})
-    gpu = plan.make(alone, [here()]).gpu
-    with place.settle(config, place.device("cuda" if gpu else "cpu"), config.shards) as settled:
+    gpu = placement.make(alone, [here()]).gpu
+    with runtime.configure(config, runtime.device("cuda" if gpu else "cpu"), config.shards) as settled:
         try:
             workload = workloads.open_workload(config)
         except UserError as error:
@@ -100,7 +100,7 @@ def judge(
             begin(workload.val_streams())
         models = [copy.deepcopy(model) for _ in range(settled.lanes)]
         ordered = _InOrder(seen) if seen is not None else lambda stream, part: None
-        predictions = evaluate.judge(workload, models, Group(), settled, ordered)
+        predictions = evaluate.predict(workload, models, WorkerGroup(), settled, ordered)
         metrics = workload.metrics(predictions)
         if (test := getattr(workload, "test_metrics", None)) is not None:
             metrics |= test(model, settled.device)
@@ -112,7 +112,7 @@ def judge(
         write_atomic(path, data)
     else:
         equal = run.predictions(epoch).same_as(predictions)
-    return Judgement(predictions, metrics, checkpoint.decode(files).words["weights_sha"], missing, equal)
+    return Evaluation(predictions, metrics, checkpoint.decode(files).words["weights_sha"], missing, equal)
 
 
 def _same_data(run: Run, found: Mapping[str, Any], config: ExperimentConfig) -> None:

@@ -11,8 +11,8 @@ import time
 from typing import Any
 
 from rayexp.launch.faults import LostError
-from rayexp.locks import driver_of
-from rayexp.recorder import Recorder
+from rayexp.runs.writer import RunWriter
+from rayexp.system.locks import driver_of
 
 LOOK_S = 0.5  # how often a worker that only asks whether to stop looks after its driver
 
@@ -36,7 +36,7 @@ class Fenced:
         driver: the token of the driver's hold of the lock.
     """
 
-    def __init__(self, recorder: Recorder, driver: str) -> None:
+    def __init__(self, recorder: RunWriter, driver: str) -> None:
         self._recorder, self._driver = recorder, driver
         self._looked = 0.0
 

@@ -6,18 +6,18 @@ import traceback
 from collections.abc import Mapping
 from typing import Any
 
-from rayexp.cores import cores
 from rayexp.errors import RunError, UserError
-from rayexp.launch.plan import Node
-from rayexp.recorder import Recorder
-from rayexp.runs import Run
+from rayexp.launch.placement import Node
+from rayexp.runs.run import Run
+from rayexp.runs.writer import RunWriter
+from rayexp.system.cores import cores
 
 
 def here() -> Node:
     """This machine."""
-    from rayexp.engine import place
+    from rayexp.engine import runtime
 
-    return Node("this machine", cores(), place.gpus())
+    return Node("this machine", cores(), runtime.gpus())
 
 
 def attempt(run: Run, payload: Mapping[str, Any]) -> str:
@@ -26,13 +26,13 @@ def attempt(run: Run, payload: Mapping[str, Any]) -> str:
     Raises:
         UserError, RunError: training cannot go on; unexpected errors are logged and become a RunError.
     """
-    from rayexp.engine import place
-    from rayexp.engine.group import Group
+    from rayexp.engine import runtime
+    from rayexp.engine.group import WorkerGroup
     from rayexp.launch.worker import work
 
-    recorder = Recorder(run)
+    recorder = RunWriter(run)
     try:
-        return work(payload, Group, recorder, place.device(payload["device"]), world_size=0)
+        return work(payload, WorkerGroup, recorder, runtime.device(payload["device"]), world_size=0)
     except (UserError, RunError):
         raise
     except OSError as error:

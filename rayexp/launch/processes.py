@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rayexp import spawn
 from rayexp.errors import RunError
+from rayexp.system import spawn
 
 
 class WorkersFailedError(RunError):

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayexp.display import figure, printable
-from rayexp.records import EpochRecord, read_lines
-from rayexp.runs import Run
+from rayexp.runs.records import EpochRecord, read_lines
+from rayexp.runs.run import Run
 
 if TYPE_CHECKING:
     from rich.console import Console

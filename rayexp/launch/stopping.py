@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable, Iterator
 
 from rayexp.errors import Stopped
-from rayexp.launch.signals import handled
-from rayexp.runs import Run
+from rayexp.runs.run import Run
+from rayexp.system.signals import handled
 
 # `timeout` and batch systems send theirs to a process and to its group: what comes so soon after the first is the same.
 SAME_S = 1.0

@@ -25,10 +25,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from rayexp.config import ExperimentConfig, parse
 from rayexp.errors import RunError, Stopped, UserError
 from rayexp.launch import processes
+from rayexp.launch.driver import run as train
 from rayexp.launch.local import here
 from rayexp.launch.screen import chatter_to
-from rayexp.launch.train import run as train
-from rayexp.runs import Run
+from rayexp.runs.run import Run
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -38,19 +38,19 @@ import torch
 
 from rayexp import workloads
 from rayexp.config import ExperimentConfig, parse, passed_over
-from rayexp.engine import checkpoint, link, place
-from rayexp.engine.checkpoint import TENSORS, WORDS, State, Writer
+from rayexp.engine import checkpoint, link, runtime
+from rayexp.engine.checkpoint import TENSORS, WORDS, CheckpointWriter, State
 from rayexp.engine.fingerprint import differences, fingerprint
-from rayexp.engine.group import Group, join
-from rayexp.engine.loop import EpochDone, Session, StepDone
-from rayexp.engine.place import Place
-from rayexp.engine.step import Wish
+from rayexp.engine.group import WorkerGroup, join
+from rayexp.engine.runtime import Runtime
+from rayexp.engine.step import ControlFlags
+from rayexp.engine.trainer import EpochDone, StepDone, Trainer
 from rayexp.engine.workload import Workload
 from rayexp.errors import UserError
-from rayexp.launch.alike import Colleague, everyone, unlike, unlike_weights
+from rayexp.launch.alike import WorkerInfo, everyone, unlike, unlike_weights
 from rayexp.launch.fence import end_with_parent
-from rayexp.manifest import digest
-from rayexp.recorder import Recorder
+from rayexp.runs.manifest import digest
+from rayexp.runs.writer import RunWriter
 
 PROGRESS_SECONDS = 0.3
 TIMEOUT_S = 1800.0
@@ -58,8 +58,8 @@ TIMEOUT_S = 1800.0
 
 def work(
     payload: Mapping[str, Any],
-    join: Callable[[], Group],
-    pen: Recorder,
+    join: Callable[[], WorkerGroup],
+    pen: RunWriter,
     device: torch.device,
     world: int = 1,
     world_size: int | None = None,
@@ -82,7 +82,7 @@ def work(
     entered = time.monotonic()
     config = parse(payload["config"], ExperimentConfig, "config")
     try:
-        with place.settle(config, device, config.shards // world, payload.get("cpus")) as settled:
+        with runtime.configure(config, device, config.shards // world, payload.get("cpus")) as settled:
             workload = workloads.open_workload(config)
             group = join()
             size = group.world if world_size is None else world_size
@@ -102,9 +102,9 @@ class _Worker:
         self,
         payload: Mapping[str, Any],
         config: ExperimentConfig,
-        group: Group,
-        pen: Recorder,
-        settled: Place,
+        group: WorkerGroup,
+        pen: RunWriter,
+        settled: Runtime,
         workload: Workload,
         world_size: int,
         entered: float,
@@ -114,8 +114,8 @@ class _Worker:
         self.lead = group.rank == 0
         self.described = self.workload.describe()
         self.fingerprint = fingerprint(self.place)
-        self.session = Session(self.config, self.workload, group, self.place)
-        self.writer = Writer()
+        self.session = Trainer(self.config, self.workload, group, self.place)
+        self.writer = CheckpointWriter()
         self.buffers: dict[str, torch.Tensor] = {}
         self.steps: list[StepDone] = []  # of the present epoch
         self.energy: dict[str, float] = {}
@@ -183,7 +183,7 @@ class _Worker:
             lines.append(f"batch_size: {batch} is above the {images} training images: every step takes all of them")
         return lines
 
-    def _compare(self) -> list[Colleague]:
+    def _compare(self) -> list[WorkerInfo]:
         """All workers, of whom none is unlike the others where the reduction does not allow it."""
         weights = checkpoint.sha(self.session.replicated().weights())
         workers = everyone(self.group, socket.gethostname(), self.fingerprint, weights)
@@ -220,7 +220,7 @@ class _Worker:
                 f"data: {self.config.data.root or self.config.data.name} does not hold the data of this run ({differs})"
             )
 
-    def _begin(self, measured: Mapping[str, float] | None, workers: Sequence[Colleague]) -> None:
+    def _begin(self, measured: Mapping[str, float] | None, workers: Sequence[WorkerInfo]) -> None:
         described = self.described
         layout = self.session.layout
         meta = {
@@ -241,14 +241,14 @@ class _Worker:
 
     # ------------------------------------------------------------------ while it runs
 
-    def _wish(self) -> Wish:
+    def _wish(self) -> ControlFlags:
         last = self.payload.get("max_steps")
         stop = last is not None and self.session.global_step + 1 >= last
         if not self.lead:
-            return Wish(stop, False)
+            return ControlFlags(stop, False)
         now, c = time.monotonic(), self.config.checkpoint
         save = c.every_seconds is not None and now - self.saved >= c.every_seconds and self.writer.idle()
-        return Wish(stop or self.pen.stop_requested(), save)
+        return ControlFlags(stop or self.pen.stop_requested(), save)
 
     def _step(self, event: StepDone) -> None:
         if event.first and self.lead:
@@ -374,17 +374,17 @@ def graph_events(model: torch.nn.Module, example: tuple[Any, ...]) -> bytes:
 
 def main(argv: list[str]) -> None:
     """`python -m rayexp.launch.worker PAYLOAD.json RANK WORLD HOST:PORT`: one worker of launch.processes."""
-    from rayexp.runs import Run
+    from rayexp.runs.run import Run
 
     end_with_parent()
     payload = json.loads(Path(argv[0]).read_text())
     rank, world = int(argv[1]), int(argv[2])
-    there = place.gpus() if payload["device"] == "cuda" else 0
-    device = place.device(payload["device"], rank % max(1, there))
+    there = runtime.gpus() if payload["device"] == "cuda" else 0
+    device = runtime.device(payload["device"], rank % max(1, there))
     # NCCL refuses two workers on one GPU.
     backend = "nccl" if 1 < world <= there else "gloo"
     meet = functools.partial(join, world, rank, argv[3], payload.get("timeout_s", TIMEOUT_S), backend, device)
-    work(payload, meet, Recorder(Run(Path(payload["run"]))), device, world)
+    work(payload, meet, RunWriter(Run(Path(payload["run"]))), device, world)
     sys.stdout.flush()
     sys.stderr.flush()
     # All is written. Taking down gloo's threads in turn aborts now and then when another worker is gone already.

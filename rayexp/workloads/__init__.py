@@ -5,18 +5,15 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from rayexp.config.components import WORKLOADS
+
 if TYPE_CHECKING:
     from rayexp.config import ExperimentConfig
     from rayexp.engine.workload import Workload
 
-TABLE = {
-    "image_classification": "rayexp.workloads.image_classification:ImageClassification",
-    "language_model": "rayexp.workloads.language_model:LanguageModel",
-}
-
 
 def open_workload(config: ExperimentConfig) -> Workload:
     """The workload that a configuration names, its data opened and its options checked (UserError)."""
-    module, _, name = TABLE[config.workload].partition(":")
+    module, _, name = WORKLOADS[config.workload].partition(":")
     workload: Workload = getattr(importlib.import_module(module), name)(config)
     return workload

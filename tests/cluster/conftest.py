@@ -22,16 +22,16 @@ import numpy as np
 import pytest
 
 from rayexp.config import ExperimentConfig
-from rayexp.recorder import Recorder
-from rayexp.records import EpochRecord, Predictions
-from rayexp.runs import Run
+from rayexp.runs.records import EpochRecord, Predictions
+from rayexp.runs.run import Run
+from rayexp.runs.writer import RunWriter
 
 
 def write_run(storage: Path, epochs: int, run: Run | None = None) -> Run:
     """A run directory as training leaves it, without training; with `run`, more epochs of that one."""
     rng = np.random.default_rng(7)
     run = run or Run.create(ExperimentConfig(name="made", storage_path=storage), argv=["rayexp", "train"])
-    pen = Recorder(run)
+    pen = RunWriter(run)
     pen.begin({"status": "running"}, {"kind": "images", "val_sha": "v", "classes": [], "val_names": []})
     for epoch in range(1, epochs + 1):
         tensors = rng.bytes(300_000)

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from rayexp.cluster import collect as collecting
+from rayexp.cluster.collect import collect, upload
+from rayexp.cluster.sources import Storage, find, shown
 from rayexp.config import load
 from rayexp.errors import RunError, UserError
-from rayexp.launch import collect as collecting
-from rayexp.launch.collect import collect, upload
-from rayexp.launch.sources import Storage, find, shown
-from rayexp.manifest import digest
-from rayexp.runs import Run, broken
+from rayexp.runs.manifest import digest
+from rayexp.runs.run import Run, broken
 
 
 def content(root: Path) -> dict[str, bytes]:

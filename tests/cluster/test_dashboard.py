@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from rayexp.cli import app
 from rayexp.errors import RunError
-from rayexp.runs import Run
+from rayexp.runs.run import Run
 
 
 class Dashboard:

@@ -10,9 +10,9 @@ from threading import Thread
 import pytest
 
 import rayexp
+from rayexp.cluster import as_job, auth, jobs
 from rayexp.config import ExperimentConfig, load
 from rayexp.errors import UserError
-from rayexp.launch import as_job, doors, jobs
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def test_the_package_is_the_source_and_the_configuration(tmp_path: Path) -> None
     config = ExperimentConfig(name="x", epochs=3)
     package = jobs.pack(config, tmp_path / "package")
     assert load(tmp_path / "package" / "config.yaml") == config
-    for name in ("rayexp/__main__.py", "rayexp/launch/train.py", "rayexp/analysis/templates/diff_base.html.j2"):
+    for name in ("rayexp/__main__.py", "rayexp/launch/driver.py", "rayexp/pages/templates/diff_base.html.j2"):
         assert package.files[name] > 0
     tops = {Path(name).parts[0] for name in package.files}
     assert tops == {"rayexp", "config.yaml"}
@@ -59,51 +59,51 @@ def test_too_large_a_package_names_the_largest(tmp_path: Path, monkeypatch: pyte
     ],
 )
 def test_addresses(given: str | None, expected: str) -> None:
-    assert doors.address(given) == expected
+    assert auth.address(given) == expected
 
 
 @pytest.mark.parametrize("given", ["ray://head:10001", "http://", "http://me:secret@head:8265", "auto://x"])
 def test_addresses_that_are_none(given: str) -> None:
     with pytest.raises(UserError, match="--address") as error:
-        doors.address(given)
+        auth.address(given)
     assert "secret" not in str(error.value) or given != "http://me:secret@head:8265"
 
 
 def test_where_the_token_is_looked_for(empty_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert doors.token() is None
-    assert doors.headers() == {}
+    assert auth.token() is None
+    assert auth.headers() == {}
     (empty_home / ".ray").mkdir()
     (empty_home / ".ray" / "auth_token").write_text("from-home\n")
-    assert doors.token() == "from-home"
+    assert auth.token() == "from-home"
     (tmp_path / "elsewhere").write_text("from-path")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "elsewhere"))
-    assert doors.token() == "from-path"
+    assert auth.token() == "from-path"
     monkeypatch.setenv("RAY_AUTH_TOKEN", "from-env")
-    assert doors.headers() == {"Authorization": "Bearer from-env"}
+    assert auth.headers() == {"Authorization": "Bearer from-env"}
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    assert doors.token() is None
+    assert auth.token() is None
 
 
 def test_a_new_token_is_closed_to_others(empty_home: Path) -> None:
-    doors.make_token()
+    auth.make_token()
     path = empty_home / ".ray" / "auth_token"
     first = path.read_text()
     assert len(first) == 64
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     path.chmod(0o644)  # as Ray writes it
-    doors.make_token()
+    auth.make_token()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert path.read_text() == first
 
 
 def test_no_token_is_made_where_doors_are_open(empty_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    doors.make_token()
+    auth.make_token()
     assert not (empty_home / ".ray").exists()
 
 
 def test_nobody_at_the_address() -> None:
-    for ask in (lambda a: jobs.jobs(a), lambda a: doors.get(a, "/api/v0/nodes"), lambda a: jobs.stop(a, "x")):
+    for ask in (lambda a: jobs.jobs(a), lambda a: auth.get(a, "/api/v0/nodes"), lambda a: jobs.stop(a, "x")):
         with pytest.raises(UserError, match=r"no Ray cluster answers at http://127.0.0.1:1"):
             ask("http://127.0.0.1:1")
 
@@ -123,7 +123,7 @@ def test_another_server_at_the_address() -> None:
     try:
         place = f"http://127.0.0.1:{server.server_port}"
         with pytest.raises(UserError, match="not a Ray dashboard"):
-            doors.get(place, "/api/v0/nodes")
+            auth.get(place, "/api/v0/nodes")
         with pytest.raises(UserError, match="no Ray cluster answers"):
             jobs.jobs(place)
     finally:
@@ -168,7 +168,7 @@ def test_an_unlocked_cluster_is_noticed(status: int, expected: bool) -> None:
     server = HTTPServer(("127.0.0.1", 0), Page)
     Thread(target=server.serve_forever, daemon=True).start()
     try:
-        assert doors.unlocked(f"http://127.0.0.1:{server.server_port}") is expected
+        assert auth.unlocked(f"http://127.0.0.1:{server.server_port}") is expected
     finally:
         server.shutdown()
         server.server_close()

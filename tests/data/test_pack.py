@@ -22,8 +22,8 @@ from rayexp.config import DataConfig
 from rayexp.data import decode as decoding
 from rayexp.data import folder, packed, tiny_imagenet
 from rayexp.data import pack as packing
-from rayexp.disk import write_json
 from rayexp.errors import RunError, UserError
+from rayexp.system.disk import write_json
 
 HOUSE = Path(__file__).parents[2]
 

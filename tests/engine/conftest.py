@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from rayexp.config import ExperimentConfig, parse
-from rayexp.engine import place
-from rayexp.engine.group import Group
-from rayexp.engine.loop import Session
+from rayexp.engine import runtime
+from rayexp.engine.group import WorkerGroup
+from rayexp.engine.trainer import Trainer
 from rayexp.workloads import open_workload
 
 SMALL: dict[str, dict[str, Any]] = {
@@ -45,9 +45,9 @@ def small(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., Exper
 
 
 @pytest.fixture
-def session() -> Callable[[ExperimentConfig], Session]:
-    def make(config: ExperimentConfig) -> Session:
-        settled = place.settle(config, torch.device("cpu"), config.shards)
-        return Session(config, open_workload(config), Group(), settled)
+def session() -> Callable[[ExperimentConfig], Trainer]:
+    def make(config: ExperimentConfig) -> Trainer:
+        settled = runtime.configure(config, torch.device("cpu"), config.shards)
+        return Trainer(config, open_workload(config), WorkerGroup(), settled)
 
     return make

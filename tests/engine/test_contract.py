@@ -13,15 +13,15 @@ from torch import Tensor, nn
 
 from rayexp.config import ExperimentConfig, parse
 from rayexp.engine import checkpoint
-from rayexp.engine.draws import Dropout
-from rayexp.engine.loop import Session, StepDone
+from rayexp.engine.cpu.small_map import shorten
+from rayexp.engine.rng import Dropout
 from rayexp.engine.step import Stepper
+from rayexp.engine.trainer import StepDone, Trainer
 from rayexp.errors import UserError
-from rayexp.workloads.image_classification import ImageClassification
-from rayexp.workloads.small_map import shorten
+from rayexp.workloads.image_classification.workload import ImageClassification
 
-Open = Callable[[ExperimentConfig], Session]
-Train = Callable[..., Session]
+Open = Callable[[ExperimentConfig], Trainer]
+Train = Callable[..., Trainer]
 
 
 class Net(nn.Module):
@@ -42,7 +42,7 @@ class Net(nn.Module):
 def train(session: Open, monkeypatch: pytest.MonkeyPatch) -> Train:
     """Train a model of one's own for some steps."""
 
-    def run(make: Callable[[], nn.Module], steps: int = 2, **changes: Any) -> Session:
+    def run(make: Callable[[], nn.Module], steps: int = 2, **changes: Any) -> Trainer:
         def model(self: ImageClassification) -> nn.Module:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
@@ -66,7 +66,7 @@ def train(session: Open, monkeypatch: pytest.MonkeyPatch) -> Train:
     return run
 
 
-def sha(session: Session) -> str:
+def sha(session: Trainer) -> str:
     return checkpoint.sha(session.state().tensors)
 
 

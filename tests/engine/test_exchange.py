@@ -24,8 +24,8 @@ from torch import Tensor
 
 from rayexp.engine import order
 from rayexp.engine.exchange import Assembly, Exchange
-from rayexp.engine.group import Group
-from rayexp.engine.reduce import Forest
+from rayexp.engine.group import WorkerGroup
+from rayexp.engine.reduction import Forest
 
 CPU = torch.device("cpu")
 UNIT = 8  # every number of workers divides the parts of a row
@@ -95,7 +95,7 @@ class Letters:
             assert done, "a letter never came"
 
 
-class Worker(Group):
+class Worker(WorkerGroup):
     """A worker of a group of threads, whose rows go from worker to worker as gloo's do."""
 
     direct = True
@@ -121,7 +121,7 @@ class Worker(Group):
         return Letters(office, keys)
 
 
-def side_by_side(world: int, seed: int, work: Callable[[Group], Any]) -> list[Any]:
+def side_by_side(world: int, seed: int, work: Callable[[WorkerGroup], Any]) -> list[Any]:
     """What each of the workers returns, or the exception that it ends with."""
     office = PostOffice(seed)
     results: list[Any] = [None] * world
@@ -174,7 +174,7 @@ def test_any_order_of_arrival_gives_the_trees_bits(
     shards, length = world * each, UNIT * parts
     leaves = [rows(seed + step, shards, length) for step in range(steps)]
 
-    def work(group: Group) -> list[Tensor]:
+    def work(group: WorkerGroup) -> list[Tensor]:
         exchange = Exchange(group, shards, length, CPU, bucket=bucket)
         results = []
         for step in range(steps):
@@ -220,7 +220,7 @@ def test_lanes_that_pass_parameters_in_any_order(
     seed = data.draw(st.integers(0, 10**6))
     order_of_buckets: list[list[int]] = []
 
-    def work(group: Group) -> Tensor:
+    def work(group: WorkerGroup) -> Tensor:
         exchange = Exchange(group, shards, sum(sizes), CPU, bucket=bucket)
         if not order_of_buckets:
             order_of_buckets.append(leaving.sample(range(len(exchange.buckets)), len(exchange.buckets)))
@@ -265,7 +265,7 @@ def test_an_error_in_one_worker_ends_all(world: int, buckets: int, seed: int, da
     guilty, at = data.draw(st.integers(0, world - 1)), data.draw(st.integers(0, buckets - 1))
     leaves = rows(seed, world, length)
 
-    def work(group: Group) -> Tensor:
+    def work(group: WorkerGroup) -> Tensor:
         exchange = Exchange(group, world, length, CPU, bucket=UNIT)
         mine = torch.from_numpy(leaves[group.rank].copy())
         for number, where in enumerate(exchange.buckets):
@@ -294,7 +294,7 @@ def test_an_error_in_a_background_thread_comes_to_finish(monkeypatch: pytest.Mon
     monkeypatch.setattr(Worker, method, failing)
     ends: queue.SimpleQueue[int] = queue.SimpleQueue()
 
-    def work(group: Group) -> None:
+    def work(group: WorkerGroup) -> None:
         exchange = Exchange(group, 2, UNIT, CPU)
         exchange.send(0, [torch.from_numpy(leaves[group.rank].copy())])
         try:

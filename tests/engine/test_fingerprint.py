@@ -13,22 +13,22 @@ import pytest
 import torch
 
 from rayexp.config import ExperimentConfig, parse
-from rayexp.engine import place
+from rayexp.engine import runtime
 from rayexp.engine.fingerprint import differences, fingerprint, probe, processor
 
 CODE = """
 import json, torch
 from rayexp.config import ExperimentConfig
-from rayexp.engine import place
+from rayexp.engine import runtime
 from rayexp.engine.fingerprint import fingerprint
-with place.settle(ExperimentConfig(), torch.device("cpu"), 8) as settled:
+with runtime.configure(ExperimentConfig(), torch.device("cpu"), 8) as settled:
     print(json.dumps(fingerprint(settled)))
 """
 
 
 def taken(lanes: int = 1) -> dict[str, Any]:
     config = parse({"scaling": {"lanes": lanes}}, ExperimentConfig, "test")
-    with place.settle(config, torch.device("cpu"), 8) as settled:
+    with runtime.configure(config, torch.device("cpu"), 8) as settled:
         return fingerprint(settled)
 
 
@@ -56,7 +56,7 @@ def test_it_is_the_same_again_on_any_lane_and_in_another_process() -> None:
     ],
 )
 def test_what_narrows_the_kernels_is_seen(variable: str, value: str, needs: str, named: set[str]) -> None:
-    if needs not in place.cpu_capability():
+    if needs not in runtime.cpu_capability():
         pytest.skip(f"this processor has no {needs}")
     one, other = taken(), elsewhere(**{variable: value})
     assert named <= {name for name in one if one[name] != other[name]} <= {*named, "probe"}

@@ -14,10 +14,10 @@ import json, sys, torch
 from rayexp.config import ExperimentConfig
 from rayexp.engine import link
 from rayexp.engine.group import join
-from rayexp.engine.place import settle
+from rayexp.engine.runtime import configure
 rank = int(sys.argv[1])
 group = join(2, rank, sys.argv[2], 60)
-found = link.measure(group, settle(ExperimentConfig(), torch.device("cpu"), 4), int(sys.argv[3]))
+found = link.measure(group, configure(ExperimentConfig(), torch.device("cpu"), 4), int(sys.argv[3]))
 print(json.dumps(found), flush=True)
 torch.distributed.destroy_process_group()
 """

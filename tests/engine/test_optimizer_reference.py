@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from rayexp.config import ExperimentConfig, parse
-from rayexp.engine import optimize
-from rayexp.engine.flat import Layout, Master, Touched
-from rayexp.engine.optimize import Optimizer
-from rayexp.engine.place import Place, settle
+from rayexp.engine import optimizer as optimize
+from rayexp.engine.gradients import Master, ParameterLayout, Touched
+from rayexp.engine.optimizer import Optimizer
+from rayexp.engine.runtime import Runtime, configure
 from rayexp.errors import UserError
 
 STEPS = 20
@@ -69,18 +69,18 @@ def reference(config: ExperimentConfig, model: nn.Module) -> torch.optim.Optimiz
 
 
 @functools.cache
-def lanes_of(lanes: int) -> Place:
+def lanes_of(lanes: int) -> Runtime:
     """So many lanes, of one thread each."""
-    return settle(experiment({}, scaling={"lanes": lanes}), torch.device("cpu"), 8, 1)
+    return configure(experiment({}, scaling={"lanes": lanes}), torch.device("cpu"), 8, 1)
 
 
-def ours(config: ExperimentConfig, model: nn.Module, lanes: int = LANES) -> tuple[Master, Optimizer, Place]:
-    layout = Layout(model, config.shards, config.optimizer.decay_norm_and_bias)
+def ours(config: ExperimentConfig, model: nn.Module, lanes: int = LANES) -> tuple[Master, Optimizer, Runtime]:
+    layout = ParameterLayout(model, config.shards, config.optimizer.decay_norm_and_bias)
     master = Master(model, layout, torch.device("cpu"))
     return master, Optimizer(config, layout, master.params), lanes_of(lanes)
 
 
-def row_of(layout: Layout, found: dict[str, Tensor]) -> Tensor:
+def row_of(layout: ParameterLayout, found: dict[str, Tensor]) -> Tensor:
     row = torch.zeros(layout.row)
     for slot in layout.params:
         slot.view(layout.gradient(row)).copy_(found[slot.name])
@@ -173,7 +173,7 @@ def test_an_embedding_whose_touched_rows_alone_are_updated(clip: float | None, m
     model = nn.Sequential(nn.Linear(4, 3), nn.Embedding(40, 5), nn.Linear(5, 2))
     true = nn.Sequential(nn.Linear(4, 3), nn.Embedding(40, 5), nn.Linear(5, 2)).double()
     true.load_state_dict(model.state_dict())
-    layout = Layout(model, config.shards)
+    layout = ParameterLayout(model, config.shards)
     master = Master(model, layout, torch.device("cpu"))
 
     def touched(rows: Sequence[int]) -> list[Touched]:

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from rayexp.config import ExperimentConfig, parse
-from rayexp.engine.loop import Session, StepDone
-from rayexp.engine.optimize import Optimizer
-from rayexp.engine.place import settle
-from rayexp.workloads import blocked_loss
+from rayexp.engine.cpu import blocked_loss
+from rayexp.engine.optimizer import Optimizer
+from rayexp.engine.runtime import configure
+from rayexp.engine.trainer import StepDone, Trainer
 
-Open = Callable[[ExperimentConfig], Session]
+Open = Callable[[ExperimentConfig], Trainer]
 IMAGES: dict[str, Any] = {
     "data": {"name": "shapes", "max_train_samples": 32, "max_val_samples": 20, "image_size": 32},
     "model": {"name": "mobilenet_v3_small"},
@@ -89,7 +89,7 @@ def test_convolutions_compute_in_it(
     assert done.predictions["loss"].dtype == "float32"  # type: ignore[union-attr]
 
 
-def first_loss(one: Session) -> float:
+def first_loss(one: Trainer) -> float:
     event = next(one.train())
     assert isinstance(event, StepDone)
     return event.loss
@@ -132,6 +132,6 @@ def test_a_transformer_in_bf16(session: Open) -> None:
 def test_tf32_is_allowed_where_it_is_asked_for_and_nowhere_else(precision: str) -> None:
     for before in (True, False):
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = before
-        settle(config(IMAGES, precision), torch.device("cpu"), 4)
+        configure(config(IMAGES, precision), torch.device("cpu"), 4)
         assert torch.backends.cuda.matmul.allow_tf32 == (precision == "tf32")
         assert torch.backends.cudnn.allow_tf32 == (precision == "tf32")

@@ -12,7 +12,7 @@ import torch
 from torch.optim import lr_scheduler as theirs
 
 from rayexp.config import ExperimentConfig, parse
-from rayexp.engine.optimize import Schedule
+from rayexp.engine.schedule import Schedule
 
 LR = 0.3
 LENGTHS = [(1, 24), (4, 6), (3, 25), (7, 4)]

@@ -14,11 +14,11 @@ from torchvision import models
 
 from rayexp.config import ExperimentConfig, parse
 from rayexp.engine import checkpoint, shardwise, step
-from rayexp.engine.draws import Draws
-from rayexp.engine.loop import Session, StepDone
-from rayexp.engine.reduce import Forest, total
+from rayexp.engine.reduction import Forest, total
+from rayexp.engine.rng import Draws
+from rayexp.engine.trainer import StepDone, Trainer
 
-Open = Callable[[ExperimentConfig], Session]
+Open = Callable[[ExperimentConfig], Trainer]
 
 
 def config(model: str, **changes: Any) -> ExperimentConfig:
@@ -33,7 +33,7 @@ def config(model: str, **changes: Any) -> ExperimentConfig:
     return parse({**tree, **changes}, ExperimentConfig, "test")
 
 
-def shas(session: Session) -> list[str]:
+def shas(session: Trainer) -> list[str]:
     """state_sha after each step of an epoch, whose last batch has shards of two sizes."""
     return [checkpoint.sha(session.state().tensors) for e in session.train() if isinstance(e, StepDone)]
 

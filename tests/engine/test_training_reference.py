@@ -20,14 +20,14 @@ from torch.optim import lr_scheduler
 
 from rayexp.config import ExperimentConfig, parse
 from rayexp.engine import checkpoint, order
-from rayexp.engine.group import Group
-from rayexp.engine.loop import EpochDone, Session, StepDone
-from rayexp.engine.optimize import Optimizer
-from rayexp.engine.place import Place, settle
-from rayexp.engine.step import Stepper, Wish
+from rayexp.engine.group import WorkerGroup
+from rayexp.engine.optimizer import Optimizer
+from rayexp.engine.runtime import Runtime, configure
+from rayexp.engine.step import ControlFlags, Stepper
+from rayexp.engine.trainer import EpochDone, StepDone, Trainer
 from rayexp.engine.workload import Batch, Carry
 from rayexp.errors import RunError
-from rayexp.records import Predictions
+from rayexp.runs.records import Predictions
 
 SAMPLES, SHARDS, BATCH = 55, 4, 16  # three batches; the last has 23 samples, in shards of 6, 6, 6 and 5
 CLASSES = 3
@@ -165,12 +165,12 @@ def configured(**changes: Any) -> ExperimentConfig:
     return parse(tree, ExperimentConfig, "test")
 
 
-def opened(config: ExperimentConfig, together: bool = True) -> tuple[Session, Toy]:
+def opened(config: ExperimentConfig, together: bool = True) -> tuple[Trainer, Toy]:
     toy = Toy(config, together)
-    return Session(config, toy, Group(), settle(config, torch.device("cpu"), config.shards, 1)), toy
+    return Trainer(config, toy, WorkerGroup(), configure(config, torch.device("cpu"), config.shards, 1)), toy
 
 
-def close(session: Session, plain: Plain, tolerance: float = 2e-5) -> None:
+def close(session: Trainer, plain: Plain, tolerance: float = 2e-5) -> None:
     tensors = session.master.tensors(session.global_step)
     for name, wanted in plain.model.state_dict().items():
         if not name.endswith("num_batches_tracked"):
@@ -233,7 +233,9 @@ def test_the_reduced_gradient_is_the_sum_over_all_samples(
     told: list[tuple[dict[str, Tensor], float, float, int]] = []
     update = Optimizer.update
 
-    def spy(self: Optimizer, row: Tensor, count: float, lr: float, step: int, place: Place, touched: Any = ()) -> None:
+    def spy(
+        self: Optimizer, row: Tensor, count: float, lr: float, step: int, place: Runtime, touched: Any = ()
+    ) -> None:
         gradient = self.layout.gradient(row).clone()
         told.append(({s.name: s.view(gradient) for s in self.layout.params}, count, lr, step))
         update(self, row, count, lr, step, place, touched)
@@ -255,7 +257,9 @@ def test_every_step_has_the_schedule_s_rate(monkeypatch: pytest.MonkeyPatch) -> 
     told: list[float] = []
     update = Optimizer.update
 
-    def spy(self: Optimizer, row: Tensor, count: float, lr: float, step: int, place: Place, touched: Any = ()) -> None:
+    def spy(
+        self: Optimizer, row: Tensor, count: float, lr: float, step: int, place: Runtime, touched: Any = ()
+    ) -> None:
         told.append(lr)
         assert step == len(told)
         update(self, row, count, lr, step, place, touched)
@@ -339,7 +343,7 @@ def test_an_epoch_trains_on_every_sample_once_and_the_next_in_another_order() ->
 def test_a_wish_is_heard_after_its_step() -> None:
     """To save: that step says so, and the run goes on. To stop: that step is the last."""
     session, _ = opened(configured(epochs=2))
-    wishes = iter([Wish(), Wish(save=True), Wish(), Wish(stop=True)])
+    wishes = iter([ControlFlags(), ControlFlags(save=True), ControlFlags(), ControlFlags(stop=True)])
     events = [e for e in session.train(lambda: next(wishes)) if isinstance(e, StepDone)]
     assert [(e.save, e.stopped) for e in events] == [(False, False), (True, False), (False, False), (False, True)]
     assert (session.epoch, session.step) == (1, 1)

@@ -16,19 +16,19 @@ import safetensors.torch
 import torch
 
 from rayexp.config import ExperimentConfig
-from rayexp.engine.place import cpu_capability
-from rayexp.launch.alike import Colleague, unlike, unlike_weights
+from rayexp.engine.runtime import cpu_capability
+from rayexp.launch.alike import WorkerInfo, unlike, unlike_weights
+from rayexp.launch.driver import run as train
 from rayexp.launch.processes import free_port
-from rayexp.launch.train import run as train
-from rayexp.runs import Run
+from rayexp.runs.run import Run
 
 Tiny = Callable[..., ExperimentConfig]
 Plant = Callable[[str], dict[str, str]]
 needs_avx512 = pytest.mark.skipif(cpu_capability() != "AVX512", reason="AVX2 can be told from AVX-512 only there")
 
 
-def colleague(rank: int, host: str = "a", sha: str = "w", **fields: Any) -> Colleague:
-    return Colleague(rank, host, {"device": "cpu AVX512", "torch": "2", "probe": "p", **fields}, sha)
+def colleague(rank: int, host: str = "a", sha: str = "w", **fields: Any) -> WorkerInfo:
+    return WorkerInfo(rank, host, {"device": "cpu AVX512", "torch": "2", "probe": "p", **fields}, sha)
 
 
 def test_alike() -> None:

@@ -12,10 +12,10 @@ from rich.console import Console
 
 from rayexp.config import ExperimentConfig, read
 from rayexp.errors import UserError
-from rayexp.integrity import examine, faults
-from rayexp.launch.train import run
-from rayexp.manifest import digest
-from rayexp.runs import Run
+from rayexp.launch.driver import run
+from rayexp.runs.integrity import examine, faults
+from rayexp.runs.manifest import digest
+from rayexp.runs.run import Run
 
 Tiny = Callable[..., ExperimentConfig]
 

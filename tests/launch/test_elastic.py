@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from rayexp.config import ExperimentConfig
-from rayexp.launch.train import run
-from rayexp.runs import Run
+from rayexp.launch.driver import run
+from rayexp.runs.run import Run
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -23,9 +23,9 @@ def test_an_elastic_run_grows_and_shrinks_with_its_cluster(
 ) -> None:
     from ray.cluster_utils import Cluster
 
-    from rayexp.launch.on_ray import drive
+    from rayexp.launch.on_ray import supervise
 
-    monkeypatch.setattr(drive, "GROW_S", 0.5)
+    monkeypatch.setattr(supervise, "GROW_S", 0.5)
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # a Cluster's nodes are started without
     elastic = {"num_workers": (1, 2), "cpus_per_worker": 1}
     config = tiny(epochs=5000, checkpoint={"every_steps": 5}, scaling=elastic)
@@ -51,7 +51,7 @@ def test_an_elastic_run_grows_and_shrinks_with_its_cluster(
         cluster.remove_node(node, allow_graceful=False)
         until(lambda: not training.is_alive() or size() == 1)
         (made,) = Run.all(tmp_path / "runs")
-        monkeypatch.setattr(drive, "GROW_S", 1e9)
+        monkeypatch.setattr(supervise, "GROW_S", 1e9)
         made.stop_path.touch()
         training.join(60)
         assert isinstance(ended[0], KeyboardInterrupt)

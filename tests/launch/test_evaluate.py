@@ -13,9 +13,9 @@ from PIL import Image
 
 from rayexp.config import ExperimentConfig
 from rayexp.errors import RunError, UserError
-from rayexp.launch.evaluate import judge, predict
-from rayexp.launch.train import run
-from rayexp.workloads import generate as text
+from rayexp.launch.driver import run
+from rayexp.launch.evaluate import evaluate, predict
+from rayexp.workloads.language_model import generate as text
 
 Tiny = Callable[..., ExperimentConfig]
 IMAGES = {
@@ -31,7 +31,7 @@ IMAGES = {
 def test_a_checkpoint_says_again_what_training_stored(tiny: Tiny, changes: dict[str, object]) -> None:
     made = run(tiny(**changes), argv=[])
     stored = made.predictions(1)
-    found = judge(made, 1)
+    found = evaluate(made, 1)
     assert found.equal
     assert not found.stored
     record = made.records()[0]
@@ -48,7 +48,7 @@ def test_a_checkpoint_says_again_what_training_stored(tiny: Tiny, changes: dict[
 def test_batches_come_in_their_order(tiny: Tiny) -> None:
     made = run(tiny(scaling={"lanes": 2}, shards=4, epochs=1), argv=[])
     seen: list[int] = []
-    judge(made, 1, lambda batches: seen.append(-batches), lambda batch, part: seen.append(batch))
+    evaluate(made, 1, lambda batches: seen.append(-batches), lambda batch, part: seen.append(batch))
     assert seen == [-4, 0, 1, 2, 3]
 
 
@@ -82,7 +82,7 @@ def test_a_model_that_is_not_finite_is_said_and_compared(
     tiny: Tiny, command: Callable[..., subprocess.Popen[str]]
 ) -> None:
     made = run(tiny(**{**IMAGES, "lr": 1e30, "batch_size": 64}), argv=[])  # one step, and its loss is finite
-    found = judge(made, 1)
+    found = evaluate(made, 1)
     assert found.not_finite == len(found.predictions) == 72
     assert found.equal
     assert (found.metrics["acc1"], found.metrics["acc5"]) == (0, 0)
@@ -98,7 +98,7 @@ def test_a_model_that_is_not_finite_is_said_and_compared(
 def test_a_language_model_that_is_not_finite(tiny: Tiny) -> None:
     one_step = {"name": "python_docs", "max_train_tokens": 336, "max_val_tokens": 600, "bptt": 20}
     made = run(tiny(lr=1e30, optimizer={"clip": None}, data=one_step, epochs=1, model={"name": "rnn_relu"}), argv=[])
-    found = judge(made, 1)
+    found = evaluate(made, 1)
     assert found.not_finite == len(found.predictions)
     assert found.equal
     assert not math.isfinite(found.metrics["ppl"])
@@ -126,14 +126,14 @@ def test_data_that_has_moved_is_taken_by_its_hash(
     shutil.move(old, new)
     other = picture_folder(tmp_path / "other", 1)
     with pytest.raises(UserError, match=r"old.*; `rayexp evaluate .*@1 data\.root=DIR` takes the data from where"):
-        judge(made, 1)
-    assert judge(made, 1, root=new).equal
+        evaluate(made, 1)
+    assert evaluate(made, 1, root=new).equal
     with pytest.raises(UserError, match=r"^data\.root: the validation data in .*other is not that of"):
-        judge(made, 1, root=other)
+        evaluate(made, 1, root=other)
     (new / "val" / "cat").rename(new / "val" / "x")
     (new / "train" / "cat").rename(new / "train" / "x")
     with pytest.raises(UserError, match=r"^data\.root: "):
-        judge(made, 1, root=new)
+        evaluate(made, 1, root=new)
     (new / "val" / "x").rename(new / "val" / "cat")
     (new / "train" / "x").rename(new / "train" / "cat")
     process = command("evaluate", f"{made.id}@1", f"data.root={new}", "--json")

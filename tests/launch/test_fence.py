@@ -13,9 +13,9 @@ from rayexp.config import ExperimentConfig
 from rayexp.launch import fence
 from rayexp.launch.faults import LostError
 from rayexp.launch.fence import Fenced
-from rayexp.locks import only_driver
-from rayexp.recorder import Recorder
-from rayexp.runs import Run
+from rayexp.runs.run import Run
+from rayexp.runs.writer import RunWriter
+from rayexp.system.locks import only_driver
 
 Tiny = Callable[..., ExperimentConfig]
 
@@ -28,7 +28,7 @@ def test_a_worker_writes_only_for_its_own_driver(tiny: Tiny, monkeypatch: pytest
     monkeypatch.setattr(fence, "LOOK_S", 0.0)
     made = Run.create(tiny(), argv=[])
     with only_driver(made.root) as driver:
-        mine = Fenced(Recorder(made), driver.token)
+        mine = Fenced(RunWriter(made), driver.token)
         assert mine.driven()
         mine.snapshot(3, {"state.json": b"{}"})
         mine.log(0, "alive")
@@ -55,7 +55,7 @@ def test_a_worker_that_steps_looks_after_its_driver(tiny: Tiny, monkeypatch: pyt
     now = [100.0]
     monkeypatch.setattr(fence.time, "monotonic", lambda: now[0])
     made = Run.create(tiny(), argv=[])
-    mine = Fenced(Recorder(made), "of a driver that is gone")
+    mine = Fenced(RunWriter(made), "of a driver that is gone")
     with pytest.raises(LostError):
         mine.stop_requested()
     now[0] += fence.LOOK_S / 2
@@ -69,7 +69,7 @@ def test_a_worker_that_steps_looks_after_its_driver(tiny: Tiny, monkeypatch: pyt
 
 def test_looking_is_not_in_the_way_of_the_next_driver(tiny: Tiny) -> None:
     made = Run.create(tiny(), argv=[])
-    mine, over = Fenced(Recorder(made), "gone"), threading.Event()
+    mine, over = Fenced(RunWriter(made), "gone"), threading.Event()
     threads = [threading.Thread(target=lambda: [mine.driven() for _ in iter(over.is_set, True)]) for _ in range(2)]
     for thread in threads:
         thread.start()

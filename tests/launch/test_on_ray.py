@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from rayexp import locks
 from rayexp.config import ExperimentConfig
 from rayexp.errors import RunError, UserError
-from rayexp.launch.train import run
-from rayexp.manifest import sealed
-from rayexp.runs import Run
+from rayexp.launch.driver import run
+from rayexp.runs.manifest import sealed
+from rayexp.runs.run import Run
+from rayexp.system import locks
 
 pytestmark = pytest.mark.ray
 Tiny = Callable[..., ExperimentConfig]
@@ -30,7 +30,7 @@ Until = Callable[..., None]
 @pytest.fixture(scope="module")
 def ray_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A Ray of our own for all tests of this file."""
-    from rayexp.launch import surroundings
+    from rayexp.cluster import surroundings
     from rayexp.launch.on_ray import session
 
     # Not one that happens to run on this machine.
@@ -88,10 +88,10 @@ def test_a_killed_worker_costs_no_bit(tiny: Tiny, ray_here: None, until: Until, 
 def test_workers_without_the_drivers_disk_write_through_its_keeper(
     tiny: Tiny, ray_here: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rayexp.launch.on_ray import drive, session
+    from rayexp.launch.on_ray import session, supervise
 
     # A nonce file that no worker finds, and a second node, as the driver sees it.
-    monkeypatch.setattr(drive, "NONCE", "elsewhere")
+    monkeypatch.setattr(supervise, "NONCE", "elsewhere")
     nodes = session.nodes()
     monkeypatch.setattr(session, "nodes", lambda: [*nodes, *nodes])
     made = run(tiny(scaling={"num_workers": 2, "cpus_per_worker": 0.5}), argv=[])
@@ -135,16 +135,16 @@ def test_a_failure_of_the_training_code_is_told_in_one_line(tiny: Tiny, ray_here
 def test_workers_of_a_driver_that_has_ended_write_nothing(
     tiny: Tiny, ray_here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nodes: int
 ) -> None:
-    from rayexp.launch import train
-    from rayexp.launch.on_ray import drive, session
+    from rayexp.launch import driver
+    from rayexp.launch.on_ray import session, supervise
 
     @contextlib.contextmanager
     def driving(made: Run, fresh: bool) -> Iterator[locks.Driver]:
         yield locks.Driver(1, "here", "a token that is not in the lock")
 
-    monkeypatch.setattr(train, "_driving", driving)
+    monkeypatch.setattr(driver, "_driving", driving)
     if nodes == 2:  # as in test_workers_without_the_drivers_disk_write_through_its_keeper
-        monkeypatch.setattr(drive, "NONCE", "elsewhere")
+        monkeypatch.setattr(supervise, "NONCE", "elsewhere")
         there = session.nodes()
         monkeypatch.setattr(session, "nodes", lambda: [*there, *there])
     with pytest.raises(RunError, match=r"workers were lost 1 times .*its driver has ended"):
@@ -160,7 +160,7 @@ def test_a_worker_that_cannot_start_names_its_host_and_the_cause(ray_here: None,
     from ray.exceptions import RayActorError
     from ray.train import ControllerError
 
-    from rayexp.launch.on_ray.fit import _cause
+    from rayexp.launch.on_ray.attempt import _cause
 
     class Starting:
         def __init__(self) -> None:

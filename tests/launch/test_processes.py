@@ -13,11 +13,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from rayexp import spawn
 from rayexp.config import ExperimentConfig
 from rayexp.launch import processes
 from rayexp.launch.processes import WorkersFailedError
-from rayexp.runs import Run
+from rayexp.runs.run import Run
+from rayexp.system import spawn
 
 
 def start(*endings: str) -> list[subprocess.Popen[bytes]]:

@@ -13,8 +13,8 @@ import psutil
 import pytest
 
 from rayexp.config import ExperimentConfig
-from rayexp.locks import is_locked
-from rayexp.runs import Run
+from rayexp.runs.run import Run
+from rayexp.system.locks import is_locked
 
 pytestmark = pytest.mark.ray
 Tiny = Callable[..., ExperimentConfig]
@@ -112,7 +112,7 @@ SCRIPT = """
 import signal
 import psutil, ray
 from rayexp.cli._shell import _leave
-from rayexp.launch import signals
+from rayexp.system import signals
 from rayexp.launch.on_ray import session
 
 @ray.remote

@@ -10,10 +10,10 @@ import pytest
 from rich.console import Console
 
 from rayexp.config import ExperimentConfig
-from rayexp.disk import append_line, write_atomic
 from rayexp.launch.screen import Screen, epoch_line
-from rayexp.records import EpochRecord
-from rayexp.runs import Run
+from rayexp.runs.records import EpochRecord
+from rayexp.runs.run import Run
+from rayexp.system.disk import append_line, write_atomic
 
 
 def record(epoch: int) -> EpochRecord:

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from rayexp.config import ExperimentConfig
 from rayexp.launch.screen import Screen
-from rayexp.runs import Run
+from rayexp.runs.run import Run
 
 
 @pytest.fixture

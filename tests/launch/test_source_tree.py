@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 import rayexp
-from rayexp.launch import doctor, grid
+from rayexp.grid import run
+from rayexp.launch import doctor
 
 HIDE = """
 import importlib.metadata, sys
@@ -25,7 +26,7 @@ importlib.metadata.Distribution.from_name = classmethod(from_name)
 
 
 def test_the_versions_of_a_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
-    grid.environment()  # imports torch, which would itself believe the versions below
+    run.environment()  # imports torch, which would itself believe the versions below
 
     def version(name: str) -> str:
         if name in ("rayexp", "torchvision"):
@@ -33,7 +34,7 @@ def test_the_versions_of_a_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
         return "7"
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    assert grid.environment()["versions"] == {
+    assert run.environment()["versions"] == {
         "rayexp": rayexp.__version__,
         "torch": "7",
         "torchvision": "missing",
@@ -50,7 +51,7 @@ def test_a_comparison_begins_there(tmp_path: Path) -> None:
     (tmp_path / "grid.yaml").write_text("base: base.yaml\nscaling: [{num_workers: 0, use_gpu: false}]\n")
     code = HIDE + (
         f"tree = {str(tmp_path)!r}\nsys.path.insert(0, tree)\nimport rayexp\nassert rayexp.__file__.startswith(tree)\n"
-        "from pathlib import Path\nfrom rayexp.config import CompareConfig, load\nfrom rayexp.launch import grid\n"
+        "from pathlib import Path\nfrom rayexp.config import CompareConfig, load\nfrom rayexp.grid import run as grid\n"
         "config = load('grid.yaml', kind=CompareConfig)\n"
         "print(grid.start(config, *grid.planned(config, Path('.')), argv=[]).root)\n"
     )

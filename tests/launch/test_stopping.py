@@ -18,11 +18,12 @@ import pytest
 
 from rayexp.config import ExperimentConfig
 from rayexp.errors import HeadLostError, RunError, Stopped, UserError
-from rayexp.launch import local, signals, stopping
+from rayexp.launch import local, stopping
+from rayexp.launch.driver import run
 from rayexp.launch.stopping import Stopping, stoppable
-from rayexp.launch.train import run
-from rayexp.recorder import Recorder
-from rayexp.runs import Run
+from rayexp.runs.run import Run
+from rayexp.runs.writer import RunWriter
+from rayexp.system import signals
 
 Tiny = Callable[..., ExperimentConfig]
 Command = Callable[..., "subprocess.Popen[str]"]
@@ -167,7 +168,7 @@ def test_one_request_may_come_as_several_signals(tiny: Tiny, monkeypatch: pytest
     monkeypatch.setattr(stopping.time, "monotonic", lambda: now[0])
     asked, said = Stopping(made), []
     asked.say = said.append
-    Recorder(made).progress({"step": 1})
+    RunWriter(made).progress({"step": 1})
     assert not asked()
     asked.ask(signal.SIGTERM)
     assert asked()
@@ -187,7 +188,7 @@ def test_before_the_first_step_a_signal_ends_the_run_at_once(tiny: Tiny) -> None
     made.stop_path.touch()  # of a driver that was killed
     with stoppable(made) as asked:
         assert not made.stop_path.exists()
-        Recorder(made).progress({"warnings": ["lr: high"]})  # which is told before any step
+        RunWriter(made).progress({"warnings": ["lr: high"]})  # which is told before any step
         with pytest.raises(Stopped) as caught:
             os.kill(os.getpid(), signal.SIGTERM)
     assert caught.value.number == signal.SIGTERM
@@ -258,6 +259,6 @@ def test_the_last_word_does_not_hide_what_ended_the_run(tiny: Tiny, monkeypatch:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(local, "attempt", attempt)
-    monkeypatch.setattr(Recorder, "end", full)
+    monkeypatch.setattr(RunWriter, "end", full)
     with pytest.raises(RunError, match="the network is gone"):
         run(tiny(), argv=[])

@@ -45,7 +45,7 @@ def plant(module):
 """
 FAULTS = {
     "the sum runs in the order of the ranks": (
-        "rayexp.engine.reduce",
+        "rayexp.engine.reduction",
         """
     # Whatever is pushed is added to what is there, first come first: no tree.
     def push(self, node, value):
@@ -61,16 +61,16 @@ FAULTS = {
 """,
     ),
     "threads fill the cores": (
-        "rayexp.engine.place",
+        "rayexp.engine.runtime",
         """
     import dataclasses
-    settle = module.settle
+    settle = module.configure
     def planted(config, device, shards, cpus=None):
         place = settle(config, device, shards, cpus)
         if cpus is not None:  # not in this process
             module.torch.set_num_threads(2)
         return place
-    module.settle = planted
+    module.configure = planted
 """,
     ),
     "augmentation is keyed by the rank": (

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from rayexp.config import ExperimentConfig, parse
-from rayexp.launch.train import outline, run
+from rayexp.launch.driver import outline, run
 
 Tiny = Callable[..., ExperimentConfig]
 

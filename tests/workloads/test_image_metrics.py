@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rayexp.config import ExperimentConfig, parse
-from rayexp.workloads.image_classification import ImageClassification
+from rayexp.workloads.image_classification.workload import ImageClassification
 
 CPU = torch.device("cpu")
 

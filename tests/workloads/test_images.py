@@ -16,14 +16,14 @@ from torch import nn
 
 from rayexp.config import AugmentConfig, ExperimentConfig, parse
 from rayexp.engine import order
-from rayexp.engine.draws import Draws, adopt
-from rayexp.engine.matmul import product
+from rayexp.engine.cpu.matmul import product
+from rayexp.engine.cpu.pool_first import pool_first
+from rayexp.engine.cpu.small_map import shorten
+from rayexp.engine.rng import Draws, adopt
 from rayexp.errors import UserError
-from rayexp.records import Predictions
-from rayexp.workloads.augment import DRAWS, augment, boxes, resampling
-from rayexp.workloads.image_classification import ImageClassification, Options, build
-from rayexp.workloads.pool_first import pool_first
-from rayexp.workloads.small_map import shorten
+from rayexp.runs.records import Predictions
+from rayexp.workloads.image_classification.augmentation import DRAWS, augment, boxes, resampling
+from rayexp.workloads.image_classification.workload import ImageClassification, Options, build
 
 
 def draws(n: int, key: int = 1) -> np.ndarray:

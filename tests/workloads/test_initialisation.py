@@ -15,7 +15,7 @@ from torchvision import models
 from rayexp.config import ExperimentConfig, parse
 from rayexp.engine import order
 from rayexp.workloads import open_workload
-from rayexp.workloads.image_classification import ImageClassification, Options, build
+from rayexp.workloads.image_classification.workload import ImageClassification, Options, build
 
 
 def images(name: str, seed: int = 0, **options: Any) -> ImageClassification:

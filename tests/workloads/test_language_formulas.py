@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rayexp.config import ExperimentConfig, parse
-from rayexp.engine.draws import Draws, Dropout, adopt
+from rayexp.engine.rng import Draws, Dropout, adopt
 from rayexp.workloads import open_workload
 
 Floats = NDArray[np.float64]

@@ -12,13 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rayexp.config import ExperimentConfig, parse
-from rayexp.disk import write_directory, write_json
 from rayexp.engine import order
 from rayexp.engine.checkpoint import State, encode
 from rayexp.errors import RunError, UserError
-from rayexp.runs import Run
+from rayexp.runs.run import Run
+from rayexp.system.disk import write_directory, write_json
 from rayexp.workloads import open_workload
-from rayexp.workloads.generate import choose, generate, lines, open_writer, read_prompt
+from rayexp.workloads.language_model.generate import choose, generate, lines, open_writer, read_prompt
 
 SMALL = {"emsize": 16, "nhid": 16, "nlayers": 2}
 MODELS: dict[str, dict[str, Any]] = {

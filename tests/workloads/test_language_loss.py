@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rayexp.workloads import blocked_loss
-from rayexp.workloads.blocked_loss import blocked_cross_entropy, embedding
+from rayexp.engine.cpu import blocked_loss
+from rayexp.engine.cpu.blocked_loss import blocked_cross_entropy, embedding
 
 
 def problem(tokens: int, size: int, words: int, dtype: torch.dtype, seed: int = 0, scale: float = 1.0) -> list[Tensor]:

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rayexp.config import ExperimentConfig, parse
-from rayexp.engine.draws import Draws, adopt
+from rayexp.engine.rng import Draws, adopt
 from rayexp.errors import UserError
 from rayexp.launch.worker import graph_events
 from rayexp.workloads import open_workload
-from rayexp.workloads.language_model import LanguageModel
-from rayexp.workloads.transformer import rotate, rotation
+from rayexp.workloads.language_model.transformer import rotate, rotation
+from rayexp.workloads.language_model.workload import LanguageModel
 
 CPU = torch.device("cpu")
 RECURRENT = ("rnn_tanh", "rnn_relu", "lstm", "gru")

@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rayexp.config import ExperimentConfig, parse
-from rayexp.engine.group import Group
-from rayexp.engine.loop import Session, StepDone
-from rayexp.engine.place import settle
-from rayexp.workloads import language_model, open_workload
-from rayexp.workloads.language_model import LanguageModel
+from rayexp.engine.group import WorkerGroup
+from rayexp.engine.runtime import configure
+from rayexp.engine.trainer import StepDone, Trainer
+from rayexp.workloads import open_workload
+from rayexp.workloads.language_model import workload as language_model
+from rayexp.workloads.language_model.workload import LanguageModel
 
 BATCH, BPTT = 8, 20
 
@@ -67,7 +68,7 @@ def test_training_is_the_example_s(name: str, tied: bool, reduction: str) -> Non
     }
     config = parse(tree, ExperimentConfig, "test")
     workload = open_workload(config)
-    session = Session(config, workload, Group(), settle(config, torch.device("cpu"), 4, 1))
+    session = Trainer(config, workload, WorkerGroup(), configure(config, torch.device("cpu"), 4, 1))
     plain = Example({"lstm": nn.LSTM, "gru": nn.GRU}[name], workload.model(), tied).double()
     optimizer = torch.optim.SGD(plain.parameters(), lr=2.0)
     text = torch.from_numpy(np.array(workload.data.train[:700])).long()  # type: ignore[attr-defined]

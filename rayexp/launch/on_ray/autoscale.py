@@ -12,15 +12,15 @@ import yaml
 
 from rayexp.config import ExperimentConfig
 from rayexp.errors import RunError, UserError
-from rayexp.launch import plan as planning
+from rayexp.launch import placement as planning
 from rayexp.launch.on_ray import session
-from rayexp.launch.plan import Node, Plan, capacity
+from rayexp.launch.placement import Node, Placement, capacity
 
 BOOTSTRAP = "~/ray_bootstrap_config.yaml"  # `ray up` writes it on the head, where drivers run
 WAIT_S = 1800.0  # for machines to be found, booted and set up
 
 
-def provide(config: ExperimentConfig, say: Callable[[str], None], stopped: Callable[[], bool]) -> Plan:
+def provide(config: ExperimentConfig, say: Callable[[str], None], stopped: Callable[[], bool]) -> Placement:
     """A plan whose machines are there; asks the autoscaler for those that are missing.
 
     An elastic run starts with what is there, if that is enough for its smallest number of workers.
@@ -74,5 +74,5 @@ def addable(nodes: list[Node]) -> list[Node]:
     return found
 
 
-def _fits(plan: Plan, nodes: list[Node]) -> bool:
+def _fits(plan: Placement, nodes: list[Node]) -> bool:
     return capacity(nodes, plan.cpus or 1.0, plan.gpus) >= plan.workers

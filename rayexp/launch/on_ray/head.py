@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator
 
 import ray
 
+from rayexp.cluster.surroundings import answers
 from rayexp.errors import UserError
 from rayexp.launch.stopping import Stopping
-from rayexp.launch.surroundings import answers
-from rayexp.runs import Run
+from rayexp.runs.run import Run
 
 RAYS_PATIENCE = "RAY_gcs_rpc_server_reconnect_timeout_s"  # Ray itself waits so long for a GCS; we, half of it
 LOOK_S = 0.5
@@ -65,7 +65,7 @@ class Head:
         return None
 
 
-class Watch(threading.Thread):
+class HeadWatch(threading.Thread):
     """Looks after the head until `end`; when it is gone, has the workers save and stop.
 
     Attributes:
@@ -116,9 +116,9 @@ class Watch(threading.Thread):
 
 
 @contextlib.contextmanager
-def watched(own: bool, run: Run, stopping: Stopping, last: Callable[[str], None]) -> Iterator[Watch]:
+def watched(own: bool, run: Run, stopping: Stopping, last: Callable[[str], None]) -> Iterator[HeadWatch]:
     """A Watch over the present Ray for as long as the block lasts; own: it was started for this run."""
-    watch = Watch(Head.joined(own), run, stopping, last)
+    watch = HeadWatch(Head.joined(own), run, stopping, last)
     watch.start()
     try:
         yield watch

@@ -18,12 +18,13 @@ import ray._private.node
 import ray._private.state
 import ray._private.worker
 
+from rayexp.cluster import auth, surroundings
 from rayexp.config import ExperimentConfig
-from rayexp.cores import cores
 from rayexp.errors import Stopped, UserError
-from rayexp.launch import doors, signals, surroundings
 from rayexp.launch.on_ray import head
-from rayexp.launch.plan import Node, Plan, capacity
+from rayexp.launch.placement import Node, Placement, capacity
+from rayexp.system import signals
+from rayexp.system.cores import cores
 
 # Read by processes that Ray starts from here.
 _QUIET = {
@@ -212,8 +213,8 @@ def _bring_token(address: str | None) -> None:
     """A Ray started here gets a token that only its owner can read; one that is joined is shown the token we have,
     which Ray does by itself only where no address is given."""
     if not address:
-        doors.make_token()
-    elif "RAY_AUTH_MODE" not in os.environ and doors.token():
+        auth.make_token()
+    elif "RAY_AUTH_MODE" not in os.environ and auth.token():
         ray._private.authentication.authentication_token_setup._enable_token_auth()
 
 
@@ -225,7 +226,7 @@ def nodes() -> list[Node]:
     return [Node(n["NodeManagerAddress"], *_size(n["Resources"])) for n in alive]
 
 
-def room(plan: Plan, config: ExperimentConfig) -> int:
+def room(plan: Placement, config: ExperimentConfig) -> int:
     """The largest allowed number of workers that fits: those that `plan` has, and more into what is free now."""
     free = ray._private.state.available_resources_per_node()  # type: ignore[no-untyped-call]
     spare = [Node(name, *_size(resources)) for name, resources in free.items()]
@@ -234,7 +235,7 @@ def room(plan: Plan, config: ExperimentConfig) -> int:
     return max(n for n in [*config.allowed_workers, plan.workers] if n <= min(total, high))
 
 
-def placeable(plan: Plan, seconds: float) -> bool:
+def placeable(plan: Placement, seconds: float) -> bool:
     """Whether the plan's workers find their places within that time; Ray's list of nodes may be some seconds old."""
     size = {"CPU": plan.cpus or 1.0} | ({"GPU": plan.gpus} if plan.gpu else {})
     group = ray.util.placement_group([size] * plan.workers)

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from rayexp.runs import Run
+from rayexp.runs.run import Run
 
 pytestmark = pytest.mark.netns
 Wait = Callable[..., Any]

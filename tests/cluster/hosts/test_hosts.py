@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from rayexp.runs import Run, broken
+from rayexp.runs.run import Run, broken
 
 pytestmark = pytest.mark.netns
 Wait = Callable[..., Any]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from rayexp.engine.place import cpu_capability
+from rayexp.engine.runtime import cpu_capability
 
 pytestmark = [
     pytest.mark.netns,

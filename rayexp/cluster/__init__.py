@@ -1,0 +1,1 @@
+"""A Ray cluster from outside: authentication, submitted jobs, and bringing runs home."""

@@ -1,0 +1,21 @@
+"""What a user may write. Import from here; the modules below are how it is made."""
+
+from rayexp.config.compare import CompareConfig as CompareConfig
+from rayexp.config.experiment import IMAGE_DATA as IMAGE_DATA
+from rayexp.config.experiment import TEXT_DATA as TEXT_DATA
+from rayexp.config.experiment import AugmentConfig as AugmentConfig
+from rayexp.config.experiment import CheckpointConfig as CheckpointConfig
+from rayexp.config.experiment import DataConfig as DataConfig
+from rayexp.config.experiment import ExperimentConfig as ExperimentConfig
+from rayexp.config.experiment import ModelConfig as ModelConfig
+from rayexp.config.experiment import OptimizerConfig as OptimizerConfig
+from rayexp.config.experiment import ScaleConfig as ScaleConfig
+from rayexp.config.experiment import ScheduleConfig as ScheduleConfig
+from rayexp.config.experiment import Section as Section
+from rayexp.config.fields import explain as explain
+from rayexp.config.loading import load as load
+from rayexp.config.loading import parse as parse
+from rayexp.config.loading import passed_over as passed_over
+from rayexp.config.loading import read as read
+from rayexp.config.loading import refuse_contradictions as refuse_contradictions
+from rayexp.config.loading import shipped as shipped

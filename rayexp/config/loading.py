@@ -1,0 +1,97 @@
+"""From a YAML file and `KEY=VALUE` words with dotted keys (see yaml_tree) to a checked configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from rayexp.config import yaml_tree
+from rayexp.config.compare import CompareConfig
+from rayexp.config.experiment import IMAGE_DATA, IMAGES_ONLY, TEXT_DATA, TEXT_ONLY, DataConfig, ExperimentConfig
+from rayexp.config.fields import explain
+from rayexp.errors import UserError
+
+ConfigT = TypeVar("ConfigT", ExperimentConfig, CompareConfig)
+
+
+def load(path: Path | str, overrides: Sequence[str] = (), kind: type[ConfigT] = ExperimentConfig) -> ConfigT:  # type: ignore[assignment]
+    """What a user wrote: `read`, and what contradicts itself is refused too (UserError)."""
+    config = read(path, overrides, kind)
+    if isinstance(config, ExperimentConfig):
+        refuse_contradictions(config, str(path))
+    return config
+
+
+def read(path: Path | str, overrides: Sequence[str] = (), kind: type[ConfigT] = ExperimentConfig) -> ConfigT:  # type: ignore[assignment]
+    """Read a YAML file, set `KEY=VALUE` words on top, and check all of it.
+
+    Raises:
+        UserError: no such file, no YAML mapping, an unknown key, a value that is not allowed; the line names it.
+    """
+    tree = yaml_tree.read(Path(path), kind)
+    for word in overrides:
+        yaml_tree.set_word(tree, word, kind)
+    return parse(tree, kind, str(path))
+
+
+def refuse_contradictions(config: ExperimentConfig, source: str) -> None:
+    """Refuse a setting that another one makes meaningless (UserError). Not part of the check that a run's own
+    config.yaml must pass: there it did no harm."""
+    data, schedule = config.data, config.schedule
+    images = data.name in IMAGE_DATA
+    kind, names = ("text", TEXT_DATA) if images else ("images", IMAGE_DATA)
+    for key in TEXT_ONLY if images else IMAGES_ONLY:
+        if getattr(data, key) != DataConfig.model_fields[key].default:
+            raise UserError(f"{source}: data.{key} is for {kind} ({', '.join(names)}); data.name is {data.name}")
+    if schedule.min_lr > config.lr:
+        raise UserError(f"{source}: schedule.min_lr: {schedule.min_lr:g} is above lr {config.lr:g}; allowed: 0 to lr")
+    if schedule.name == "onecycle" and schedule.warmup_epochs:
+        raise UserError(
+            f"{source}: schedule.warmup_epochs: onecycle rises by itself, for the share schedule.peak of the run; "
+            "allowed with it: 0"
+        )
+
+
+# Keys that one choice alone reads.
+_READ_BY: dict[str, dict[str, tuple[str, ...]]] = {
+    "optimizer": {"momentum": ("sgd",), "nesterov": ("sgd",), "betas": ("adamw",), "eps": ("adamw",)},
+    "schedule": {
+        "step_epochs": ("step",),
+        "gamma": ("step", "plateau"),
+        "min_lr": ("cosine", "onecycle"),
+        "peak": ("onecycle",),
+    },
+}
+
+
+def passed_over(config: ExperimentConfig, on_gpu: bool) -> list[str]:
+    """A line for every setting that has no effect in this run: a choice that was left, or one that this kind of device
+    does not have. Warned of and not refused, so that one file serves several devices, optimizers and schedules."""
+    lines = []
+    for part, keys in _READ_BY.items():
+        section = getattr(config, part)
+        for key, names in keys.items():
+            if section.name not in names and getattr(section, key) != type(section).model_fields[key].default:
+                lines.append(f"{part}.{key} is for {' and '.join(names)}, {part}.name is {section.name}: not used")
+    if not on_gpu and config.precision == "tf32":
+        lines.append("precision: tf32 is a format of NVIDIA GPUs: on this CPU it is fp32")
+    if not on_gpu and config.compile:
+        lines.append("compile: on a CPU nothing is compiled")
+    return lines
+
+
+def shipped(name: str) -> Path:
+    """The path of a configuration that comes with rayexp: from the checkout, or from the installed package."""
+    package = Path(__file__).resolve().parents[1]
+    return next(p for p in (package.parent / "configs" / name, package / "configs" / name) if p.exists())
+
+
+def parse(tree: Mapping[str, Any], kind: type[ConfigT], source: str) -> ConfigT:
+    """Check a tree of plain values; `source` names it in errors (UserError)."""
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{source}: {explain(error, kind)}") from None

@@ -1,0 +1,128 @@
+"""The page of `rayexp diff A B --html` for images: summary, classes, and a gallery of the changed judgements."""
+
+from __future__ import annotations
+
+import base64
+import io
+from typing import Any
+
+import numpy as np
+
+from rayexp.diff.images import KINDS, DiffReport
+from rayexp.diff.pair import config_changes
+from rayexp.diff.weights import WeightsReport
+from rayexp.display import printable
+from rayexp.errors import UserError
+from rayexp.pages.page import render
+from rayexp.pages.plots import interval_plot
+
+MAX_PICTURES = 6_000  # about 10 MB of page; where there are more flips, lost and gained go first
+MAX_SIDE = 96  # pixels
+QUALITY = 60
+CHUNK = 256  # pictures read at a time
+
+
+def image_page(report: DiffReport, weights: WeightsReport | None = None) -> str:
+    """The page as HTML."""
+    pictures, why_not = thumbnails(report)
+    return render(
+        "diff_images.html.j2",
+        r=report,
+        checkpoints=[(side, c, acc1, acc5, loss) for side, c, acc1, acc5, loss in _sides(report)],
+        changes=config_changes(report.a, report.b),
+        weights=weights,
+        shares=_shares(report),
+        interval=interval_plot(report.difference, report.interval, report.max_drop),
+        widest=max((max(c.lost, c.gained) for c in report.classes), default=1) or 1,
+        changed_classes=sum(c.adjusted_p < 0.05 for c in report.classes),
+        dots=_dots(report),
+        gallery=_gallery(report),
+        pictures=pictures,
+        pictured=sum(map(bool, pictures)),
+        why_not=why_not,
+    )
+
+
+def _sides(r: DiffReport) -> Any:
+    return zip("AB", (r.a, r.b), r.acc1, r.acc5, r.loss, strict=True)
+
+
+def _shares(r: DiffReport) -> list[tuple[str, str, int, float]]:
+    """Class, words, count and percent of the parts of the validation data."""
+    parts = [
+        ("broken", "not finite", r.broken),
+        ("same-right", "right in both", r.both_right),
+        ("gained", "gained", r.gained),
+        ("lost", "lost", r.lost),
+        ("other", "wrong in another way", r.other_wrong),
+        ("same-wrong", "wrong in the same way", r.both_wrong - r.other_wrong),
+    ]
+    return [(css, words, count, 100 * count / r.n) for css, words, count in parts if count or css != "broken"]
+
+
+def _dots(r: DiffReport) -> dict[str, str]:
+    """One SVG path of zero-length strokes per kind, in a square of 400: x is A's confidence, y is B's, upwards."""
+    paths: dict[str, list[str]] = {kind: [] for kind in KINDS}
+    for f in r.flips:
+        if np.isfinite(f.confidence_a) and np.isfinite(f.confidence_b):
+            paths[f.kind].append(f"M{400 * f.confidence_a:.0f} {400 - 400 * f.confidence_b:.0f}h0")
+    return {kind: "".join(dict.fromkeys(path)) for kind, path in paths.items()}
+
+
+def _gallery(r: DiffReport) -> dict[str, Any]:
+    """The flips by columns, for the page's script."""
+    return {
+        "words": [printable(r.words(i)) for i in range(len(r.class_names))],
+        "kinds": list(KINDS),
+        "name": [printable(f.name) for f in r.flips],
+        "label": [f.label for f in r.flips],
+        "kind": [KINDS.index(f.kind) for f in r.flips],
+        "a": [f.a for f in r.flips],
+        "b": [f.b for f in r.flips],
+        "ca": [_percent(f.confidence_a) for f in r.flips],
+        "cb": [_percent(f.confidence_b) for f in r.flips],
+    }
+
+
+def _percent(x: float) -> float | None:
+    return round(100 * x, 1) if np.isfinite(x) else None
+
+
+def thumbnails(r: DiffReport) -> tuple[list[str], str]:
+    """WebP pictures of the flips in base64, in the report's order (empty texts beyond MAX_PICTURES), and why there
+    are none.
+
+    They are read from the packed data that the runs' configurations name, if it is still what the checkpoints judged.
+    """
+    if not r.flips:
+        return [], ""
+    reasons = []
+    for run in dict.fromkeys((r.a.run, r.b.run)):
+        try:
+            from rayexp.data import open_data
+
+            split = open_data(run.config().data).val
+            if split.sha != r.a.predictions.data_sha:
+                reasons.append("the data in the run's data.root are not those that were judged")
+                continue
+            first = sorted(range(len(r.flips)), key=lambda i: r.flips[i].kind in ("not_finite", "other_wrong"))
+            shown = sorted(first[:MAX_PICTURES])
+            encoded = dict(zip(shown, _encode(split, [r.flips[i].index for i in shown]), strict=True))
+            return [encoded.get(i, "") for i in range(len(r.flips))], ""
+        except (UserError, OSError, AttributeError) as error:
+            reasons.append(str(error))
+    return [], reasons[0]
+
+
+def _encode(split: Any, indices: list[int]) -> list[str]:
+    from PIL import Image
+
+    encoded = []
+    for start in range(0, len(indices), CHUNK):
+        for pixels in split.read(np.asarray(indices[start : start + CHUNK], dtype=np.int64)):
+            image = Image.fromarray(pixels)
+            image.thumbnail((MAX_SIDE, MAX_SIDE))
+            buffer = io.BytesIO()
+            image.save(buffer, "WEBP", quality=QUALITY, method=2)
+            encoded.append(base64.b64encode(buffer.getvalue()).decode())
+    return encoded

@@ -1,0 +1,390 @@
+"""What do two language models think of the same text? Perplexities, words, passages.
+
+There is no right or wrong token; `lost` are the tokens to which B gives less than half of A's probability, `gained`
+those to which it gives more than twice as much, `not_finite` those to which A, B or both give no finite loss (which is
+equal to nothing), and churn = lost + gained + not_finite. Inference is by whole documents, because neighbouring tokens
+are not independent.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rayexp.diff.pair import Checkpoint, check, config_changes, equal, same_model
+from rayexp.diff.statistics import LEVEL, DropVerdict, verdict
+from rayexp.display import csv_cell, plain
+from rayexp.errors import UserError
+from rayexp.runs.records import Predictions
+
+FACTOR = math.log(2)  # nats by which a token's loss must move to count
+DRAWS = 5000
+SEED = 0
+MIN_DOCUMENTS = 10  # with fewer, the text is cut into blocks instead
+MAX_BLOCKS = 200
+LISTED = 1000  # tokens in the report's `flips`
+
+
+@dataclass(frozen=True, slots=True)
+class WordChange:
+    """One word: how often it occurs, its mean loss (nats) in A and B, and `total` = count * (B - A)."""
+
+    word: str
+    count: int
+    loss_a: float
+    loss_b: float
+    total: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenFlip:
+    """One token whose probability more than doubled (`gained`) or halved (`lost`), or that has none (`not_finite`)."""
+
+    offset: int
+    word: str
+    kind: str
+    loss_a: float
+    loss_b: float
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentChange:
+    """One document: its title (blocks: its first offset), its tokens, its perplexities."""
+
+    title: str
+    count: int
+    ppl_a: float
+    ppl_b: float
+
+
+@dataclass(frozen=True, slots=True)
+class TextReport:
+    """What changed from A to B on n tokens.
+
+    `ppl` and its intervals are perplexities; `ratio` is ppl(B) / ppl(A) with its interval, which holds 1 if and only if
+    `paired_p` is not below 5 %. Intervals are None where the text has too few documents, or a loss is not finite.
+    `words` are by `total`, those that got worse first. `not_finite` are the tokens without a finite loss in A and in B,
+    `broken` those in either. `equal`: both say the same of every token.
+    """
+
+    a: Checkpoint
+    b: Checkpoint
+    vocabulary: tuple[str, ...]
+    n: int
+    ppl: tuple[float, float]
+    ppl_interval: tuple[tuple[float, float], tuple[float, float]] | None
+    ratio: float
+    ratio_interval: tuple[float, float] | None
+    paired_p: float | None
+    documents: tuple[DocumentChange, ...]
+    unit: str
+    gained: int
+    lost: int
+    not_finite: tuple[int, int]
+    broken: int
+    equal: bool
+    words: tuple[WordChange, ...]
+    flips: tuple[TokenFlip, ...]
+    max_drop: float | None = None
+
+    @property
+    def churn(self) -> int:
+        """Tokens whose probability more than doubled or halved, or that have none."""
+        return self.gained + self.lost + self.broken
+
+    @property
+    def same_model(self) -> bool:
+        """Whether both sides have the same weights, bit for bit."""
+        return same_model(self.a, self.b)
+
+    @property
+    def verdict(self) -> str | None:
+        """PASS, FAIL or INCONCLUSIVE against `max_drop`; None where none was asked."""
+        return self.ruling.word if self.ruling else None
+
+    @property
+    def ruling(self) -> DropVerdict | None:
+        """May B's perplexity be `max_drop` percent above A's? None where none was asked."""
+        if self.max_drop is None:
+            return None
+        interval = self.ratio_interval
+        better = interval and (100 * (1 - interval[1]), 100 * (1 - interval[0]))
+        return verdict(better, self.max_drop, equal=self.equal, n=self.n, not_finite=self.not_finite)
+
+    def within(self, max_drop: float | None) -> TextReport:
+        """The same report with a verdict."""
+        return replace(self, max_drop=max_drop)
+
+    def to_json(self) -> dict[str, Any]:
+        """The keys that scripts may rely on: n, ppl, churn, gained, lost, paired_p, flips (the largest 1,000)."""
+        intervals = self.ppl_interval
+        report = {
+            "kind": "tokens",
+            "a": self.a.to_json(),
+            "b": self.b.to_json(),
+            "same_model": self.same_model,
+            "equal": self.equal,
+            "config_changes": [{"key": k, "a": x, "b": y} for k, x, y in config_changes(self.a, self.b)],
+            "n": self.n,
+            "ppl": {"a": self.ppl[0], "b": self.ppl[1]},
+            "ppl_interval": intervals and {"a": intervals[0], "b": intervals[1]},
+            "ratio": self.ratio,
+            "ratio_interval": self.ratio_interval,
+            "level": LEVEL,
+            "paired_p": self.paired_p,
+            "document_unit": self.unit,
+            "documents": [_fields(d) for d in self.documents],
+            "churn": self.churn,
+            "churn_rate": self.churn / self.n,
+            "gained": self.gained,
+            "lost": self.lost,
+            "not_finite": {"a": self.not_finite[0], "b": self.not_finite[1], "either": self.broken},
+            "max_drop": self.max_drop,
+            "verdict": self.verdict,
+            "verdict_reason": self.ruling and self.ruling.why,
+            "words": [_fields(w) for w in self.words],
+            "flips": [_fields(f) for f in self.flips],
+        }
+        return dict(plain(report))
+
+    def to_csv(self) -> str:
+        """Every token that moved by more than a factor of two or is not finite, the worst first."""
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(("offset", "word", "kind", "a_loss", "b_loss"))
+        for f in _flips(self.a, self.b, self.vocabulary, None):
+            writer.writerow((f.offset, csv_cell(f.word), f.kind, f"{f.loss_a:.6f}", f"{f.loss_b:.6f}"))
+        return out.getvalue()
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    return {name: getattr(value, name) for name in value.__slots__}
+
+
+def diff_text(a: Checkpoint, b: Checkpoint) -> TextReport:
+    """Compare two language models' losses on the same tokens.
+
+    Raises:
+        UserError: the text or the vocabulary is not the same.
+    """
+    check(a, b)
+    vocabulary = _vocabulary(a, b)
+    p, q = a.predictions, b.predictions
+    if not np.array_equal(p["token"], q["token"]):
+        raise UserError(f"{a.name} and {b.name} read different tokens; one of them is damaged")
+    losses = np.stack([p["loss"], q["loss"]]).astype(np.float64)
+    n = losses.shape[1]
+    with np.errstate(invalid="ignore"):  # inf - inf
+        change = losses[1] - losses[0]
+    document, count, unit = documents(p["token"], p["offset"], vocabulary)
+    size = np.bincount(document, minlength=count)
+    sums = np.stack([np.bincount(document, weights=row, minlength=count) for row in losses]).astype(np.float64)
+    whole = p.finite & q.finite
+    tested = count >= 2 and bool(whole.all())
+    intervals = bootstrap(sums, size) if tested else None
+    p_value, change_interval = sign_flip(sums[1] - sums[0], size) if tested else (None, None)
+    gained, lost = int((change < -FACTOR)[whole].sum()), int((change > FACTOR)[whole].sum())
+    broken = n - int(whole.sum())
+    return TextReport(
+        a=a,
+        b=b,
+        vocabulary=vocabulary,
+        n=n,
+        ppl=(_exp(losses[0].mean()), _exp(losses[1].mean())),
+        ppl_interval=intervals,
+        ratio=_exp(change.mean()),
+        ratio_interval=change_interval and (_exp(change_interval[0]), _exp(change_interval[1])),
+        paired_p=p_value,
+        documents=_documents(p, document, sums, size, vocabulary, unit),
+        unit=unit,
+        gained=gained,
+        lost=lost,
+        not_finite=(int((~p.finite).sum()), int((~q.finite).sum())),
+        broken=broken,
+        equal=equal(a, b, gained + lost + broken),
+        words=_words(p["token"][whole], losses[:, whole], vocabulary),
+        flips=_flips(a, b, vocabulary, LISTED),
+    )
+
+
+def _exp(x: Any) -> float:
+    with np.errstate(over="ignore"):
+        return float(np.exp(np.float64(x)))
+
+
+def _vocabulary(a: Checkpoint, b: Checkpoint) -> tuple[str, ...]:
+    lists = []
+    for side in (a, b):
+        words = side.run.data().get("vocabulary")
+        if not isinstance(words, list):
+            raise UserError(f"{side.run.data_path}: `vocabulary`, a list of words, is expected")
+        lists.append(tuple(map(str, words)))
+        largest = int(side.predictions["token"].max())
+        if largest >= len(words) or int(side.predictions["token"].min()) < 0:
+            raise UserError(f"{side.run.data_path}: has {len(words):,} words, but {side.name} names word {largest}")
+    if lists[0] != lists[1]:
+        where = next((i for i, (x, y) in enumerate(zip(*lists, strict=False)) if x != y), min(map(len, lists)))
+        raise UserError(
+            f"{a.name} and {b.name} have different vocabularies ({len(lists[0]):,} and {len(lists[1]):,} words, "
+            f"the first difference at word {where}): their perplexities cannot be compared"
+        )
+    return lists[0]
+
+
+def documents(
+    token: NDArray[Any], offset: NDArray[Any], vocabulary: tuple[str, ...]
+) -> tuple[NDArray[np.int64], int, str]:
+    """To which document each token belongs, the number of documents, and what they are: `articles` or `blocks`.
+
+    An article begins at a line ` = Title = ` (one `=` on each side, as WikiText writes them; ` = = Section = = ` is
+    none). Text with fewer than MIN_DOCUMENTS articles is cut into MAX_BLOCKS blocks of equal length, of 50 tokens
+    at least.
+    """
+    ids = {word: i for i, word in enumerate(vocabulary)}
+    starts = np.empty(0, dtype=np.int64)
+    if "=" in ids and "<eos>" in ids:
+        starts = _headings(token, offset, ids["="], ids["<eos>"])
+    if len(starts) >= MIN_DOCUMENTS:
+        belongs = np.maximum(np.searchsorted(starts, np.arange(len(token)), side="right") - 1, 0)
+        return belongs, len(starts), "articles"  # what stands before the first heading counts to the first article
+    n = len(token)
+    count = max(1, min(MAX_BLOCKS, n // 50))
+    return np.arange(n) * count // n, count, "blocks"
+
+
+def _headings(token: NDArray[Any], offset: NDArray[Any], equals: int, eos: int) -> NDArray[np.int64]:
+    """Positions of the first `=` of each title line."""
+    ends = np.flatnonzero(token == eos)
+    begins = np.concatenate([[0], ends[:-1] + 1]) if len(ends) else np.empty(0, dtype=np.int64)
+    # the line's first token may lack a prediction (nothing stands before the text's very first token)
+    whole = (ends - begins >= 3) & (offset[ends] - offset[begins] == ends - begins)
+    begins, ends = begins[whole], ends[whole]
+    title = (token[begins] == equals) & (token[begins + 1] != equals)
+    title &= (token[ends - 1] == equals) & (token[ends - 2] != equals)
+    return np.asarray(begins[title])
+
+
+def bootstrap(
+    sums: NDArray[np.float64], size: NDArray[np.int64], level: float = LEVEL
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Percentile intervals of ppl(A) and ppl(B).
+
+    Documents are drawn with replacement; the mean loss of a draw is its summed loss over its tokens. B. Efron, R.
+    Tibshirani, An Introduction to the Bootstrap (1993), chapter 13. The seed is fixed, so the same pair gives the same
+    interval.
+
+    Args:
+        sums: float64[2, documents], summed loss of A and of B, in nats.
+        size: int64[documents], tokens.
+        level: of the intervals.
+    """
+    count = len(size)
+    rng = np.random.default_rng(SEED)
+    drawn = rng.multinomial(count, np.full(count, 1 / count), size=DRAWS).astype(np.float64)
+    tokens = drawn @ size
+    tails = [(1 - level) / 2, (1 + level) / 2]
+
+    def interval(total: NDArray[np.float64]) -> tuple[float, float]:
+        low, high = np.quantile(drawn @ total / tokens, tails)
+        return _exp(low), _exp(high)
+
+    return interval(sums[0]), interval(sums[1])
+
+
+def sign_flip(
+    change: NDArray[np.float64], size: NDArray[np.int64], level: float = LEVEL
+) -> tuple[float, tuple[float, float] | None]:
+    """Paired randomisation test: where A and B are alike, each document's change may as well have had the other sign.
+
+    Its two-sided p, and the interval of the change per token: all shifts d that the same test, of change - d * size,
+    does not reject. So the interval holds 0 if and only if p is at least 1 - level. A set of signs s counts against d
+    where |s (change - d size)| >= |sum(change - d size)|, which is so for all d between two roots; the limits are
+    order statistics of these roots. E. S. Edgington, Randomization Tests (1980); inverted: J. S. Maritz,
+    Distribution-Free Statistical Methods (1981). The observed signs count as one draw, (1 + hits) / (1 + draws): B.
+    Phipson, G. K. Smyth, Stat. Appl. Genet. Mol. Biol. 9 (2010) 39. The seed is fixed.
+
+    Args:
+        change: float64[documents], finite, summed loss of B minus that of A.
+        size: int64[documents], tokens.
+        level: of the interval.
+
+    Returns:
+        p, and the interval in nats per token; None where so few documents can never be significant.
+    """
+    rng = np.random.default_rng(SEED)
+    signs = rng.integers(0, 2, size=(DRAWS, len(change)), dtype=np.int8) * 2.0 - 1.0
+    drawn, tokens = signs @ change, signs @ size.astype(np.float64)
+    seen, all_tokens = float(change.sum()), float(size.sum())
+    # Roots of (drawn - d tokens)^2 = (seen - d all_tokens)^2; signs that are all alike count against every d.
+    with np.errstate(divide="ignore", invalid="ignore"):
+        roots = np.stack([(seen - drawn) / (all_tokens - tokens), (seen + drawn) / (all_tokens + tokens)])
+    alike = np.abs(tokens) == all_tokens
+    low, high = np.where(alike, -math.inf, roots.min(0)), np.where(alike, math.inf, roots.max(0))
+    slack = 1e-12 * abs(seen) / all_tokens  # of sums that are equal but for rounding
+    hits = int(((low <= slack) & (high >= -slack)).sum())
+    needed = math.ceil((1 - level) * (1 + DRAWS) - 1)  # draws that count against a shift that is not rejected
+    p = (1 + hits) / (1 + DRAWS)
+    limits = float(np.sort(low)[needed - 1]), float(np.sort(high)[-needed])
+    if not all(map(math.isfinite, limits)):
+        return p, None
+    return p, limits
+
+
+def _documents(
+    p: Predictions,
+    document: NDArray[np.int64],
+    sums: NDArray[np.float64],
+    size: NDArray[np.int64],
+    vocabulary: tuple[str, ...],
+    unit: str,
+) -> tuple[DocumentChange, ...]:
+    begins = np.searchsorted(document, np.arange(len(size)))
+    changes = []
+    for i, first in enumerate(begins.tolist()):
+        title = f"from token {p['offset'][first]:,}"
+        if unit == "articles":
+            words = [vocabulary[t] for t in p["token"][first : first + 40].tolist()]
+            at = words.index("=") if "=" in words else 0
+            line = words[at : words.index("<eos>", at)] if "<eos>" in words[at:] else words
+            title = " ".join(line).strip("= ") or title
+        mean = sums[:, i] / size[i]
+        changes.append(DocumentChange(title, int(size[i]), _exp(mean[0]), _exp(mean[1])))
+    return tuple(changes)
+
+
+def _words(token: NDArray[Any], losses: NDArray[np.float64], vocabulary: tuple[str, ...]) -> tuple[WordChange, ...]:
+    """Words whose summed loss moved, the largest rise first, the largest fall last; of tokens that are finite."""
+    count = np.bincount(token, minlength=len(vocabulary))
+    a, b = (np.bincount(token, weights=row, minlength=len(vocabulary)) for row in losses)
+    seen = np.flatnonzero(count)
+    order = seen[np.lexsort((seen, -(b - a)[seen]))]
+    rows = zip(order.tolist(), count[order].tolist(), a[order].tolist(), b[order].tolist(), strict=True)
+    return tuple(WordChange(vocabulary[i], c, x / c, y / c, y - x) for i, c, x, y in rows)
+
+
+def _flips(a: Checkpoint, b: Checkpoint, vocabulary: tuple[str, ...], limit: int | None) -> tuple[TokenFlip, ...]:
+    """Tokens that are not finite or moved by more than FACTOR, in this order, worst first; with a limit, those that
+    moved most."""
+    p, q = a.predictions, b.predictions
+    was, now = p["loss"].astype(np.float64), q["loss"].astype(np.float64)
+    broken = ~(p.finite & q.finite)
+    change = np.where(broken, math.inf, now - was)
+    moved = np.flatnonzero(np.abs(change) > FACTOR)
+    if limit is not None and len(moved) > limit:
+        moved = moved[np.argsort(-np.abs(change[moved]), kind="stable")[:limit]]
+    moved = moved[np.lexsort((moved, -change[moved]))]
+    columns = (p["offset"][moved], p["token"][moved], change[moved], was[moved], now[moved])
+    return tuple(
+        TokenFlip(offset, vocabulary[word], _kind(rise), x, y)
+        for offset, word, rise, x, y in zip(*(c.tolist() for c in columns), strict=True)
+    )
+
+
+def _kind(rise: float) -> str:
+    return "not_finite" if rise == math.inf else "lost" if rise > 0 else "gained"

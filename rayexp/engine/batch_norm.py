@@ -1,0 +1,75 @@
+"""Batch norm over each shard of a pass: the same mathematics however many shards are in it.
+
+(Hoffer, Hubara, Soudry 2017 call it ghost batch normalisation.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from rayexp.engine.reduction import total
+from rayexp.engine.rng import Draws
+
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+
+
+class _PerShard(torch.autograd.Function):
+    """Normalises each shard by itself, writing into one output (no concatenation)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, sizes: Sequence[int], eps: float, sums: Any
+    ) -> Tensor:
+        out = torch.empty_like(x)
+        saved, means, variances = [], [], []
+        for part, into in zip(torch.split(x, list(sizes)), torch.split(out, list(sizes)), strict=True):
+            mean, var = torch.zeros_like(sums[0]), torch.zeros_like(sums[1])
+            # momentum 1: "running" becomes this shard's mean and unbiased variance
+            m, s = torch.empty_like(mean), torch.empty_like(var)
+            torch.native_batch_norm(part, weight, bias, mean, var, True, 1.0, eps, out=(into, m, s))
+            saved += [m, s]
+            means.append(mean)
+            variances.append(var)
+        sums[0].add_(total(means))
+        sums[1].add_(total(variances))
+        ctx.save_for_backward(x, weight, *saved)
+        ctx.sizes, ctx.eps = list(sizes), eps
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, *saved = ctx.saved_tensors
+        grad_x, of_weight, of_bias = torch.empty_like(x), [], []
+        split = [torch.split(t, ctx.sizes) for t in (x, grads[0], grad_x)]
+        for i, (part, grad, into) in enumerate(zip(*split, strict=True)):
+            mean, invstd = saved[2 * i], saved[2 * i + 1]
+            gx, gw, gb = torch.ops.aten.native_batch_norm_backward(
+                grad, part, weight, None, None, mean, invstd, True, ctx.eps, [True, True, True]
+            )
+            into.copy_(gx)
+            of_weight.append(gw)
+            of_bias.append(gb)
+        return grad_x, total(of_weight), total(of_bias), None, None, None
+
+
+def per_shard(model: nn.Module, draws: Draws) -> None:
+    """Make every batch norm of a training replica normalise each shard by itself, and add up the shards' statistics."""
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.forward = _forward(module, draws)  # type: ignore[method-assign]
+
+
+def _forward(norm: _BatchNorm, draws: Draws) -> Any:
+    def forward(x: Tensor) -> Tensor:
+        sums = (norm.running_mean, norm.running_var)
+        weight = norm.weight if norm.affine else torch.ones_like(norm.running_mean)  # type: ignore[arg-type]
+        bias = norm.bias if norm.affine else torch.zeros_like(norm.running_mean)  # type: ignore[arg-type]
+        out: Tensor = _PerShard.apply(x, weight, bias, draws.sizes, norm.eps, sums)
+        return out
+
+    return forward

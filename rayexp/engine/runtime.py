@@ -1,0 +1,242 @@
+"""Where a worker computes, and everything there that bits or speed depend on, pinned in one place.
+
+What a result's bits depend on is in engine/fingerprint.py. What they do not depend on: the number of workers, and the
+number of lanes a worker computes its shards on.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from numpy.typing import NDArray
+
+from rayexp.config import ExperimentConfig
+from rayexp.system.cores import cores
+
+THREADS_PER_LANE = 1
+_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A device, and on a CPU the lanes (threads that compute shards side by side) or intra-op threads.
+
+    Attributes:
+        device: cpu, or cuda:N.
+        lanes: how many shards are computed at once; 1 on a GPU.
+        threads: intra-op threads of each lane.
+        pool: the lanes' threads (None where there is one lane).
+        before: the process's settings before, which come back at the end of the context.
+    """
+
+    device: torch.device
+    lanes: int
+    threads: int
+    pool: ThreadPoolExecutor | None
+    before: _Settings
+
+    def __enter__(self) -> Runtime:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self.pool is not None:
+            self.pool.shutdown()
+        self.before.restore()
+
+    def run(self, tasks: Sequence[Callable[[], T]]) -> list[T]:
+        """Run one task a lane, side by side; the first error is raised after all have ended."""
+        if self.pool is None:
+            return [task() for task in tasks]
+        futures = [self.pool.submit(task) for task in tasks]
+        results = [f.exception() for f in futures]
+        for error in results:
+            if error is not None:
+                raise error
+        return [f.result() for f in futures]
+
+    def synchronize(self) -> None:
+        """Wait for the GPU, so that a clock read now is honest."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def has_bf16(self) -> bool:
+        """Whether there are instructions for bfloat16; without them its products are emulated, 13 to 28 times slower
+        than float32 on an AVX2 processor. True where nobody says."""
+        if self.device.type == "cuda":
+            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+        known: Callable[[], bool] | None = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+        return known is None or platform.machine() not in ("x86_64", "AMD64") or known()
+
+    def peak_memory(self) -> dict[str, int]:
+        """Peak bytes of this process: `host` (resident set) and, on a GPU, `device` (PyTorch's allocator)."""
+        import resource
+
+        # Linux counts ru_maxrss in KiB, macOS in bytes.
+        unit = 1 if platform.system() == "Darwin" else 1024
+        peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+        if self.device.type == "cuda":
+            peak["device"] = torch.cuda.max_memory_allocated(self.device)
+        return peak
+
+    def energy(self) -> dict[str, float]:
+        """Joules that this worker's GPU has used since its driver was loaded, by the GPU's id; empty where NVML does
+        not say (needs nvidia-ml-py, and a GPU of the Volta generation or later)."""
+        if self.device.type != "cuda":
+            return {}
+        try:
+            import pynvml
+
+            pynvml.nvmlInit()
+            uuid = f"GPU-{torch.cuda.get_device_properties(self.device).uuid}"
+            return {uuid: pynvml.nvmlDeviceGetTotalEnergyConsumption(pynvml.nvmlDeviceGetHandleByUUID(uuid)) / 1000}
+        except Exception:  # no library, no driver, no permission, no counter
+            return {}
+
+
+def cpu_capability() -> str:
+    """The instruction set that PyTorch's kernels use here: DEFAULT, AVX2 or AVX512."""
+    return str(torch.backends.cpu.get_cpu_capability())
+
+
+def upload(array: NDArray[Any], device: torch.device) -> torch.Tensor:
+    """The array on the device. A GPU copies it from pinned memory when it comes to that; nothing waits for it here."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def gpus() -> int:
+    """CUDA devices that PyTorch can use here."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def gpu_names() -> list[str]:
+    """What the CUDA devices call themselves."""
+    return [torch.cuda.get_device_name(i) for i in range(gpus())]
+
+
+def device(name: str, index: int = 0) -> torch.device:
+    """`cpu`, or the `index`-th `cuda` device."""
+    return torch.device("cuda", index) if name == "cuda" else torch.device("cpu")
+
+
+def configure(config: ExperimentConfig, device: torch.device, shards: int, cpus: float | None = None) -> Runtime:
+    """Pin determinism, threads and the allocator in this process, and make the lanes.
+
+    What is returned is a context: at its end the lanes are gone, and threads and determinism are what they were before
+    (the allocator goes on keeping freed memory).
+
+    Args:
+        config: precision and reduction decide what is pinned.
+        device: where this worker computes.
+        shards: shards this worker computes in a step.
+        cpus: cores this worker may use; None: all of the process's.
+    """
+    before = _Settings.now()
+    # Makes cuBLAS deterministic; set over what is there, since another workspace may mean other kernels.
+    os.environ[_WORKSPACE] = ":4096:8"
+    keep_freed_memory()
+    torch.use_deterministic_algorithms(config.reduction == "exact" or device.type == "cpu", warn_only=False)
+    torch.backends.cudnn.benchmark = device.type == "cuda" and config.reduction == "ddp"
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = config.precision == "tf32"
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        torch.set_num_threads(THREADS_PER_LANE)
+        return Runtime(device, 1, THREADS_PER_LANE, None, before)
+    lanes = lanes_of(config, shards, cpus)
+    threads = _budget(cpus) if config.reduction == "ddp" else THREADS_PER_LANE
+    set_threads(threads)
+    pool = ThreadPoolExecutor(lanes, "lane", initializer=set_threads, initargs=(threads,)) if lanes > 1 else None
+    return Runtime(device, lanes, threads, pool, before)
+
+
+def lanes_of(config: ExperimentConfig, shards: int, cpus: float | None = None) -> int:
+    """Lanes of a worker on the CPU (arguments as for `settle`)."""
+    return 1 if config.reduction == "ddp" else min(config.scaling.lanes or _budget(cpus), shards)
+
+
+def _budget(cpus: float | None) -> int:
+    return max(1, min(cores(), int(cpus) if cpus else cores()))
+
+
+def set_threads(threads: int) -> None:
+    """Intra-op threads of this thread.
+
+    Every thread that computes beside lanes takes one: where GNU OpenMP has more threads than there are cores, all of
+    them sleep at every barrier from then on.
+    """
+    torch.get_num_threads()  # which a thread's first operation would otherwise set to what the last caller asked for
+    torch.set_num_threads(threads)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep freed memory: activations of the same sizes come back every step, and giving their pages to the
+    kernel and faulting them in again costs up to a fifth of a CPU step. Does nothing under another allocator.
+
+    Blocks of more than 64 MiB are kept in the first arena only. A main thread uses that one; the threads of Ray's
+    workers do because launch.on_ray.session sets MALLOC_ARENA_MAX.
+    """
+    libc = _glibc()
+    if libc is None:
+        return
+    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
+    libc.mallopt(m_mmap_max, 0)
+    libc.mallopt(m_trim_threshold, 2**31 - 1)
+    # Heaps of threads hold 64 MiB, and an empty one is given back unless this much should be spare.
+    libc.mallopt(m_top_pad, 1 << 27)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    """glibc, where memory is its own affair: a preloaded allocator (jemalloc, tcmalloc) puts its `malloc` before it."""
+    if platform.libc_ver()[0] != "glibc":
+        return None
+    library, process = ctypes.CDLL("libc.so.6"), ctypes.CDLL(None)
+    own, used = (ctypes.cast(where.malloc, ctypes.c_void_p).value for where in (library, process))
+    return library if own == used else None
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What `settle` changes in a process, as it was."""
+
+    threads: int
+    deterministic: int
+    fill: bool
+    benchmark: bool
+    tf32: tuple[bool, bool]
+    workspace: str | None
+    device: int | None
+
+    @classmethod
+    def now(cls) -> _Settings:
+        return cls(
+            threads=torch.get_num_threads(),
+            deterministic=torch.get_deterministic_debug_mode(),
+            fill=torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
+            benchmark=torch.backends.cudnn.benchmark,
+            tf32=(torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32),
+            workspace=os.environ.get(_WORKSPACE),
+            device=torch.cuda.current_device() if torch.cuda.is_initialized() else None,  # type: ignore[no-untyped-call]
+        )
+
+    def restore(self) -> None:
+        set_threads(self.threads)
+        torch.set_deterministic_debug_mode(self.deterministic)
+        torch.utils.deterministic.fill_uninitialized_memory = self.fill  # type: ignore[attr-defined]
+        torch.backends.cudnn.benchmark = self.benchmark
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = self.tf32
+        if self.workspace is None:
+            os.environ.pop(_WORKSPACE, None)
+        else:
+            os.environ[_WORKSPACE] = self.workspace
+        if self.device is not None:
+            torch.cuda.set_device(self.device)

@@ -1,0 +1,263 @@
+"""The yardstick: an ordinary single-process PyTorch script of the same model, data, batch and optimizer.
+
+    python -m rayexp.grid.baseline PAYLOAD.json        (run, config, device, started)
+
+It is what one would write without rayexp, after pytorch/examples `imagenet/main.py` and `word_language_model/main.py`:
+torchvision's transforms in a DataLoader, one forward and backward for the whole batch, torch.optim. It uses nothing of
+rayexp's engine; it only reads the same packed data, so it has no JPEGs to decode. Two differences remain: batch
+normalisation sees the whole batch and not a shard, and the learning rate stays at `lr`. It leaves epochs.jsonl and
+steps.jsonl in the run directory, so that it is measured like any other cell.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rayexp.config import ExperimentConfig, parse
+from rayexp.data import ImageSplit, open_data
+from rayexp.runs.records import EpochRecord
+from rayexp.system.cores import cores
+from rayexp.workloads.image_classification.workload import MEAN, STD, Options, build
+
+COLUMNS = ("count", "total", "data", "transfer", "compute", "optimizer")
+LOADERS = 4  # the default of imagenet/main.py
+Step = tuple[Tensor, Tensor]
+
+
+class Pictures(torch.utils.data.Dataset[tuple[Tensor, int]]):
+    """Packed images through torchvision's transforms, one by one."""
+
+    def __init__(self, split: ImageSplit, transform: Any) -> None:
+        self.split, self.transform = split, transform
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        from PIL import Image
+
+        return self.transform(Image.fromarray(self.split.read(np.array([i]))[0])), int(self.split.labels[i])
+
+
+class Images:
+    """Model, loaders and loss for image classification."""
+
+    def __init__(self, config: ExperimentConfig, device: torch.device) -> None:
+        from torchvision import transforms as t
+
+        data = open_data(config.data)
+        tail = [t.ToTensor(), t.Normalize([m / 255 for m in MEAN], [s / 255 for s in STD])]
+        recipe, size = config.data.augment, config.data.image_size
+        head: list[Any] = []
+        if recipe is not None:
+            cut = (
+                t.RandomCrop(size, recipe.pad) if recipe.pad else t.RandomResizedCrop(size, recipe.scale, recipe.ratio)
+            )
+            head = [cut, *([t.RandomHorizontalFlip()] if recipe.flip else [])]
+        words: dict[str, Any] = {
+            "batch_size": config.batch_size,
+            "pin_memory": device.type == "cuda",
+            "persistent_workers": True,
+        }
+        words["num_workers"] = min(LOADERS, cores())
+        self.train = torch.utils.data.DataLoader(Pictures(data.train, t.Compose(head + tail)), shuffle=True, **words)
+        self.val = torch.utils.data.DataLoader(Pictures(data.val, t.Compose(tail)), **words)
+        self.smoothing = config.label_smoothing
+        self.model = build(config.model.name, Options(**config.model.options), len(data.classes), size)
+
+    def batches(self) -> Iterator[Step]:
+        """Shuffled, augmented images and labels."""
+        yield from self.train
+
+    def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy."""
+        return F.cross_entropy(self.model(inputs), targets, label_smoothing=self.smoothing)
+
+    def judge(self, device: torch.device) -> dict[str, float]:
+        """Validation loss and accuracies."""
+        loss, right1, right5, n = 0.0, 0, 0, 0
+        for inputs, labels in self.val:
+            targets = labels.to(device)
+            logits = self.model(inputs.to(device))
+            loss += float(F.cross_entropy(logits, targets, reduction="sum"))
+            top = logits.topk(min(5, logits.shape[1]), 1).indices == targets[:, None]
+            top &= ~logits.log_softmax(1).isnan().any(1, keepdim=True)  # topk puts NaN first
+            right1, right5, n = right1 + int(top[:, :1].sum()), right5 + int(top.sum()), n + len(labels)
+        return {"val_loss": loss / n, "acc1": 100 * right1 / n, "acc5": 100 * right5 / n}
+
+
+class RNN(nn.Module):
+    """The RNNModel of word_language_model."""
+
+    def __init__(self, name: str, words: int, emsize: int, nhid: int, nlayers: int, dropout: float, tied: bool) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(dropout)
+        self.encoder = nn.Embedding(words, emsize)
+        kind: Any = {"lstm": nn.LSTM, "gru": nn.GRU}.get(name, nn.RNN)
+        extra = {"nonlinearity": name.removeprefix("rnn_")} if kind is nn.RNN else {}
+        self.rnn = kind(emsize, nhid, nlayers, dropout=dropout, **extra)
+        self.decoder = nn.Linear(nhid, words)
+        if tied:
+            self.decoder.weight = self.encoder.weight
+        nn.init.uniform_(self.encoder.weight, -0.1, 0.1)
+        nn.init.zeros_(self.decoder.bias)
+        nn.init.uniform_(self.decoder.weight, -0.1, 0.1)
+
+    def forward(self, tokens: Tensor, hidden: Any) -> tuple[Tensor, Any]:
+        """Logits [time * columns, words], and the hidden state."""
+        output, hidden = self.rnn(self.drop(self.encoder(tokens)), hidden)
+        return self.decoder(self.drop(output)).flatten(0, 1), hidden
+
+
+class Text:
+    """Model, windows and loss for a recurrent language model."""
+
+    def __init__(self, config: ExperimentConfig, device: torch.device) -> None:
+        from rayexp.workloads.language_model.recurrent import RecurrentOptions
+
+        data = open_data(config.data)
+        options = RecurrentOptions.model_validate(config.model.options)
+        self.bptt = config.data.bptt
+        self.hidden: Any = None
+        self.train = self._columns(data.train, config.batch_size)
+        self.val = self._columns(data.valid, config.data.eval_columns)
+        self.model = RNN(config.model.name, len(data.vocabulary), **options.model_dump())
+
+    @staticmethod
+    def _columns(tokens: Any, columns: int) -> Tensor:
+        length = len(tokens) // columns
+        return torch.from_numpy(tokens[: length * columns].reshape(columns, length).T.astype(np.int64))
+
+    def _windows(self, text: Tensor) -> Iterator[Step]:
+        self.hidden = None
+        for start in range(0, len(text) - 1, self.bptt):
+            stop = min(start + self.bptt, len(text) - 1)
+            yield text[start:stop], text[start + 1 : stop + 1].reshape(-1)
+
+    def batches(self) -> Iterator[Step]:
+        """Windows of the text, one after another."""
+        return self._windows(self.train)
+
+    def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy; the hidden state is kept for the next window."""
+        logits, hidden = self.model(inputs, self.hidden)
+        self.hidden = tuple(h.detach() for h in hidden) if isinstance(hidden, tuple) else hidden.detach()
+        return F.cross_entropy(logits, targets)
+
+    def judge(self, device: torch.device) -> dict[str, float]:
+        """Validation loss and perplexity."""
+        total, n = 0.0, 0
+        for inputs, targets in self._windows(self.val):
+            total += float(self.loss(inputs.to(device), targets.to(device))) * len(targets)
+            n += len(targets)
+        return {"val_loss": total / n, "ppl": math.inf if total / n >= 700 else math.exp(total / n)}
+
+
+def optimizer_of(config: ExperimentConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """torch.optim's own, with the configuration's numbers."""
+    o = config.optimizer
+    thin = [p for p in model.parameters() if p.ndim < 2 and not o.decay_norm_and_bias]
+    thick = [p for p in model.parameters() if p.ndim >= 2 or o.decay_norm_and_bias]
+    groups = [{"params": thick, "weight_decay": config.weight_decay}]
+    groups += [{"params": thin, "weight_decay": 0.0}] if thin else []
+    if o.name == "adamw":
+        return torch.optim.AdamW(groups, config.lr, o.betas, o.eps)
+    return torch.optim.SGD(groups, config.lr, o.momentum, nesterov=o.nesterov)
+
+
+def main(argv: list[str]) -> int:
+    """Train as the payload says."""
+    payload = json.loads(Path(argv[0]).read_text())
+    run, config = Path(payload["run"]), parse(payload["config"], ExperimentConfig, "config")
+    device = torch.device(payload["device"])
+    torch.manual_seed(config.seed)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
+    torch.backends.cudnn.benchmark = True
+    work: Images | Text = (Text if config.workload == "language_model" else Images)(config, device)
+    model = work.model.to(device)
+    optimizer = optimizer_of(config, model)
+    cast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
+    done, parent = 0, os.getppid()
+    for epoch in range(1, config.epochs + 1):
+        began = time.perf_counter()
+        columns: dict[str, list[float]] = {name: [] for name in COLUMNS}
+        losses = 0.0
+        model.train()
+        clock = time.perf_counter()
+        for inputs, targets in work.batches():
+            marks = [clock, time.perf_counter()]
+            inputs, targets = inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+            marks.append(time.perf_counter())
+            optimizer.zero_grad()
+            with cast:
+                loss = work.loss(inputs, targets)
+            loss.backward()  # type: ignore[no-untyped-call]
+            losses += loss.item() * len(targets)
+            marks.append(time.perf_counter())
+            if config.optimizer.clip is not None:
+                nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip)
+            optimizer.step()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            clock = time.perf_counter()
+            marks.append(clock)
+            spans = [round(b - a, 6) for a, b in itertools.pairwise(marks)]
+            values = [len(targets), round(clock - marks[0], 6), *spans]
+            for column, value in zip(columns.values(), values, strict=True):
+                column.append(value)
+            if done == 0:
+                startup = {"startup_seconds": {"to_first_step": time.monotonic() - payload["started"]}}
+                (run / "startup.json").write_text(json.dumps(startup))
+            done += 1
+            if os.getppid() != parent:
+                return 1  # whoever measures this is gone
+        trained = time.perf_counter()
+        model.eval()
+        with torch.inference_mode(), cast:
+            metrics = work.judge(device)
+        judged = time.perf_counter()
+        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, run / "checkpoint.pt")
+        total = time.perf_counter() - began
+        phases = {k: sum(columns[k]) for k in ("data", "transfer", "compute", "optimizer")}
+        phases |= {"reduce": 0.0, "evaluate": judged - trained, "checkpoint": time.perf_counter() - judged}
+        phases["other"] = max(0.0, total - sum(phases.values()))
+        # As the engine does: a process's first step is left out, unless it is all there is.
+        later = slice(1 if epoch == 1 and len(columns["count"]) > 1 else 0, None)
+        peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)}
+        if device.type == "cuda":
+            peak["device"] = torch.cuda.max_memory_allocated()
+        record = {
+            "epoch": epoch,
+            "step": done,
+            "train_loss": losses / sum(columns["count"]),
+            **metrics,
+            "lr": config.lr,
+            "samples_per_second": sum(columns["count"][later]) / sum(columns["total"][later]),
+            "seconds": {"total": total, **({"first_step": columns["total"][0]} if epoch == 1 else {}), **phases},
+            "weights_sha": "",
+            "world_size": 0,
+            "peak_memory": peak,
+        }
+        with (run / "steps.jsonl").open("a") as file:
+            file.write(json.dumps({"epoch": epoch, "first": epoch == 1, **columns}) + "\n")
+        with (run / "epochs.jsonl").open("a") as file:
+            file.write(json.dumps(EpochRecord.from_json(record).to_json()) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

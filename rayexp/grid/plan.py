@@ -1,0 +1,188 @@
+"""The plan of a device grid: which cells run here, which do not and why. Plain arithmetic, no torch, no Ray."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rayexp.config import CompareConfig, ExperimentConfig, ScaleConfig, load, parse, refuse_contradictions
+from rayexp.errors import UserError, nearest
+from rayexp.grid.comparison import PLAIN, Cell
+from rayexp.launch import placement as planning
+from rayexp.launch.placement import Node
+
+METRICS = {
+    "image_classification": ("acc1", "acc5", "val_loss", "train_loss"),
+    "language_model": ("ppl", "val_loss", "train_loss"),
+}
+PLAIN_TEXT_MODELS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+
+
+def base_of(config: CompareConfig, folder: Path) -> ExperimentConfig:
+    """The base experiment, as its file says; `folder` is where the grid's file lies.
+
+    Raises:
+        UserError: there is no such file, or it is wrong.
+    """
+    path = folder / Path(config.base).expanduser()
+    if not path.is_file() and Path(config.base).expanduser().is_file():
+        path = Path(config.base).expanduser()
+    return load(path)
+
+
+def with_overrides(base: ExperimentConfig, overrides: Mapping[str, Any]) -> ExperimentConfig:
+    """The base with the grid's overrides on top, nested or with dotted keys (nested ones win).
+
+    Raises:
+        UserError: a key is unknown, is part of the grid, or is not for this data, or its value is not allowed.
+    """
+    tree = base.model_dump(mode="json")
+    dotted = {k: v for k, v in overrides.items() if "." in k}
+    for keys, value in [*_leaves(dotted), *_leaves({k: v for k, v in overrides.items() if "." not in k})]:
+        if keys[0] in ("scaling", "reduction", "precision", "storage_path", "name"):
+            raise UserError(f"overrides.{'.'.join(keys)}: the grid itself says {keys[0]}; set it outside of overrides")
+        inner = tree
+        for key in keys[:-1]:
+            if not isinstance(inner.get(key), dict):
+                inner[key] = {}
+            inner = inner[key]
+        inner[keys[-1]] = value
+    settled = parse(tree, ExperimentConfig, "overrides")
+    refuse_contradictions(settled, "overrides")
+    return settled
+
+
+def _leaves(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[list[str], Any]]:
+    for key, value in tree.items():
+        here = (*path, *key.split("."))
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, here)
+        else:
+            yield list(here), value
+
+
+def plan(config: CompareConfig, base: ExperimentConfig, nodes: Sequence[Node]) -> tuple[Cell, ...]:
+    """All cells of the grid, those that cannot run with the reason.
+
+    Args:
+        config: the grid.
+        base: the base experiment with the overrides on top.
+        nodes: what is there, the driver's machine first.
+
+    Raises:
+        UserError: an entry of the grid makes no sense anywhere, or nothing at all could run.
+    """
+    if not nodes:
+        raise UserError("the cluster has no machine")
+    known = METRICS.get(base.workload, tuple(config.target))
+    unknown = [metric for metric in config.target if metric not in known]
+    if unknown:
+        raise UserError(
+            f"target: {base.workload} has no metric {unknown[0]!r}{nearest(unknown[0], known)}; "
+            f"allowed: {', '.join(known)}"
+        )
+    cells = [
+        _cell(config, base, scaling, precision, reduction, nodes)
+        for scaling, precision, reduction in itertools.product(
+            config.scaling, config.precision or (base.precision,), config.reduction or (base.reduction,)
+        )
+    ]
+    if config.baseline:
+        kinds = dict.fromkeys((cell.kind, cell.precision) for cell in cells)
+        cells = [_plain(base, kind, precision, nodes) for kind, precision in kinds] + cells
+    return _named(cells, config)
+
+
+def _cell(
+    config: CompareConfig,
+    base: ExperimentConfig,
+    scaling: ScaleConfig,
+    precision: str,
+    reduction: str,
+    nodes: Sequence[Node],
+) -> Cell:
+    workers = scaling.num_workers
+    if isinstance(workers, tuple):
+        raise UserError(f"scaling.num_workers: [{workers[0]}, {workers[1]}] is elastic, a grid compares fixed numbers")
+    times = max(1, workers) if config.mode == "weak" else 1
+    tree = base.model_dump(mode="json") | {
+        "scaling": scaling.model_dump(mode="json"),
+        "precision": precision,
+        "reduction": reduction,
+        "batch_size": base.batch_size * times,
+        "shards": base.shards * times,
+    }
+    kind, devices = _devices(scaling, workers, reduction, nodes)
+    skip = _reason(kind, workers, devices, precision, nodes)
+    try:
+        if skip is None:
+            cell = parse(tree, ExperimentConfig, "")
+            placed = planning.make(cell, nodes[:1] if workers == 0 else nodes)
+            kind = "gpu" if placed.gpu else "cpu"
+            if kind == "cpu" and placed.cpus:
+                devices = workers * placed.cpus
+                # What was decided here is what every repeat uses.
+                tree["scaling"] |= {"cpus_per_worker": placed.cpus, "use_gpu": False}
+    except UserError as error:
+        skip = str(error).removeprefix(": ")
+    return Cell("", kind, workers, float(devices), precision, reduction, skip, tree)
+
+
+def _devices(scaling: ScaleConfig, workers: int, reduction: str, nodes: Sequence[Node]) -> tuple[str, float]:
+    """What kind of device is asked for, and how many."""
+    gpus = sum(node.gpus for node in nodes)
+    asked = max(1, workers) * scaling.gpus_per_worker
+    if scaling.use_gpu is True or (scaling.use_gpu == "auto" and 0 < asked <= gpus):
+        return "gpu", asked
+    if workers == 0:
+        cores = max(1.0, nodes[0].cpus)
+        return "cpu", min(scaling.lanes or cores, cores) if reduction == "exact" else cores
+    return "cpu", workers * (scaling.cpus_per_worker or 1)
+
+
+def _reason(kind: str, workers: int, devices: float, precision: str, nodes: Sequence[Node]) -> str | None:
+    gpus, cores = sum(node.gpus for node in nodes), sum(node.cpus for node in nodes)
+    there = "this machine has" if len(nodes) == 1 else f"the {len(nodes)} machines have"
+    if kind == "gpu" and devices > gpus + 1e-6:
+        return f"{devices:g} GPU{'s' * (devices != 1)} asked, {there} {gpus:g}"
+    if kind == "cpu" and precision == "tf32":
+        return "tf32 is a format of NVIDIA GPUs"
+    if kind == "cpu" and workers and devices > cores + 1e-6:
+        return f"{devices:g} CPU cores asked, {there} {cores:g}"
+    return None
+
+
+def _plain(base: ExperimentConfig, kind: str, precision: str, nodes: Sequence[Node]) -> Cell:
+    """The single-process script: all cores of one machine, or one GPU."""
+    devices = 1.0 if kind == "gpu" else max(1.0, nodes[0].cpus)
+    skip = _reason(kind, 0, devices, precision, nodes[:1])
+    if base.workload == "language_model" and base.model.name not in PLAIN_TEXT_MODELS:
+        skip = f"there is no plain script for model.name {base.model.name}; there is for {', '.join(PLAIN_TEXT_MODELS)}"
+    scaling = ScaleConfig(num_workers=0, use_gpu=kind == "gpu").model_dump(mode="json")
+    tree = base.model_dump(mode="json") | {"scaling": scaling, "precision": precision}
+    return Cell("", kind, 0, devices, precision, PLAIN, skip, tree)
+
+
+def _named(cells: Sequence[Cell], config: CompareConfig) -> tuple[Cell, ...]:
+    """Give every cell a name of its own."""
+    import dataclasses
+
+    named: dict[str, Cell] = {}
+    several = len(config.precision) > 1
+    for cell in cells:
+        where = "inprocess" if not cell.workers else f"x{cell.workers}"
+        parts = [cell.kind, *([] if cell.reduction == PLAIN else [where]), cell.reduction]
+        parts += [cell.precision] if several else []
+        name = "-".join(parts)
+        twins = [other for other in named.values() if other.reduction == cell.reduction]
+        if any(cell.config == {**other.config, "name": cell.config["name"]} for other in twins):
+            raise UserError(f"scaling: the grid holds the cell {name} twice")
+        if name in named:
+            name += f"-{cell.devices:g}{'gpus' if cell.kind == 'gpu' else 'cores'}"
+        if name in named:
+            name += f"-{len(named)}"
+        tree = {**cell.config, "name": name}
+        named[name] = dataclasses.replace(cell, id=name, config=tree)
+    return tuple(named.values())

@@ -1,0 +1,133 @@
+"""The figures of a comparison's page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rayexp.pages.plots import COLOURS, LINES, MARKERS, draw, short, stacked_bars
+
+if TYPE_CHECKING:
+    from rayexp.grid.report import CompareReport, Family, Line
+
+
+def rates(report: CompareReport, kind: str) -> str:
+    """Rate of every cell on one kind of device with its interval, and each repeat as a dot."""
+    lines = [line for line in report.lines if line.cell.kind == kind]
+
+    def fill(ax: Any) -> None:
+        for y, line in enumerate(lines):
+            low, high = line.rate.interval
+            value = line.rate.value
+            ax.barh(y, value, height=0.62, color="#cfe3f3", edgecolor="#0072B2", linewidth=0.8)
+            ax.plot([low, high], [y, y], color="#17191e", linewidth=1.6, solid_capstyle="butt")
+            dots = [r.throughput for r in line.measured.repeats]
+            ax.plot(dots, [y] * len(dots), "o", markersize=3.6, color="#D55E00", markeredgewidth=0)
+            ax.text(max(high, value), y, f"  {short(value)}", va="center", fontsize=8.5)
+        ax.set_yticks(range(len(lines)), [line.cell.id for line in lines])
+        ax.set_ylim(len(lines) - 0.4, -0.6)
+        ax.set_xlim(0, 1.14 * max(max(line.rate.interval[1], line.rate.value) for line in lines))
+        ax.grid(visible=False, axis="y")
+        ax.set_xlabel(f"{report.unit} per second (over all steps; line: 95 % interval; dots: repeats)")
+
+    return draw(f"fig-rates-{kind}", 0.75 + 0.3 * len(lines), fill)
+
+
+def speedup(report: CompareReport, kind: str) -> str | None:
+    """Speed-up over devices of one kind, with the ideal line, intervals and forecasts; None with one count alone."""
+    lines = [line for line in report.lines if line.cell.kind == kind and line.speedup is not None]
+    families = [f for f in report.families if f.name.startswith(f"{kind}, ")]
+    if len({line.cell.devices for line in lines}) < 2 and not any(f.forecasts for f in families):
+        return None
+
+    def fill(ax: Any) -> None:
+        first = min(line.cell.devices for line in lines)
+        last = max([line.cell.devices for line in lines] + [o.devices for f in families for o in f.forecasts])
+        ax.plot([first, last], [1, last / first], color="#8c8c8c", linewidth=1, label="ideal")
+        for i, family in enumerate(families):
+            name = family.name.removeprefix(f"{kind}, ")
+            colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+            ours = [line for line in lines if f"{kind}, {line.cell.precision}, {line.cell.reduction}" == family.name]
+            aside = 2 ** (0.07 * (i - (len(families) - 1) / 2))  # so that intervals do not hide each other
+            _points(
+                ax, [line for line in ours if line.cell.workers], name, colour, marker, LINES[i % len(LINES)], aside
+            )
+            _points(ax, [line for line in ours if not line.cell.workers], f"{name}, in-process", colour, "*", "", aside)
+            _forecasts(ax, family, ours, colour, marker, aside)
+        ax.set_xscale("log", base=2)
+        ax.set_yscale("log", base=2)
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_major_formatter(lambda value, _: f"{value:g}")
+        ax.set_xticks(
+            sorted({line.cell.devices for line in lines} | {o.devices for f in families for o in f.forecasts})
+        )
+        ax.minorticks_off()
+        ax.set_xlabel("GPUs" if kind == "gpu" else "CPU cores")
+        ax.set_ylabel("scaled speed-up" if report.config.mode == "weak" else "speed-up")
+        ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8.5)
+
+    return draw(f"fig-speedup-{kind}", 3.6, fill)
+
+
+def _points(ax: Any, lines: Sequence[Line], name: str, colour: str, marker: str, style: str, aside: float) -> None:
+    shown = sorted((line for line in lines if line.speedup), key=lambda line: line.cell.devices)
+    if not shown:
+        return
+    x = [line.cell.devices * aside for line in shown]
+    y = [line.speedup.value for line in shown if line.speedup]
+    bounds = np.array([line.speedup.interval for line in shown if line.speedup])
+    spread = np.abs(bounds.T - np.array(y))
+    ax.errorbar(
+        x, y, spread, color=colour, marker=marker, markersize=6 if style else 10, linestyle=style or "none",
+        capsize=3, linewidth=1.3, label=name,
+    )  # fmt: skip
+
+
+def _forecasts(ax: Any, family: Family, ours: Sequence[Line], colour: str, marker: str, aside: float) -> None:
+    base = next((line for line in ours if line.cell.id == family.base), None)
+    if base is None or not family.forecasts or base.speedup is None:
+        return
+    scale = base.speedup.value / base.rate.value
+    x = [one.devices * aside for one in family.forecasts]
+    y = [one.rate * scale for one in family.forecasts]
+    spread = [
+        [(o.rate - o.low) * scale for o in family.forecasts],
+        [(o.high - o.rate) * scale for o in family.forecasts],
+    ]
+    ax.errorbar(
+        x, y, np.maximum(spread, 0), color=colour, marker=marker, markersize=6, linestyle="none", capsize=3, alpha=0.55,
+        elinewidth=0.8, markerfacecolor="none", label=f"{family.name.partition(', ')[2]}\nFORECAST, not measured",
+    )  # fmt: skip
+
+
+def phases(report: CompareReport, kind: str) -> str:
+    """Stacked seconds of an ordinary epoch by phase, one bar for every cell on one kind of device."""
+    lines = [line for line in report.lines if line.cell.kind == kind]
+    bars = [line.measured.phases() for line in lines]
+    return stacked_bars(f"fig-phases-{kind}", [line.cell.id for line in lines], bars, "seconds of an epoch")
+
+
+def losses(report: CompareReport) -> str:
+    """Validation loss over wall-clock, first repeat of every cell, start-up included."""
+    lines = [line for line in report.lines if not math.isnan(line.measured.repeats[0].startup)]
+
+    def fill(ax: Any) -> None:
+        for i, line in enumerate(lines):
+            repeat = line.measured.repeats[0]
+            ax.plot(
+                repeat.elapsed(), [r.val_loss for r in repeat.records], color=COLOURS[i % len(COLOURS)],
+                marker=MARKERS[i % len(MARKERS)], linestyle=LINES[i // len(COLOURS) % len(LINES)],
+                markersize=5, linewidth=1.3, label=line.cell.id,
+            )  # fmt: skip
+        ax.set_xlabel("seconds since the command, start-up included")
+        ax.set_ylabel("validation loss (nats)")
+        ax.set_xlim(left=0)
+        ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8.5)
+
+    return draw("fig-losses", max(3.0, 0.4 + 0.22 * len(lines)), fill)
+
+
+# ---------------------------------------------------------------------- one run

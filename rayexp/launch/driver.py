@@ -1,0 +1,294 @@
+"""The driver: from a configuration to a finished run, in this process or on Ray.
+
+The run directory is the truth. An attempt takes up the newest whole checkpoint there; whether another attempt follows,
+and with how many workers, is decided here and not by Ray.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import secrets
+import shutil
+import signal
+import socket
+import threading
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rayexp.cluster import surroundings
+from rayexp.cluster.as_job import at_home, job_id
+from rayexp.config import ExperimentConfig, passed_over
+from rayexp.data import open_data
+from rayexp.errors import HeadLostError, Stopped, UserError
+from rayexp.launch import placement as planning
+from rayexp.launch.placement import Placement
+from rayexp.launch.screen import chatter_to, screen
+from rayexp.launch.stopping import Stopping, stoppable
+from rayexp.runs.integrity import FREE, changes, check_config
+from rayexp.runs.manifest import state_fault
+from rayexp.runs.run import Run
+from rayexp.runs.writer import RunWriter
+from rayexp.system.clock import mark
+from rayexp.system.locks import Driver, only_driver
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+TIMEOUT_S = 300.0  # a worker that says nothing for so long counts as lost
+
+
+def run(
+    config: ExperimentConfig,
+    *,
+    argv: Sequence[str],
+    resume: Run | None = None,
+    address: str | None = None,
+    console: Console | None = None,
+    started: float | None = None,
+    max_steps: int | None = None,
+    trace: bool = False,
+    parent: str | None = None,
+) -> Run:
+    """Train, and return the finished run.
+
+    Args:
+        config: what to train.
+        argv: the command, for run.json.
+        resume: go on with this run instead of making one.
+        address: of a running Ray; None: RAY_ADDRESS, a Ray started here by `ray start`, else a new one.
+        console: where progress is shown; None: nowhere.
+        started: time.monotonic() at which the command began.
+        max_steps: stop (and save) after that many steps of the whole run.
+        trace: write the hashes of every step to trace.jsonl.
+        parent: the id of the comparison this run belongs to.
+
+    Raises:
+        UserError: the configuration, the data or the machine does not allow it. A run that has not begun leaves
+            nothing behind; one that holds anything that training has made is kept.
+        RunError: the run failed; run.json says so.
+        Stopped: a signal asked it to stop; the last whole step is saved and run.json says `stopped`.
+    """
+    began = mark(started)
+    config = at_home(config).absolute()
+    if resume is not None:
+        check_unchanged(resume, config)
+    made = resume or Run.create(config, argv=list(argv), parent=parent)
+    with _driving(made, fresh=resume is None) as driver, stoppable(made) as stopping:
+        if resume is not None:
+            _reopen(made, config, argv)
+        payload = {
+            "run": str(made.root),
+            "config": config.model_dump(mode="json"),
+            "started": began,
+            "max_steps": max_steps,
+            "trace": trace,
+            "measure_link": parent is not None,
+            "timeout_s": TIMEOUT_S,
+            "driver": driver.token,
+        }
+        try:
+            status = _supervise(made, config, payload, address, console, stopping)
+        except BaseException as error:
+            if _status(made) == "done":
+                return made  # a signal, or the end of its Ray, that comes after the run's own changes nothing
+            _fail(made, error, stopping, fresh=resume is None)
+            if stopping() or isinstance(error, KeyboardInterrupt):
+                raise _stopped(made, stopping.number or int(getattr(error, "number", signal.SIGINT))) from error
+            if isinstance(error, UserError | HeadLostError) and _holds_work(made):
+                raise type(error)(f"{error}; {_saved(made)}") from error
+            raise
+    if status == "stopped" and (max_steps is None or _steps_done(made) < max_steps):
+        raise _stopped(made, stopping.number or signal.SIGINT)
+    return made
+
+
+@contextlib.contextmanager
+def _driving(run: Run, fresh: bool) -> Iterator[Driver]:
+    """`only_driver`; a directory that was just made does not stay where its lock cannot be had."""
+    with contextlib.ExitStack() as stack:
+        try:
+            driver = stack.enter_context(only_driver(run.root))
+        except UserError:
+            if fresh:
+                shutil.rmtree(run.root, ignore_errors=True)
+            raise
+        yield driver
+
+
+def check_unchanged(run: Run, config: ExperimentConfig) -> None:
+    """Refuse to resume under a configuration that would make another model (UserError names the changed keys), or where
+    the run's own is no longer what it began with."""
+    check_config(run)
+    if changed := changes(run.config(), config):
+        raise UserError(f"--resume {run.id}: the configuration has changed: {changed}; allowed: {', '.join(FREE)}")
+
+
+def _reopen(run: Run, config: ExperimentConfig, argv: Sequence[str]) -> None:
+    meta = run.meta()
+    before = run.config()
+    kept = config.model_copy(update={"name": before.name, "storage_path": before.storage_path})
+    run.write(run.config_path.name, kept.to_yaml())
+    resumed = [*meta.get("resumed", ()), {"argv": list(argv), "after": meta["status"]}]
+    where = {"pid": os.getpid(), "host": socket.gethostname()}
+    run.update(status="running", error=None, finished=None, resumed=resumed, **where)
+
+
+def _fail(run: Run, error: BaseException, stopping: Stopping, fresh: bool) -> None:
+    """The last word where no worker could say it; of a run that has not begun, nothing is left."""
+    if stopping() or isinstance(error, KeyboardInterrupt):
+        if _status(run) != "stopped":
+            begun = run.stepping()
+            lost = "ended at once; the step that was under way is lost" if begun else "ended before its first step"
+            _finish(run, "stopped", lost)
+    elif isinstance(error, UserError) and fresh and not _holds_work(run):
+        shutil.rmtree(run.root)
+    else:
+        _finish(run, "failed", str(error) or type(error).__name__)
+
+
+def _finish(run: Run, status: str, error: str) -> None:
+    # What ended the run may be in the way of this, too (a full disk, a directory that is gone), and is what is to be
+    # told: a run that says `running` without a driver counts as one that died.
+    with contextlib.suppress(OSError, UserError):
+        RunWriter(run).end(status, error)
+
+
+def _status(run: Run) -> str:
+    try:
+        return str(run.meta()["status"])
+    except UserError:
+        return ""
+
+
+def _holds_work(run: Run) -> bool:
+    """Whether anything lies there that training has made: a checkpoint of any kind, whole or not, or an epoch."""
+    kept = (run.checkpoints, run.predictions_path(1).parent)
+    return run.epochs_path.exists() or any(folder.is_dir() and any(folder.iterdir()) for folder in kept)
+
+
+def _stopped(run: Run, number: int) -> Stopped:
+    return Stopped(number, f"stopped; {_saved(run)}")
+
+
+def _saved(run: Run) -> str:
+    step = _steps_done(run)
+    return f"saved up to step {step}: --resume {run.id} goes on" if step else f"nothing is saved yet in {run.id}"
+
+
+def _steps_done(run: Run) -> int:
+    return max(
+        (state.get("step", 0) for path, state in run.resumable() if not state_fault(state, path.name)), default=0
+    )
+
+
+def outline(config: ExperimentConfig, address: str | None = None) -> dict[str, Any]:
+    """What `run` would do, without doing it: workers, device, lanes, steps. Joins a Ray only where an address is given;
+    else the plan is for this machine.
+
+    Raises:
+        UserError: as `run`.
+    """
+    from rayexp import workloads
+    from rayexp.engine.runtime import lanes_of
+    from rayexp.launch.local import here
+
+    config = config.absolute()
+    nodes = [here()]
+    address = address or os.environ.get("RAY_ADDRESS")
+    if address and config.scaling.num_workers != 0:
+        from rayexp.launch.on_ray import session
+
+        with session.session(address):
+            nodes = session.nodes()
+    plan = planning.make(config, nodes)
+    workload = workloads.open_workload(config)
+    steps, workers = workload.steps(), max(1, plan.workers)
+    return {
+        "where": "this process" if not plan.workers else f"Ray, {len(nodes)} node{'s' * (len(nodes) > 1)}",
+        "workers": plan.workers,
+        "device": "gpu" if plan.gpu else "cpu",
+        "cpus_per_worker": plan.cpus,
+        "gpus_per_worker": plan.gpus,
+        "lanes_per_worker": 1 if plan.gpu else lanes_of(config, config.shards // workers, plan.cpus),
+        "shards_per_worker": config.shards // workers,
+        f"{workload.unit if workload.unit == 'images' else 'columns'}_per_worker": config.batch_size // workers,
+        "steps_per_epoch": steps,
+        "steps": steps * config.epochs,
+        "warnings": passed_over(config, plan.gpu),
+    }
+
+
+# ---------------------------------------------------------------------- attempts
+
+
+def _supervise(
+    run: Run,
+    config: ExperimentConfig,
+    payload: dict[str, Any],
+    address: str | None,
+    console: Console | None,
+    stopping: Stopping,
+) -> str:
+    if config.scaling.num_workers == 0:
+        from rayexp.launch.local import attempt, here
+
+        if job_id():
+            from rayexp.cluster import sources
+            from rayexp.launch.on_ray import session
+
+            with session.session(address):
+                sources.offer(run)
+        plan = planning.make(config, [here()])
+        with screen(run, console) as shown:
+            stopping.say = shown.say
+            return attempt(run, payload | _placed(plan))
+    surroundings.ray_address(address)  # where nobody answers, that is said before anything is imported
+    drive_module = _imported("rayexp.launch.on_ray.supervise")
+    with chatter_to(run.logs / "ray.log", console), screen(run, console) as shown, drive_module as imports:
+        shown.phase("starting Ray")
+        from rayexp.launch.on_ray import session
+
+        stopping.say = shown.say
+
+        def last(why: str) -> None:
+            """End this process, which hangs in a call to a Ray that is gone."""
+            status = _status(run)
+            if status != "done":
+                _fail(run, HeadLostError(why), stopping, fresh=False)
+            shown.close()
+            shown.say(f"{'stopped' if stopping() else f'error: {why}'}; {_saved(run)}")
+            os._exit(0 if status == "done" else 128 + stopping.number if stopping.number else 1)
+
+        with session.session(address) as own_ray:
+            if own_ray:
+                open_data(config.data)  # so that what is missing here is said at once, and packed once
+            imports.join()
+            from rayexp.launch.on_ray.head import watched
+            from rayexp.launch.on_ray.supervise import drive
+
+            shown.phase("starting workers")
+            with watched(own_ray, run, stopping, last) as watch:
+                return drive(run, config, payload, _placed, shown, stopping, own_ray, watch)
+
+
+@contextlib.contextmanager
+def _imported(module: str) -> Iterator[threading.Thread]:
+    """Import it beside what the block does first: Ray's imports take as long as Ray itself. They are waited for at the
+    end, too, because one that is under way when the process ends would print a traceback."""
+    thread = threading.Thread(target=importlib.import_module, args=[module], daemon=True)
+    thread.start()
+    try:
+        yield thread
+    finally:
+        thread.join()
+
+
+def _placed(plan: Placement) -> dict[str, Any]:
+    return {
+        "device": "cuda" if plan.gpu else "cpu",
+        "cpus": plan.cpus,
+        "shared_gpu": 0 < plan.gpus < 1,
+        "nonce": secrets.token_hex(8),
+    }

@@ -1,0 +1,98 @@
+"""The recorder, held on the driver's host for workers that sit elsewhere: so no storage needs to be shared.
+
+A worker that sees the driver's own run directory (a nonce in it tells) writes there itself, which is cheaper.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from rayexp.launch.fence import Fenced
+from rayexp.runs.run import Run
+from rayexp.runs.writer import RunWriter
+
+NONCE = "nonce"
+ASK_S = 0.5  # how long an answer to "shall I stop?" is good for
+
+
+class WriterActor:
+    """The actor on the driver's host: a Recorder, one call at a time."""
+
+    def __init__(self, root: str, driver: str) -> None:
+        self.recorder = Fenced(RunWriter(Run(Path(root))), driver)
+
+    def call(self, method: str, *args: Any, **fields: Any) -> Any:
+        """Call a method of the Recorder."""
+        return getattr(self.recorder, method)(*args, **fields)
+
+
+class RemoteWriter:
+    """A Recorder's methods, carried out by the Keeper."""
+
+    def __init__(self, keeper: Any) -> None:
+        self._keeper = keeper
+        self._stop = False
+        self._asked = 0.0
+        self._lock = threading.Lock()
+
+    def _call(self, method: str, *args: Any, **fields: Any) -> Any:
+        try:
+            return ray.get(self._keeper.call.remote(method, *args, **fields))
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause if isinstance(error.cause, Exception) else error from None
+
+    def __getattr__(self, method: str) -> Any:
+        return functools.partial(self._call, method)
+
+    def progress(self, fields: Mapping[str, Any]) -> None:
+        """See Recorder; nobody waits for it."""
+        self._keeper.call.remote("progress", dict(fields))
+
+    def stop_requested(self) -> bool:
+        """See Recorder; asked in the background, so that no step waits for another host."""
+        now = time.monotonic()
+        if now - self._asked >= ASK_S and self._lock.acquire(blocking=False):
+            self._asked = now
+            threading.Thread(target=self._ask, daemon=True).start()
+        return self._stop
+
+    def _ask(self) -> None:
+        try:
+            self._stop = bool(self._call("stop_requested"))
+        finally:
+            self._lock.release()
+
+
+def keep(run: Run, nonce: str, node: str, driver: str) -> Any:
+    """Start the Keeper on the driver's node; the driver owns it, because an actor ends with the worker that made it."""
+    return (
+        ray.remote(num_cpus=0)(WriterActor)
+        .options(name=_name(nonce), scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
+        .remote(str(run.root), driver)
+    )
+
+
+def take(payload: Mapping[str, Any]) -> Any:
+    """A worker's pen: a Recorder where the driver's run directory and its lock are in sight, else a RemotePen."""
+    root = Path(payload["run"])
+    mine = Fenced(RunWriter(Run(root)), payload["driver"])
+    try:
+        seen = (root / NONCE).read_text() == payload["nonce"]
+    except OSError:
+        seen = False
+    # Not every shared file system shows another host's locks.
+    if seen and (payload["nodes"] == 1 or mine.driven()):
+        return mine
+    return RemoteWriter(ray.get_actor(_name(payload["nonce"])))
+
+
+def _name(nonce: str) -> str:
+    return f"rayexp-{nonce}"

@@ -1,0 +1,109 @@
+"""Who computes where: how many workers, on which device, with how many cores. Plain arithmetic, no torch, no Ray."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rayexp.config import ExperimentConfig
+from rayexp.errors import UserError
+
+_ROUNDING = 1e-6  # resources are floats: eight times 0.25 must fit into 2
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """What one machine has to give: CPU cores and GPUs (fractions count)."""
+
+    name: str
+    cpus: float
+    gpus: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """The decision for one attempt.
+
+    Attributes:
+        workers: 0 (in-process) or the number of workers.
+        gpu: whether they compute on GPUs.
+        cpus: cores of each; a fraction shares a core. None: all of the process's (in-process).
+        gpus: GPUs of each (0 on CPUs); a fraction shares a GPU.
+    """
+
+    workers: int
+    gpu: bool
+    cpus: float | None
+    gpus: float = 0.0
+
+    def __str__(self) -> str:
+        where = "in this process" if not self.workers else f"{self.workers} worker{'s' * (self.workers > 1)} on Ray"
+        cores = "" if self.cpus is None else f", {self.cpus:g} CPU each"
+        return f"{where}, {'GPU' if self.gpu else 'CPU'}{cores}"
+
+
+def capacity(nodes: Sequence[Node], cpus: float, gpus: float) -> int:
+    """How many workers of that size these nodes hold."""
+    return sum(_fit(node, cpus, gpus) for node in nodes)
+
+
+def make(config: ExperimentConfig, nodes: Sequence[Node]) -> Placement:
+    """The largest allowed number of workers that can be placed; see `choices`."""
+    return choices(config, nodes)[0]
+
+
+def choices(config: ExperimentConfig, nodes: Sequence[Node]) -> list[Placement]:
+    """What an elastic run may be content with, the largest first; one plan where the number of workers is fixed.
+
+    Args:
+        config: `scaling` says what is asked.
+        nodes: what is there, all of it, whether it is free at present or not.
+
+    Raises:
+        UserError: fewer workers than asked can ever be placed; the line says what is there and what is asked.
+    """
+    s = config.scaling
+    low, high = s.num_workers if isinstance(s.num_workers, tuple) else (s.num_workers, s.num_workers)
+    gpus_there = sum(node.gpus for node in nodes)
+    if high == 0:
+        if s.use_gpu is True and not gpus_there:
+            raise UserError("scaling.use_gpu: true, but this machine has no CUDA device; allowed here: auto, false")
+        return [Placement(0, s.use_gpu is not False and gpus_there > 0, None)]
+    wanted = [n for n in reversed(config.allowed_workers) if low <= n <= high]
+    for gpus in [s.gpus_per_worker] * (s.use_gpu is not False) + [0.0] * (s.use_gpu is not True):
+        if plans := [plan for n in wanted if (plan := _placed(config, nodes, n, gpus))]:
+            return plans
+    there = "; ".join(f"{node.name}: {node.cpus:g} CPUs, {node.gpus:g} GPUs" for node in nodes) or "nothing"
+    size = f"{s.cpus_per_worker or 1:g} CPU" + (f" and {s.gpus_per_worker:g} GPU" if s.use_gpu is True else "")
+    raise UserError(
+        f"scaling.num_workers: {min(wanted)} workers of {size} each can never be placed; there is {there}; fewer "
+        "workers (or a smaller scaling.cpus_per_worker or gpus_per_worker) are possible"
+    )
+
+
+def _placed(config: ExperimentConfig, nodes: Sequence[Node], workers: int, gpus: float) -> Placement | None:
+    """That many workers as large as they can be, or None."""
+    if config.scaling.cpus_per_worker is not None:
+        sizes: Sequence[float] = [config.scaling.cpus_per_worker]
+    elif isinstance(config.scaling.num_workers, tuple):
+        sizes = [1.0]  # an elastic run that could share cores would always be as large as it may
+    else:
+        share = math.floor(sum(node.cpus for node in nodes) / workers)
+        sizes = [*range(share, 0, -1), 0.5, 0.25, 0.125]
+    for cpus in sizes:
+        if capacity(nodes, cpus, gpus) >= workers:
+            return Placement(workers, gpus > 0, float(cpus), gpus)
+    return None
+
+
+def _fit(node: Node, cpus: float, gpus: float) -> int:
+    by_cpu = math.floor(node.cpus / cpus + _ROUNDING)
+    if not gpus:
+        return by_cpu
+    if gpus >= 1:
+        return min(by_cpu, math.floor(node.gpus / gpus + _ROUNDING))
+    # A fraction lies within one GPU.
+    whole = math.floor(node.gpus + _ROUNDING)
+    by_gpu = whole * math.floor(1 / gpus + _ROUNDING) + math.floor((node.gpus - whole) / gpus + _ROUNDING)
+    return min(by_cpu, by_gpu)

@@ -1,0 +1,1 @@
+"""Offline HTML pages: templates and plots. No torch, no Ray."""

@@ -1,0 +1,53 @@
+"""One offline HTML page from a template: no script, font or picture is fetched from anywhere."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+from typing import Any
+
+from rayexp import __version__
+from rayexp.display import figure, printable
+from rayexp.errors import UserError
+from rayexp.system.disk import write_atomic
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def render(template: str, **values: Any) -> str:
+    """Fill a template of templates/; everything in it is escaped, control characters too; missing values are errors."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=_shown,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["p"] = p_value
+    environment.filters["figure"] = figure
+    made = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return environment.get_template(template).render(version=__version__, made=made, **values)
+
+
+def _shown(value: Any) -> Any:
+    # Only plain text comes from outside; what the templates and filters have made safe is of a class of its own.
+    return printable(value, keep="\n\t") if type(value) is str else value
+
+
+def save(path: Path, page: str) -> None:
+    """Write the page whole (UserError where `path` is a folder)."""
+    if path.is_dir():
+        raise UserError(f"--html: {path} is a folder; name a file")
+    write_atomic(path, page)
+
+
+def p_value(p: float | None) -> str:
+    """`0.034`, `2.1e-07`, `< 1e-300`; `none` where there is no test."""
+    if p is None or p != p:
+        return "none"
+    if p < 1e-300:
+        return "< 1e-300"
+    return f"{p:.2g}" if p < 0.0995 else f"{p:.2f}"

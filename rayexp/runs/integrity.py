@@ -1,0 +1,199 @@
+"""Is a run directory whole? Everything that a resume or a reader relies on, checked against its hashes.
+
+Used by `rayexp runs RUN --check`, by `collect`, and before a resume. Reads only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rayexp.config import ExperimentConfig, parse, read
+from rayexp.errors import UserError
+from rayexp.runs.manifest import SEAL, digest, state_fault
+from rayexp.runs.records import EpochRecord, Predictions, read_lines, step_line
+from rayexp.runs.run import Run, broken, epoch_name
+
+# Keys that say where and how, not what: a resumed run may change them. That data.root holds the same data is checked
+# by its hash; the run keeps its name and its place.
+PLACE = ("storage_path", "name", "data.root")
+FREE = ("scaling", "checkpoint", "max_failures", *PLACE)
+RECORDS = ("config.yaml", "data.json", "epochs.jsonl", "steps.jsonl")
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What was found of one part of a run.
+
+    Attributes:
+        what: a path in the run directory.
+        state: `ok`: as it was written, by its hash. `not covered`: readable and consistent, but an older rayexp wrote
+            no hash of it. `damaged`.
+        detail: what is wrong; empty where nothing is.
+    """
+
+    what: str
+    state: Literal["ok", "not covered", "damaged"]
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.detail}" if self.detail else f"{self.what}: {self.state}"
+
+
+def examine(run: Run) -> list[Finding]:
+    """Check every part of a run directory. A run that is still running may be examined too."""
+    try:
+        run.meta()
+    except UserError as error:
+        return [Finding("run.json", "damaged", str(error))]
+    return [*described(run), *_judged(run), *_checkpoints(run)]
+
+
+def faults(run: Run) -> list[str]:
+    """One line for everything in a run directory that is damaged."""
+    return [str(finding) for finding in examine(run) if finding.state == "damaged"]
+
+
+def described(run: Run) -> Iterator[Finding]:
+    """config.yaml, data.json, and the lines of epochs.jsonl and steps.jsonl.
+
+    Raises:
+        UserError: run.json cannot be read.
+    """
+    meta, files = run.meta(), run.files()
+    trained = run.checkpoints.is_dir() or run.predictions_path(1).parent.is_dir()
+    wanted = {"config.yaml", *files, *(("data.json",) if trained else ())}
+    for name in RECORDS:
+        if name not in wanted and not (run.root / name).exists():
+            continue
+        why = run.fault(name) or _lines_fault(run, name, str(meta["status"]))
+        yield _finding(name, why, covered=name in files)
+
+
+def _lines_fault(run: Run, name: str, status: str) -> str | None:
+    """What the lines themselves say: all there, in order, readable."""
+    try:
+        if name == "steps.jsonl":
+            read_lines(run.steps_path, step_line)
+        if name == "epochs.jsonl":
+            epochs = [record.epoch for record in run.records()]
+            if epochs != list(range(1, len(epochs) + 1)):
+                return f"its epochs are {epochs}"
+            if status == "done" and not run.fault("config.yaml") and len(epochs) < run.config().epochs:
+                return f"the run is done, and {len(epochs)} of {run.config().epochs} epochs are there"
+    except UserError as error:
+        return str(error).removeprefix(f"{run.root / name}: ")
+    return None
+
+
+def _judged(run: Run) -> Iterator[Finding]:
+    """The predictions of every epoch that has a line."""
+    for record in _records(run):
+        # The plain script of a comparison leaves lines only.
+        if record.weights_sha:
+            path = run.predictions_path(record.epoch)
+            yield _finding(f"predictions/{path.name}", predictions_fault(path, record), bool(record.predictions_sha))
+
+
+def predictions_fault(path: Path, record: EpochRecord) -> str | None:
+    """What is wrong with the predictions of an epoch, or None."""
+    try:
+        data = path.read_bytes()
+        if record.predictions_sha:
+            found, wanted = digest(data), record.predictions_sha
+            return None if found == wanted else f"damaged (sha256 {found[:12]}, expected {wanted[:12]})"
+        Predictions.from_npz(data, path.name)
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    except UserError as error:
+        return str(error).removeprefix(f"{path.name}: ")
+    return None
+
+
+def _checkpoints(run: Run) -> Iterator[Finding]:
+    """Every checkpoint that is there, by its hashes, and whether it is of this run."""
+    lines = {record.epoch: record for record in _records(run)}
+    data = {} if run.fault("data.json") else run.data()
+    for path, state in sorted(run.resumable(), key=lambda found: found[0].name):
+        why = broken(path)
+        if why and not path.exists():
+            continue  # the run goes on, and this snapshot had its time
+        if not why:
+            why = _foreign(run, path, state, lines.get(state.get("epoch", 0)), data)
+        yield _finding(f"checkpoints/{path.name}", why, SEAL in state)
+
+
+def _foreign(run: Run, path: Path, state: dict[str, Any], line: EpochRecord | None, data: dict[str, Any]) -> str | None:
+    if line and path.name == epoch_name(line.epoch) and line.weights_sha != state.get("weights_sha"):
+        return "its weights are not those of the line in epochs.jsonl"
+    if data and isinstance(state.get("data"), dict) and state["data"].get("val_sha") != data["val_sha"]:
+        return "it is of other data than data.json"
+    then = _then(state)
+    if then and not run.fault("config.yaml") and (changed := changes(then, run.config())):
+        return f"it is of another configuration than config.yaml: {changed}"
+    return None
+
+
+def _records(run: Run) -> list[EpochRecord]:
+    """The lines that can be read."""
+    try:
+        return read_lines(run.epochs_path, EpochRecord.from_json, [])
+    except UserError:
+        return []
+
+
+def _finding(what: str, why: str | None, covered: bool) -> Finding:
+    return Finding(what, "damaged", why) if why else Finding(what, "ok" if covered else "not covered")
+
+
+# ---------------------------------------------------------------------- the configuration
+
+
+def changes(before: ExperimentConfig, after: ExperimentConfig, free: tuple[str, ...] = FREE) -> str:
+    """`lr 1.0 -> 9.0; epochs 2 -> 3`: the keys outside `free` that differ; empty where none does."""
+    first, second = (_flat(config.model_dump(mode="json")) for config in (before, after))
+    return "; ".join(
+        f"{key} {first.get(key)} -> {second.get(key)}"
+        for key in sorted({*first, *second})
+        if first.get(key) != second.get(key) and not any(f"{key}.".startswith(f"{word}.") for word in free)
+    )
+
+
+def check_config(run: Run) -> None:
+    """Make sure that config.yaml is what the run has been trained under so far.
+
+    Raises:
+        UserError: it is another file, or another configuration than the newest checkpoint's; the keys are named where
+            the checkpoint tells them.
+    """
+    then, where = next(
+        ((config, path.name) for path, state in run.resumable() if (config := _then(state, path.name))), (None, "")
+    )
+    why, now = run.fault("config.yaml"), None
+    try:
+        now = read(run.config_path)
+    except UserError as error:
+        why = why or str(error)
+    changed = changes(then, now, PLACE if why else FREE) if then and now else ""
+    if why or changed:
+        told = f"; since checkpoints/{where}: {changed}" if changed else ""
+        raise UserError(
+            f"{run.id}: config.yaml: {why or 'not the configuration that the run was trained under'}{told}; put the "
+            f"run's own back (changes of {', '.join(FREE)} are given as KEY=VALUE)"
+        )
+
+
+def _then(state: dict[str, Any], name: str = "") -> ExperimentConfig | None:
+    """The configuration that a checkpoint was trained under; None where it does not say or is damaged."""
+    try:
+        return None if name and state_fault(state, name) else parse(state["config"], ExperimentConfig, "state.json")
+    except (KeyError, UserError):
+        return None
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {k: v for name, sub in tree.items() for k, v in _flat(sub, f"{prefix}.{name}" if prefix else name).items()}

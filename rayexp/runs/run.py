@@ -1,0 +1,382 @@
+"""A run directory on disk: layout, atomic writes, and the references RUN@7, RUN@best, RUN@last.
+
+    runs/<utc>-<name>-<4 hex>/
+      run.json  config.yaml  data.json  epochs.jsonl  steps.jsonl  progress.json
+      checkpoints/epoch_007/{state.safetensors, state.json}   checkpoints/step_00000123/   (inside an epoch)
+      predictions/epoch_007.npz   tb/   logs/
+
+Every file and every checkpoint directory is complete or absent (see disk.py). Nothing here knows torch or Ray.
+"""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import json
+import os
+import socket
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from rayexp.config import ExperimentConfig, read
+from rayexp.errors import UserError
+from rayexp.runs.manifest import broken, digest, file_fault
+from rayexp.runs.records import EpochRecord, Predictions, RunRef, best, one_line, read_lines, step_line
+from rayexp.system.disk import directories, find_directory, make_directory, now, write_atomic, write_json
+from rayexp.system.locks import DRIVER, is_locked
+
+__all__ = ["Run", "broken", "epoch_name", "resolve", "step_name"]
+
+LAYOUT = 1
+
+
+def epoch_name(epoch: int) -> str:
+    """`epoch_007`."""
+    return f"epoch_{epoch:03d}"
+
+
+def step_name(step: int) -> str:
+    """`step_00000123`."""
+    return f"step_{step:08d}"
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One run directory. Reading methods never write."""
+
+    root: Path
+
+    # ------------------------------------------------------------------ making and finding
+
+    @classmethod
+    def create(cls, config: ExperimentConfig, *, argv: builtins.list[str], parent: str | None = None) -> Run:
+        """Make a fresh run directory under `config.storage_path`, with run.json (status `running`) and config.yaml.
+
+        Raises:
+            UserError: the directory cannot be made.
+        """
+        config = config.absolute()
+        run = cls(make_directory(config.storage_path, config.name))
+        write_atomic(run.config_path, config.to_yaml())
+        meta = {
+            "layout": LAYOUT,
+            "id": run.root.name,
+            "name": config.name,
+            "workload": config.workload,
+            "status": "running",
+            "error": None,
+            "created": now(),
+            "argv": argv,
+            "parent": parent,
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "files": {"config.yaml": digest(config.to_yaml().encode())},
+        }
+        write_json(run.meta_path, meta)
+        return run
+
+    @classmethod
+    def find(cls, name: str, storage: Path) -> Run:
+        """The run whose path, directory name, own name, or unambiguous part of the directory's name is `name`.
+
+        Raises:
+            UserError: none or several match, or the directory is no run or of a newer layout.
+        """
+        run = cls.locate(name, storage)
+        run.meta()
+        return run
+
+    @classmethod
+    def locate(cls, name: str, storage: Path) -> Run:
+        """As `find`, but the run may be damaged."""
+        return cls(find_directory(name, storage, "run.json", "run", "`rayexp runs` lists them; "))
+
+    @classmethod
+    def all(cls, storage: Path) -> builtins.list[Run]:
+        """All runs in a folder, oldest first; those too whose run.json cannot be read."""
+        return [cls(path) for path in directories(storage, "run.json")]
+
+    @classmethod
+    def readable(cls, storage: Path) -> builtins.list[Run]:
+        """The runs in a folder whose run.json can be read, oldest first."""
+        found = []
+        for run in cls.all(storage):
+            with contextlib.suppress(UserError):
+                run.meta()
+                found.append(run)
+        return found
+
+    # ------------------------------------------------------------------ the layout
+
+    @property
+    def id(self) -> str:
+        """The directory's name."""
+        return self.root.name
+
+    @property
+    def meta_path(self) -> Path:
+        """run.json"""
+        return self.root / "run.json"
+
+    @property
+    def config_path(self) -> Path:
+        """config.yaml"""
+        return self.root / "config.yaml"
+
+    @property
+    def data_path(self) -> Path:
+        """data.json: classes with their words and validation names, or the vocabulary."""
+        return self.root / "data.json"
+
+    @property
+    def epochs_path(self) -> Path:
+        """epochs.jsonl"""
+        return self.root / "epochs.jsonl"
+
+    @property
+    def progress_path(self) -> Path:
+        """progress.json: where a running epoch stands; rewritten about twice a second."""
+        return self.root / "progress.json"
+
+    @property
+    def steps_path(self) -> Path:
+        """steps.jsonl: for each epoch, what its steps took."""
+        return self.root / "steps.jsonl"
+
+    @property
+    def stop_path(self) -> Path:
+        """While this file is there, the workers are asked to save and stop after their current step."""
+        return self.root / "stop"
+
+    @property
+    def logs(self) -> Path:
+        """logs/"""
+        return self.root / "logs"
+
+    @property
+    def tb(self) -> Path:
+        """tb/: TensorBoard's event files."""
+        return self.root / "tb"
+
+    @property
+    def checkpoints(self) -> Path:
+        """checkpoints/"""
+        return self.root / "checkpoints"
+
+    def checkpoint(self, epoch: int) -> Path:
+        """checkpoints/epoch_007"""
+        return self.checkpoints / epoch_name(epoch)
+
+    def predictions_path(self, epoch: int) -> Path:
+        """predictions/epoch_007.npz"""
+        return self.root / "predictions" / f"{epoch_name(epoch)}.npz"
+
+    # ------------------------------------------------------------------ reading
+
+    def meta(self) -> dict[str, Any]:
+        """run.json, upgraded to this layout.
+
+        Raises:
+            UserError: not a run, damaged, or written by a newer rayexp.
+        """
+        try:
+            meta = json.loads(self.meta_path.read_bytes())
+            layout = meta["layout"]
+        except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+            raise UserError(f"{self.meta_path}: not a run's description ({one_line(error)})") from error
+        if not isinstance(layout, int) or layout > LAYOUT:
+            raise UserError(
+                f"{self.meta_path}: layout {layout} is newer than this rayexp knows ({LAYOUT}); upgrade rayexp"
+            )
+        if not isinstance(meta.get("status"), str):
+            raise UserError(f"{self.meta_path}: damaged, it has no status")
+        return dict(meta)
+
+    def status(self) -> str:
+        """`running`, `done`, `failed` or `stopped`; `died` where run.json says running and no driver holds its lock.
+
+        Of a run on another host only what run.json says is known: not every shared file system shows its locks.
+        """
+        meta = self.meta()
+        if meta["status"] == "running" and meta.get("host") == socket.gethostname() and not self._driven(meta):
+            return "died"
+        return str(meta["status"])
+
+    def _driven(self, meta: Mapping[str, Any]) -> bool:
+        if (self.root / DRIVER).exists():
+            return is_locked(self.root)
+        # Not locked yet, or a copy: then the process is all there is to go by.
+        return not isinstance(meta.get("pid"), int) or psutil.pid_exists(meta["pid"])
+
+    def config(self) -> ExperimentConfig:
+        """The resolved configuration.
+
+        Raises:
+            UserError: it is missing or damaged, or not what the run wrote.
+        """
+        self._check("config.yaml")
+        return read(self.config_path)
+
+    def data(self) -> dict[str, Any]:
+        """data.json.
+
+        Raises:
+            UserError: it is missing or damaged, or not what the run wrote.
+        """
+        self._check("data.json")
+        try:
+            return dict(json.loads(self.data_path.read_bytes()))
+        except (OSError, ValueError, RecursionError, TypeError) as error:
+            raise UserError(f"{self.data_path}: cannot be read ({one_line(error)})") from error
+
+    def _check(self, name: str) -> None:
+        if why := self.fault(name):
+            raise UserError(f"{self.root / name}: {why}")
+
+    def records(self) -> builtins.list[EpochRecord]:
+        """The finished epochs in order; a line that a crash left unfinished is passed over.
+
+        Raises:
+            UserError: a line is damaged, or the file cannot be read.
+        """
+        return read_lines(self.epochs_path, EpochRecord.from_json)
+
+    def steps(self) -> builtins.list[dict[str, Any]]:
+        """What the steps of each epoch took, in order: `epoch`, `first` (whether the first of them was its process's
+        first), and lists with one number a step: `count` (samples), `total` and the phases in seconds."""
+        return read_lines(self.steps_path, step_line)
+
+    def epochs(self) -> builtins.list[int]:
+        """The epochs that have a checkpoint, in order."""
+        found = (path.name.removeprefix("epoch_") for path in self.checkpoints.glob("epoch_*"))
+        return sorted(int(text) for text in found if text.isdecimal())
+
+    def best(self) -> int:
+        """The epoch with the smallest validation loss (images: the highest acc1), the earliest of equals; epochs whose
+        loss is not finite are passed over.
+
+        Raises:
+            UserError: no epoch is finished, or none has a finite loss.
+        """
+        records = self.records()
+        if not records:
+            raise UserError(f"{self.root}: no epoch has finished, so there is no best one")
+        found = best(records)
+        if found is None:
+            epochs = _ranges(sorted(r.epoch for r in records))
+            raise UserError(f"{self.id}@best: no finite validation loss in epochs {epochs}, so there is no best one")
+        return found.epoch
+
+    def epoch(self, ref: int | str) -> int:
+        """The number behind `7`, `best` or `last`.
+
+        Raises:
+            UserError: there is no such epoch; the line lists those that are.
+        """
+        if ref == "best":
+            return self.best()
+        have = sorted({*self.epochs(), *(r.epoch for r in self.records())})
+        if not have:
+            raise UserError(f"{self.root}: no epoch has finished")
+        if ref == "last":
+            return have[-1]
+        if ref not in have:
+            raise UserError(f"{self.id}@{ref}: no such epoch; there are {_ranges(have)}")
+        return int(ref)
+
+    def predictions(self, epoch: int) -> Predictions:
+        """What the model said after that epoch.
+
+        Raises:
+            UserError: the file is missing or damaged.
+        """
+        path = self.predictions_path(epoch)
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror}); `rayexp evaluate` makes it") from error
+        return Predictions.from_npz(data, str(path))
+
+    def resumable(self) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """Checkpoints (of epochs and of steps) with their state.json, the most advanced first; whole or not. The order
+        is that of the directories' names; where a state.json cannot be read, it is empty here."""
+        found = []
+        for path in self.checkpoints.glob("[es]*_*"):
+            kind, _, digits = path.name.partition("_")
+            if kind not in ("epoch", "step") or not digits.isdecimal():
+                continue
+            try:
+                state = dict(json.loads((path / "state.json").read_bytes()))
+            except (OSError, ValueError, RecursionError, TypeError):
+                state = {}
+            found.append((kind == "epoch", int(digits), path, state))
+        lengths = [s["steps"] for _, _, _, s in found if isinstance(s.get("steps"), int) and s["steps"] > 0]
+        steps = Counter(lengths).most_common(1)[0][0] if lengths else 1  # of an epoch; one of them may be damaged
+        # After an epoch's last step both may be there; the epoch's own counts as the later.
+        found.sort(key=lambda f: (f[1] * steps if f[0] else f[1], f[0]), reverse=True)
+        for _, _, path, state in found:
+            yield path, state
+
+    def files(self) -> dict[str, str]:
+        """The manifest in run.json: name -> sha256; empty where an older rayexp made the run."""
+        files = self.meta().get("files")
+        return dict(files) if isinstance(files, dict) else {}
+
+    def fault(self, name: str) -> str | None:
+        """What is wrong with config.yaml, data.json, epochs.jsonl or steps.jsonl (see manifest.file_fault), or None."""
+        try:
+            return file_fault((self.root / name).read_bytes(), name, self.files())
+        except OSError as error:
+            return f"cannot be read ({error.strerror})"
+
+    def stepping(self) -> bool:
+        """Whether the present attempt has done a step: progress.json names it (before that it may hold warnings)."""
+        try:
+            return "step" in json.loads(self.progress_path.read_bytes())
+        except (OSError, ValueError, TypeError):
+            return False
+
+    # ------------------------------------------------------------------ the little that drivers write
+
+    def update(self, **fields: Any) -> None:
+        """Set fields of run.json."""
+        write_json(self.meta_path, {**self.meta(), **fields})
+
+    def write(self, name: str, data: str) -> None:
+        """Write a file that the manifest covers. While it is replaced the manifest does not name it, so that a crash in
+        between leaves it uncovered, and never one that seems damaged."""
+        files, sha = self.files(), digest(data.encode())
+        if files.get(name, sha) != sha:
+            self.uncover(name)
+        write_atomic(self.root / name, data)
+        if files.get(name) != sha:
+            self.update(files={**self.files(), name: sha})
+
+    def uncover(self, *names: str) -> None:
+        """Files are about to change: the manifest no longer names them."""
+        files = self.files()
+        if files.keys() & set(names):
+            self.update(files={name: sha for name, sha in files.items() if name not in names})
+
+
+def resolve(text: str, storage: Path) -> tuple[Run, int]:
+    """`RUN@7`, `RUN@best`, `RUN@last` or `RUN` as a run and the number of an epoch (UserError where there is none)."""
+    ref = RunRef.parse(text)
+    run = Run.find(ref.run, storage)
+    return run, run.epoch(ref.epoch)
+
+
+def _ranges(numbers: list[int]) -> str:
+    """`1-4, 7`."""
+    parts: list[list[int]] = []
+    for n in numbers:
+        if parts and parts[-1][-1] == n - 1:
+            parts[-1][-1] = n
+        else:
+            parts.append([n, n])
+    return ", ".join(f"{a}-{b}" if a < b else f"{a}" for a, b in parts)

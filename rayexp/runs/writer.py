@@ -1,0 +1,261 @@
+"""The one pen: everything that training writes into a run directory goes through a Recorder.
+
+Its methods take plain values and bytes only, so that the pen can be held by another process than the one that
+trains (on several hosts it is a Ray actor on the driver's host). The order of writing within an epoch is
+predictions, checkpoint, epochs.jsonl: a line in epochs.jsonl means that all of it is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rayexp.runs.manifest import SEAL, STATE, digest, state_fault
+from rayexp.runs.records import EpochRecord, read_lines, step_line
+from rayexp.runs.run import Run, broken, epoch_name, step_name
+from rayexp.system.clock import since
+from rayexp.system.disk import append_line, now, sweep, write_atomic, write_directory
+
+if TYPE_CHECKING:
+    from rayexp.runs.tensorboard import Board
+
+KEEP_SNAPSHOTS = 2
+
+
+class RunWriter:
+    """Writes one run. Use from one process at a time."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self._board: Board | None = None
+        self._done = 0  # the epoch after which it began
+        self._ends: dict[Path, int] = {}  # the last epoch of each file that has a line an epoch
+
+    # ------------------------------------------------------------------ reading for a resume
+
+    def resume(self) -> tuple[dict[str, bytes] | None, list[str]]:
+        """The files of the most advanced whole checkpoint, and one line for everything damaged that was found: newer
+        checkpoints that were passed over, older ones whose state.json is damaged, and what was mended.
+
+        Also mends the run: leftovers of a killed writer go, a record that was lost between checkpoint and
+        epochs.jsonl comes back, records of epochs beyond the checkpoint go.
+        """
+        sweep(self.run.root)
+        sweep(self.run.checkpoints)
+        sweep(self.run.root / "predictions")
+        notes = []
+        for name in self.run.files():
+            if name != "config.yaml" and (why := self.run.fault(name)):  # the driver has refused another config.yaml
+                notes.append(f"{name}: {why}; it is made anew")
+        self.run.uncover("epochs.jsonl", "steps.jsonl")
+        files: dict[str, bytes] | None = None
+        done = 0
+        for path, state in self.run.resumable():
+            why = broken(path) if files is None else state_fault(state, path.name)
+            if not why and not STATE.keys() <= state.keys():
+                why = f"state.json lacks {', '.join(sorted(STATE.keys() - state.keys()))}"
+            if why:
+                notes.append(f"{path.name}: passed over, {why}")
+            elif files is None:
+                done, files = int(state["epoch"]), {file.name: file.read_bytes() for file in path.iterdir()}
+        if files is None and notes and any(self.run.resumable()):
+            notes.append("no checkpoint is whole: starting from the beginning")
+        return files, [*notes, *self._mend(done)]
+
+    def _mend(self, done: int) -> list[str]:
+        """Bring epochs.jsonl and steps.jsonl to the end of that epoch; one line for everything that was damaged."""
+        notes: list[str] = []
+        records = {
+            r.epoch: r.to_json()
+            for r in read_lines(self.run.epochs_path, EpochRecord.from_json, notes)
+            if r.epoch <= done
+        }
+        for path, state in self.run.resumable():
+            if path.name.startswith("epoch_") and state.get("epoch", done + 1) <= done and "record" in state:
+                record = dict(state["record"])
+                if SEAL in state and not state_fault(state, path.name):
+                    records[record["epoch"]] = record  # what a hash covers counts for more than a line
+                else:
+                    records.setdefault(int(path.name.partition("_")[2]), record)
+        notes = [f"{self.run.epochs_path.name}: {note}" for note in notes]
+        if lost := [epoch for epoch in range(1, done + 1) if epoch not in records]:
+            notes.append(f"{self.run.epochs_path.name}: the lines of epochs {lost} are lost")
+        if records or self.run.epochs_path.exists():
+            self._write_lines(self.run.epochs_path, [records[e] for e in sorted(records)])
+        damaged: list[str] = []
+        steps = [row for row in read_lines(self.run.steps_path, step_line, damaged) if row["epoch"] <= done]
+        if self.run.steps_path.exists():
+            self._write_lines(self.run.steps_path, steps)
+        notes += [f"{self.run.steps_path.name}: {note}" for note in damaged]
+        return notes
+
+    # ------------------------------------------------------------------ writing
+
+    def note(self, fields: Mapping[str, Any]) -> None:
+        """Fields for run.json."""
+        self.run.update(**fields)
+
+    def first_step(self, began: Mapping[str, Any] | None, in_worker: float) -> None:
+        """A process has done its first step: run.json says how long that took after the command.
+
+        Args:
+            began: when the command began (`clock.mark`). Measured here, since this is the driver's host; where it is
+                not, or a lost worker was replaced and the first of them has said it, nothing is said.
+            in_worker: seconds of it since the worker began.
+        """
+        if began is None or self.run.meta().get("began") == began:
+            return
+        whole = since(began)
+        parts = {"to_worker": max(0.0, whole - in_worker), "to_first_step": whole} if whole is not None else None
+        self.run.update(began=dict(began), startup_seconds=parts)
+
+    def begin(self, meta: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+        """Training begins: fields for run.json, and the data's description for data.json."""
+        self.run.update(**meta)
+        self.run.write("data.json", json.dumps(data, indent=2, default=str) + "\n")
+        board, _ = self._tensorboard()
+        board.text("config", "```yaml\n" + self.run.config_path.read_text() + "```")
+        board.flush()
+
+    def graph(self, events: bytes) -> None:
+        """An event file that holds the model graph, beside the run's own (empty: there is none)."""
+        if events:
+            write_atomic(self.run.tb / "events.out.tfevents.0.graph", events)
+
+    def progress(self, fields: Mapping[str, Any]) -> None:
+        """Where the epoch stands, for the driver's progress bar. Not flushed to disk: it is worthless after a crash."""
+        temporary = self.run.progress_path.with_suffix(".tmp")
+        with contextlib.suppress(OSError):
+            temporary.write_text(json.dumps(dict(fields)))
+            temporary.replace(self.run.progress_path)
+
+    def snapshot(self, step: int, files: Mapping[str, bytes]) -> None:
+        """A checkpoint inside an epoch; the newest two are kept."""
+        write_directory(self.run.checkpoints / step_name(step), files)
+        for old in sorted(self.run.checkpoints.glob("step_*"))[:-KEEP_SNAPSHOTS]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def epoch(
+        self,
+        record: Mapping[str, Any],
+        files: Mapping[str, bytes],
+        predictions: bytes,
+        steps: Mapping[str, Any] | None = None,
+    ) -> None:
+        """A finished epoch: its predictions, its checkpoint, what its steps took (see `Run.steps`), and its line."""
+        epoch = int(record["epoch"])
+        write_atomic(self.run.predictions_path(epoch), predictions)
+        write_directory(self.run.checkpoints / epoch_name(epoch), files)
+        if steps is not None:
+            self._append(self.run.steps_path, steps)
+        self._append(self.run.epochs_path, record)
+        for old in self.run.checkpoints.glob("step_*"):
+            shutil.rmtree(old, ignore_errors=True)
+        self._plot(EpochRecord.from_json(record))
+
+    def trace(self, row: Mapping[str, Any]) -> None:
+        """One step's hashes, for `rayexp verify`: a line of trace.jsonl."""
+        append_line(self.run.root / "trace.jsonl", json.dumps(dict(row)))
+
+    def log(self, rank: int, text: str) -> None:
+        """A line of logs/rank_<rank>.log, where it can be written: what it is about matters more."""
+        with contextlib.suppress(OSError):
+            self.run.logs.mkdir(exist_ok=True)
+            with (self.run.logs / f"rank_{rank}.log").open("a") as file:
+                file.write(f"{now()} {text}\n")
+
+    def end(self, status: str, error: str | None = None, **fields: Any) -> None:
+        """The last word: `done`, `failed` or `stopped`."""
+        if self._board is not None:
+            if status == "done":
+                self._hyperparameters()
+            self._board.close()
+            self._board = None
+        self.run.progress_path.unlink(missing_ok=True)
+        written = (path for path in (self.run.epochs_path, self.run.steps_path) if path.is_file())
+        files = self.run.files() | {path.name: digest(path.read_bytes()) for path in written}
+        self.run.update(status=status, error=error, finished=now(), files=files, **fields)
+
+    def stop_requested(self) -> bool:
+        """Whether someone asked the run to save and stop."""
+        return self.run.stop_path.exists()
+
+    # ------------------------------------------------------------------ TensorBoard
+
+    def _tensorboard(self) -> tuple[Board, int]:
+        """The open event file, and the epoch after which it began (0: a fresh run)."""
+        if self._board is None:
+            from rayexp.runs.tensorboard import Board
+
+            records = self.run.records()
+            self._done = records[-1].epoch if records else 0
+            self._board = Board(self.run.tb, purge=self._done)
+            if records:  # what was said of it is forgotten, and may not have been said at all
+                self._board.scalars(self._done, scalars(records[-1]))
+        return self._board, self._done
+
+    def _plot(self, record: EpochRecord) -> None:
+        board, done = self._tensorboard()
+        if record.epoch > done:
+            board.scalars(record.epoch, scalars(record))
+
+    def _hyperparameters(self) -> None:
+        from rayexp.runs.tensorboard import write_hyperparameters
+
+        records = self.run.records()
+        if not records:
+            return
+        config = self.run.config()
+        words = {
+            "model": config.model.name,
+            "batch_size": config.batch_size,
+            "lr": config.lr,
+            "weight_decay": config.weight_decay,
+            "optimizer": config.optimizer.name,
+            "schedule": config.schedule.name,
+            "epochs": config.epochs,
+            "seed": config.seed,
+            "precision": config.precision,
+            "reduction": config.reduction,
+            "shards": config.shards,
+            "num_workers": str(config.scaling.num_workers),
+        }
+        last = records[-1]
+        metrics = {"hparam/val_loss": last.val_loss, **{f"hparam/{k}": v for k, v in last.metrics.items()}}
+        write_hyperparameters(self.run.tb / "hparams", words, metrics)
+
+    # ------------------------------------------------------------------ a line an epoch
+
+    def _append(self, path: Path, row: Mapping[str, Any]) -> None:
+        """Add an epoch's line. Lines of it and of later ones, left by an attempt from a later checkpoint, go first."""
+        epoch = int(row["epoch"])
+        self.run.uncover(path.name)  # a driver that gave up may have had its last word already
+        if path not in self._ends:
+            self._ends[path] = max((r["epoch"] for r in self._rows(path)), default=0)
+        if epoch <= self._ends[path]:
+            self._write_lines(path, [r for r in self._rows(path) if r["epoch"] < epoch])
+        append_line(path, json.dumps(dict(row)))
+        self._ends[path] = epoch
+
+    def _rows(self, path: Path) -> list[dict[str, Any]]:
+        return self.run.steps() if path == self.run.steps_path else [r.to_json() for r in self.run.records()]
+
+    def _write_lines(self, path: Path, rows: list[dict[str, Any]]) -> None:
+        write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
+        self._ends[path] = rows[-1]["epoch"] if rows else 0
+
+
+def scalars(record: EpochRecord) -> dict[str, float]:
+    """An epoch's points for TensorBoard, by the names of their curves."""
+    return {
+        "loss/train": record.train_loss,
+        "loss/val": record.val_loss,
+        "lr": record.lr,
+        "throughput/samples_per_second": record.samples_per_second,
+        **{f"metric/{name}": value for name, value in record.metrics.items()},
+        **{f"seconds/{name}": value for name, value in record.seconds.items()},
+    }

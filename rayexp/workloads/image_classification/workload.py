@@ -1,0 +1,227 @@
+"""Image classification with any of torchvision's models: cross-entropy, top-1 and top-5."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor, nn
+
+from rayexp.config import IMAGE_DATA, ExperimentConfig, explain
+from rayexp.data import ImageData, open_data
+from rayexp.engine import order
+from rayexp.engine.cpu.pool_first import pool_first
+from rayexp.engine.cpu.small_map import shorten
+from rayexp.engine.runtime import upload
+from rayexp.engine.workload import Batch, Carry
+from rayexp.errors import UserError, nearest
+from rayexp.runs.records import Predictions
+from rayexp.workloads.image_classification.augmentation import DRAWS, augment
+
+# Channel means and standard deviations of ImageNet, as in pytorch/examples imagenet/main.py, here for 0..255.
+MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
+STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
+
+
+class Options(BaseModel):
+    """What may stand under `model` beside `name`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    stem: Literal["imagenet", "small"] = "imagenet"
+    """small: a 3x3 convolution of stride 1 and no pooling in front (ResNets), for small images."""
+    zero_init_residual: bool = False
+    """Start every residual branch at zero (ResNets; Goyal et al. 2017)."""
+
+
+class ImageClassification:
+    """See engine.workload.Workload."""
+
+    unit = "images"
+    batch_dim = 0
+    shares_rows = True
+    together = True
+
+    def __init__(self, config: ExperimentConfig) -> None:
+        if config.data.name not in IMAGE_DATA:
+            raise UserError(f"data.name: image_classification reads {', '.join(IMAGE_DATA)}, not {config.data.name!r}")
+        self.config = config
+        try:
+            self.options = Options(**config.model.options)
+        except ValidationError as error:
+            raise UserError(explain(error, Options, "model")) from None
+        check_name(config.model.name)
+        self.data: ImageData = open_data(config.data)
+        if len(self.data.train) < 2 * config.shards:
+            raise UserError(
+                f"data: {len(self.data.train)} training images are too few for {config.shards} shards "
+                f"(at least {2 * config.shards})"
+            )
+        self.cut = order.Cut(len(self.data.train), config.batch_size, config.shards)
+        self._order: tuple[int, NDArray[np.int64]] = (0, np.empty(0, np.int64))
+        self._scale = torch.tensor([1 / s for s in STD])[:, None, None]
+        self._shift = torch.tensor([-m / s for m, s in zip(MEAN, STD, strict=True)])[:, None, None]
+
+    # ------------------------------------------------------------------ model
+
+    def model(self) -> nn.Module:
+        """The named model with one output a class, in channels_last."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(order.key(self.config.seed, "init"))
+            model = build(self.config.model.name, self.options, len(self.data.classes), self.config.data.image_size)
+        shorten(model)
+        pool_first(model)
+        return model.to(memory_format=torch.channels_last)
+
+    def example(self) -> tuple[Tensor]:
+        """One black image."""
+        size = self.config.data.image_size
+        return (torch.zeros(1, 3, size, size),)
+
+    # ------------------------------------------------------------------ training
+
+    def steps(self) -> int:
+        """Optimizer steps of an epoch."""
+        return self.cut.steps
+
+    def batch(self, epoch: int, step: int, shards: range, device: torch.device) -> Batch:
+        """Permuted, augmented, normalised images of consecutive shards."""
+        if self._order[0] != epoch:
+            self._order = epoch, order.permutation(self.config.seed, epoch, len(self.data.train))
+        positions = self.cut.positions(step, shards)
+        samples = self._order[1][positions.start : positions.stop]
+        images = upload(self.data.train.read(samples), device)
+        recipe = self.config.data.augment
+        if recipe is None:
+            planes = images.permute(0, 3, 1, 2).float()
+        else:
+            draws = order.uniform(order.key(self.config.seed, "augment", epoch), samples, DRAWS)
+            planes = augment(images, recipe, draws)
+        targets = upload(self.data.train.labels[samples], device)
+        return Batch((self._normalise(planes),), targets, self.sizes(step, shards), len(samples))
+
+    def sizes(self, step: int, shards: range) -> tuple[int, ...]:
+        """Images of each shard."""
+        return self.cut.sizes(step, shards)
+
+    def carry(self, size: int, device: torch.device) -> Carry:
+        """Images carry nothing from step to step."""
+        return {}
+
+    def loss(self, model: nn.Module, batch: Batch, carry: Carry) -> tuple[Tensor, Carry]:
+        """Sum of the cross-entropies."""
+        logits = model(*batch.inputs).float()
+        smoothing = self.config.label_smoothing
+        return F.cross_entropy(logits, batch.targets, reduction="sum", label_smoothing=smoothing), {}
+
+    def touched_rows(self, epoch: int, step: int) -> dict[str, NDArray[np.int64]]:
+        """Every gradient is dense."""
+        return {}
+
+    def _normalise(self, planes: Tensor) -> Tensor:
+        self._shift, self._scale = self._shift.to(planes.device), self._scale.to(planes.device)
+        return torch.addcmul(self._shift, planes, self._scale).contiguous(memory_format=torch.channels_last)
+
+    # ------------------------------------------------------------------ judging
+
+    def val_streams(self) -> int:
+        """Batches of validation images."""
+        return -(-len(self.data.val) // self.config.batch_size)
+
+    def judge(self, model: nn.Module, stream: int, device: torch.device) -> Mapping[str, NDArray[Any]]:
+        """The five likeliest classes, the confidence in the first, and the loss.
+
+        Logits of which no probabilities follow (one is NaN or infinite) name no class: top5 is -1, the rest NaN.
+        """
+        size = self.config.batch_size
+        samples = np.arange(stream * size, min(len(self.data.val), (stream + 1) * size))
+        labels = upload(self.data.val.labels[samples], device)
+        planes = upload(self.data.val.read(samples), device).permute(0, 3, 1, 2).float()
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            logits = model(self._normalise(planes)).float()
+        logs = F.log_softmax(logits, 1)
+        # A stable sort: of equal logits the lower class comes first, on every device.
+        top = logs.sort(stable=True, dim=1, descending=True).indices[:, :5]
+        broken = logs.isnan().any(1)
+        confidence = logs.gather(1, top[:, :1])[:, 0].exp()
+        losses = F.nll_loss(logs, labels, reduction="none")
+        return {
+            "index": samples.astype(np.int64),
+            "label": labels.cpu().numpy(),
+            # A sort puts NaN first, and would call it the likeliest class.
+            "top5": top.masked_fill(broken[:, None], -1).to(torch.int32).cpu().numpy(),
+            "confidence": confidence.masked_fill(broken, torch.nan).cpu().numpy(),
+            "loss": losses.masked_fill(broken, torch.nan).cpu().numpy(),
+        }
+
+    def predictions(self, parts: Sequence[Mapping[str, NDArray[Any]]]) -> Predictions:
+        """Streams put together; they are in order already."""
+        arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        return Predictions("images", self.data.val.sha, arrays)
+
+    def metrics(self, predictions: Predictions) -> dict[str, float]:
+        """Mean loss, and accuracies in percent; an image without a finite output counts as wrong."""
+        hits = predictions["top5"] == predictions["label"][:, None]
+        return {
+            "val_loss": float(predictions["loss"].mean(dtype=np.float64)),
+            "acc1": 100 * float(hits[:, 0].mean()),
+            "acc5": 100 * float(hits.any(1).mean()),
+        }
+
+    def describe(self) -> dict[str, Any]:
+        """Classes with their words, and the validation images' names."""
+        return {
+            "kind": "images",
+            **({"layout": self.data.layout} if self.data.layout else {}),
+            "classes": [list(one) for one in self.data.classes],
+            "val_names": list(self.data.val.names),
+            "train_samples": len(self.data.train),
+            "val_samples": len(self.data.val),
+            "train_sha": self.data.train.sha,
+            "val_sha": self.data.val.sha,
+        }
+
+
+def check_name(name: str) -> None:
+    """Refuse what is no classification model of torchvision's (UserError)."""
+    from torchvision import models
+
+    names = models.list_models(module=models)
+    if name not in names:
+        shown = ", ".join(n for n in names if n.startswith(("resnet", "mobilenet", "vit_b")))
+        raise UserError(f"model.name: torchvision has no {name!r}{nearest(name, names)}; for example {shown}")
+
+
+def build(name: str, options: Options, classes: int, image_size: int) -> nn.Module:
+    """A freshly initialised torchvision model."""
+    from torchvision import models
+
+    builder = models.get_model_builder(name)
+    known = inspect.signature(builder).parameters
+    words: dict[str, Any] = {"num_classes": classes}
+    if name.startswith("vit_"):
+        words["image_size"] = image_size
+    if name.startswith("maxvit"):
+        words["input_size"] = (image_size, image_size)
+    if "aux_logits" in known or name in ("googlenet", "inception_v3"):
+        words |= {"aux_logits": False, "init_weights": True}
+    resnet = name.startswith(("resnet", "resnext", "wide_resnet"))
+    if not resnet and (options.stem != "imagenet" or options.zero_init_residual):
+        raise UserError(f"model.stem, model.zero_init_residual: only ResNets have them, not {name}")
+    if resnet:
+        words["zero_init_residual"] = options.zero_init_residual
+    try:
+        model: nn.Module = builder(weights=None, **words)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f"model.name: {name} cannot be built for {image_size} px images ({error})") from error
+    if options.stem == "small":
+        model.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=1, bias=False)
+        nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+        model.maxpool = nn.Identity()
+    return model

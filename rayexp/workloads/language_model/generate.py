@@ -1,0 +1,140 @@
+"""Text from a language model, word by word: what was read stays in the hidden state or the key-value cache.
+
+Always on the CPU and with keyed draws, so that a seed gives the same text again. Another processor may round a logit
+otherwise in its last bit; a draw that falls just there gives another word, and another text from there on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from rayexp.config import ExperimentConfig
+from rayexp.data.text import EOS, UNK
+from rayexp.engine import order
+from rayexp.engine.checkpoint import TENSORS, WORDS, decode
+from rayexp.errors import RunError, UserError
+from rayexp.runs.run import Run, broken
+from rayexp.workloads.language_model.model import LanguageNet, build
+
+READ_AT_ONCE = 256  # words of a prompt
+
+
+@dataclass(frozen=True, slots=True)
+class TextGenerator:
+    """A trained model and its vocabulary."""
+
+    net: LanguageNet
+    vocabulary: tuple[str, ...]
+    config: ExperimentConfig
+    weights_sha: str
+
+
+def open_writer(run: Run, epoch: int) -> TextGenerator:
+    """The model after an epoch of a run. The run directory is enough; the data is not needed. From here on this process
+    computes on one thread: the number of threads may change the last bit of a logit.
+
+    Raises:
+        UserError: the run is of another workload, or the epoch has no checkpoint.
+        RunError: the checkpoint is damaged.
+    """
+    torch.set_num_threads(1)
+    config = run.config()
+    if config.workload != "language_model":
+        raise UserError(f"{run.id}: generate needs a language_model, this run is of {config.workload}")
+    folder = run.checkpoint(epoch)
+    if not folder.is_dir():
+        raise UserError(f"{run.id}@{epoch}: has no checkpoint in {folder.parent}")
+    why = broken(folder)
+    if why:
+        raise RunError(f"{folder}: {why}")
+    state = decode({name: (folder / name).read_bytes() for name in (TENSORS, WORDS)})
+    vocabulary = tuple(run.data().get("vocabulary", ()))
+    if not vocabulary:
+        raise UserError(f"{run.data_path}: holds no vocabulary")
+    net = build(config, len(vocabulary))
+    try:
+        net.load_state_dict(state.weights())
+    except RuntimeError as error:
+        raise RunError(f"{folder}: does not fit the run's model ({error})") from error
+    return TextGenerator(net.eval(), vocabulary, config, str(state.words["weights_sha"]))
+
+
+def read_prompt(prompt: str, writer: TextGenerator) -> tuple[list[int], list[str]]:
+    """A prompt as word numbers, and the words that the model does not know (read as `<unk>`, else left out)."""
+    if writer.config.data.name == "python_docs":
+        from rayexp.data.python_docs import tokenise
+
+        prompt = tokenise(prompt)
+    number = {word: n for n, word in enumerate(writer.vocabulary)}
+    words = prompt.split()
+    found = [number.get(word, number.get(UNK)) for word in words]
+    return [n for n in found if n is not None], [word for word in words if word not in number]
+
+
+def generate(
+    net: LanguageNet,
+    start: Sequence[int],
+    words: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    seed: int = 0,
+) -> Iterator[int]:
+    """Word numbers, one after another, each drawn from what the model says after all the words before it.
+
+    Args:
+        net: in eval mode, on the CPU.
+        start: the words to begin with, at least one.
+        words: how many to generate.
+        temperature: divides the logits; 0 takes the likeliest word.
+        top_k: only the k likeliest words can come.
+        seed: word i is drawn with the uniform number of (seed, i).
+
+    Raises:
+        UserError: the temperature is no number from 0.
+        RunError: the model's output is not finite.
+    """
+    if not 0 <= temperature < float("inf"):
+        raise UserError(f"temperature: {temperature} is not a number from 0")
+    state = net.body.begin(1, torch.device("cpu"))
+    draws = order.uniform(order.key(seed, "generate"), np.arange(words), 1)[:, 0]
+    fresh = torch.tensor(start, dtype=torch.int64)[:, None]
+    with torch.inference_mode():
+        for draw in draws:
+            for part in torch.split(fresh, READ_AT_ONCE):
+                logits, state = net.advance(part, state)
+            if not bool(logits.isfinite().all()):
+                raise RunError("the model's output is not finite, so there is no word to choose")
+            word = choose(logits[0].double().numpy(), float(draw), temperature, top_k)
+            yield word
+            fresh = torch.tensor([[word]])
+
+
+def choose(logits: NDArray[np.float64], draw: float, temperature: float = 1.0, top_k: int | None = None) -> int:
+    """The word at which the cumulative probability, in the order of the vocabulary, passes `draw` in [0, 1)."""
+    if temperature == 0:
+        return int(logits.argmax())
+    allowed = np.arange(len(logits))
+    if top_k is not None and top_k < len(logits):
+        # Of equal logits the earlier words are taken.
+        allowed = np.sort(np.argsort(-logits, kind="stable")[:top_k])
+    scaled = logits[allowed] / temperature
+    sums = np.exp(scaled - scaled.max()).cumsum()
+    place = int(np.searchsorted(sums, draw * sums[-1], side="right"))
+    return int(allowed[min(place, len(allowed) - 1)])
+
+
+def lines(words: Sequence[str]) -> str:
+    """Words as text: a new line at every `<eos>`, blanks elsewhere."""
+    text: list[list[str]] = [[]]
+    for word in words:
+        if word == EOS:
+            text.append([])
+        else:
+            text[-1].append(word)
+    return "".join(" ".join(line) + "\n" for line in text)

@@ -1,0 +1,210 @@
+"""Word-level language modelling: the next word of a running text (after pytorch/examples word_language_model).
+
+The training text is cut into `batch_size` columns of equal length; a step is a window of `data.bptt` rows, and what
+the model remembers is carried from window to window. A shard is a group of neighbouring columns.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from rayexp.config import TEXT_DATA, ExperimentConfig
+from rayexp.data import TextData, open_data
+from rayexp.engine import order
+from rayexp.engine.runtime import upload
+from rayexp.engine.workload import Batch, Carry
+from rayexp.errors import UserError
+from rayexp.runs.records import Predictions
+from rayexp.workloads.language_model.model import build, options_of
+from rayexp.workloads.language_model.recurrent import RecurrentOptions
+
+# Judged at once: recurrent models give the same losses whatever the window, and long ones are faster.
+EVAL_TOKENS = 512
+
+
+class LanguageModel:
+    """The workload `language_model` (see engine/workload.py)."""
+
+    unit = "tokens"
+    batch_dim = 1
+    together = False
+
+    def __init__(self, config: ExperimentConfig) -> None:
+        self.config = config
+        data = config.data
+        if data.name not in TEXT_DATA:
+            raise UserError(f"data.name: language_model reads {', '.join(TEXT_DATA)}, got {data.name!r}")
+        if config.label_smoothing:
+            raise UserError("label_smoothing: language_model has none; set it to 0")
+        self.options = options_of(config)
+        self.recurrent = isinstance(self.options, RecurrentOptions)
+        # A tied matrix has two gradients, and the second would come after the sum.
+        self.shares_rows = not self.options.tied
+        self.parts = ("h", "c") if config.model.name == "lstm" else ("h",)
+        self.data: TextData = open_data(data)
+        self.words: int = len(self.data.vocabulary)
+        needed = config.batch_size * (data.bptt + 1)
+        if len(self.data.train) < needed:
+            raise UserError(
+                f"batch_size: {config.batch_size} columns of one window (data.bptt {data.bptt}) need {needed:,} "
+                f"training tokens, there are {len(self.data.train):,}"
+            )
+        for name, tokens in (("valid", self.data.valid), ("test", self.data.test)):
+            if len(tokens) < 2 * data.eval_columns:
+                raise UserError(
+                    f"data.eval_columns: {data.eval_columns} columns need {2 * data.eval_columns} tokens, "
+                    f"{name} has {len(tokens)}"
+                )
+        self.columns: NDArray[np.int32] = _columns(self.data.train, config.batch_size)
+        self.val_sha = hashlib.sha256(f"{self.data.sha['valid']} in {data.eval_columns} columns".encode()).hexdigest()
+
+    def model(self) -> nn.Module:
+        """A freshly initialised model on the CPU."""
+        return build(self.config, self.words)
+
+    # ---------------------------------------------------------------------- training
+
+    def steps(self) -> int:
+        """Windows of an epoch; the last may be shorter."""
+        return math.ceil((len(self.columns[0]) - 1) / self.config.data.bptt)
+
+    def batch(self, epoch: int, step: int, shards: range, device: torch.device) -> Batch:
+        """A window of the columns of consecutive shards: inputs (int64[time, columns],). The same in every epoch."""
+        size = self.config.batch_size // self.config.shards
+        start = step * self.config.data.bptt
+        rows = self.columns[shards.start * size : shards.stop * size, start : start + self.config.data.bptt + 1]
+        window = upload(rows.T.astype(np.int64), device)
+        inputs, targets = window[:-1], window[1:].reshape(-1)
+        return Batch((inputs,), targets, (size,) * len(shards), targets.numel())
+
+    def carry(self, size: int, device: torch.device) -> Carry:
+        """Recurrent: the hidden state `h` (and `c`), [layers, columns, hidden], zeros. Transformer: the words before
+        the window, int64[context, columns], at first ends of lines."""
+        if isinstance(self.options, RecurrentOptions):
+            shape = (self.options.nlayers, size, self.options.nhid)
+            return {
+                name: torch.zeros(shape, device=device) for name in ("hc" if self.config.model.name == "lstm" else "h")
+            }
+        if self.options.context == 0:
+            return {}
+        return {"tokens": torch.full((self.options.context, size), self._line_end, device=device)}
+
+    def loss(self, model: nn.Module, batch: Batch, carry: Carry) -> tuple[Tensor, Carry]:
+        """The sum of the window's losses in nats, and the state after it."""
+        losses, after = self._window(model, batch.inputs[0], batch.targets, carry)
+        return losses.sum(), after
+
+    def touched_rows(self, epoch: int, step: int) -> dict[str, NDArray[np.int64]]:
+        """Parameters whose gradient is zero outside some rows, and these rows of the global batch, in order.
+
+        They follow from the configuration, so every worker knows them without being told.
+        """
+        if self.options.tied or not self.recurrent:  # a transformer's context reaches back into earlier windows
+            return {}
+        start = step * self.config.data.bptt
+        stop = min(start + self.config.data.bptt, self.columns.shape[1] - 1)
+        return {"encoder.weight": np.unique(self.columns[:, start:stop]).astype(np.int64)}
+
+    def _window(self, model: nn.Module, tokens: Tensor, targets: Tensor, carry: Carry) -> tuple[Tensor, Carry]:
+        """The losses of a window, float32[time * columns], and the state handed on."""
+        if self.recurrent:
+            losses, state = model(tokens, targets, tuple(carry[name] for name in self.parts))
+            return losses, {name: part.detach() for name, part in zip(self.parts, state, strict=True)}
+        if not carry:
+            return model(tokens, targets)[0], {}
+        seen = torch.cat([carry["tokens"], tokens])
+        return model(seen, targets)[0], {"tokens": seen[len(tokens) :]}
+
+    @functools.cached_property
+    def _line_end(self) -> int:
+        return self.data.vocabulary.index("<eos>")
+
+    # ---------------------------------------------------------------------- judging
+
+    def val_streams(self) -> int:
+        """Groups of neighbouring columns of the validation text."""
+        return min(self.config.shards, self.config.data.eval_columns)
+
+    def judge(self, model: nn.Module, stream: int, device: torch.device) -> Mapping[str, NDArray[Any]]:
+        """Offset, token and loss of every predicted token of a group of columns, front to back."""
+        return self._judge(model, self.data.valid, stream, device)
+
+    def predictions(self, parts: Sequence[Mapping[str, NDArray[Any]]]) -> Predictions:
+        """All groups together, sorted by offset."""
+        arrays = {name: np.concatenate([part[name] for part in parts]) for name in ("offset", "token", "loss")}
+        by_offset = np.argsort(arrays["offset"], kind="stable")
+        return Predictions("tokens", self.val_sha, {name: array[by_offset] for name, array in arrays.items()})
+
+    def metrics(self, predictions: Predictions) -> dict[str, float]:
+        """`val_loss` in nats per token, and perplexity."""
+        loss = float(np.mean(predictions["loss"], dtype=np.float64))
+        return {"val_loss": loss, "ppl": _perplexity(loss)}
+
+    def test_metrics(self, model: nn.Module, device: torch.device) -> dict[str, float]:
+        """`test_loss` and `test_ppl` of a model in eval mode on the test text, cut like the validation text."""
+        with torch.inference_mode():
+            parts = [self._judge(model, self.data.test, s, device) for s in range(self.val_streams())]
+        loss = float(np.mean(np.concatenate([part["loss"] for part in parts]), dtype=np.float64))
+        return {"test_loss": loss, "test_ppl": _perplexity(loss)}
+
+    def _judge(
+        self, model: nn.Module, text: NDArray[np.int32], stream: int, device: torch.device
+    ) -> dict[str, NDArray[Any]]:
+        columns = _columns(text, self.config.data.eval_columns)
+        group = order.share(len(columns), self.val_streams(), stream)
+        ours = columns[group.start : group.stop]
+        tokens = upload(ours.T.astype(np.int64), device)
+        carry = self.carry(len(group), device)
+        window = self.config.data.bptt
+        if self.recurrent:
+            window = max(window, EVAL_TOKENS // len(group))
+        losses = []
+        for start in range(0, len(tokens) - 1, window):
+            rows = tokens[start : start + window + 1]
+            found, carry = self._window(model, rows[:-1], rows[1:].reshape(-1), carry)
+            losses.append(found.float())
+        positions = np.arange(text.size // len(columns) * len(columns), dtype=np.int64).reshape(columns.shape)
+        return {
+            "offset": positions[group.start : group.stop, 1:].T.reshape(-1),
+            "token": np.ascontiguousarray(ours[:, 1:].T).reshape(-1),
+            "loss": torch.cat(losses).cpu().numpy(),
+        }
+
+    # ---------------------------------------------------------------------- describing
+
+    def describe(self) -> dict[str, Any]:
+        """data.json."""
+        return {
+            "kind": "tokens",
+            "train_samples": len(self.data.train),
+            "val_samples": len(self.data.valid),
+            "test_samples": len(self.data.test),
+            "train_sha": self.data.sha["train"],
+            "val_sha": self.val_sha,
+            "test_sha": self.data.sha["test"],
+            "vocabulary": list(self.data.vocabulary),
+        }
+
+    def example(self) -> tuple[Any, ...]:
+        """One column of one window."""
+        return (torch.zeros(self.config.data.bptt, 1, dtype=torch.int64),)
+
+
+def _columns(tokens: NDArray[np.int32], count: int) -> NDArray[np.int32]:
+    """The text as `count` rows of equal length, the rest left out: int32[count, length], no copy."""
+    length = len(tokens) // count
+    return tokens[: length * count].reshape(count, length)
+
+
+def _perplexity(loss: float) -> float:
+    """exp(loss); infinite where that is no double, NaN where the loss is."""
+    return math.inf if loss >= 700 else math.exp(loss)

@@ -1,0 +1,383 @@
+"""What a configuration may say: every key with its default and its limits, and the rules between keys."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayexp.config import CompareConfig, ExperimentConfig, load, parse, passed_over, read, refuse_contradictions
+from rayexp.errors import UserError
+
+# Written out by hand: what docs and old runs rely on.
+DEFAULTS: dict[str, Any] = {
+    "name": "run",
+    "workload": "image_classification",
+    "data": {
+        "name": "shapes",
+        "root": None,
+        "max_train_samples": None,
+        "max_val_samples": None,
+        "max_train_tokens": None,
+        "max_val_tokens": None,
+        "image_size": 64,
+        "augment": {"scale": [0.08, 1.0], "ratio": [0.75, 4 / 3], "flip": True, "pad": 0},
+        "bptt": 35,
+        "eval_columns": 10,
+    },
+    "model": {"name": "resnet18"},
+    "epochs": 1,
+    "batch_size": 256,
+    "lr": 0.1,
+    "weight_decay": 0.0001,
+    "label_smoothing": 0,
+    "optimizer": {
+        "name": "sgd",
+        "momentum": 0.9,
+        "nesterov": False,
+        "betas": [0.9, 0.999],
+        "eps": 1e-8,
+        "clip": None,
+        "decay_norm_and_bias": True,
+    },
+    "schedule": {"name": "constant", "warmup_epochs": 0, "step_epochs": 30, "gamma": 0.1, "min_lr": 0, "peak": 0.3},
+    "seed": 0,
+    "precision": "fp32",
+    "reduction": "exact",
+    "shards": 8,
+    "compile": False,
+    "scaling": {
+        "num_workers": 0,
+        "use_gpu": "auto",
+        "cpus_per_worker": None,
+        "gpus_per_worker": 1,
+        "lanes": None,
+    },
+    "checkpoint": {"every_steps": None, "every_seconds": None},
+    "max_failures": 3,
+    "storage_path": "runs",
+}
+COMPARE_DEFAULTS: dict[str, Any] = {
+    "name": "compare",
+    "overrides": {},
+    "precision": [],
+    "reduction": [],
+    "repeats": 3,
+    "mode": "strong",
+    "target": {},
+    "price_per_device_hour": {},
+    "currency": "USD",
+    "interconnect": {},
+    "baseline": True,
+    "storage_path": "runs",
+}
+
+COUNT = ([1, 10**6], [0, -1, 1.5, "x", True])
+OPTIONAL_COUNT = ([None, *COUNT[0]], COUNT[1])
+SHARE = ([0, 0.5, 1], [-0.01, 1.01, "x", float("nan"), True])
+ABOVE_0 = ([1e-300, 3, 1e300], [0, -1, float("inf"), float("nan"), "x", True])
+FROM_0 = ([0, 0.5, 1e300], [-1e-9, float("inf"), float("nan"), True])
+SWITCH = ([True, False], ["perhaps", 2])
+LIMITS: dict[str, tuple[list[Any], list[Any]]] = {
+    "name": (["a", "0", "A.b_c-d", "x" * 64], ["", "-a", ".a", "a b", "a/b", "ä", "x" * 65, "a\nb"]),
+    "workload": (["image_classification", "language_model"], ["image", "", None]),
+    "data.name": (["shapes", "python_docs"], ["shape", "", None]),
+    "data.root": ([None, "x", "/x/y"], [3, ["x"]]),
+    "data.max_train_samples": OPTIONAL_COUNT,
+    "data.max_val_samples": OPTIONAL_COUNT,
+    "data.max_train_tokens": OPTIONAL_COUNT,
+    "data.max_val_tokens": OPTIONAL_COUNT,
+    "data.image_size": COUNT,
+    "data.augment": ([None, {}, {"flip": False}], [3, True, {"flips": 1}]),
+    "data.augment.scale": ([[0.1, 1], [0.5, 0.5]], [[0, 1], [0.6, 0.5], [0.5, 1.1], [0.5], [0.1, 0.2, 0.3]]),
+    "data.augment.ratio": ([[1, 1], [0.5, 2]], [[2, 0.5], [0, 1], 1]),
+    "data.augment.flip": SWITCH,
+    "data.augment.pad": ([0, 4], [-1, 0.5]),
+    "data.bptt": COUNT,
+    "data.eval_columns": COUNT,
+    "model.name": (["resnet18", "anything"], [3, None]),
+    "epochs": COUNT,
+    "batch_size": ([8, 64], [0, -8, 12.5]),
+    "lr": ABOVE_0,
+    "weight_decay": FROM_0,
+    "label_smoothing": ([0, 0.99], [-0.1, 1]),
+    "optimizer.name": (["sgd", "adamw"], ["adam", None]),
+    "optimizer.momentum": SHARE,
+    "optimizer.nesterov": SWITCH,
+    "optimizer.betas": ([[0, 0.5], [0.9, 0.95]], [[0.9], [0.9, 1.1], [0.9, 1], [1, 0.9], 0.9]),
+    "optimizer.eps": ABOVE_0,
+    "optimizer.clip": ([None, *ABOVE_0[0]], ABOVE_0[1]),
+    "optimizer.decay_norm_and_bias": SWITCH,
+    "schedule.name": (["constant", "step", "cosine", "onecycle", "plateau"], ["cos", None]),
+    "schedule.warmup_epochs": FROM_0,
+    "schedule.step_epochs": COUNT,
+    "schedule.gamma": ABOVE_0,
+    "schedule.min_lr": FROM_0,
+    "schedule.peak": SHARE,
+    "seed": ([0, 2**63 - 1], [-1, 2**63, 0.5]),
+    "precision": (["fp32", "tf32", "bf16"], ["fp16", 32]),
+    "reduction": (["exact", "ddp"], ["fsdp"]),
+    "shards": ([1, 2, 256], [0, 3, 512]),
+    "compile": SWITCH,
+    "scaling.num_workers": ([0, 1, 8, [1, 8], [3, 4]], [-1, 3, 16, [8, 1], [0, 2], [3, 3], [1, 2, 4], True]),
+    "scaling.use_gpu": (["auto", True, False], ["perhaps", None]),
+    "scaling.cpus_per_worker": ([None, 0.5, 4], [0, -1]),
+    "scaling.gpus_per_worker": ([0.25, 1, 2], [0, -1, None]),
+    "scaling.lanes": OPTIONAL_COUNT,
+    "checkpoint.every_steps": OPTIONAL_COUNT,
+    "checkpoint.every_seconds": ([None, 0.5, 600], [0, -1]),
+    "max_failures": ([0, 100], [-1, 0.5]),
+    "storage_path": (["runs", "/x", "~/x"], ["s3://bucket/runs", "gs://x", 3]),
+}
+COMPARE_LIMITS: dict[str, tuple[list[Any], list[Any]]] = {
+    "name": (["devices"], ["a b"]),
+    "base": (["x.yaml"], [None, 3]),
+    "overrides": ([{}, {"data.root": "x"}], [3]),
+    "scaling": ([[{}], [{"num_workers": 2}, {"use_gpu": True}]], [[], {}, [{"workers": 2}]]),
+    "precision": ([[], ["fp32", "bf16"]], [["fp31"], "fp32"]),
+    "reduction": ([[], ["exact", "ddp"]], [["sum"]]),
+    "repeats": COUNT,
+    "mode": (["strong", "weak"], ["both"]),
+    "target": ([{}, {"acc1": 40}], [{"acc1": "high"}, 40]),
+    "price_per_device_hour": ([{}, {"cpu": 0, "gpu": 2.5}], [{"tpu": 1}, {"cpu": -1}]),
+    "currency": (["EUR"], [3]),
+    "interconnect": ([{}, {"bandwidth_gbit": 9, "latency_us": 5}], [{"bandwidth_gbit": 0}, {"speed": 1}]),
+    "baseline": SWITCH,
+    "storage_path": (["runs"], ["s3://x"]),
+}
+
+
+def leaves(tree: dict[str, Any], prefix: str = "") -> set[str]:
+    """Dotted keys of a tree."""
+    return {
+        key
+        for name, value in tree.items()
+        for key in ([f"{prefix}{name}"] if not isinstance(value, dict) else leaves(value, f"{prefix}{name}."))
+    }
+
+
+def tree(key: str, value: Any) -> dict[str, Any]:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def make(key: str, value: Any) -> ExperimentConfig:
+    return parse(tree(key, value), ExperimentConfig, "test")
+
+
+def make_compare(key: str, value: Any) -> CompareConfig:
+    return parse({"base": "x.yaml", "scaling": [{}], key: value}, CompareConfig, "test")
+
+
+# ---------------------------------------------------------------------- keys
+
+
+def test_every_default() -> None:
+    assert ExperimentConfig().model_dump(mode="json") == DEFAULTS
+    assert parse({}, ExperimentConfig, "test") == ExperimentConfig()
+    compare = make_compare("base", "x.yaml").model_dump(mode="json")
+    assert compare == {**COMPARE_DEFAULTS, "base": "x.yaml", "scaling": [DEFAULTS["scaling"]]}
+
+
+def test_every_key_has_its_limits_here() -> None:
+    assert leaves(DEFAULTS) <= set(LIMITS) <= leaves(DEFAULTS) | {"data.augment"}
+    assert set(COMPARE_LIMITS) == set(CompareConfig.model_fields)
+
+
+@pytest.mark.parametrize("key", LIMITS)
+def test_limits(key: str) -> None:
+    allowed, refused = LIMITS[key]
+    for value in allowed:
+        found: Any = make(key, value).model_dump()
+        for part in key.split("."):
+            found = found[part]
+        if not isinstance(value, dict):
+            assert (list(found) if isinstance(found, tuple) else found) in (value, Path(str(value))), value
+    for value in refused:
+        with pytest.raises(UserError, match=rf"^test: .*{key.split('.')[-1]}") as caught:
+            make(key, value)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", COMPARE_LIMITS)
+def test_limits_of_a_grid(key: str) -> None:
+    allowed, refused = COMPARE_LIMITS[key]
+    for value in allowed:
+        make_compare(key, value)
+    for value in refused:
+        with pytest.raises(UserError, match=f"^test: .*{key}"):
+            make_compare(key, value)
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("epoch", "unknown key epoch (did you mean epochs?); allowed: name, workload, data,"),
+        ("data.bppt", "unknown key data.bppt (did you mean bptt?); allowed: name, root,"),
+        ("data.augment.flp", "unknown key data.augment.flp (did you mean flip?); allowed: scale, ratio, flip, pad"),
+        ("optimizer.lr", "unknown key optimizer.lr"),
+        ("optimizer.wd", "allowed: name, momentum, nesterov, betas, eps, clip, decay_norm_and_bias"),
+        ("schedule.warmup", "did you mean warmup_epochs?"),
+        ("scaling.workers", "did you mean num_workers?"),
+        ("checkpoint.every", "allowed: every_steps, every_seconds"),
+        ("zzz", "unknown key zzz; allowed"),
+    ],
+)
+def test_unknown_keys_name_the_nearest(key: str, expected: str) -> None:
+    with pytest.raises(UserError) as caught:
+        make(key, 1)
+    assert expected in str(caught.value)
+
+
+def test_a_models_other_keys_are_its_options() -> None:
+    model = parse({"model": {"name": "x", "stem": "small", "n": 3}}, ExperimentConfig, "").model
+    assert (model.name, model.options) == ("x", {"stem": "small", "n": 3})
+
+
+def test_a_value_where_keys_belong_names_them() -> None:
+    for value in (None, 3, "x", []):
+        with pytest.raises(
+            UserError, match=r"^test: checkpoint: expected keys under it \(every_steps, every_seconds\)"
+        ):
+            make("checkpoint", value)
+
+
+def test_all_that_a_field_takes_is_said() -> None:
+    with pytest.raises(UserError) as caught:
+        make("scaling.use_gpu", "perhaps")
+    assert str(caught.value) == (
+        "test: scaling.use_gpu: Input should be 'auto', or: Input should be a valid boolean, "
+        "unable to interpret input, got 'perhaps'"
+    )
+    with pytest.raises(
+        UserError, match=r"^test: scaling.num_workers: Input should be a valid integer, or: Input should"
+    ):
+        make("scaling.num_workers", [0, 2])
+
+
+def test_configurations_are_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        ExperimentConfig().epochs = 3  # type: ignore[misc]
+
+
+# ---------------------------------------------------------------------- rules between keys
+
+
+@pytest.mark.parametrize("name", ["tiny_imagenet", "folder", "wikitext2", "text"])
+def test_data_from_files_needs_a_root(name: str) -> None:
+    with pytest.raises(UserError, match=rf"data: root: {name} needs the folder .*data.root=DIR"):
+        make("data.name", name)
+    assert make("data", {"name": name, "root": "d"}).data.root == Path("d")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ({"batch_size": 100}, "shards: 8 does not divide batch_size 100; allowed: [1, 2, 4, 5, 10, 20, 25, 50]"),
+        ({"batch_size": 4}, "shards: 8 does not divide batch_size 4; allowed: [1, 2, 4]"),
+        ({"scaling": {"num_workers": 3}}, "num_workers: 3 does not divide shards 8; allowed: 0, 1, 2, 4, 8"),
+        ({"scaling": {"num_workers": 16}}, "num_workers: 16 does not divide shards 8"),
+        ({"scaling": {"num_workers": [5, 7]}}, "nothing from 5 to 7 divides shards 8; allowed: 1, 2, 4, 8"),
+        ({"scaling": {"num_workers": [9, 9]}, "shards": 4}, "nothing from 9 to 9 divides shards 4"),
+        ({"scaling": {"num_workers": [4, 2]}}, "num_workers: smallest, then largest"),
+        ({"optimizer": {"nesterov": True, "momentum": 0}}, "nesterov needs a momentum above 0"),
+    ],
+)
+def test_rules_between_keys(words: dict[str, Any], expected: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse(words, ExperimentConfig, "test")
+    assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize("shards", range(1, 25))
+def test_the_workers_that_are_allowed(shards: int) -> None:
+    config = parse({"shards": shards, "batch_size": shards * 3}, ExperimentConfig, "")
+    assert config.allowed_workers == [n for n in range(1, 25) if shards % n == 0]
+    for workers in range(1, 25):
+        words = {"shards": shards, "batch_size": shards, "scaling": {"num_workers": workers}}
+        if shards % workers:
+            with pytest.raises(UserError, match="does not divide shards"):
+                parse(words, ExperimentConfig, "")
+        else:
+            parse(words, ExperimentConfig, "")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["schedule.name=cosine", "schedule.min_lr=0.2"], r"schedule.min_lr: 0.2 is above lr 0.1; allowed: 0 to lr"),
+        (["schedule.name=onecycle", "lr=1e-3", "schedule.min_lr=0.01"], r"schedule.min_lr: 0.01 is above lr 0.001"),
+        (["schedule.name=onecycle", "schedule.warmup_epochs=0.5"], r"schedule.warmup_epochs: onecycle rises by itself"),
+        (["data.max_train_tokens=9"], r"data.max_train_tokens is for text .*; data.name is shapes"),
+        (["data.max_val_tokens=9"], r"data.max_val_tokens is for text"),
+        (["data.bptt=20"], r"data.bptt is for text"),
+        (["data.eval_columns=2"], r"data.eval_columns is for text"),
+        (["data.name=python_docs", "data.max_train_samples=9"], r"data.max_train_samples is for images"),
+        (["data.name=python_docs", "data.max_val_samples=9"], r"data.max_val_samples is for images"),
+        (["data.name=python_docs", "data.image_size=32"], r"data.image_size is for images"),
+        (["data.name=python_docs", "data.augment=null"], r"data.augment is for images .*; data.name is python_docs"),
+    ],
+)
+def test_a_contradiction_is_refused_where_it_is_written_and_not_where_an_old_run_has_it(
+    tmp_path: Path, words: list[str], expected: str
+) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("{}")
+    with pytest.raises(UserError, match=f"c.yaml: {expected}"):
+        load(path, words)
+    old = read(path, words)
+    (tmp_path / "old.yaml").write_text(old.to_yaml())
+    assert read(tmp_path / "old.yaml") == old
+    with pytest.raises(UserError, match=f"^here: {expected}"):
+        refuse_contradictions(old, "here")
+
+
+@pytest.mark.parametrize("name", ["constant", "step", "cosine", "plateau"])
+def test_other_schedules_warm_up(name: str, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("{}")
+    words = [f"schedule.name={name}", "schedule.warmup_epochs=1"]
+    assert load(tmp_path / "c.yaml", words).schedule.warmup_epochs == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "on_cpu", "on_gpu"),
+    [
+        ({}, [], []),
+        ({"precision": "tf32"}, ["precision: tf32"], []),
+        ({"compile": True}, ["compile"], []),
+        ({"precision": "bf16"}, [], []),
+        ({"optimizer": {"name": "adamw", "momentum": 0}}, ["optimizer.momentum is for sgd"], None),
+        ({"optimizer": {"name": "adamw", "nesterov": True}}, ["optimizer.nesterov is for sgd"], None),
+        ({"optimizer": {"betas": [0.9, 0.95]}}, ["optimizer.betas is for adamw"], None),
+        ({"optimizer": {"eps": 1e-6}}, ["optimizer.eps is for adamw, optimizer.name is sgd: not used"], None),
+        ({"optimizer": {"name": "adamw", "betas": [0.9, 0.95], "eps": 1e-6, "clip": 1}}, [], None),
+        ({"optimizer": {"momentum": 0, "clip": 1}}, [], None),
+        ({"schedule": {"gamma": 0.5}}, ["schedule.gamma is for step and plateau, schedule.name is constant"], None),
+        ({"schedule": {"name": "plateau", "gamma": 0.5}}, [], None),
+        ({"schedule": {"name": "step", "gamma": 0.5, "step_epochs": 3}}, [], None),
+        ({"schedule": {"name": "cosine", "step_epochs": 3}}, ["schedule.step_epochs is for step"], None),
+        ({"schedule": {"name": "cosine", "min_lr": 0.01}}, [], None),
+        ({"schedule": {"name": "onecycle", "min_lr": 0.01, "peak": 0.1}}, [], None),
+        ({"schedule": {"name": "step", "min_lr": 0.01}}, ["schedule.min_lr is for cosine and onecycle"], None),
+        ({"schedule": {"name": "cosine", "peak": 0.1}}, ["schedule.peak is for onecycle"], None),
+    ],
+)
+def test_what_a_run_does_not_use_is_listed(words: dict[str, Any], on_cpu: list[str], on_gpu: list[str] | None) -> None:
+    config = parse(words, ExperimentConfig, "")
+    for gpu, expected in ((False, on_cpu), (True, on_cpu if on_gpu is None else on_gpu)):
+        lines = passed_over(config, gpu)
+        assert len(lines) == len(expected)
+        for line, start in zip(lines, expected, strict=True):
+            assert line.startswith(start)
+
+
+def test_absolute_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    config = make("data", {"name": "folder", "root": "pictures"}).absolute()
+    assert (config.data.root, config.storage_path) == (tmp_path / "pictures", tmp_path / "runs")
+    config = parse({"data": {"name": "folder", "root": "~/p"}, "storage_path": "~"}, ExperimentConfig, "").absolute()
+    assert (config.data.root, config.storage_path) == (tmp_path / "me" / "p", tmp_path / "me")
+    assert ExperimentConfig().absolute().data.root is None

@@ -1,0 +1,106 @@
+"""Validation is shared by workers and lanes: every stream is judged once, and all workers hold all of it, in order."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from rayexp.config import ExperimentConfig, parse
+from rayexp.engine.evaluate import predict
+from rayexp.engine.group import WorkerGroup
+from rayexp.engine.runtime import Runtime, configure
+from rayexp.runs.records import Predictions
+
+STREAMS = 7
+
+
+def lanes_of(lanes: int) -> Runtime:
+    config = parse({"scaling": {"lanes": lanes}}, ExperimentConfig, "test")
+    return configure(config, torch.device("cpu"), config.shards, 1)
+
+
+class Streams:
+    """Stream s says (s, s, ...) of s + 1 samples, and which model judged."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def val_streams(self) -> int:
+        return STREAMS
+
+    def judge(self, model: nn.Module, stream: int, device: torch.device) -> Mapping[str, NDArray[Any]]:
+        assert torch.is_inference_mode_enabled()
+        self.asked.append(stream)
+        return {"index": np.full(stream + 1, stream), "loss": np.full(stream + 1, stream, np.float32)}
+
+    def predictions(self, parts: Sequence[Mapping[str, NDArray[Any]]]) -> Predictions:
+        return Predictions("images", "sha", {n: np.concatenate([p[n] for p in parts]) for n in parts[0]})
+
+
+class Table(WorkerGroup):
+    """Workers that are threads of this process."""
+
+    def __init__(self, rank: int, world: int, shared: dict[int, bytes], barrier: threading.Barrier) -> None:
+        super().__init__(rank, world)
+        object.__setattr__(self, "shared", shared)
+        object.__setattr__(self, "meet", barrier)
+
+    def gather(self, data: bytes) -> list[bytes]:
+        self.shared[self.rank] = data
+        self.meet.wait()
+        return [self.shared[rank] for rank in range(self.world)]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 9])
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_everyone_has_all_streams_in_order(world: int, lanes: int) -> None:
+    workloads = [Streams() for _ in range(world)]
+    seen: list[int] = []
+    found: list[Predictions | None] = [None] * world
+    shared: dict[int, bytes] = {}
+    barrier = threading.Barrier(world, timeout=20)
+
+    def worker(rank: int) -> None:
+        place = lanes_of(lanes)
+        models: list[nn.Module] = [nn.Identity() for _ in range(lanes)]
+        group = Table(rank, world, shared, barrier) if world > 1 else WorkerGroup()
+        found[rank] = predict(
+            workloads[rank],  # type: ignore[arg-type]
+            models,
+            group,
+            place,
+            lambda stream, part: seen.append(stream),
+        )
+
+    threads = [threading.Thread(target=worker, args=(rank,)) for rank in range(world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(seen) == sorted(s for work in workloads for s in work.asked) == list(range(STREAMS))
+    wanted = np.repeat(np.arange(STREAMS), np.arange(1, STREAMS + 1))
+    for predictions in found:
+        assert predictions is not None
+        assert np.array_equal(predictions["index"], wanted)
+        assert predictions["loss"].dtype == np.float32
+        assert np.array_equal(predictions["loss"], wanted)
+
+
+def test_each_lane_has_a_model_of_its_own() -> None:
+    used: dict[int, set[int]] = {}
+
+    class Spy(Streams):
+        def judge(self, model: nn.Module, stream: int, device: torch.device) -> Mapping[str, NDArray[Any]]:
+            used.setdefault(id(model), set()).add(stream)
+            return super().judge(model, stream, device)
+
+    models: list[nn.Module] = [nn.Identity(), nn.Identity(), nn.Identity()]
+    predict(Spy(), models, WorkerGroup(), lanes_of(3))  # type: ignore[arg-type]
+    assert [used[id(model)] for model in models] == [{0, 3, 6}, {1, 4}, {2, 5}]

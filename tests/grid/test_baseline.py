@@ -1,0 +1,94 @@
+"""The plain script of a comparison: measured like a cell, and the same mathematics as the engine."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import pytest
+
+from rayexp.config import ExperimentConfig, parse
+from rayexp.grid import run as grid
+from rayexp.runs.run import Run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {
+            "workload": "language_model", "model": {"name": "gru", "emsize": 16, "nhid": 16, "nlayers": 1},
+            "data": {"name": "python_docs", "max_train_tokens": 2000, "max_val_tokens": 500}, "batch_size": 4,
+            "shards": 2, "lr": 1.0, "epochs": 2, "optimizer": {"name": "sgd", "momentum": 0, "clip": 0.25},
+        },
+    ],
+    ids=["images", "text"],
+)  # fmt: skip
+def test_the_plain_script_is_measured_like_a_cell(tmp_path, tiny_images, changes):
+    config = parse({**tiny_images, **changes, "name": "plain", "storage_path": str(tmp_path)}, ExperimentConfig, "x")
+    run = grid.plain(config, "cpu", ["x"], time.monotonic(), "parent")
+    assert run.meta()["status"] == "done"
+    assert run.meta()["startup_seconds"]["to_first_step"] > 0
+    records, steps = run.records(), run.steps()
+    assert [r.epoch for r in records] == [1, 2]
+    assert [line["first"] for line in steps] == [True, False]
+    for record, line in zip(records, steps, strict=True):
+        phases = [line[name] for name in ("data", "transfer", "compute", "optimizer")]
+        assert [sum(parts) for parts in zip(*phases, strict=True)] == pytest.approx(line["total"], abs=1e-5)
+        assert record.seconds["total"] >= sum(line["total"])
+        assert math.isfinite(record.val_loss)
+        skip = int(line["first"])
+        assert record.samples_per_second == pytest.approx(sum(line["count"][skip:]) / sum(line["total"][skip:]))
+        assert ("first_step" in record.seconds) is line["first"]
+    expected = 64 if not changes else (2000 // 4 - 1) * 4
+    assert sum(steps[0]["count"]) == expected
+
+
+def test_the_plain_script_s_failure_is_one_line(tmp_path, tiny_images):
+    tree = {
+        **tiny_images,
+        "data": {"name": "folder", "root": str(tmp_path / "none")},
+        "storage_path": str(tmp_path / "runs"),
+    }
+    config = parse(tree, ExperimentConfig, "x")
+    with pytest.raises(grid.RunError, match="none"):
+        grid.plain(config, "cpu", ["x"], time.monotonic(), "parent")
+    (run,) = Run.all(tmp_path / "runs")
+    assert run.meta()["status"] == "failed"
+
+
+def test_the_plain_script_steps_like_the_engine(tiny_images):
+    """One step of the engine (one shard, so that batch norm sees the whole batch) and of the script, same weights."""
+    import torch
+
+    from rayexp.engine.group import WorkerGroup
+    from rayexp.engine.runtime import configure
+    from rayexp.engine.trainer import StepDone, Trainer
+    from rayexp.grid.baseline import Images, optimizer_of
+    from rayexp.workloads import open_workload
+
+    words = {**tiny_images, "shards": 1, "reduction": "ddp", "weight_decay": 0.01}
+    config = parse({**words, "data": {**tiny_images["data"], "augment": None}}, ExperimentConfig, "x")
+    threads = torch.get_num_threads()
+    try:
+        device = torch.device("cpu")
+        workload = open_workload(config)
+        session = Trainer(config, workload, WorkerGroup(), configure(config, device, 1))
+        script = Images(config, device)
+        script.model.load_state_dict({n: t.clone() for n, t in session.master.tensors(0).items()})
+        script.model.train()
+        optimizer = optimizer_of(config, script.model)
+        batch = workload.batch(1, 0, range(1), device)
+        loss = script.loss(batch.inputs[0], batch.targets)
+        loss.backward()
+        optimizer.step()
+        event = next(session.train())
+        assert isinstance(event, StepDone)
+        assert event.loss == pytest.approx(loss.item(), rel=1e-4)
+        for name, parameter in script.model.named_parameters():
+            ours = session.master.tensors(1)[name]
+            assert torch.allclose(ours, parameter, rtol=1e-3, atol=2e-4), name
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(False)

@@ -1,0 +1,100 @@
+"""The pages of a device grid and of a run, and the commands that write them."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from rayexp.cli import app
+from rayexp.config import ExperimentConfig, parse
+from rayexp.errors import UserError
+from rayexp.grid import tables
+from rayexp.grid.page import compare_page, write_compare_page
+from rayexp.grid.report import compare
+from rayexp.pages.run_page import write_run_page
+from rayexp.runs.run import Run
+
+
+def test_the_page_is_one_offline_file(grids):
+    page = compare_page(compare(grids.fill(grids.plan(), grids.rates, spread=0.01)))
+    assert page.count("<svg") >= 4
+    assert "a &lt;processor&gt; &amp; more" in page
+    # Nothing is fetched: the only addresses are names of XML namespaces and licences inside the SVG.
+    assert not re.findall(r'(?:src|href)="(?!#)[^"]*:', page.replace('xlink:href="#', 'xlink:href="#'))
+    assert "@import" not in page
+    assert "url(http" not in page
+    ids = re.findall(r'\sid="(fig-[a-z-]+)"', page)
+    assert len(ids) == len(set(ids)) >= 4
+
+
+def test_the_same_comparison_gives_the_same_figures(grids):
+    comparison = grids.fill(grids.plan(), grids.rates, spread=0.01)
+    first, second = (compare_page(compare(comparison)) for _ in range(2))
+    assert first == second or re.sub(r"Made by.*", "", first) == re.sub(r"Made by.*", "", second)
+
+
+def test_markdown_is_a_table(grids):
+    text = tables.markdown(compare(grids.fill(grids.plan(), grids.rates)))
+    rows = [line for line in text.splitlines() if line.startswith("| cpu-")]
+    assert len(rows) == 2 * 7 + 7
+    header = next(line for line in text.splitlines() if "speed-up" in line)
+    body = next(line for line in rows if line.startswith("| cpu-x4-exact"))
+    assert header.count("|") == body.count("|")
+
+
+def test_report_command_prints_json_only(grids):
+    comparison = grids.fill(grids.plan(), grids.rates)
+    run = subprocess.run(
+        [sys.executable, "-m", "rayexp", "report", comparison.id, "--runs", str(grids.storage), "--json"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    found = json.loads(run.stdout)
+    assert found["equal_weights"] is True
+    assert {cell["cell"] for cell in found["cells"]} == set(grids.rates)
+    assert (comparison.root / "report.html").is_file()
+
+
+def test_resume_of_a_finished_comparison_only_reports(grids):
+    comparison = grids.fill(grids.plan(), grids.rates)
+    result = CliRunner().invoke(app, ["compare", "--resume", str(comparison.root)])
+    assert result.exception is None
+    assert "cpu-x4-exact" in result.output
+    assert "the same weights" in result.output
+    assert comparison.meta()["status"] == "done"
+    assert (comparison.root / "report.md").read_text().startswith(f"# {comparison.id}")
+
+
+def test_report_of_a_run(grids, tmp_path):
+    comparison = grids.fill(grids.plan(), {"cpu-x1-exact": 50.0})
+    run = Run.all(comparison.cells_path)[0]
+    (run.root / "diff_1_2.html").write_text("<p>")
+    out = tmp_path / "page.html"
+    write_run_page(out, run)
+    page = out.read_text()
+    assert page.count("<svg") == 3
+    assert "diff_1_2.html" in page
+    assert "20.00" in page  # acc1 of the second epoch
+
+
+def test_report_of_a_run_without_epochs_is_refused(tmp_path):
+    run = Run.create(parse({"storage_path": str(tmp_path)}, ExperimentConfig, "x"), argv=[])
+    with pytest.raises(UserError, match="no epoch has finished"):
+        write_run_page(tmp_path / "page.html", run)
+
+
+@pytest.mark.browser
+def test_the_page_renders(grids, tmp_path, chromium):
+    page, shot = tmp_path / "page.html", tmp_path / "page.png"
+    write_compare_page(page, compare(grids.fill(grids.plan(), grids.rates, spread=0.01)))
+    chromium(f"--screenshot={shot}", "--window-size=1200,3000", page.as_uri())
+    pixels = np.asarray(Image.open(shot).convert("RGB"))
+    # The phases' colours are on the page: the figures were drawn.
+    for colour in ((0x00, 0x9E, 0x73), (0xD5, 0x5E, 0x00)):
+        assert (np.abs(pixels.astype(int) - colour).sum(-1) < 6).sum() > 500

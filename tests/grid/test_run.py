@@ -1,0 +1,306 @@
+"""The plan of a device grid, and what of it is on disk."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from rayexp.config import CompareConfig, ExperimentConfig, load, parse
+from rayexp.errors import UserError
+from rayexp.grid import run as grid
+from rayexp.grid.comparison import CellResult, Comparison
+from rayexp.grid.plan import base_of, plan, with_overrides
+from rayexp.launch.placement import Node
+from rayexp.runs.run import Run
+from rayexp.system.disk import now
+
+LAPTOP = [Node("here", 2, 0)]
+CLUSTER = [Node("a", 16, 4), Node("b", 16, 4)]
+
+
+def experiment(**tree):
+    return parse({"name": "base", **tree}, ExperimentConfig, "base")
+
+
+def grid_of(*scaling, **tree):
+    return parse({"base": "base.yaml", "scaling": list(scaling), **tree}, CompareConfig, "grid")
+
+
+def cpu(workers, **more):
+    return {"num_workers": workers, "use_gpu": False, **more}
+
+
+def gpu(workers, **more):
+    return {"num_workers": workers, "use_gpu": True, **more}
+
+
+def by_id(config, nodes=LAPTOP, **base):
+    return {cell.id: cell for cell in plan(config, experiment(**base), nodes)}
+
+
+# ---------------------------------------------------------------------- plan
+
+
+def test_gpus_that_are_not_there_are_skipped_with_the_reason():
+    cells = by_id(grid_of(cpu(1), gpu(8)))
+    assert cells["cpu-x1-exact"].skip is None
+    assert cells["gpu-x8-exact"].skip == "8 GPUs asked, this machine has 0"
+    assert cells["gpu-plain"].skip == "1 GPU asked, this machine has 0"
+
+
+def test_a_cluster_with_gpus_runs_them_all():
+    cells = by_id(grid_of(gpu(1), gpu(2), gpu(8), gpu(16)), CLUSTER, shards=16)
+    assert [c.skip for c in cells.values() if c.workers in (0, 1, 2, 8)] == [None] * 4
+    assert cells["gpu-x16-exact"].skip == "16 GPUs asked, the 2 machines have 8"
+    assert cells["gpu-x8-exact"].devices == 8
+    assert cells["gpu-x8-exact"].config["scaling"]["use_gpu"] is True
+
+
+def test_cores_that_are_not_there_are_skipped():
+    cells = by_id(grid_of(cpu(1, cpus_per_worker=1), cpu(4, cpus_per_worker=1), cpu(4)))
+    assert cells["cpu-x4-exact"].skip == "4 CPU cores asked, this machine has 2"
+    assert cells["cpu-x1-exact"].devices == 1
+
+
+def test_workers_that_do_not_divide_the_shards_are_skipped():
+    cells = by_id(grid_of(cpu(3, cpus_per_worker=0.5)))
+    assert "3 does not divide shards 8" in cells["cpu-x3-exact"].skip
+
+
+def test_auto_is_a_gpu_where_there_are_enough():
+    config = grid_of({"num_workers": 8}, baseline=False)
+    assert set(by_id(config, CLUSTER)) == {"gpu-x8-exact"}
+    assert set(by_id(config, [Node("big", 64, 4)])) == {"cpu-x8-exact"}
+
+
+def test_in_process_counts_the_cores_that_it_uses():
+    cells = by_id(grid_of(cpu(0), cpu(0, lanes=1)), reduction="exact")
+    assert cells["cpu-inprocess-exact"].devices == 2
+    assert cells["cpu-inprocess-exact-1cores"].devices == 1
+    assert cells["cpu-plain"].devices == 2
+
+
+def test_cores_are_settled_in_the_plan():
+    cells = by_id(grid_of(cpu(2)), [Node("here", 8, 0)])
+    assert cells["cpu-x2-exact"].config["scaling"]["cpus_per_worker"] == 4
+    assert cells["cpu-x2-exact"].devices == 8
+
+
+def test_weak_scaling_multiplies_batch_and_shards():
+    cells = by_id(grid_of(cpu(0), cpu(2), mode="weak"), batch_size=64, shards=2)
+    assert cells["cpu-x2-exact"].config["batch_size"] == 128
+    assert cells["cpu-x2-exact"].config["shards"] == 4
+    assert cells["cpu-inprocess-exact"].config["batch_size"] == 64
+
+
+def test_tf32_needs_a_gpu():
+    cells = by_id(grid_of(cpu(1), precision=["fp32", "tf32"]))
+    assert cells["cpu-x1-exact-tf32"].skip == "tf32 is a format of NVIDIA GPUs"
+    assert cells["cpu-x1-exact-fp32"].skip is None
+
+
+def test_the_plain_script_is_skipped_where_there_is_none():
+    text = {"workload": "language_model", "data": {"name": "python_docs"}, "batch_size": 16}
+    lstm = by_id(grid_of(cpu(1)), **text, model={"name": "lstm"})
+    assert lstm["cpu-plain"].skip is None
+    transformer = by_id(grid_of(cpu(1)), **text, model={"name": "transformer"})
+    assert "transformer" in transformer["cpu-plain"].skip
+    assert transformer["cpu-x1-exact"].skip is None
+    assert "cpu-plain" not in by_id(grid_of(cpu(1), baseline=False))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (grid_of({"num_workers": [1, 4]}), "elastic"),
+        (grid_of(cpu(1), cpu(1)), "cpu-x1-exact twice"),
+        (grid_of(cpu(1), reduction=["ddp", "ddp"]), "twice"),
+        (grid_of(cpu(1), target={"acc9": 3}), "acc9.*allowed: acc1, acc5"),
+    ],
+)
+def test_a_grid_that_makes_no_sense_is_refused(config, message):
+    with pytest.raises(UserError, match=message):
+        plan(config, experiment(), LAPTOP)
+
+
+# ---------------------------------------------------------------------- base and overrides
+
+
+def test_overrides_nested_and_dotted():
+    base = experiment(epochs=20, data={"name": "shapes", "max_train_samples": 64})
+    changed = with_overrides(base, {"data.max_val_samples": 32, "data": {"max_train_samples": 16}, "epochs": 1})
+    assert changed.data.max_train_samples == 16
+    assert changed.data.max_val_samples == 32
+    assert changed.epochs == 1
+
+
+def test_the_command_line_wins_over_the_file(tmp_path):
+    (tmp_path / "grid.yaml").write_text(
+        "base: base.yaml\nscaling: [{num_workers: 0}]\noverrides: {data.max_train_samples: 64}"
+    )
+    config = load(tmp_path / "grid.yaml", ["overrides.data.max_train_samples=32", "repeats=1"], CompareConfig)
+    assert config.repeats == 1
+    assert with_overrides(experiment(), config.overrides).data.max_train_samples == 32
+
+
+def test_overrides_may_switch_a_section_off():
+    assert with_overrides(experiment(), {"data.augment": None}).data.augment is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"scaling.num_workers": 2}, "the grid itself says scaling"),
+        ({"reduction": "ddp"}, "the grid itself says reduction"),
+        ({"data.rot": "x"}, "unknown key data.rot"),
+        ({"shards": 3}, "does not divide batch_size"),
+    ],
+)
+def test_overrides_that_are_wrong_are_refused(overrides, message):
+    with pytest.raises(UserError, match=message):
+        with_overrides(experiment(), overrides)
+
+
+def test_the_base_lies_beside_the_grid(tmp_path):
+    (tmp_path / "base.yaml").write_text("name: beside")
+    assert base_of(grid_of(cpu(0)), tmp_path).name == "beside"
+    with pytest.raises(UserError, match="cannot be read"):
+        base_of(grid_of(cpu(0)), tmp_path / "elsewhere")
+
+
+# ---------------------------------------------------------------------- on disk
+
+
+@pytest.fixture
+def comparison(tmp_path):
+    config = grid_of(cpu(0), cpu(1), gpu(1), repeats=2, baseline=False, storage_path=str(tmp_path / "runs"))
+    cells = plan(config, experiment(), LAPTOP)
+    return Comparison.create(config, experiment(), cells, {"argv": ["x"], "environment": {}})
+
+
+def row(cell, repeat, status="done"):
+    return CellResult(cell, repeat, status, None if status == "done" else "why", None, 1.0, now())
+
+
+def test_repeats_are_interleaved_and_skipped_cells_left_out(comparison):
+    assert [(cell.id, repeat) for cell, repeat in comparison.missing()] == [
+        ("cpu-inprocess-exact", 1), ("cpu-x1-exact", 1), ("cpu-inprocess-exact", 2), ("cpu-x1-exact", 2),
+    ]  # fmt: skip
+
+
+def test_what_is_done_is_not_missing_and_what_failed_is(comparison):
+    session = comparison.begin()
+    comparison.add(row("cpu-inprocess-exact", 1), session)
+    comparison.add(row("cpu-x1-exact", 1, "failed"), session)
+    left = [(cell.id, repeat) for cell, repeat in comparison.missing()]
+    assert left == [("cpu-x1-exact", 1), ("cpu-inprocess-exact", 2), ("cpu-x1-exact", 2)]
+    comparison.add(row("cpu-x1-exact", 1), session)
+    assert len(comparison.rows()) == 2
+
+
+def test_a_row_of_a_killed_driver_is_not_taken(comparison):
+    old = comparison.begin()
+    comparison.begin()
+    comparison.add(row("cpu-x1-exact", 1), old)
+    assert comparison.rows() == []
+
+
+def test_the_saved_grid_reads_back_and_repeats(comparison):
+    again = load(comparison.root / "compare.yaml", kind=CompareConfig)
+    assert base_of(again, comparison.root) == experiment()
+    assert [c.id for c in plan(again, experiment(), LAPTOP)] == [c.id for c in comparison.cells()]
+
+
+def test_a_newer_layout_is_refused(comparison):
+    comparison.meta_path.write_text(json.dumps({**comparison.meta(), "layout": 2}))
+    with pytest.raises(UserError, match="layout 2 is newer"):
+        Comparison.find(str(comparison.root), comparison.root.parent)
+
+
+def test_find_by_part_of_the_name(comparison):
+    storage = comparison.root.parent
+    assert Comparison.find(comparison.id[-4:], storage).id == comparison.id
+    with pytest.raises(UserError, match="no comparison 'nope'"):
+        Comparison.find("nope", storage)
+
+
+def test_only_one_driver_at_a_time(comparison):
+    code = "import fcntl, sys, time; f = open(sys.argv[1], 'a'); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True);"
+    lock = str(comparison.root / "driver.lock")
+    with subprocess.Popen(
+        [sys.executable, "-c", f"{code} time.sleep(60)", lock], stdout=subprocess.PIPE
+    ) as other:  # fmt: skip
+        other.stdout.readline()
+        try:
+            with pytest.raises(UserError, match="another process is running it"):
+                grid.go(comparison)
+        finally:
+            other.kill()
+
+
+def test_a_dead_run_is_buried_and_kept(comparison):
+    cell = next(c for c in comparison.cells() if c.skip is None)
+    run = Run.create(parse({**cell.config, "storage_path": str(comparison.cells_path)}, ExperimentConfig, "x"), argv=[])
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    run.update(pid=gone.pid)
+    session = comparison.begin()
+    for one, repeat in comparison.missing():
+        comparison.add(row(one.id, repeat), session)
+    grid.go(comparison)
+    assert run.meta()["status"] == "stopped"
+    assert "measured anew" in run.meta()["error"]
+    assert comparison.meta()["status"] == "done"
+
+
+def test_workers_find_their_cores_free():
+    cells = {cell.id: cell for cell in plan(grid_of(cpu(0), cpu(2), gpu(0)), experiment(), CLUSTER)}
+    held = {name: grid.resources(cell, "node:1", 16) for name, cell in cells.items()}
+    assert held["cpu-x2-exact"] == {"node:1": grid.SHARE}
+    assert held["cpu-inprocess-exact"]["CPU"] == 16
+    assert held["gpu-inprocess-exact"]["GPU"] == 1
+    assert held["gpu-plain"]["GPU"] == 1
+
+
+def test_a_cell_that_fails_is_a_row_with_its_error(comparison):
+    cell = next(c for c in comparison.cells() if c.workers == 0)
+    broken = {**cell.config, "data": {"name": "folder", "root": "/nowhere"}}
+    made = grid.measure(comparison, type(cell)(**{**as_words(cell), "config": broken}), 1)
+    assert made.status == "failed"
+    assert "/nowhere" in made.error
+    assert made.run is None
+
+
+def as_words(cell):
+    return {name: getattr(cell, name) for name in cell.__dataclass_fields__}
+
+
+def test_wrong_data_stops_before_the_first_cell(tmp_path):
+    base = experiment(data={"name": "folder", "root": str(tmp_path / "none")})
+    config = grid_of(cpu(0), storage_path=str(tmp_path / "runs"))
+    with pytest.raises(UserError, match="none"):
+        grid.start(config, base, plan(config, base, LAPTOP), argv=[])
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_grid_without_any_cell_is_refused(tmp_path):
+    config = grid_of(gpu(8), storage_path=str(tmp_path / "runs"))
+    with pytest.raises(UserError, match="8 GPUs asked"):
+        grid.start(config, experiment(), plan(config, experiment(), LAPTOP), argv=[])
+    assert not (tmp_path / "runs").exists()
+
+
+def test_dry_run_shows_the_plan_and_makes_nothing(tmp_path, alone):
+    (tmp_path / "base.yaml").write_text("name: base\n")
+    (tmp_path / "grid.yaml").write_text(
+        "base: base.yaml\nscaling: [{num_workers: 1, use_gpu: false}, {num_workers: 64, use_gpu: true}]\n"
+    )
+    command = [sys.executable, "-m", "rayexp", "compare", "grid.yaml", "repeats=1", "--dry-run", "--json"]
+    done = subprocess.run(command, cwd=tmp_path, env=alone, capture_output=True, text=True, check=True)
+    cells = {cell["id"]: cell for cell in json.loads(done.stdout)["cells"]}
+    assert cells["cpu-x1-exact"]["skip"] is None
+    assert "64 GPUs asked" in cells["gpu-x64-exact"]["skip"]
+    assert not (tmp_path / "runs").exists()
