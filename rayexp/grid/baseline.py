@@ -1,6 +1,6 @@
 """The yardstick: an ordinary single-process PyTorch script of the same model, data, batch and optimizer.
 
-    python -m rayexp.grid.baseline PAYLOAD.json        (run, config, device, started)
+    python -m rayexp.grid.baseline JOB.json        (a WorkerJob: its run, config, device and started)
 
 It is what one would write without rayexp, after pytorch/examples `imagenet/main.py` and `word_language_model/main.py`:
 torchvision's transforms in a DataLoader, one forward and backward for the whole batch, torch.optim. It uses nothing of
@@ -27,9 +27,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rayexp.config import ExperimentConfig, parse
+from rayexp.config import ExperimentConfig
 from rayexp.data import ImageSplit, open_data
+from rayexp.launch.job import WorkerJob
 from rayexp.runs.records import EpochRecord
+from rayexp.system.clock import since
 from rayexp.system.cores import cores
 from rayexp.workloads.image_classification.workload import MEAN, STD, Options, build
 
@@ -180,10 +182,9 @@ def optimizer_of(config: ExperimentConfig, model: nn.Module) -> torch.optim.Opti
 
 
 def main(argv: list[str]) -> int:
-    """Train as the payload says."""
-    payload = json.loads(Path(argv[0]).read_text())
-    run, config = Path(payload["run"]), parse(payload["config"], ExperimentConfig, "config")
-    device = torch.device(payload["device"])
+    """Train as the job says."""
+    job = WorkerJob.read(Path(argv[0]))
+    run, config, device = job.run, job.config, torch.device(job.device)
     torch.manual_seed(config.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
     torch.backends.cudnn.benchmark = True
@@ -219,8 +220,8 @@ def main(argv: list[str]) -> int:
             values = [len(targets), round(clock - marks[0], 6), *spans]
             for column, value in zip(columns.values(), values, strict=True):
                 column.append(value)
-            if done == 0:
-                startup = {"startup_seconds": {"to_first_step": time.monotonic() - payload["started"]}}
+            if done == 0 and job.started is not None:
+                startup = {"startup_seconds": {"to_first_step": since(job.started)}}
                 (run / "startup.json").write_text(json.dumps(startup))
             done += 1
             if os.getppid() != parent:

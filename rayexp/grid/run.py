@@ -15,17 +15,19 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rayexp.config import CompareConfig, ExperimentConfig, parse
 from rayexp.errors import RunError, UserError
 from rayexp.grid.comparison import PLAIN, Cell, CellResult, Comparison
 from rayexp.grid.plan import base_of, plan, with_overrides
 from rayexp.grid.screen import Follower, callback
+from rayexp.launch.job import WorkerJob
 from rayexp.launch.placement import Node
 from rayexp.launch.screen import chatter_to
 from rayexp.runs.run import Run
 from rayexp.system import spawn
+from rayexp.system.clock import mark
 from rayexp.system.disk import now
 from rayexp.system.locks import only_driver
 from rayexp.system.signals import ending, handled
@@ -288,7 +290,9 @@ def measure(comparison: Comparison, cell: Cell, repeat: int) -> CellResult:
     return CellResult(cell.id, repeat, "failed" if error else "done", error, mine[-1] if mine else None, wall, now())
 
 
-def plain(config: ExperimentConfig, device: str, argv: Sequence[str], started: float, parent: str) -> Run:
+def plain(
+    config: ExperimentConfig, device: Literal["cpu", "cuda"], argv: Sequence[str], started: float, parent: str
+) -> Run:
     """The plain PyTorch script as a process of its own, its record in an ordinary run directory.
 
     Raises:
@@ -299,11 +303,10 @@ def plain(config: ExperimentConfig, device: str, argv: Sequence[str], started: f
         return _plain(made, config, device, started)
 
 
-def _plain(made: Run, config: ExperimentConfig, device: str, started: float) -> Run:
+def _plain(made: Run, config: ExperimentConfig, device: Literal["cpu", "cuda"], started: float) -> Run:
     made.logs.mkdir()
-    payload = {"run": str(made.root), "config": config.model_dump(mode="json"), "device": device, "started": started}
-    path, out = made.root / "payload.json", made.logs / "plain.out"
-    path.write_text(json.dumps(payload))
+    job = WorkerJob(run=made.root, config=config, device=device, started=mark(started))
+    path, out = job.write(), made.logs / "plain.out"
     # Ray sets the thread count for its own processes; a script from the shell would not have it.
     inherited = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     with out.open("wb") as file:

@@ -14,7 +14,7 @@ import shutil
 import signal
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rayexp.cluster import surroundings
@@ -23,6 +23,7 @@ from rayexp.config import ExperimentConfig, passed_over
 from rayexp.data import open_data
 from rayexp.errors import HeadLostError, Stopped, UserError
 from rayexp.launch import placement as planning
+from rayexp.launch.job import WorkerJob
 from rayexp.launch.placement import Placement
 from rayexp.launch.screen import chatter_to, screen
 from rayexp.launch.stopping import Stopping, stoppable
@@ -78,18 +79,27 @@ def run(
     with _driving(made, fresh=resume is None) as driver, stoppable(made) as stopping:
         if resume is not None:
             _reopen(made, config, argv)
-        payload = {
-            "run": str(made.root),
-            "config": config.model_dump(mode="json"),
-            "started": began,
-            "max_steps": max_steps,
-            "trace": trace,
-            "measure_link": parent is not None,
-            "timeout_s": TIMEOUT_S,
-            "driver": driver.token,
-        }
+
+        def job(plan: Placement, nodes: int) -> WorkerJob:
+            """The job of an attempt with that plan, on so many machines."""
+            return WorkerJob(
+                run=made.root,
+                config=config,
+                device="cuda" if plan.gpu else "cpu",
+                cpus=plan.cpus,
+                started=began,
+                max_steps=max_steps,
+                trace=trace,
+                measure_link=parent is not None,
+                timeout_s=TIMEOUT_S,
+                driver=driver.token,
+                nonce=secrets.token_hex(8),
+                nodes=nodes,
+                shared_gpu=0 < plan.gpus < 1,
+            )
+
         try:
-            status = _supervise(made, config, payload, address, console, stopping)
+            status = _supervise(made, config, job, address, console, stopping)
         except BaseException as error:
             if _status(made) == "done":
                 return made  # a signal, or the end of its Ray, that comes after the run's own changes nothing
@@ -226,7 +236,7 @@ def outline(config: ExperimentConfig, address: str | None = None) -> dict[str, A
 def _supervise(
     run: Run,
     config: ExperimentConfig,
-    payload: dict[str, Any],
+    job: Callable[[Placement, int], WorkerJob],
     address: str | None,
     console: Console | None,
     stopping: Stopping,
@@ -243,7 +253,7 @@ def _supervise(
         plan = planning.make(config, [here()])
         with screen(run, console) as shown:
             stopping.say = shown.say
-            return attempt(run, payload | _placed(plan))
+            return attempt(run, job(plan, 1))
     surroundings.ray_address(address)  # where nobody answers, that is said before anything is imported
     drive_module = _imported("rayexp.launch.on_ray.supervise")
     with chatter_to(run.logs / "ray.log", console), screen(run, console) as shown, drive_module as imports:
@@ -270,7 +280,7 @@ def _supervise(
 
             shown.phase("starting workers")
             with watched(own_ray, run, stopping, last) as watch:
-                return drive(run, config, payload, _placed, shown, stopping, own_ray, watch)
+                return drive(run, config, job, shown, stopping, own_ray, watch)
 
 
 @contextlib.contextmanager
@@ -283,12 +293,3 @@ def _imported(module: str) -> Iterator[threading.Thread]:
         yield thread
     finally:
         thread.join()
-
-
-def _placed(plan: Placement) -> dict[str, Any]:
-    return {
-        "device": "cuda" if plan.gpu else "cpu",
-        "cpus": plan.cpus,
-        "shared_gpu": 0 < plan.gpus < 1,
-        "nonce": secrets.token_hex(8),
-    }

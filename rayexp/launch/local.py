@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Mapping
-from typing import Any
 
 from rayexp.errors import RunError, UserError
+from rayexp.launch.job import WorkerJob
 from rayexp.launch.placement import Node
 from rayexp.runs.run import Run
 from rayexp.runs.writer import RunWriter
@@ -20,7 +19,7 @@ def here() -> Node:
     return Node("this machine", cores(), runtime.gpus())
 
 
-def attempt(run: Run, payload: Mapping[str, Any]) -> str:
+def attempt(run: Run, job: WorkerJob) -> str:
     """Train from where the run stands; returns `done` or `stopped`.
 
     Raises:
@@ -32,7 +31,7 @@ def attempt(run: Run, payload: Mapping[str, Any]) -> str:
 
     recorder = RunWriter(run)
     try:
-        return work(payload, WorkerGroup, recorder, runtime.device(payload["device"]), world_size=0)
+        return work(job, WorkerGroup, recorder, runtime.device(job.device), world_size=0)
     except (UserError, RunError):
         raise
     except OSError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -10,9 +9,9 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from rayexp.errors import RunError
+from rayexp.launch.job import WorkerJob
 from rayexp.system import spawn
 
 
@@ -40,22 +39,20 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def start(payload: Mapping[str, Any], world: int) -> list[subprocess.Popen[bytes]]:
+def start(job: WorkerJob, world: int) -> list[subprocess.Popen[bytes]]:
     """Start the workers; rank r's output goes to logs/rank_<r>.out of the run."""
-    run = Path(payload["run"])
-    (run / "logs").mkdir(exist_ok=True)
-    (run / "payload.json").write_text(json.dumps(payload))
+    (job.run / "logs").mkdir(exist_ok=True)
+    path = job.write()
     address = f"127.0.0.1:{free_port()}"
     # gloo otherwise looks up this host's name, which need not resolve.
     loopback = {"GLOO_SOCKET_IFNAME": "lo"} if Path("/sys/class/net/lo").exists() else {}
     workers: list[subprocess.Popen[bytes]] = []
     try:
         for rank in range(world):
-            with (run / "logs" / f"rank_{rank}.out").open("ab") as out:
-                words = (str(run / "payload.json"), str(rank), str(world), address)
+            with (job.run / "logs" / f"rank_{rank}.out").open("ab") as out:
                 workers.append(
                     subprocess.Popen(
-                        spawn.command("rayexp.launch.worker", *words),
+                        spawn.command("rayexp.launch.worker", str(path), str(rank), str(world), address),
                         stdout=out,
                         stderr=subprocess.STDOUT,
                         env={**os.environ, **loopback},
@@ -67,8 +64,8 @@ def start(payload: Mapping[str, Any], world: int) -> list[subprocess.Popen[bytes
     return workers
 
 
-def wait(payload: Mapping[str, Any], workers: list[subprocess.Popen[bytes]]) -> None:
-    """Wait for all workers; if one fails, or this is interrupted, end the others.
+def wait(run: Path, workers: list[subprocess.Popen[bytes]]) -> None:
+    """Wait for all workers of a run directory; if one fails, or this is interrupted, end the others.
 
     Raises:
         WorkersFailedError: a worker failed; the line ends with the last line it printed.
@@ -82,7 +79,7 @@ def wait(payload: Mapping[str, Any], workers: list[subprocess.Popen[bytes]]) -> 
         _end(workers)
     if codes:
         rank, code = min(codes.items(), key=lambda each: (each[1] != -signal.SIGKILL, each[0]))
-        out = Path(payload["run"]) / "logs" / f"rank_{rank}.out"
+        out = run / "logs" / f"rank_{rank}.out"
         lines = out.read_text(errors="replace").strip().splitlines() or ["no output"]
         raise WorkersFailedError(f"worker {rank} ended with {code}: {lines[-1]} (see {out})", codes)
 

@@ -26,6 +26,7 @@ from rayexp.config import ExperimentConfig, parse
 from rayexp.errors import RunError, Stopped, UserError
 from rayexp.launch import processes
 from rayexp.launch.driver import run as train
+from rayexp.launch.job import WorkerJob
 from rayexp.launch.local import here
 from rayexp.launch.screen import chatter_to
 from rayexp.runs.run import Run
@@ -250,17 +251,17 @@ class _Bench:
     def _processes(self, config: ExperimentConfig, workers: int) -> Run:
         made = Run.create(config, argv=["verify"])
         node = here()
-        payload = {
-            "run": str(made.root),
-            "config": config.absolute().model_dump(mode="json"),
-            "device": "cuda" if node.gpus and config.scaling.use_gpu is not False else "cpu",
-            "cpus": max(1, node.cpus // workers),
-            "max_steps": self.steps,
-            "trace": True,
-        }
+        job = WorkerJob(
+            run=made.root.absolute(),
+            config=config.absolute(),
+            device="cuda" if node.gpus and config.scaling.use_gpu is not False else "cpu",
+            cpus=max(1, node.cpus // workers),
+            max_steps=self.steps,
+            trace=True,
+        )
         for left in reversed(range(config.max_failures + 1)):
             try:
-                processes.wait(payload, processes.start(payload, workers))
+                processes.wait(job.run, processes.start(job, workers))
                 return made
             except processes.WorkersFailedError as error:
                 if not left or not error.killed:

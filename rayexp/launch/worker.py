@@ -1,20 +1,6 @@
 """What every worker does, wherever it runs: open the data, take up the newest state, train, and let rank 0 write.
 
-What comes in is plain JSON:
-    run        absolute path of the run directory (on the driver's host)
-    config     the resolved configuration
-    device     "cpu" or "cuda"
-    cpus       cores this worker may use (null: all it can see)
-    started    when the command began (clock.mark)
-    max_steps  stop after that many steps of the whole run (null: train to the end)
-    trace      whether to hash every tensor after every step (for `rayexp verify`)
-    measure_link  whether to time bare all-reductions before training (for `rayexp compare`)
-    timeout_s  how long workers that have joined wait for one that says nothing
-and for workers on Ray:
-    driver     the driver's hold of the run's lock (locks.Driver.token), without which they write no more
-    nonce      this attempt's, by which a worker knows the driver's own run directory
-    nodes      how many machines there are
-    shared_gpu whether several workers share one
+What comes in is a `WorkerJob` (launch.job).
 """
 
 from __future__ import annotations
@@ -37,7 +23,7 @@ from typing import Any
 import torch
 
 from rayexp import workloads
-from rayexp.config import ExperimentConfig, parse, passed_over
+from rayexp.config import passed_over
 from rayexp.engine import checkpoint, link, runtime
 from rayexp.engine.checkpoint import TENSORS, WORDS, CheckpointWriter, State
 from rayexp.engine.fingerprint import differences, fingerprint
@@ -49,15 +35,15 @@ from rayexp.engine.workload import Workload
 from rayexp.errors import UserError
 from rayexp.launch.alike import WorkerInfo, everyone, unlike, unlike_weights
 from rayexp.launch.fence import end_with_parent
+from rayexp.launch.job import WorkerJob
 from rayexp.runs.manifest import digest
 from rayexp.runs.writer import RunWriter
 
 PROGRESS_SECONDS = 0.3
-TIMEOUT_S = 1800.0
 
 
 def work(
-    payload: Mapping[str, Any],
+    job: WorkerJob,
     join: Callable[[], WorkerGroup],
     pen: RunWriter,
     device: torch.device,
@@ -67,7 +53,7 @@ def work(
     """Train as one worker of a group; returns `done` or `stopped`.
 
     Args:
-        payload: see the head of this file.
+        job: what to train, and how.
         join: joins the group. Called when this worker's data is there: it may have to pack it first, for as long as
             that takes, and the others' patience with a silent worker begins when all have joined.
         pen: only rank 0 writes with it; every rank logs. Anything with a Recorder's methods will do.
@@ -80,13 +66,13 @@ def work(
         RunError: training cannot go on.
     """
     entered = time.monotonic()
-    config = parse(payload["config"], ExperimentConfig, "config")
+    config = job.config
     try:
-        with runtime.configure(config, device, config.shards // world, payload.get("cpus")) as settled:
+        with runtime.configure(config, device, config.shards // world, job.cpus) as settled:
             workload = workloads.open_workload(config)
             group = join()
             size = group.world if world_size is None else world_size
-            return _Worker(payload, config, group, pen, settled, workload, size, entered).run()
+            return _Worker(job, group, pen, settled, workload, size, entered).run()
     except RuntimeError as error:
         operation, found, _ = str(error).partition(" does not have a deterministic implementation")
         if not found:
@@ -100,8 +86,7 @@ def work(
 class _Worker:
     def __init__(
         self,
-        payload: Mapping[str, Any],
-        config: ExperimentConfig,
+        job: WorkerJob,
         group: WorkerGroup,
         pen: RunWriter,
         settled: Runtime,
@@ -109,7 +94,7 @@ class _Worker:
         world_size: int,
         entered: float,
     ) -> None:
-        self.payload, self.config, self.group, self.pen = payload, config, group, pen
+        self.job, self.config, self.group, self.pen = job, job.config, group, pen
         self.place, self.workload, self.world_size, self.entered = settled, workload, world_size, entered
         self.lead = group.rank == 0
         self.described = self.workload.describe()
@@ -131,7 +116,7 @@ class _Worker:
         self._resume()
         workers = self._compare()
         measured = None
-        if self.payload.get("measure_link") and self.group.world > 1:
+        if self.job.measure_link and self.group.world > 1:
             measured = link.measure(self.group, self.place, self.session.stepper.exchange_bytes)
         if self.lead:
             self._begin(measured, workers)
@@ -242,7 +227,7 @@ class _Worker:
     # ------------------------------------------------------------------ while it runs
 
     def _wish(self) -> ControlFlags:
-        last = self.payload.get("max_steps")
+        last = self.job.max_steps
         stop = last is not None and self.session.global_step + 1 >= last
         if not self.lead:
             return ControlFlags(stop, False)
@@ -252,8 +237,8 @@ class _Worker:
 
     def _step(self, event: StepDone) -> None:
         if event.first and self.lead:
-            self.pen.first_step(self.payload.get("started"), time.monotonic() - self.entered)
-        if self.payload.get("trace"):
+            self.pen.first_step(self.job.started, time.monotonic() - self.entered)
+        if self.job.trace:
             self._trace(event)  # before the snapshot: a step that is saved is not done again
         every = self.config.checkpoint.every_steps
         due = event.save or (every is not None and self.session.global_step % every == 0)
@@ -320,7 +305,7 @@ class _Worker:
             self.pen.epoch(row, files, judged, {"epoch": record.epoch, **steps})
 
         self.writer.submit(write)
-        if record.epoch == 1 and not self.payload.get("trace"):
+        if record.epoch == 1 and not self.job.trace:
             # In the background and after the first epoch: a picture must not disturb the first steps' times.
             model = copy.deepcopy(self.session.master.model).cpu().eval()
             self.writer.submit(lambda: self.pen.graph(graph_events(model, self.workload.example())))
@@ -373,18 +358,18 @@ def graph_events(model: torch.nn.Module, example: tuple[Any, ...]) -> bytes:
 
 
 def main(argv: list[str]) -> None:
-    """`python -m rayexp.launch.worker PAYLOAD.json RANK WORLD HOST:PORT`: one worker of launch.processes."""
+    """`python -m rayexp.launch.worker JOB.json RANK WORLD HOST:PORT`: one worker of launch.processes."""
     from rayexp.runs.run import Run
 
     end_with_parent()
-    payload = json.loads(Path(argv[0]).read_text())
+    job = WorkerJob.read(Path(argv[0]))
     rank, world = int(argv[1]), int(argv[2])
-    there = runtime.gpus() if payload["device"] == "cuda" else 0
-    device = runtime.device(payload["device"], rank % max(1, there))
+    there = runtime.gpus() if job.device == "cuda" else 0
+    device = runtime.device(job.device, rank % max(1, there))
     # NCCL refuses two workers on one GPU.
     backend = "nccl" if 1 < world <= there else "gloo"
-    meet = functools.partial(join, world, rank, argv[3], payload.get("timeout_s", TIMEOUT_S), backend, device)
-    work(payload, meet, RunWriter(Run(Path(payload["run"]))), device, world)
+    meet = functools.partial(join, world, rank, argv[3], job.timeout_s, backend, device)
+    work(job, meet, RunWriter(Run(job.run)), device, world)
     sys.stdout.flush()
     sys.stderr.flush()
     # All is written. Taking down gloo's threads in turn aborts now and then when another worker is gone already.

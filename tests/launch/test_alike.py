@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -19,6 +18,7 @@ from rayexp.config import ExperimentConfig
 from rayexp.engine.runtime import cpu_capability
 from rayexp.launch.alike import WorkerInfo, unlike, unlike_weights
 from rayexp.launch.driver import run as train
+from rayexp.launch.job import WorkerJob
 from rayexp.launch.processes import free_port
 from rayexp.runs.run import Run
 
@@ -64,17 +64,10 @@ def test_other_weights_are_named() -> None:
 class Workers:
     """Two worker processes of one run, each with an environment of its own."""
 
-    def __init__(self, config: ExperimentConfig, *environments: dict[str, str], **payload: Any) -> None:
+    def __init__(self, config: ExperimentConfig, *environments: dict[str, str], **fields: Any) -> None:
         self.run = Run.create(config, argv=["test"])
         self.run.logs.mkdir(exist_ok=True)
-        path = self.run.root / "payload.json"
-        fields = {
-            "run": str(self.run.root),
-            "config": config.absolute().model_dump(mode="json"),
-            "device": "cpu",
-            "cpus": 1,
-        }
-        path.write_text(json.dumps(fields | payload))
+        path = WorkerJob(run=self.run.root, config=config.absolute(), device="cpu", cpus=1, **fields).write()
         address = f"127.0.0.1:{free_port()}"
         self.processes = [
             subprocess.Popen(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ import pytest
 
 from rayexp.config import ExperimentConfig
 from rayexp.launch import processes
+from rayexp.launch.job import WorkerJob
 from rayexp.launch.processes import WorkersFailedError
 from rayexp.runs.run import Run
 from rayexp.system import spawn
@@ -33,7 +33,7 @@ def failed(root: Path, workers: Sequence[subprocess.Popen[bytes]]) -> WorkersFai
     for rank in range(len(workers)):
         (root / "logs" / f"rank_{rank}.out").write_text(f"some\nlast words of {rank}\n")
     with pytest.raises(WorkersFailedError) as caught:
-        processes.wait({"run": str(root)}, list(workers))
+        processes.wait(root, list(workers))
     assert all(worker.returncode is not None for worker in workers)
     return caught.value
 
@@ -58,7 +58,7 @@ def test_those_that_are_ended_here_were_not_killed(tmp_path: Path) -> None:
 
 
 def test_all_well(tmp_path: Path) -> None:
-    processes.wait({"run": str(tmp_path)}, start(DONE, DONE))
+    processes.wait(tmp_path, start(DONE, DONE))
 
 
 def test_an_interruption_ends_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,18 +68,15 @@ def test_an_interruption_ends_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     workers = start(LASTS, LASTS)
     monkeypatch.setattr(time, "sleep", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        processes.wait({"run": str(tmp_path)}, workers)
+        processes.wait(tmp_path, workers)
     assert [worker.returncode for worker in workers] == [-9, -9]
 
 
 def test_a_worker_ends_with_its_parent(tmp_path: Path, tiny: Callable[..., ExperimentConfig]) -> None:
     config = tiny()
-    payload = {"run": str(Run.create(config, argv=[]).root), "config": config.model_dump(mode="json"), "device": "cpu"}
-    (tmp_path / "payload.json").write_text(json.dumps(payload))
+    job = WorkerJob(run=Run.create(config, argv=[]).root, config=config, device="cpu").write()
     # The other worker never comes, so this one would wait.
-    worker = spawn.command(
-        "rayexp.launch.worker", str(tmp_path / "payload.json"), "0", "2", f"127.0.0.1:{processes.free_port()}"
-    )
+    worker = spawn.command("rayexp.launch.worker", str(job), "0", "2", f"127.0.0.1:{processes.free_port()}")
     code = f"import subprocess\nworker = subprocess.Popen({worker!r})\nprint(worker.pid, flush=True)\nworker.wait()"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None

@@ -10,9 +10,8 @@ import pty
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -20,6 +19,7 @@ from rayexp.config import ExperimentConfig
 from rayexp.errors import HeadLostError, RunError, Stopped, UserError
 from rayexp.launch import local, stopping
 from rayexp.launch.driver import run
+from rayexp.launch.job import WorkerJob
 from rayexp.launch.stopping import Stopping, stoppable
 from rayexp.runs.run import Run
 from rayexp.runs.writer import RunWriter
@@ -204,8 +204,8 @@ def after(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
     real = local.attempt
 
     def end(error: BaseException) -> None:
-        def attempt(made: Run, payload: Mapping[str, Any]) -> str:
-            real(made, payload)
+        def attempt(made: Run, job: WorkerJob) -> str:
+            real(made, job)
             raise error
 
         monkeypatch.setattr(local, "attempt", attempt)
@@ -240,7 +240,7 @@ def test_nothing_that_can_be_resumed_is_removed(
 def test_anything_that_training_has_made_is_kept(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    def attempt(made: Run, payload: Mapping[str, Any]) -> str:
+    def attempt(made: Run, job: WorkerJob) -> str:
         (made.root / what).mkdir(parents=True)
         (made.root / what / "a").touch()
         raise UserError("wrong")
@@ -252,7 +252,7 @@ def test_anything_that_training_has_made_is_kept(
 
 
 def test_the_last_word_does_not_hide_what_ended_the_run(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    def attempt(made: Run, payload: Mapping[str, Any]) -> str:
+    def attempt(made: Run, job: WorkerJob) -> str:
         raise RunError("the network is gone")
 
     def full(*_: object) -> None:

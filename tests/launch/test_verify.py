@@ -77,7 +77,7 @@ FAULTS = {
         "rayexp.engine.order",
         """
     key = module.key
-    rank = int(sys.argv[2]) if "payload.json" in " ".join(sys.argv) else 0
+    rank = int(sys.argv[2]) if "job.json" in " ".join(sys.argv) else 0
     def planted(seed, purpose, *numbers):
         return key(seed, purpose, *numbers, *([rank] * (purpose == "augment" and rank > 0)))
     module.key = planted

@@ -13,6 +13,7 @@ import pytest
 import rayexp
 from rayexp.config import ExperimentConfig, parse
 from rayexp.launch import processes
+from rayexp.launch.job import WorkerJob
 from rayexp.runs.run import Run
 from rayexp.system import spawn
 
@@ -62,8 +63,8 @@ def test_a_worker_trains_in_such_a_directory(hostile: Path, monkeypatch: pytest.
     }
     monkeypatch.chdir(hostile)
     run = Run.create(parse(config, ExperimentConfig, ""), argv=[])
-    payload = {"run": str(run.root), "config": config, "device": "cpu", "max_steps": 1}
-    processes.wait(payload, processes.start(payload, 1))
+    job = WorkerJob(run=run.root, config=run.config(), device="cpu", max_steps=1)
+    processes.wait(job.run, processes.start(job, 1))
     assert run.meta()["status"] == "stopped"
 
 

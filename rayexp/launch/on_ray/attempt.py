@@ -8,7 +8,6 @@ import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Mapping
 from typing import Any
 
 import ray
@@ -23,6 +22,7 @@ from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, Wo
 
 from rayexp.errors import RunError, UserError
 from rayexp.launch.faults import LostError
+from rayexp.launch.job import WorkerJob
 from rayexp.launch.on_ray.rendezvous import Meeting
 from rayexp.launch.on_ray.session import environment, replaced
 from rayexp.launch.on_ray.train_worker import member
@@ -98,11 +98,11 @@ def _in_actor() -> bool:
     return ray.get_runtime_context().get_actor_id() is not None
 
 
-def fit(payload: Mapping[str, Any], plan: Placement, books: str) -> str:
+def fit(job: WorkerJob, plan: Placement, books: str) -> str:
     """Run the workers once; returns `done` or `stopped`.
 
     Args:
-        payload: see launch.worker and member.
+        job: what the workers train.
         plan: how many workers, and what each holds.
         books: a folder for what Ray Train writes of its own; the run directory is the truth.
 
@@ -114,7 +114,7 @@ def fit(payload: Mapping[str, Any], plan: Placement, books: str) -> str:
     with environment(_ENVIRONMENT):
         trainer = Trainer(
             member,  # type: ignore[arg-type]
-            train_loop_config=dict(payload),
+            train_loop_config=job.to_json(),
             torch_config=Meeting(),  # type: ignore[arg-type]
             scaling_config=ScalingConfig(
                 num_workers=plan.workers, use_gpu=plan.gpu, resources_per_worker=resources, placement_strategy="PACK"
@@ -176,9 +176,9 @@ def _line(error: BaseException) -> str:
 class Attempt(threading.Thread):
     """`fit` in a thread, so that the main thread keeps the screen and the signals."""
 
-    def __init__(self, payload: Mapping[str, Any], plan: Placement) -> None:
+    def __init__(self, job: WorkerJob, plan: Placement) -> None:
         super().__init__(name="fit", daemon=True)
-        self.payload, self.plan = payload, plan
+        self.job, self.plan = job, plan
         self.books = tempfile.mkdtemp(prefix="rayexp-")
         self.status = ""
         self.error: BaseException | None = None
@@ -186,7 +186,7 @@ class Attempt(threading.Thread):
     def run(self) -> None:
         """See threading.Thread."""
         try:
-            self.status = fit(self.payload, self.plan, self.books)
+            self.status = fit(self.job, self.plan, self.books)
         except BaseException as error:
             self.error = error
 

@@ -16,6 +16,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rayexp.launch.fence import Fenced
+from rayexp.launch.job import WorkerJob
 from rayexp.runs.run import Run
 from rayexp.runs.writer import RunWriter
 
@@ -80,18 +81,17 @@ def keep(run: Run, nonce: str, node: str, driver: str) -> Any:
     )
 
 
-def take(payload: Mapping[str, Any]) -> Any:
+def take(job: WorkerJob) -> Any:
     """A worker's pen: a Recorder where the driver's run directory and its lock are in sight, else a RemotePen."""
-    root = Path(payload["run"])
-    mine = Fenced(RunWriter(Run(root)), payload["driver"])
+    mine = Fenced(RunWriter(Run(job.run)), job.driver)
     try:
-        seen = (root / NONCE).read_text() == payload["nonce"]
+        seen = (job.run / NONCE).read_text() == job.nonce
     except OSError:
         seen = False
     # Not every shared file system shows another host's locks.
-    if seen and (payload["nodes"] == 1 or mine.driven()):
+    if seen and (job.nodes == 1 or mine.driven()):
         return mine
-    return RemoteWriter(ray.get_actor(_name(payload["nonce"])))
+    return RemoteWriter(ray.get_actor(_name(job.nonce)))
 
 
 def _name(nonce: str) -> str:

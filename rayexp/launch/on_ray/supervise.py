@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
-from typing import Any
 
 import ray
 
@@ -22,6 +21,7 @@ from rayexp.config import ExperimentConfig
 from rayexp.errors import HeadLostError, RunError, UserError
 from rayexp.launch import placement as planning
 from rayexp.launch.faults import LostError
+from rayexp.launch.job import WorkerJob
 from rayexp.launch.on_ray import autoscale, session
 from rayexp.launch.on_ray.attempt import Attempt
 from rayexp.launch.on_ray.head import HeadWatch
@@ -38,8 +38,7 @@ PLACE_S = 5.0  # how long one plan is given to find its places
 def drive(
     run: Run,
     config: ExperimentConfig,
-    payload: dict[str, Any],
-    placed: Callable[[Placement], dict[str, Any]],
+    make_job: Callable[[Placement, int], WorkerJob],
     shown: Screen,
     stopped: Callable[[], bool],
     own_ray: bool,
@@ -48,8 +47,7 @@ def drive(
     """Train on the connected Ray; returns `done` or `stopped`.
 
     Args:
-        payload: see launch.worker.
-        placed: the part of the payload that follows from a plan.
+        make_job: gives the job of an attempt from its plan and the number of machines.
         shown: the screen.
         stopped: whether the user asked to stop.
         own_ray: whether this Ray was started for the run.
@@ -64,10 +62,10 @@ def drive(
     # A Ray of our own has nobody else in it.
     plan = planning.make(config, session.nodes()) if own_ray else _room(config, shown, stopped)
     while True:
-        fields = placed(plan) | {"nodes": len(session.nodes())}
-        (run.root / NONCE).write_text(fields["nonce"])
-        keeper = keep(run, fields["nonce"], session.node_id(), payload["driver"]) if fields["nodes"] > 1 else None
-        attempt = Attempt(payload | fields, plan)
+        job = make_job(plan, len(session.nodes()))
+        (run.root / NONCE).write_text(job.nonce)
+        keeper = keep(run, job.nonce, session.node_id(), job.driver) if job.nodes > 1 else None
+        attempt = Attempt(job, plan)
         attempt.start()
         try:
             growing = _follow(run, config, plan, attempt, stopped, watch)

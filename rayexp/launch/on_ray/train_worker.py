@@ -7,7 +7,6 @@ import os
 import socket
 import traceback
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -15,28 +14,33 @@ import ray.train
 
 from rayexp.errors import RunError, UserError, WriteError
 from rayexp.launch.faults import LostError, peer_lost
+from rayexp.launch.job import WorkerJob
 from rayexp.launch.on_ray import remote_writer
 
 
-def member(payload: Mapping[str, Any]) -> str:
+def member(fields: Mapping[str, Any]) -> str:
     """Train as one worker; returns `done` or `stopped`.
+
+    Args:
+        fields: a WorkerJob as JSON.
 
     Raises:
         UserError, RunError: training cannot go on, and would not another time.
         LostError: another worker is gone.
     """
+    job = WorkerJob.from_json(fields)
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    mine = remote_writer.take(payload)
+    mine = remote_writer.take(job)
     try:
-        return _train(payload, rank, world, mine)
+        return _train(job, rank, world, mine)
     except UserError as error:
         mine.log(rank, traceback.format_exc())
-        where = f"node {socket.gethostname()} ({_address()}): " if payload["nodes"] > 1 else ""
+        where = f"node {socket.gethostname()} ({_address()}): " if job.nodes > 1 else ""
         raise UserError(f"{where}{error}") from None
     except WriteError as error:
         mine.log(rank, traceback.format_exc())
-        raise RunError(f"{error}; --resume {Path(payload['run']).name} goes on from the newest checkpoint") from None
+        raise RunError(f"{error}; --resume {job.run.name} goes on from the newest checkpoint") from None
     except (RunError, LostError):
         mine.log(rank, traceback.format_exc())
         raise
@@ -47,21 +51,21 @@ def member(payload: Mapping[str, Any]) -> str:
         raise RunError(f"{type(error).__name__}: {_line(error)} (rank {rank}; logs/rank_{rank}.log)") from None
 
 
-def _train(payload: Mapping[str, Any], rank: int, world: int, mine: Any) -> str:
+def _train(job: WorkerJob, rank: int, world: int, mine: Any) -> str:
     from rayexp.engine import runtime
     from rayexp.engine.group import WorkerGroup, join, leave
     from rayexp.launch.worker import work
 
-    device = runtime.device(payload["device"], _gpu(runtime.gpus()) if payload["device"] == "cuda" else 0)
+    device = runtime.device(job.device, _gpu(runtime.gpus()) if job.device == "cuda" else 0)
     meet: Callable[[], WorkerGroup] = WorkerGroup
     if world > 1:
         # NCCL refuses two workers on one GPU; gloo carries rows through host memory.
-        nccl = device.type == "cuda" and not payload["shared_gpu"]
+        nccl = device.type == "cuda" and not job.shared_gpu
         _choose_interface()
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         backend = "nccl" if nccl else "gloo"
-        meet = functools.partial(join, world, rank, address, payload["timeout_s"], backend, device)
-    status = work(payload, meet, mine, device, world)
+        meet = functools.partial(join, world, rank, address, job.timeout_s, backend, device)
+    status = work(job, meet, mine, device, world)
     leave()
     return status
 
