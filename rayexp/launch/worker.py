@@ -13,9 +13,7 @@ import json
 import os
 import socket
 import sys
-import tempfile
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -307,6 +305,8 @@ class _Worker:
         self.writer.submit(write)
         if record.epoch == 1 and not self.job.trace:
             # In the background and after the first epoch: a picture must not disturb the first steps' times.
+            from rayexp.runs.tensorboard import graph_events
+
             model = copy.deepcopy(self.session.master.model).cpu().eval()
             self.writer.submit(lambda: self.pen.graph(graph_events(model, self.workload.example())))
 
@@ -340,21 +340,6 @@ def step_times(steps: list[StepDone]) -> dict[str, Any]:
         "total": [round(step.count / step.rate, 6) for step in steps],
         **{name: [round(step.seconds[name], 6) for step in steps] for name in names},
     }
-
-
-def graph_events(model: torch.nn.Module, example: tuple[Any, ...]) -> bytes:
-    """A TensorBoard event file with the model's graph; empty where the model cannot be traced."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    # Tracing fails in many ways, and the temporary folder may be full: a missing picture must not cost a run.
-    with contextlib.suppress(Exception), tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        board = SummaryWriter(folder)
-        with contextlib.suppress(Exception):
-            board.add_graph(model, example)
-        board.close()
-        return next(Path(folder).iterdir()).read_bytes()
-    return b""
 
 
 def main(argv: list[str]) -> None:

@@ -1,10 +1,11 @@
-"""TensorBoard's event files of one run, written as they are said: no queue, no thread, and errors where they belong.
+"""TensorBoard's event files of one run, each event written at once: no queue, no thread, and an error is raised where
+it happens.
 
     tb/events.out.tfevents.<seconds>.<host>    one for each attempt; TensorBoard reads them in the order of their names
-    tb/events.out.tfevents.0.graph             the model's graph (see Recorder.graph)
+    tb/events.out.tfevents.0.graph             the model's graph (see RunWriter.graph)
     tb/hparams/                                hyperparameters with the result
 
-A later attempt begins with a mark from which TensorBoard forgets what an earlier one said of its steps.
+A later attempt begins with a mark that makes TensorBoard forget what an earlier one wrote of the steps it does again.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import logging
 import shutil
 import socket
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tensorboardX import SummaryWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.record_writer import RecordWriter
+from tensorboardX.record_writer import RecordWriter, register_writer_factory
 from tensorboardX.summary import hparams, scalar, text
 
 from rayexp.system.disk import naming
@@ -62,16 +65,16 @@ class Board:
             self.summary(step, scalar(name, value))
         self.flush()
 
-    def text(self, tag: str, words: str) -> None:
-        """A text in Markdown, of this attempt: its step counts attempts, since a mark makes nobody forget a text."""
-        self.summary(self.attempt, text(tag, words))
+    def text(self, tag: str, markdown: str) -> None:
+        """A text in Markdown. Its step is the attempt's number, since TensorBoard never forgets a text."""
+        self.summary(self.attempt, text(tag, markdown))
 
     def summary(self, step: int, summary: Any) -> None:
         """Any other summary of TensorBoard's."""
         self._write(step, summary=summary)
 
     def flush(self) -> None:
-        """Until all is on disk."""
+        """Return when all is on disk."""
         with naming(self.path):
             self._file.flush()
 
@@ -85,11 +88,63 @@ class Board:
             self._file.write(Event(wall_time=time.time(), step=step, **fields).SerializeToString())
 
 
-def write_hyperparameters(folder: Path, words: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+def graph_events(model: Any, example: tuple[Any, ...]) -> bytes:
+    """An event file with a model's graph; empty where the model cannot be traced. Imports torch.
+
+    Args:
+        model: a torch.nn.Module on the CPU.
+        example: what its forward takes.
+    """
+    file = _MemoryFile()
+    folder = f"memory:{id(file)}"
+    _in_memory[folder] = file
+    try:
+        # Tracing fails in many ways, and a missing picture must not cost a run.
+        with warnings.catch_warnings(), SummaryWriter(folder) as board:
+            warnings.simplefilter("ignore")
+            board.add_graph(model, example)
+    except Exception:
+        return b""
+    finally:
+        del _in_memory[folder]
+    return bytes(file.data)
+
+
+class _MemoryFile:
+    """What tensorboardX writes to a folder `memory:...`: there is no disk to fill, and nothing to tidy up."""
+
+    def __init__(self) -> None:
+        self.data = bytearray()
+
+    def write(self, data: bytes) -> None:
+        self.data += data
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class _MemoryFolders:
+    @staticmethod
+    def open(path: str) -> _MemoryFile:
+        return _in_memory[path.rpartition("/")[0]]
+
+    @staticmethod
+    def directory_check(path: str) -> None:
+        pass
+
+
+_in_memory: dict[str, _MemoryFile] = {}
+register_writer_factory("memory", _MemoryFolders)
+
+
+def write_hyperparameters(folder: Path, values: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
     """A row of TensorBoard's HPARAMS page; it replaces what the folder holds."""
     shutil.rmtree(folder, ignore_errors=True)
     board = Board(folder, name=f"{FILE}0.hparams")  # one name, so that a copy of the folder is brought up to date
-    for summary in hparams(dict(words), dict(metrics)):
+    for summary in hparams(dict(values), dict(metrics)):
         board.summary(0, summary)
     board.scalars(0, metrics)
     board.close()

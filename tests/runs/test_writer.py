@@ -21,6 +21,7 @@ from rayexp.errors import WriteError
 from rayexp.runs import writer as module
 from rayexp.runs.records import EpochRecord, Predictions
 from rayexp.runs.run import Run, broken
+from rayexp.runs.tensorboard import graph_events
 from rayexp.runs.writer import KEEP_SNAPSHOTS, RunWriter
 from rayexp.system import clock
 
@@ -358,3 +359,19 @@ def test_a_loss_that_is_not_finite_is_plotted_without_a_word(run: Run, caplog: p
     pen.end("done")
     assert run.records()[0].val_loss != run.records()[0].val_loss
     assert not caplog.records
+
+
+def test_the_graph_lies_beside_curves_and_text(run: Run) -> None:
+    import torch
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    pen = begun(run)
+    add(pen, 1, loss=2.0)
+    pen.graph(graph_events(torch.nn.Sequential(torch.nn.Linear(2, 3)), (torch.zeros(1, 2),)))
+    pen.graph(b"")  # could not be drawn: what is there stays
+    pen.end("done")
+    board = EventAccumulator(str(run.tb))
+    board.Reload()
+    assert any("Linear" in node.name for node in board.Graph().node)
+    assert [event.value for event in board.Scalars("loss/train")] == [2.0]
+    assert b"batch_size" in board.Tensors("config/text_summary")[0].tensor_proto.string_val[0]

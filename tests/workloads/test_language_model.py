@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rayexp.config import ExperimentConfig, parse
 from rayexp.engine.rng import Draws, adopt
 from rayexp.errors import UserError
-from rayexp.launch.worker import graph_events
+from rayexp.runs.tensorboard import graph_events
 from rayexp.workloads import open_workload
 from rayexp.workloads.language_model.transformer import rotate, rotation
 from rayexp.workloads.language_model.workload import LanguageModel
@@ -359,6 +359,11 @@ def test_tensorboard_can_draw_the_model(name: str) -> None:
     graph = graph_events(work.model().eval(), work.example())
     assert b"decoder" in graph
     assert b"encoder" in graph
+
+
+def test_a_model_that_cannot_be_drawn_has_no_graph(capfd: pytest.CaptureFixture[str]) -> None:
+    assert graph_events(torch.nn.Linear(2, 3), (torch.zeros(1, 5),)) == b""
+    assert capfd.readouterr().err == ""
 
 
 # ---------------------------------------------------------------------- wrong input
