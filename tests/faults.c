@@ -1,5 +1,7 @@
-/* Preloaded by tests: file systems that lack flock, that cannot fsync a directory, or that are full. */
+/* Preloaded by tests: file systems that lack flock, that cannot fsync a directory, or that are full; and a program that
+   has set the handler of a signal before it starts Python. */
 #include <errno.h>
+#include <signal.h>
 #include <stdlib.h>
 #include <sys/file.h>
 #include <sys/stat.h>
@@ -25,4 +27,14 @@ int fsync(int fd) {
         return -1;
     }
     return syscall(SYS_fsync, fd);
+}
+
+static void say(int number) {
+    (void)!write(2, "handled outside Python\n", 23);
+}
+
+__attribute__((constructor)) static void before_python(void) {
+    const char *number = getenv("FAULT_HANDLER");
+    if (number && *number)
+        signal(atoi(number), say);
 }

@@ -21,7 +21,8 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP"
 def handled(handler: Callable[[signal.Signals], None]) -> Iterator[None]:
     """While this lasts, the signals call the handler. Outside the main thread they are left alone.
 
-    SIGHUP stays ignored where it was: that is what `nohup` asks for.
+    SIGHUP stays ignored where it was: that is what `nohup` asks for. A signal whose handler was not set by Python stays
+    with that handler, which could not be put back.
     """
 
     def call(number: int, frame: FrameType | None) -> None:
@@ -30,7 +31,8 @@ def handled(handler: Callable[[signal.Signals], None]) -> Iterator[None]:
     before = {}
     if threading.current_thread() is threading.main_thread():
         for number in SIGNALS:
-            if number is signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:
+            present = signal.getsignal(number)
+            if present is not None and (number is signal.SIGINT or present is not signal.SIG_IGN):
                 before[number] = signal.signal(number, call)
     try:
         yield

@@ -135,6 +135,19 @@ def test_under_nohup_a_closed_terminal_is_none_of_our_business() -> None:
         signal.signal(HANGUP, before)
 
 
+def test_a_handler_from_outside_python_stays(faults: Callable[..., dict[str, str]]) -> None:
+    code = (
+        "import signal\nfrom rayexp.system import signals\n"
+        "assert signal.getsignal(signal.SIGUSR1) is None\n"
+        "with signals.handled(lambda number: print(number.name, flush=True)):\n"
+        "    signal.raise_signal(signal.SIGTERM)\n    signal.raise_signal(signal.SIGUSR1)\n"
+        "assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL\n"
+    )
+    environment = faults(handler=int(signal.SIGUSR1))
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "SIGTERM\n", "handled outside Python\n")
+
+
 def test_what_ray_makes_of_an_interruption_keeps_the_signal() -> None:
     def call_to_ray() -> None:
         try:
