@@ -20,9 +20,11 @@ class _Commands(typer.core.TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """See click; typer itself ends every interruption as Ctrl-C."""
         from rayexp.errors import Stopped
+        from rayexp.system import signals
 
         try:
-            return super().invoke(ctx)
+            with signals.ending():
+                return super().invoke(ctx)
         except Stopped as stopped:
             if str(stopped):
                 say(str(stopped))

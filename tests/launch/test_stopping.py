@@ -175,6 +175,23 @@ def test_other_commands_end_with_the_signals_code_too(tmp_path: Path, until: Unt
     assert (tmp_path / "cleaned").exists()
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_command_that_is_interrupted_within_ray_ends_with_the_signals_code(
+    tiny: Tiny, tmp_path: Path, number: int, code: int
+) -> None:
+    """`train --dry-run` and `compare` ask a Ray what it has, and its calls raise a plain KeyboardInterrupt."""
+    (tmp_path / "c.yaml").write_text(tiny().to_yaml())
+    planted = (
+        "import signal\nfrom rayexp.cli import main\nfrom rayexp.launch import driver\n"
+        "def outline(*given):\n    try:\n        signal.raise_signal({number})\n"
+        "    except KeyboardInterrupt:\n        raise KeyboardInterrupt from None\n"
+        "driver.outline = outline\nmain()"
+    )
+    command = [sys.executable, "-c", planted.format(number=int(number)), "train", "c.yaml", "--dry-run"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
+
+
 def test_one_request_may_come_as_several_signals(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     made = Run.create(tiny(), argv=[])
     now = [100.0]
