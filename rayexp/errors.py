@@ -10,14 +10,31 @@ from collections.abc import Iterable
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})  # what the system answers where there is no room left
 
 
-class UserError(Exception):
+class _LineError(Exception):
+    """An error that is told in one line.
+
+    Attributes:
+        fault: what is wrong.
+        advice: how to go on or where more is written, as the line goes on with it (`; --resume X goes on`,
+            ` (see FILE)`). It holds only while the run's directory stays.
+    """
+
+    def __init__(self, fault: object = "", advice: str = "") -> None:
+        super().__init__(str(fault), advice)
+        self.fault, self.advice = str(fault), advice
+
+    def __str__(self) -> str:
+        return self.fault + self.advice
+
+
+class UserError(_LineError):
     """The input was wrong: one line that names the key, the file or the reference, and what is allowed.
 
     The command line prints it in red and exits with 2. Never retried: the same input fails the same way.
     """
 
 
-class RunError(Exception):
+class RunError(_LineError):
     """The run or the check itself failed. The command line prints it and exits with 1."""
 
 

@@ -21,7 +21,7 @@ from rayexp.cluster import surroundings
 from rayexp.cluster.as_job import at_home, job_id
 from rayexp.config import ExperimentConfig, passed_over
 from rayexp.data import open_data
-from rayexp.errors import HeadLostError, Stopped, UserError
+from rayexp.errors import HeadLostError, RunError, Stopped, UserError
 from rayexp.launch import placement as planning
 from rayexp.launch.job import WorkerJob
 from rayexp.launch.placement import Placement
@@ -105,9 +105,10 @@ def run(
                 return made  # a signal, or the end of its Ray, that comes after the run's own changes nothing
             _fail(made, error, stopping, fresh=resume is None)
             if stopping() or isinstance(error, KeyboardInterrupt):
-                raise _stopped(made, stopping.number or int(getattr(error, "number", signal.SIGINT))) from error
+                number = stopping.number or int(getattr(error, "number", signal.SIGINT))
+                raise _stopped(made, number, _own_fault(error)) from error
             if isinstance(error, UserError | HeadLostError) and _holds_work(made):
-                raise type(error)(f"{error}; {_saved(made)}") from error
+                raise type(error)(error, f"; {_saved(made)}") from error
             raise
     if status == "stopped" and (max_steps is None or _steps_done(made) < max_steps):
         raise _stopped(made, stopping.number or signal.SIGINT)
@@ -151,7 +152,7 @@ def _fail(run: Run, error: BaseException, stopping: Stopping, fresh: bool) -> No
         if _status(run) != "stopped":
             begun = run.stepping()
             lost = "ended at once; the step that was under way is lost" if begun else "ended before its first step"
-            _finish(run, "stopped", lost)
+            _finish(run, "stopped", _own_fault(error) or lost)
     elif isinstance(error, UserError) and fresh and not _holds_work(run):
         shutil.rmtree(run.root)
     else:
@@ -178,8 +179,16 @@ def _holds_work(run: Run) -> bool:
     return run.epochs_path.exists() or any(folder.is_dir() and any(folder.iterdir()) for folder in kept)
 
 
-def _stopped(run: Run, number: int) -> Stopped:
-    return Stopped(number, f"stopped; {_saved(run)}")
+def _own_fault(error: BaseException) -> str:
+    """What went wrong with a run that was asked to stop; empty where it is only the stop's own doing, as an interrupted
+    call or a Ray that the same signal has ended."""
+    if isinstance(error, UserError | RunError) and not isinstance(error, HeadLostError):
+        return error.fault
+    return ""
+
+
+def _stopped(run: Run, number: int, fault: str = "") -> Stopped:
+    return Stopped(number, f"stopped; {fault + '; ' if fault else ''}{_saved(run)}")
 
 
 def _saved(run: Run) -> str:

@@ -36,8 +36,8 @@ def attempt(run: Run, job: WorkerJob) -> str:
         raise
     except OSError as error:
         recorder.log(0, traceback.format_exc())
-        raise RunError(f"{error}; --resume {run.id} goes on from the newest checkpoint") from error
+        raise RunError(error, f"; --resume {run.id} goes on from the newest checkpoint") from error
     except Exception as error:
         recorder.log(0, traceback.format_exc())
         line = " ".join(str(error).split())[:500]
-        raise RunError(f"{type(error).__name__}: {line} (see {run.logs / 'rank_0.log'})") from error
+        raise RunError(f"{type(error).__name__}: {line}", f" (see {run.logs / 'rank_0.log'})") from error

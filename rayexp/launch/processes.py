@@ -22,8 +22,8 @@ class WorkersFailedError(RunError):
         codes: exit codes of the workers that had ended by themselves, by rank; a signal's number is negative.
     """
 
-    def __init__(self, message: str, codes: Mapping[int, int]) -> None:
-        super().__init__(message)
+    def __init__(self, fault: str, advice: str, codes: Mapping[int, int]) -> None:
+        super().__init__(fault, advice)
         self.codes = codes
 
     @property
@@ -81,7 +81,7 @@ def wait(run: Path, workers: list[subprocess.Popen[bytes]]) -> None:
         rank, code = min(codes.items(), key=lambda each: (each[1] != -signal.SIGKILL, each[0]))
         out = run / "logs" / f"rank_{rank}.out"
         lines = out.read_text(errors="replace").strip().splitlines() or ["no output"]
-        raise WorkersFailedError(f"worker {rank} ended with {code}: {lines[-1]} (see {out})", codes)
+        raise WorkersFailedError(f"worker {rank} ended with {code}: {lines[-1]}", f" (see {out})", codes)
 
 
 def _end(workers: Sequence[subprocess.Popen[bytes]]) -> None:

@@ -217,13 +217,18 @@ class _Bench:
         """One trial from start to end."""
         self.say(f"workers {label} ...")
         config = config.model_copy(update={"storage_path": self.folder})
-        if workers and self.launcher == "processes":
-            made = self._processes(config, workers)
-        else:
-            try:
+        try:
+            if workers and self.launcher == "processes":
+                made = self._processes(config, workers)
+            else:
                 made = train(config, argv=["verify"], max_steps=self.steps, trace=True)
-            except Stopped as stopped:
-                raise Stopped(stopped.number) from stopped  # nothing to go on with: its directory is thrown away
+        # Its directory is thrown away: there is nothing to read in it, and nothing to go on with.
+        except Stopped as stopped:
+            raise Stopped(stopped.number) from stopped
+        except UserError as error:
+            raise UserError(error.fault) from error
+        except RunError as error:
+            raise RunError(error.fault) from error
         return self._read(made, label, workers)
 
     def run_killed(self, config: ExperimentConfig, label: str, workers: int, steps: int) -> Trial:

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from rayexp.errors import HeadLostError, RunError, UserError
 from rayexp.launch.doctor import examine
 from rayexp.launch.faults import peer_lost
 
@@ -18,6 +20,14 @@ def test_a_lost_peer_is_told_from_a_mistake() -> None:
     with pytest.raises(RuntimeError) as caught:
         exec(code)
     assert peer_lost(caught.value)
+
+
+@pytest.mark.parametrize("kind", [UserError, RunError, HeadLostError])
+def test_an_error_comes_whole_from_another_process(kind: type[UserError | RunError]) -> None:
+    error = pickle.loads(pickle.dumps(kind(OSError("full"), "; --resume this goes on")))
+    assert type(error) is kind
+    assert (str(error), error.fault, error.advice) == ("full; --resume this goes on", "full", "; --resume this goes on")
+    assert str(kind("full")) == "full"
 
 
 def test_doctor_finds_this_machine_in_order(tmp_path: Path) -> None:

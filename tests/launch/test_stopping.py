@@ -266,6 +266,40 @@ def test_nothing_that_can_be_resumed_is_removed(
     assert (made.meta()["status"], made.meta()["error"]) == ("failed", "data.root: not there")
 
 
+@pytest.mark.parametrize("kind", [UserError, RunError])
+def test_what_goes_wrong_in_a_run_that_was_asked_to_stop_is_told(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[UserError | RunError]
+) -> None:
+    """As a disk that is full when the last step is to be saved."""
+
+    def attempt(made: Run, job: WorkerJob) -> str:
+        RunWriter(made).progress({"step": 1})
+        signal.raise_signal(signal.SIGTERM)
+        raise kind("state.json: cannot be written", f"; --resume {made.id} goes on from the newest checkpoint")
+
+    monkeypatch.setattr(local, "attempt", attempt)
+    with pytest.raises(Stopped) as caught:
+        run(tiny(), argv=[])
+    made = only(tmp_path / "runs")
+    assert caught.value.number == signal.SIGTERM
+    assert str(caught.value) == f"stopped; state.json: cannot be written; nothing is saved yet in {made.id}"
+    assert (made.meta()["status"], made.meta()["error"]) == ("stopped", "state.json: cannot be written")
+
+
+def test_a_ray_that_the_same_signal_has_ended_is_no_error_of_the_run(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def attempt(made: Run, job: WorkerJob) -> str:
+        RunWriter(made).progress({"step": 1})
+        signal.raise_signal(signal.SIGTERM)
+        raise HeadLostError("Ray's head has ended")
+
+    monkeypatch.setattr(local, "attempt", attempt)
+    with pytest.raises(Stopped, match=r"^stopped; nothing is saved yet in"):
+        run(tiny(), argv=[])
+    assert "ended at once" in only(tmp_path / "runs").meta()["error"]
+
+
 @pytest.mark.parametrize("what", ["checkpoints/epoch_001", "checkpoints/step_00000003", "predictions", "epochs.jsonl"])
 def test_anything_that_training_has_made_is_kept(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str

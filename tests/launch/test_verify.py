@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from rayexp.config import ExperimentConfig
-from rayexp.errors import Stopped, UserError
+from rayexp.errors import HeadLostError, RunError, Stopped, UserError
 from rayexp.launch.verify import Trial, _Killer, differences, verify
 
 Tiny = Callable[..., ExperimentConfig]
@@ -180,6 +180,34 @@ def test_a_stopped_verification_offers_nothing_to_go_on_with(tiny: Tiny, monkeyp
     with pytest.raises(Stopped) as caught:
         verify(tiny(), [0, 1], launcher="processes")
     assert (caught.value.number, str(caught.value)) == (signal.SIGTERM, "")
+
+
+@pytest.mark.parametrize("workers", [[0, 1], [1, 0]])
+def test_a_failed_trial_tells_the_cause_and_names_nothing_that_is_gone(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, workers: list[int]
+) -> None:
+    """In this process and in one of its own, whose log lies in a folder that is thrown away."""
+    monkeypatch.setattr("rayexp.launch.worker.Trainer", None)
+    monkeypatch.setattr("rayexp.launch.processes.spawn.command", lambda *_: [sys.executable, "-c", "1 / 0"])
+    with pytest.raises(RunError) as caught:
+        verify(tiny(), workers, steps=2, launcher="processes")
+    expected = {
+        0: "TypeError: 'NoneType' object is not callable",
+        1: "worker 0 ended with 1: ZeroDivisionError: division by zero",
+    }
+    assert str(caught.value) == expected[workers[0]]
+
+
+@pytest.mark.parametrize("kind", [UserError, RunError, HeadLostError])
+def test_a_failed_trial_offers_nothing_to_go_on_with(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, kind: type[UserError | RunError]
+) -> None:
+    def failed(*args: Any, **fields: Any) -> None:
+        raise kind("the disk is full", "; saved up to step 2: --resume that goes on")
+
+    monkeypatch.setattr("rayexp.launch.verify.train", failed)
+    with pytest.raises(UserError if kind is UserError else RunError, match=r"^the disk is full$"):
+        verify(tiny(), [0, 1], launcher="processes")
 
 
 def test_counts_that_cannot_be_compared_are_refused(tiny: Tiny) -> None:

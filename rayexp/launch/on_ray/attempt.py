@@ -142,7 +142,7 @@ def _cause(error: TrainingFailedError) -> Exception:
             for _, failure in failures:
                 # Whatever others ran into, a worker that is gone is the reason.
                 if isinstance(failure, kind) and (kind is UserError or not dead):
-                    return kind(str(failure))
+                    return kind(failure.fault, failure.advice)
         return LostError("; ".join(f"rank {rank}: {_fate(e)}" for rank, e in dead or failures))
     if isinstance(error, ControllerError):
         return LostError(_no_start(error.controller_failure))

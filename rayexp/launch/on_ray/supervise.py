@@ -87,8 +87,8 @@ def drive(
                 raise KeyboardInterrupt
             if failures > config.max_failures:
                 raise RunError(
-                    f"workers were lost {failures} times (max_failures: {config.max_failures}); last: {attempt.error}; "
-                    f"--resume {run.id} goes on from the newest checkpoint"
+                    f"workers were lost {failures} times (max_failures: {config.max_failures}); last: {attempt.error}",
+                    f"; --resume {run.id} goes on from the newest checkpoint",
                 )
             shown.say(f"workers lost ({attempt.error}); attempt {failures + 1} of {config.max_failures + 1}")
         else:

@@ -40,7 +40,7 @@ def member(fields: Mapping[str, Any]) -> str:
         raise UserError(f"{where}{error}") from None
     except WriteError as error:
         mine.log(rank, traceback.format_exc())
-        raise RunError(f"{error}; --resume {job.run.name} goes on from the newest checkpoint") from None
+        raise RunError(error, f"; --resume {job.run.name} goes on from the newest checkpoint") from None
     except (RunError, LostError):
         mine.log(rank, traceback.format_exc())
         raise
@@ -48,7 +48,8 @@ def member(fields: Mapping[str, Any]) -> str:
         mine.log(rank, traceback.format_exc())
         if peer_lost(error):
             raise LostError("lost touch with a peer") from None
-        raise RunError(f"{type(error).__name__}: {_line(error)} (rank {rank}; logs/rank_{rank}.log)") from None
+        line = f"{type(error).__name__}: {_line(error)}"
+        raise RunError(line, f" (rank {rank}; logs/rank_{rank}.log)") from None
 
 
 def _train(job: WorkerJob, rank: int, world: int, mine: Any) -> str:
