@@ -75,9 +75,9 @@ def loop(words: dict[str, Any]) -> float:
 
     config = parse(words["config"], ExperimentConfig, "config")
     group = WorkerGroup.join() if words["world"] > 1 else WorkerGroup()
-    place = configure(config, torch.device("cpu"), config.shards // group.world, words["cpus"])
+    runtime = configure(config, torch.device("cpu"), config.shards // group.world, words["cpus"])
     rates, samples, began = [], 0, 0.0
-    for event in Trainer(config, open_workload(config), group, place).train():
+    for event in Trainer(config, open_workload(config), group, runtime).train():
         now = time.perf_counter()
         if isinstance(event, EpochDone):
             began = 0.0

@@ -84,8 +84,8 @@ def child(config: str, steps: str, *overrides: str) -> None:
     from rayexp.workloads import open_workload
 
     settings = load(config, overrides)
-    place = configure(settings, torch.device("cpu"), settings.shards)
-    session = Trainer(settings, open_workload(settings), WorkerGroup(), place)
+    runtime = configure(settings, torch.device("cpu"), settings.shards)
+    session = Trainer(settings, open_workload(settings), WorkerGroup(), runtime)
     found = []
     for event in session.train():
         if isinstance(event, StepDone):

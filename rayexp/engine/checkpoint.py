@@ -23,7 +23,7 @@ from rayexp.engine.workload import Workload
 from rayexp.errors import RunError
 from rayexp.runs.manifest import sealed
 
-TENSORS, WORDS = "state.safetensors", "state.json"
+TENSORS, FIELDS = "state.safetensors", "state.json"
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class State:
         tensors: by name, CPU or GPU, views allowed.
     """
 
-    words: dict[str, Any]
+    fields: dict[str, Any]
     tensors: dict[str, Tensor]
 
     def weights(self) -> dict[str, Tensor]:
@@ -63,22 +63,22 @@ def snapshot(state: State, buffers: dict[str, Tensor]) -> State:
             held = buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
         held.copy_(tensor)
         copies[name] = held
-    return State(dict(state.words), copies)
+    return State(dict(state.fields), copies)
 
 
-def encode(state: State, words: Mapping[str, Any] | None = None) -> dict[str, bytes]:
+def encode(state: State, fields: Mapping[str, Any] | None = None) -> dict[str, bytes]:
     """The checkpoint's files. state.json holds the hashes of the tensors and of the other file, and a seal over all of
     itself (see manifest.py)."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
     data = safetensors.torch.save(tensors)
     described = {
-        **state.words,
+        **state.fields,
         "weights_sha": sha(state.weights()),
         "state_sha": sha(state.tensors),
-        **(words or {}),
+        **(fields or {}),
         "files": {TENSORS: hashlib.sha256(data).hexdigest()},
     }
-    return {TENSORS: data, WORDS: json.dumps(sealed(described), indent=2).encode()}
+    return {TENSORS: data, FIELDS: json.dumps(sealed(described), indent=2).encode()}
 
 
 def decode(files: Mapping[str, bytes]) -> State:
@@ -88,11 +88,11 @@ def decode(files: Mapping[str, bytes]) -> State:
         RunError: a file is missing or damaged.
     """
     try:
-        words = json.loads(files[WORDS])
+        fields = json.loads(files[FIELDS])
         tensors = safetensors.torch.load(files[TENSORS])
     except Exception as error:
         raise RunError(f"checkpoint: cannot be read ({type(error).__name__}: {error})") from error
-    return State(words, tensors)
+    return State(fields, tensors)
 
 
 def load_model(workload: Workload, files: Mapping[str, bytes]) -> nn.Module:

@@ -25,7 +25,7 @@ def predict(
     workload: Workload,
     models: list[nn.Module],
     group: WorkerGroup,
-    place: Runtime,
+    runtime: Runtime,
     seen: Callable[[int, Part], None] = lambda stream, part: None,
 ) -> Predictions:
     """Predictions on the whole validation data, equal on every worker.
@@ -38,16 +38,16 @@ def predict(
     """
     mine = order.share(workload.val_streams(), group.world, group.rank)
 
-    def work(lane: int) -> list[tuple[int, Part]]:
+    def work(replica: int) -> list[tuple[int, Part]]:
         done = []
         with torch.inference_mode():
-            for stream in mine[lane :: place.lanes]:
-                part = workload.judge(models[lane], stream, place.device)
+            for stream in mine[replica :: runtime.replicas]:
+                part = workload.predict(models[replica], stream, runtime.device)
                 seen(stream, part)
                 done.append((stream, part))
         return done
 
-    parts = dict(item for lane in place.run([lambda i=i: work(i) for i in range(place.lanes)]) for item in lane)  # type: ignore[misc]
+    parts = dict(item for done in runtime.each(work) for item in done)
     if group.world > 1:
         parts = {stream: part for data in group.gather(_pack(parts)) for stream, part in _unpack(data).items()}
     return workload.predictions([parts[stream] for stream in sorted(parts)])

@@ -233,41 +233,41 @@ class Assembly:
     Args:
         lanes: how many lanes fill `held`, each with its part of the tree in order.
         touched: parts of the row of which only these rows are sent.
-        side_by_side: runs one task a lane (`Place.run`).
+        each: calls a function with every replica's number, side by side (`Runtime.each`).
     """
 
     def __init__(
         self,
         plan: ExchangePlan,
         exchange: Exchange | AllReduce,
-        lanes: int,
+        replicas: int,
         touched: Sequence[Touched],
-        side_by_side: Callable[[Sequence[Callable[[], None]]], object],
+        each: Callable[[Callable[[int], object]], object],
     ) -> None:
-        self.plan, self.exchange, self.touched, self.side_by_side = plan, exchange, touched, side_by_side
-        self.waits = [list(plan.waits) for _ in range(lanes)]
-        self.held: list[list[tuple[Node, GradientBuffer]]] = [[] for _ in range(lanes)]
-        self._own: list[dict[int, list[tuple[Node, Tensor]]]] = [{} for _ in range(lanes)]
+        self.plan, self.exchange, self.touched, self.each = plan, exchange, touched, each
+        self.waits = [list(plan.waits) for _ in range(replicas)]
+        self.held: list[list[tuple[Node, GradientBuffer]]] = [[] for _ in range(replicas)]
+        self._own: list[dict[int, list[tuple[Node, Tensor]]]] = [{} for _ in range(replicas)]
         self._next = 0
         self._lock = threading.Lock()
 
-    def passed(self, lane: int, parameter: int) -> None:
+    def passed(self, replica: int, parameter: int) -> None:
         """The lane's last pass has completed a parameter's gradient."""
-        waits = self.waits[lane]
+        waits = self.waits[replica]
         for bucket in self.plan.of[parameter]:
             waits[bucket] -= 1
-        self._merge(lane, [bucket for bucket in self.plan.of[parameter] if waits[bucket] == 0])
+        self._merge(replica, [bucket for bucket in self.plan.of[parameter] if waits[bucket] == 0])
 
-    def ended(self, lane: int) -> None:
+    def ended(self, replica: int) -> None:
         """The lane's last pass has ended."""
-        self._merge(lane, [bucket for bucket in self.plan.order if bucket not in self._own[lane]])
+        self._merge(replica, [bucket for bucket in self.plan.order if bucket not in self._own[replica]])
 
-    def _merge(self, lane: int, buckets: Sequence[int]) -> None:
+    def _merge(self, replica: int, buckets: Sequence[int]) -> None:
         for bucket in buckets:
             where = self.exchange.buckets[bucket]
-            own = self._tree((node, row.tensor[where]) for node, row in self.held[lane])
+            own = self._tree((node, row.tensor[where]) for node, row in self.held[replica])
             with self._lock:
-                self._own[lane][bucket] = own
+                self._own[replica][bucket] = own
         if self.exchange.group.world > 1:
             with self._lock:
                 self._send()
@@ -293,10 +293,10 @@ class Assembly:
     def finish(self) -> Tensor:
         """The root of the tree, the same bits on every worker: in the first row that was held."""
         root = self.held[0][0][1].tensor
-        lanes, buckets = len(self.held), len(self.exchange.buckets)
-        if self.exchange.group.world == 1 and lanes > 1:
+        replicas, buckets = len(self.held), len(self.exchange.buckets)
+        if self.exchange.group.world == 1 and replicas > 1:
             # Nothing leaves, so lanes need not wait for each other before: they share what is left.
-            self.side_by_side([lambda i=i: [self._across(b) for b in range(i, buckets, lanes)] for i in range(lanes)])  # type: ignore[misc]
+            self.each(lambda replica: [self._across(b) for b in range(replica, buckets, replicas)])
         packed = [self._pack(i, part) for i, part in enumerate(self.touched)]
         self.exchange.finish()
         for part, rows in zip(self.touched, packed, strict=True):

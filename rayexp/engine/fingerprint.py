@@ -33,13 +33,13 @@ _CHOICES = (
 _GPU_CHOICES = re.compile(r"NVIDIA_TF32_OVERRIDE|TORCH_ALLOW_TF32_CUBLAS_OVERRIDE|CUBLASLT_\w+|CUDNN_\w*HEUR\w*")
 
 
-def fingerprint(place: Runtime) -> dict[str, Any]:
+def fingerprint(runtime: Runtime) -> dict[str, Any]:
     """What the bits depend on, as plain values by name; calls the probe, which takes some milliseconds."""
-    cuda = place.device.type == "cuda"
+    cuda = runtime.device.type == "cuda"
     choices = (*_CHOICES, _GPU_CHOICES) if cuda else _CHOICES
     variables = {k: v for k, v in sorted(os.environ.items()) if any(choice.fullmatch(k) for choice in choices)}
     return {
-        "device": _gpu(place.device) if cuda else f"cpu {platform.machine()} {cpu_capability()}",
+        "device": _gpu(runtime.device) if cuda else f"cpu {platform.machine()} {cpu_capability()}",
         # A GPU computes the same whatever processor feeds it.
         "cpu": None if cuda else processor(),
         "torch": torch.__version__,
@@ -47,9 +47,9 @@ def fingerprint(place: Runtime) -> dict[str, Any]:
         "cuda": torch.version.cuda if cuda else None,
         "cudnn": torch.backends.cudnn.version() if cuda else None,  # type: ignore[no-untyped-call]
         "libraries": _libraries(),
-        "threads_per_lane": place.threads,
+        "threads_per_lane": runtime.threads,
         "environment": " ".join(f"{name}={value}" for name, value in variables.items()) or None,
-        "probe": place.run([lambda: probe(place.device)])[0],
+        "probe": runtime.run([lambda: probe(runtime.device)])[0],
     }
 
 

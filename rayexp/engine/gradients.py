@@ -128,7 +128,7 @@ class Master:
         for slot in layout.stats:
             slot.view(self.keep).fill_(1 - momentum[slot.name])
 
-    def judge(self) -> nn.Module:
+    def eval_model(self) -> nn.Module:
         """A model in eval mode that looks into the master: always the present weights and running statistics."""
         model = copy.deepcopy(self.model)
         for slot in self.layout.params:
@@ -222,14 +222,14 @@ class ReplicaModel:
     """
 
     def __init__(self, master: Master) -> None:
-        self.model = copy.deepcopy(master.model).train()
+        self.module = copy.deepcopy(master.model).train()
         layout = master.layout
-        owners = [_owner(self.model, slot.name) for slot in layout.params]
+        owners = [_owner(self.module, slot.name) for slot in layout.params]
         self._parameters: list[nn.Parameter] = [getattr(module, name) for module, name in owners]
         for parameter, slot in zip(self._parameters, layout.params, strict=True):
             parameter.data = slot.view(master.params)
-        self._buffers = [_owner(self.model, slot.name) for slot in layout.stats]
-        for module in self.model.modules():
+        self._buffers = [_owner(self.module, slot.name) for slot in layout.stats]
+        for module in self.module.modules():
             if isinstance(module, _BatchNorm):
                 module.momentum = 1.0
                 module.num_batches_tracked = None
@@ -247,7 +247,7 @@ class ReplicaModel:
 
         Args:
             zeroed: parameters whose gradients in the row are zero. The others are written over by the next pass, which
-                saves zeroing them and adding to zeros; `settle` must follow it. None: all are, and add up.
+                saves zeroing them and adding to zeros; `finish_pass` must follow it. None: all are, and add up.
         """
         self._row = row
         for i, (parameter, gradient) in enumerate(zip(self._parameters, row.gradients, strict=True)):
@@ -256,7 +256,7 @@ class ReplicaModel:
         for (module, name), stat in zip(self._buffers, row.stats, strict=True):
             module._buffers[name] = stat
 
-    def settle(self) -> None:
+    def finish_pass(self) -> None:
         """A pass has ended: zero the gradients of parameters that it did not use."""
         for parameter, gradient in zip(self._parameters, self._row.gradients, strict=True):
             parameter.uses = 0  # type: ignore[attr-defined]

@@ -13,7 +13,7 @@ from rayexp.engine.runtime import Runtime
 SMALL = 64  # bytes
 
 
-def measure(group: WorkerGroup, place: Runtime, size: int) -> dict[str, float]:
+def measure(group: WorkerGroup, runtime: Runtime, size: int) -> dict[str, float]:
     """Median seconds of adding up `size` bytes over the workers, and of a few bytes; every worker must call it.
 
     Returns:
@@ -21,14 +21,14 @@ def measure(group: WorkerGroup, place: Runtime, size: int) -> dict[str, float]:
     """
     found: dict[str, float] = {}
     for name, many, times in (("", size, 5), ("small_", SMALL, 30)):
-        row = torch.zeros(many // 4, device=place.device)
+        row = torch.zeros(many // 4, device=runtime.device)
         spans = []
         for _ in range(times + 1):
             group.barrier()
-            place.synchronize()
+            runtime.synchronize()
             start = time.perf_counter()
             group.sum(row)()
-            place.synchronize()
+            runtime.synchronize()
             spans.append(time.perf_counter() - start)
         found |= {f"{name}bytes": row.numel() * 4, f"{name}seconds": statistics.median(spans[1:])}
     return found

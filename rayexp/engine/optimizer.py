@@ -53,7 +53,7 @@ class Optimizer:
             self.chunks += [(slice(a, b), decay) for a, b in itertools.pairwise(cuts) if a < b]
 
     def update(
-        self, row: Tensor, count: float, lr: float, step: int, place: Runtime, touched: Sequence[Touched] = ()
+        self, row: Tensor, count: float, lr: float, step: int, runtime: Runtime, touched: Sequence[Touched] = ()
     ) -> None:
         """One step. The gradient in the row (the SUM over samples) is divided by `count` and clipped in place.
 
@@ -69,28 +69,27 @@ class Optimizer:
         sparse = [(t.rows, t.matrix(self.params, self.layout.head), t.matrix(row)) for t in touched if self.rows_alone]
         gathered = [_Part(weight[rows], grad[rows], {}, 0.0) for rows, weight, grad in sparse]
         parts += gathered
-        lanes = range(place.lanes)
         scale = 1.0 / count if count else 0.0
         if self.config.clip is not None:
             norms: list[Tensor] = [gradient] * len(parts)
 
-            def measure(lane: int) -> None:
-                for i in range(lane, len(parts), place.lanes):
+            def measure(replica: int) -> None:
+                for i in range(replica, len(parts), runtime.replicas):
                     norms[i] = torch.linalg.vector_norm(parts[i].gradient, dtype=torch.float64)
 
-            place.run([lambda lane=lane: measure(lane) for lane in lanes])  # type: ignore[misc]
+            runtime.each(measure)
             # As torch.nn.utils.clip_grad_norm_: the factor is at most 1; NaN stays NaN.
             norm = math.sqrt(sum(n * n for n in torch.stack(norms).tolist())) * scale
             factor = self.config.clip / (norm + 1e-6)
             scale *= factor if not factor >= 1 else 1.0
 
-        def advance(lane: int) -> None:
+        def advance(replica: int) -> None:
             with torch.no_grad():
-                for part in parts[lane :: place.lanes]:
+                for part in parts[replica :: runtime.replicas]:
                     part.gradient.mul_(scale)
                     self._advance(part, lr, step)
 
-        place.run([lambda lane=lane: advance(lane) for lane in lanes])  # type: ignore[misc]
+        runtime.each(advance)
         for part, (rows, weight, _) in zip(gathered, sparse, strict=True):
             weight.index_copy_(0, rows, part.params)
 

@@ -29,16 +29,16 @@ class Replica:
         keep_apart: Callable[[nn.Module, Draws], None] | None,
         compiled: bool = False,
     ) -> None:
-        self.master, self.shares = master, workload.shares_rows
+        self.master, self.shares = master, workload.shares_buffer
         self.draws = Draws()
-        self.replica = ReplicaModel(master)
-        adopt(self.replica.model, self.draws, workload.batch_dim)
+        self.model = ReplicaModel(master)
+        adopt(self.model.module, self.draws, workload.batch_dim)
         if keep_apart is not None:
-            keep_apart(self.replica.model, self.draws)
-        self.forward: nn.Module = torch.compile(self.replica.model, dynamic=False) if compiled else self.replica.model  # type: ignore[assignment]
-        self.keeping: list[Any] = [m for m in self.replica.model.modules() if hasattr(m, "begin_step")]
+            keep_apart(self.model.module, self.draws)
+        self.forward: nn.Module = torch.compile(self.model.module, dynamic=False) if compiled else self.model.module  # type: ignore[assignment]
+        self.keeping: list[Any] = [m for m in self.model.module.modules() if hasattr(m, "begin_step")]
         self.passed: Callable[[int], None] | None = None
-        self.replica.watch(lambda parameter: self.passed(parameter) if self.passed else None)
+        self.model.watch(lambda parameter: self.passed(parameter) if self.passed else None)
         self._spare: list[GradientBuffer] = []
 
     def take(self, touched: Sequence[Touched]) -> GradientBuffer:
@@ -49,7 +49,7 @@ class Replica:
             row.clear(touched)
         else:
             row.tensor.zero_()
-        self.replica.bind(row, {part.parameter for part in touched} if self.shares else None)
+        self.model.bind(row, {part.parameter for part in touched} if self.shares else None)
         return row
 
     def give(self, row: GradientBuffer) -> None:
@@ -62,18 +62,18 @@ class Replica:
         return len(self._spare)
 
 
-def begin_step(lanes: Sequence[Replica], place: Runtime) -> None:
+def begin_step(replicas: Sequence[Replica], runtime: Runtime) -> None:
     """The weights have changed: modules that keep something made from them make it anew.
 
     Such a module has `begin_step()` and leaves what it made in `kept`, which its twins on the other lanes share.
     """
-    twins = list(zip(*(lane.keeping for lane in lanes), strict=True))
+    twins = list(zip(*(replica.keeping for replica in replicas), strict=True))
 
     def work(number: int) -> None:
-        for first, *others in twins[number :: len(lanes)]:
+        for first, *others in twins[number :: len(replicas)]:
             first.begin_step()
             for other in others:
                 other.kept = first.kept
 
     if twins:
-        place.run([lambda i=i: work(i) for i in range(len(lanes))])  # type: ignore[misc]
+        runtime.each(work)

@@ -7,6 +7,7 @@ number of lanes a worker computes its shards on.
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import platform
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from rayexp.config import ExperimentConfig
 from rayexp.system.cores import cores
 
-THREADS_PER_LANE = 1
+THREADS_PER_REPLICA = 1
 _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 T = TypeVar("T")
 
@@ -38,7 +39,7 @@ class Runtime:
     """
 
     device: torch.device
-    lanes: int
+    replicas: int
     threads: int
     pool: ThreadPoolExecutor | None
     before: _Settings
@@ -61,6 +62,10 @@ class Runtime:
             if error is not None:
                 raise error
         return [f.result() for f in futures]
+
+    def each(self, work: Callable[[int], T]) -> list[T]:
+        """`work(0)` to `work(replicas - 1)` side by side, as `run` does it."""
+        return self.run([functools.partial(work, replica) for replica in range(self.replicas)])
 
     def synchronize(self) -> None:
         """Wait for the GPU, so that a clock read now is honest."""
@@ -150,16 +155,16 @@ def configure(config: ExperimentConfig, device: torch.device, shards: int, cpus:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.cuda.reset_peak_memory_stats(device)
-        torch.set_num_threads(THREADS_PER_LANE)
-        return Runtime(device, 1, THREADS_PER_LANE, None, before)
-    lanes = lanes_of(config, shards, cpus)
-    threads = _budget(cpus) if config.reduction == "ddp" else THREADS_PER_LANE
+        torch.set_num_threads(THREADS_PER_REPLICA)
+        return Runtime(device, 1, THREADS_PER_REPLICA, None, before)
+    replicas = replicas_of(config, shards, cpus)
+    threads = _budget(cpus) if config.reduction == "ddp" else THREADS_PER_REPLICA
     set_threads(threads)
-    pool = ThreadPoolExecutor(lanes, "lane", initializer=set_threads, initargs=(threads,)) if lanes > 1 else None
-    return Runtime(device, lanes, threads, pool, before)
+    pool = ThreadPoolExecutor(replicas, "lane", initializer=set_threads, initargs=(threads,)) if replicas > 1 else None
+    return Runtime(device, replicas, threads, pool, before)
 
 
-def lanes_of(config: ExperimentConfig, shards: int, cpus: float | None = None) -> int:
+def replicas_of(config: ExperimentConfig, shards: int, cpus: float | None = None) -> int:
     """Lanes of a worker on the CPU (arguments as for `settle`)."""
     return 1 if config.reduction == "ddp" else min(config.scaling.lanes or _budget(cpus), shards)
 

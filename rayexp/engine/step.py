@@ -28,7 +28,7 @@ from rayexp.engine.reduction import Forest, Node, total
 from rayexp.engine.replica import Replica, begin_step
 from rayexp.engine.runtime import Runtime, upload
 from rayexp.engine.shardwise import can, shardwise
-from rayexp.engine.workload import Batch, Carry, Workload
+from rayexp.engine.workload import Batch, RecurrentState, Workload
 
 TOGETHER = 2
 """At most 2^this shards go through the model together: more gain nothing, and their activations take memory."""
@@ -49,7 +49,7 @@ class StepResult:
 
     loss: float
     count: int
-    wish: ControlFlags
+    flags: ControlFlags
     seconds: dict[str, float]
 
 
@@ -69,27 +69,29 @@ class Stepper:
         master: Master,
         optimizer: Optimizer,
         group: WorkerGroup,
-        place: Runtime,
+        runtime: Runtime,
     ) -> None:
         self.config, self.workload, self.master, self.optimizer = config, workload, master, optimizer
-        self.group, self.place = group, place
+        self.group, self.runtime = group, runtime
         self.exact = config.reduction == "exact"
         self.shards = order.share(config.shards, group.world, group.rank)
-        on_cpu = place.device.type == "cpu"
+        on_cpu = runtime.device.type == "cpu"
         self.together = self.exact and on_cpu and config.precision == "fp32" and workload.together and can(master.model)
         keep_apart = shardwise if self.together else None if self.exact else per_shard
-        self.lanes = [Replica(master, workload, keep_apart, config.compile and not on_cpu) for _ in range(place.lanes)]
+        self.replicas = [
+            Replica(master, workload, keep_apart, config.compile and not on_cpu) for _ in range(runtime.replicas)
+        ]
         # Whether shards of these sizes have the same bits together as one by one.
         self.tried: dict[tuple[int, ...], bool] = {}
-        self.carries: dict[int, Carry] = {}
+        self.recurrent_states: dict[int, RecurrentState] = {}
         self.fresh = not (config.compile and not on_cpu)  # what is compiled is not watched: it would be compiled twice
         length, without = master.layout.row, self._touched(1, 0)
         self.exchange: Exchange | AllReduce = AllReduce(group, length, without=without)
         if self.exact:
-            self.exchange = Exchange(group, config.shards, length, place.device, without=without)
+            self.exchange = Exchange(group, config.shards, length, runtime.device, without=without)
         self.plan = ExchangePlan(master.layout, self.exchange)
 
-    def __call__(self, epoch: int, step: int, global_step: int, lr: float, wish: ControlFlags) -> StepResult:
+    def __call__(self, epoch: int, step: int, global_step: int, lr: float, flags: ControlFlags) -> StepResult:
         """Run one step.
 
         Args:
@@ -100,20 +102,20 @@ class Stepper:
         """
         clock = [time.perf_counter()]
         if step == 0:
-            self.carries = {}
+            self.recurrent_states = {}
         seconds = _Seconds()
-        begin_step(self.lanes, self.place)
+        begin_step(self.replicas, self.runtime)
         touched = self._touched(epoch, step)
         watched = self._watch()
-        row = (self._exact if self.exact else self._ddp)(epoch, step, touched, wish, seconds, clock)
+        row = (self._exact if self.exact else self._ddp)(epoch, step, touched, flags, seconds, clock)
         if watched is not None:
             self._hold_to(*watched, epoch, step)
-        self.place.synchronize()
+        self.runtime.synchronize()
         clock.append(time.perf_counter())
         loss, count, shards, stops, saves = self.master.layout.tail(row).tolist()
-        self.optimizer.update(row, count, lr, global_step + 1, self.place, touched)
+        self.optimizer.update(row, count, lr, global_step + 1, self.runtime, touched)
         self.master.update_stats(row, shards)
-        self.place.synchronize()
+        self.runtime.synchronize()
         clock.append(time.perf_counter())
         spans = [b - a for a, b in itertools.pairwise(clock)]
         phases = {
@@ -132,7 +134,7 @@ class Stepper:
         return 4 * (self.master.layout.row - saved)
 
     def _touched(self, epoch: int, step: int) -> list[Touched]:
-        return touched(self.workload, self.master.layout, self.place.device, epoch, step)
+        return touched(self.workload, self.master.layout, self.runtime.device, epoch, step)
 
     # ------------------------------------------------------------------ the first step
 
@@ -142,53 +144,53 @@ class Stepper:
         if not first:
             return None
         known = {slot.name for slot in self.master.layout.stats}
-        return FirstStep(self.lanes[0].replica.model, known), generators(self.place.device)
+        return FirstStep(self.replicas[0].model.module, known), generators(self.runtime.device)
 
     def _hold_to(self, first: FirstStep, before: list[Tensor], epoch: int, step: int) -> None:
         """Refuse the model where it does what the engine cannot keep (UserError)."""
         first.end()
-        if self.exact and moved(before, self.place.device):
-            lane, carries = self.lanes[0], dict(self.carries)
+        if self.exact and moved(before, self.runtime.device):
+            replica, recurrent_states = self.replicas[0], dict(self.recurrent_states)
             shards = range(self.shards.start, self.shards.start + 1)
 
             def run() -> None:
                 row = GradientBuffer(
                     self.master.layout, self.master.device
                 )  # the step's result is in a row that was given back
-                lane.replica.bind(row, None)
-                self._pass(lane, row, epoch, step, shards, ControlFlags(), _Seconds())
+                replica.model.bind(row, None)
+                self._pass(replica, row, epoch, step, shards, ControlFlags(), _Seconds())
 
-            refuse_drawing(lane.replica.model, self.place.device, lambda: self.place.run([run]))
-            self.carries = carries
+            refuse_drawing(replica.model.module, self.runtime.device, lambda: self.runtime.run([run]))
+            self.recurrent_states = recurrent_states
 
     # ------------------------------------------------------------------ exact
 
     def _exact(
-        self, epoch: int, step: int, touched: list[Touched], wish: ControlFlags, seconds: _Seconds, clock: list[float]
+        self, epoch: int, step: int, touched: list[Touched], flags: ControlFlags, seconds: _Seconds, clock: list[float]
     ) -> Tensor:
-        assembly = Assembly(self.plan, self.exchange, len(self.lanes), touched, self.place.run)
+        assembly = Assembly(self.plan, self.exchange, len(self.replicas), touched, self.runtime.each)
 
         def work(number: int) -> _Seconds:
-            lane, spent = self.lanes[number], _Seconds()
-            forest = Forest[GradientBuffer](self.config.shards, _add, lane.give)
+            replica, spent = self.replicas[number], _Seconds()
+            forest = Forest[GradientBuffer](self.config.shards, _add, replica.give)
             runs = self._runs(number, epoch, step)
             for node, passes in runs:
-                row = lane.take(touched)
+                row = replica.take(touched)
                 for shards in passes:
                     if (node, shards) == (runs[-1][0], passes[-1]):
                         assembly.held[number] = [*forest.nodes(), (node, row)]
-                        lane.passed = lambda parameter: assembly.passed(number, parameter)
-                    self._pass(lane, row, epoch, step, shards, wish, spent)
+                        replica.passed = lambda parameter: assembly.passed(number, parameter)
+                    self._pass(replica, row, epoch, step, shards, flags, spent)
                 if node != runs[-1][0]:
                     forest.push(node, row)
-            lane.passed = None
+            replica.passed = None
             assembly.ended(number)
             return spent
 
-        for spent in self.place.run([lambda i=i: work(i) for i in range(len(self.lanes))]):  # type: ignore[misc]
-            seconds.data += spent.data / len(self.lanes)
-            seconds.transfer += spent.transfer / len(self.lanes)
-        self.place.synchronize()
+        for spent in self.runtime.each(work):
+            seconds.data += spent.data / len(self.replicas)
+            seconds.transfer += spent.transfer / len(self.replicas)
+        self.runtime.synchronize()
         clock.append(time.perf_counter())
         root = assembly.finish()
         for held in assembly.held:
@@ -196,9 +198,9 @@ class Stepper:
                 self._recycle(row)
         return root
 
-    def _runs(self, lane: int, epoch: int, step: int) -> list[tuple[Node, list[range]]]:
+    def _runs(self, replica: int, epoch: int, step: int) -> list[tuple[Node, list[range]]]:
         """A lane's passes, and the nodes of the tree whose rows they fill."""
-        part = order.share(len(self.shards), len(self.lanes), lane)
+        part = order.share(len(self.shards), len(self.replicas), replica)
         at, stop = self.shards.start + part.start, self.shards.start + part.stop
         highest = TOGETHER if self.together else 1
         runs: list[tuple[Node, list[range]]] = []
@@ -206,12 +208,12 @@ class Stepper:
             level = 0
             while level < highest and at % (2 << level) == 0 and at + (2 << level) <= stop:
                 level += 1
-            while level > 1 and not self._alike(self.lanes[lane], epoch, step, range(at, at + (1 << level))):
+            while level > 1 and not self._alike(self.replicas[replica], epoch, step, range(at, at + (1 << level))):
                 level -= 1
             shards = range(at, at + (1 << level))
-            if self.together and self._alike(self.lanes[lane], epoch, step, shards):
+            if self.together and self._alike(self.replicas[replica], epoch, step, shards):
                 runs.append(((level, at >> level), [shards]))
-            elif level == 1 and self.workload.shares_rows:
+            elif level == 1 and self.workload.shares_buffer:
                 # Accumulation into a row is the tree's addition: the right sibling may go into the left one's row, and
                 # no zeroing and no adding is in between.
                 runs.append(((level, at >> level), [range(shard, shard + 1) for shard in shards]))
@@ -220,7 +222,7 @@ class Stepper:
             at = shards.stop
         return runs
 
-    def _alike(self, lane: Replica, epoch: int, step: int, shards: range) -> bool:
+    def _alike(self, replica: Replica, epoch: int, step: int, shards: range) -> bool:
         """Whether these shards have the same bits together as one by one. What kernels do depends on the sizes alone,
         so sizes are tried once, with the first data that has them."""
         sizes = self.workload.sizes(step, shards)
@@ -229,30 +231,30 @@ class Stepper:
             for passes in ([shards], [range(shard, shard + 1) for shard in shards]):
                 forest = Forest[GradientBuffer](len(passes), _add)
                 for i, one in enumerate(passes):
-                    row = lane.take(())
-                    self._pass(lane, row, epoch, step, one, ControlFlags(), _Seconds())
+                    row = replica.take(())
+                    self._pass(replica, row, epoch, step, one, ControlFlags(), _Seconds())
                     forest.push((0, i), row)
                 found.append(forest.root().tensor.view(torch.int32))
             self.tried[sizes] = torch.equal(*found)
         return len(sizes) == 1 or self.tried[sizes]
 
     def _recycle(self, row: GradientBuffer) -> None:
-        min(self.lanes, key=lambda lane: lane.spares).give(row)
+        min(self.replicas, key=lambda replica: replica.spares).give(row)
 
     # ------------------------------------------------------------------ ddp
 
     def _ddp(
-        self, epoch: int, step: int, touched: list[Touched], wish: ControlFlags, seconds: _Seconds, clock: list[float]
+        self, epoch: int, step: int, touched: list[Touched], flags: ControlFlags, seconds: _Seconds, clock: list[float]
     ) -> Tensor:
-        lane = self.lanes[0]
-        assembly = Assembly(self.plan, self.exchange, 1, touched, self.place.run)
-        row = lane.take(touched)
+        replica = self.replicas[0]
+        assembly = Assembly(self.plan, self.exchange, 1, touched, self.runtime.each)
+        row = replica.take(touched)
         assembly.held[0] = [((0, 0), row)]
-        lane.passed = lambda parameter: assembly.passed(0, parameter)
-        self.place.run([lambda: self._pass(lane, row, epoch, step, self.shards, wish, seconds)])
-        lane.passed = None
+        replica.passed = lambda parameter: assembly.passed(0, parameter)
+        self.runtime.run([lambda: self._pass(replica, row, epoch, step, self.shards, flags, seconds)])
+        replica.passed = None
         assembly.ended(0)
-        self.place.synchronize()
+        self.runtime.synchronize()
         clock.append(time.perf_counter())
         root = assembly.finish()
         self._recycle(row)
@@ -262,44 +264,44 @@ class Stepper:
 
     def _pass(
         self,
-        lane: Replica,
+        replica: Replica,
         row: GradientBuffer,
         epoch: int,
         step: int,
         shards: range,
-        wish: ControlFlags,
+        flags: ControlFlags,
         seconds: _Seconds,
     ) -> None:
         """Add the sum over these shards to the row."""
         start = time.perf_counter()
-        batch = self.workload.batch(epoch, step, shards, self.place.device)
+        batch = self.workload.batch(epoch, step, shards, self.runtime.device)
         seconds.data += time.perf_counter() - start
         keys = [order.key(self.config.seed, "dropout", epoch, step, shard) for shard in shards]
-        lane.draws.begin(keys, batch.sizes, self.place.device)
-        carry = self._carry(shards, batch.sizes)
+        replica.draws.begin(keys, batch.sizes, self.runtime.device)
+        state = self._state_of(shards, batch.sizes)
         layout = self.master.layout
         rest = row.rest
         before = rest.clone()
         rest.zero_()
         if self.together:
-            losses, after = self._apart(lane, batch), carry
+            losses, after = self._apart(replica, batch), state
         else:
             with self.autocast():
-                loss, after = self.workload.loss(lane.forward, batch, carry)
+                loss, after = self.workload.loss(replica.forward, batch, state)
             losses = [loss]
         torch.autograd.backward(losses)
-        lane.replica.settle()
-        self._keep(shards, batch.sizes, after)
+        replica.model.finish_pass()
+        self._keep_states(shards, batch.sizes, after)
         tail = layout.tail(row.tensor)
         tail[0].copy_(total(loss.detach() for loss in losses))
         # Filled: a GPU would be waited for before a tensor of ours could be copied there.
-        for i, value in enumerate((batch.count, len(shards), wish.stop, wish.save), 1):
+        for i, value in enumerate((batch.count, len(shards), flags.stop, flags.save), 1):
             tail[i].fill_(float(value))
         torch.add(before, rest, out=rest)
 
-    def _apart(self, lane: Replica, batch: Batch) -> list[Tensor]:
+    def _apart(self, replica: Replica, batch: Batch) -> list[Tensor]:
         """The losses of shards that go through the model together, each by itself."""
-        outputs, sizes = lane.forward(*batch.inputs), list(batch.sizes)
+        outputs, sizes = replica.forward(*batch.inputs), list(batch.sizes)
         losses = []
         for part, targets in zip(torch.split(outputs, sizes), torch.split(batch.targets, sizes), strict=True):
             one = Batch((part,), targets, (len(part),), len(part))
@@ -311,26 +313,26 @@ class Stepper:
         if self.config.precision == "bf16":
             # The cache of cast weights is one for all threads: a lane that ends empties it under the others, and a
             # weight that is then cast twice rounds its gradient twice.
-            return torch.autocast(self.place.device.type, torch.bfloat16, cache_enabled=False)
+            return torch.autocast(self.runtime.device.type, torch.bfloat16, cache_enabled=False)
         return nullcontext()
 
-    def _carry(self, shards: range, sizes: Sequence[int]) -> Carry:
+    def _state_of(self, shards: range, sizes: Sequence[int]) -> RecurrentState:
         for shard, size in zip(shards, sizes, strict=True):
-            if shard not in self.carries:
-                self.carries[shard] = self.workload.carry(size, self.place.device)
-        found = [self.carries[shard] for shard in shards]
+            if shard not in self.recurrent_states:
+                self.recurrent_states[shard] = self.workload.initial_state(size, self.runtime.device)
+        found = [self.recurrent_states[shard] for shard in shards]
         if len(found) == 1:
             return found[0]
         return {name: torch.cat([c[name] for c in found], self.workload.batch_dim) for name in found[0]}
 
-    def _keep(self, shards: range, sizes: Sequence[int], after: Carry) -> None:
+    def _keep_states(self, shards: range, sizes: Sequence[int], after: RecurrentState) -> None:
         if len(shards) == 1:
-            self.carries[shards[0]] = after
+            self.recurrent_states[shards[0]] = after
             return
         dim = self.workload.batch_dim
         parts = {name: torch.split(tensor, list(sizes), dim) for name, tensor in after.items()}
         for i, shard in enumerate(shards):
-            self.carries[shard] = {name: part[i].contiguous() for name, part in parts.items()}
+            self.recurrent_states[shard] = {name: part[i].contiguous() for name, part in parts.items()}
 
 
 def touched(workload: Workload, layout: ParameterLayout, device: torch.device, epoch: int, step: int) -> list[Touched]:

@@ -69,15 +69,15 @@ class EpochDone:
 class Trainer:
     """A run in memory: the master weights, the optimizer, and where the run stands."""
 
-    def __init__(self, config: ExperimentConfig, workload: Workload, group: WorkerGroup, place: Runtime) -> None:
-        self.config, self.workload, self.group, self.place = config, workload, group, place
+    def __init__(self, config: ExperimentConfig, workload: Workload, group: WorkerGroup, runtime: Runtime) -> None:
+        self.config, self.workload, self.group, self.runtime = config, workload, group, runtime
         model = workload.model()
         self.layout = ParameterLayout(model, config.shards, config.optimizer.decay_norm_and_bias)
-        self.master = Master(model, self.layout, place.device)
-        sparse = touched(workload, self.layout, place.device, 1, 0)
+        self.master = Master(model, self.layout, runtime.device)
+        sparse = touched(workload, self.layout, runtime.device, 1, 0)
         self.optimizer = Optimizer(config, self.layout, self.master.params, sparse)
-        self.stepper = Stepper(config, workload, self.master, self.optimizer, group, place)
-        self.judges = [self.master.judge() for _ in range(place.lanes)]
+        self.stepper = Stepper(config, workload, self.master, self.optimizer, group, runtime)
+        self.eval_models = [self.master.eval_model() for _ in range(runtime.replicas)]
         self.steps = workload.steps()
         self.schedule = Schedule(config, self.steps)
         self.epoch = 0  # finished epochs
@@ -95,14 +95,14 @@ class Trainer:
         """Everything needed to go on from here, as views. Inside an epoch, every worker must call it (carried state is
         gathered)."""
         state = self.replicated()
-        return State(state.words, state.tensors | self._gather_carries()) if self.step else state
+        return State(state.fields, state.tensors | self._gather_recurrent_states()) if self.step else state
 
     def replicated(self) -> State:
         """`state` without what only the worker of a shard has."""
         tensors: dict[str, Tensor] = {f"model.{n}": t for n, t in self.master.tensors(self.global_step).items()}
         for buffer, flat in self.optimizer.state.items():
             tensors |= {f"optimizer.{buffer}.{n}": t for n, t in self.master.named(flat)}
-        words = {
+        fields = {
             "epoch": self.epoch,
             "step": self.global_step,
             "step_in_epoch": self.step,
@@ -111,7 +111,7 @@ class Trainer:
             "loss_sum": self.loss_sum,
             "loss_count": self.loss_count,
         }
-        return State(words, tensors)
+        return State(fields, tensors)
 
     def load(self, state: State) -> None:
         """Go on from a state.
@@ -119,9 +119,9 @@ class Trainer:
         Raises:
             RunError: the state is of another model or another length of epoch, or lacks something.
         """
-        words = state.words
-        if words.get("steps") != self.steps:
-            raise RunError(f"checkpoint: an epoch had {words.get('steps')} steps there and has {self.steps} here")
+        fields = state.fields
+        if fields.get("steps") != self.steps:
+            raise RunError(f"checkpoint: an epoch had {fields.get('steps')} steps there and has {self.steps} here")
         try:
             self.master.load(state.weights())
             for buffer, flat in self.optimizer.state.items():
@@ -130,23 +130,25 @@ class Trainer:
         except (KeyError, RuntimeError) as error:
             raise RunError(f"checkpoint: does not fit this model ({error})") from error
         try:
-            self.epoch, self.step = words["epoch"], words["step_in_epoch"]
-            self.loss_sum, self.loss_count = words["loss_sum"], words["loss_count"]
-            self.schedule.load(words["schedule"])
+            self.epoch, self.step = fields["epoch"], fields["step_in_epoch"]
+            self.loss_sum, self.loss_count = fields["loss_sum"], fields["loss_count"]
+            self.schedule.load(fields["schedule"])
         except (KeyError, TypeError) as error:
             raise RunError(f"checkpoint: its state.json lacks what a resume needs ({error})") from error
-        carries: dict[int, dict[str, Tensor]] = {}
+        recurrent_states: dict[int, dict[str, Tensor]] = {}
         for name, tensor in state.tensors.items():
             if name.startswith("carry."):
                 _, shard, rest = name.split(".", 2)
-                carries.setdefault(int(shard), {})[rest] = tensor.to(self.place.device)
-        self.stepper.carries = {shard: carries[shard] for shard in self.stepper.shards if shard in carries}
+                recurrent_states.setdefault(int(shard), {})[rest] = tensor.to(self.runtime.device)
+        self.stepper.recurrent_states = {
+            shard: recurrent_states[shard] for shard in self.stepper.shards if shard in recurrent_states
+        }
 
-    def _gather_carries(self) -> dict[str, Tensor]:
+    def _gather_recurrent_states(self) -> dict[str, Tensor]:
         mine = {
             f"carry.{shard}.{name}": tensor.detach().cpu().contiguous()
-            for shard, carry in self.stepper.carries.items()
-            for name, tensor in carry.items()
+            for shard, state in self.stepper.recurrent_states.items()
+            for name, tensor in state.items()
         }
         if self.group.world == 1:
             return mine
@@ -155,7 +157,7 @@ class Trainer:
 
     # ------------------------------------------------------------------ training
 
-    def train(self, wish: Callable[[], ControlFlags] = ControlFlags) -> Iterator[StepDone | EpochDone]:
+    def train(self, flags: Callable[[], ControlFlags] = ControlFlags) -> Iterator[StepDone | EpochDone]:
         """Run what is left of the configured epochs.
 
         Args:
@@ -174,7 +176,7 @@ class Trainer:
             while self.step < self.steps:
                 start = time.perf_counter()
                 lr = self.schedule.lr(self.global_step)
-                result = self.stepper(self.epoch + 1, self.step, self.global_step, lr, wish())
+                result = self.stepper(self.epoch + 1, self.step, self.global_step, lr, flags())
                 self.step += 1
                 self.loss_sum += result.loss
                 self.loss_count += result.count
@@ -191,7 +193,7 @@ class Trainer:
                     raise RunError(
                         f"the loss is {mean} at epoch {self.epoch + 1}, step {self.step}; a smaller lr may help"
                     )
-                stop, save = result.wish.stop, result.wish.save
+                stop, save = result.flags.stop, result.flags.save
                 yield StepDone(
                     self.epoch + 1, self.step, self.steps, mean, rate, result.count, result.seconds, fresh, save, stop
                 )
@@ -199,8 +201,8 @@ class Trainer:
                 if stop:
                     return
             saved = time.perf_counter()
-            predictions = predict(self.workload, self.judges, self.group, self.place)
-            self.place.synchronize()
+            predictions = predict(self.workload, self.eval_models, self.group, self.runtime)
+            self.runtime.synchronize()
             spent["evaluate"] = time.perf_counter() - saved
             metrics = self.workload.metrics(predictions)
             val_loss = metrics.pop("val_loss")
@@ -221,6 +223,6 @@ class Trainer:
                 seconds={"total": total, **({} if first is None else {"first_step": first}), **spent},
                 weights_sha="",
                 world_size=0,
-                peak_memory=self.place.peak_memory(),
+                peak_memory=self.runtime.peak_memory(),
             )
             yield EpochDone(record, predictions)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from rayexp.config import ExperimentConfig
 from rayexp.runs.records import Predictions
 
-Carry = dict[str, Tensor]
+RecurrentState = dict[str, Tensor]
 """State that one shard hands from a step to the next (a recurrent net's hidden state); empty where there is none."""
 
 
@@ -50,7 +50,7 @@ class Workload(Protocol):
     batch_dim: int
     """The dimension of activations along which samples lie (0 for images, 1 for [time, column, feature])."""
 
-    shares_rows: bool
+    shares_buffer: bool
     """Whether a second shard's gradients may be added to a first one's where they lie: backward completes each
     parameter's gradient before it adds it, by autograd or by itself (see engine.flat.Replica). False: every shard has
     zeroed ones of its own."""
@@ -77,11 +77,11 @@ class Workload(Protocol):
     def sizes(self, step: int, shards: range) -> tuple[int, ...]:
         """The `sizes` of that batch, in any epoch."""
 
-    def carry(self, size: int, device: torch.device) -> Carry:
+    def initial_state(self, size: int, device: torch.device) -> RecurrentState:
         """The carried state at the start of an epoch for a shard of that many samples; the batch dimension is
         `batch_dim` of each tensor."""
 
-    def loss(self, model: nn.Module, batch: Batch, carry: Carry) -> tuple[Tensor, Carry]:
+    def loss(self, model: nn.Module, batch: Batch, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
         """SUM of the loss over the batch (a scalar that can be differentiated) and the state handed on (detached)."""
 
     def touched_rows(self, epoch: int, step: int) -> Mapping[str, NDArray[np.int64]]:
@@ -91,7 +91,7 @@ class Workload(Protocol):
     def val_streams(self) -> int:
         """Number of streams into which the validation data is cut."""
 
-    def judge(self, model: nn.Module, stream: int, device: torch.device) -> Mapping[str, NDArray[Any]]:
+    def predict(self, model: nn.Module, stream: int, device: torch.device) -> Mapping[str, NDArray[Any]]:
         """The prediction arrays (see records.Predictions) of one stream; the model is in eval mode, no grad."""
 
     def predictions(self, parts: Sequence[Mapping[str, NDArray[Any]]]) -> Predictions:

@@ -210,7 +210,7 @@ def outline(config: ExperimentConfig, address: str | None = None) -> dict[str, A
         UserError: as `run`.
     """
     from rayexp import workloads
-    from rayexp.engine.runtime import lanes_of
+    from rayexp.engine.runtime import replicas_of
     from rayexp.launch.local import here
 
     config = config.absolute()
@@ -230,7 +230,7 @@ def outline(config: ExperimentConfig, address: str | None = None) -> dict[str, A
         "device": "gpu" if plan.gpu else "cpu",
         "cpus_per_worker": plan.cpus,
         "gpus_per_worker": plan.gpus,
-        "lanes_per_worker": 1 if plan.gpu else lanes_of(config, config.shards // workers, plan.cpus),
+        "lanes_per_worker": 1 if plan.gpu else replicas_of(config, config.shards // workers, plan.cpus),
         "shards_per_worker": config.shards // workers,
         f"{workload.unit if workload.unit == 'images' else 'columns'}_per_worker": config.batch_size // workers,
         "steps_per_epoch": steps,

@@ -98,7 +98,7 @@ def evaluate(
         model = checkpoint.load_model(workload, files).to(settled.device)
         if begin is not None:
             begin(workload.val_streams())
-        models = [copy.deepcopy(model) for _ in range(settled.lanes)]
+        models = [copy.deepcopy(model) for _ in range(settled.replicas)]
         ordered = _InOrder(seen) if seen is not None else lambda stream, part: None
         predictions = evaluate.predict(workload, models, WorkerGroup(), settled, ordered)
         metrics = workload.metrics(predictions)
@@ -112,7 +112,7 @@ def evaluate(
         write_atomic(path, data)
     else:
         equal = run.predictions(epoch).same_as(predictions)
-    return Evaluation(predictions, metrics, checkpoint.decode(files).words["weights_sha"], missing, equal)
+    return Evaluation(predictions, metrics, checkpoint.decode(files).fields["weights_sha"], missing, equal)
 
 
 def _same_data(run: Run, found: Mapping[str, Any], config: ExperimentConfig) -> None:
@@ -134,7 +134,7 @@ def _ids(entries: Sequence[Any]) -> list[str]:
 
 
 class _InOrder:
-    """Passes batches on in their order, whichever lane was first."""
+    """Passes batches on in their order, whichever replica was first."""
 
     def __init__(self, seen: Callable[[int, Part], None]) -> None:
         self.seen, self.next = seen, 0

@@ -23,7 +23,7 @@ import torch
 from rayexp import workloads
 from rayexp.config import passed_over
 from rayexp.engine import checkpoint, link, runtime
-from rayexp.engine.checkpoint import TENSORS, WORDS, CheckpointWriter, State
+from rayexp.engine.checkpoint import FIELDS, TENSORS, CheckpointWriter, State
 from rayexp.engine.fingerprint import differences, fingerprint
 from rayexp.engine.group import WorkerGroup, join
 from rayexp.engine.runtime import Runtime
@@ -93,11 +93,11 @@ class _Worker:
         entered: float,
     ) -> None:
         self.job, self.config, self.group, self.pen = job, job.config, group, pen
-        self.place, self.workload, self.world_size, self.entered = settled, workload, world_size, entered
+        self.runtime, self.workload, self.world_size, self.entered = settled, workload, world_size, entered
         self.lead = group.rank == 0
         self.described = self.workload.describe()
-        self.fingerprint = fingerprint(self.place)
-        self.session = Trainer(self.config, self.workload, group, self.place)
+        self.fingerprint = fingerprint(self.runtime)
+        self.session = Trainer(self.config, self.workload, group, self.runtime)
         self.writer = CheckpointWriter()
         self.buffers: dict[str, torch.Tensor] = {}
         self.steps: list[StepDone] = []  # of the present epoch
@@ -106,7 +106,7 @@ class _Worker:
         self.saved = self.told = time.monotonic()
 
     def run(self) -> str:
-        where = f"{self.place.device}, {self.place.lanes} lanes, pid {os.getpid()} on {socket.gethostname()}"
+        where = f"{self.runtime.device}, {self.runtime.replicas} lanes, pid {os.getpid()} on {socket.gethostname()}"
         self._log(f"rank {self.group.rank} of {self.group.world}: {where}")
         if self.lead:
             for warning in self._doubts():
@@ -115,7 +115,7 @@ class _Worker:
         workers = self._compare()
         measured = None
         if self.job.measure_link and self.group.world > 1:
-            measured = link.measure(self.group, self.place, self.session.stepper.exchange_bytes)
+            measured = link.measure(self.group, self.runtime, self.session.stepper.exchange_bytes)
         if self.lead:
             self._begin(measured, workers)
         status = "done"
@@ -144,22 +144,22 @@ class _Worker:
             files, notes = self.pen.resume()
             for note in notes:
                 self._warn(note)
-        words = self.group.broadcast(files[WORDS] if files else b"")
+        words = self.group.broadcast(files[FIELDS] if files else b"")
         if not words:
             return
         tensors = self.group.broadcast(files[TENSORS] if files else None)
-        state = checkpoint.decode({WORDS: words, TENSORS: tensors})
+        state = checkpoint.decode({FIELDS: words, TENSORS: tensors})
         self.session.load(state)
         self._log(f"resumed at epoch {self.session.epoch + 1}, step {self.session.step}")
-        self._same_data(state.words.get("data"))
-        then = state.words.get("fingerprint")
+        self._same_data(state.fields.get("data"))
+        then = state.fields.get("fingerprint")
         if self.lead and then and (differs := ", ".join(differences(then, self.fingerprint))):
             self._warn(f"resumed under another fingerprint: {differs}; the bits may differ from here on")
 
     def _doubts(self) -> list[str]:
         """What this machine, this data or another setting makes of the configuration, and it does not say."""
-        lines = passed_over(self.config, self.place.device.type == "cuda")
-        if self.config.precision == "bf16" and not self.place.has_bf16():
+        lines = passed_over(self.config, self.runtime.device.type == "cuda")
+        if self.config.precision == "bf16" and not self.runtime.has_bf16():
             lines.append("precision: this processor has no instructions for bf16; fp32 is many times as fast here")
         images, batch = self.described.get("train_samples"), self.config.batch_size
         if self.workload.unit == "images" and images is not None and batch > images:
@@ -182,7 +182,7 @@ class _Worker:
             # As DistributedDataParallel does.
             state = checkpoint.snapshot(self.session.replicated(), {})
             files = checkpoint.encode(state) if self.lead else {}
-            sent = {name: self.group.broadcast(files.get(name)) for name in (WORDS, TENSORS)}
+            sent = {name: self.group.broadcast(files.get(name)) for name in (FIELDS, TENSORS)}
             self.session.load(checkpoint.decode(sent))
         return workers
 
@@ -209,8 +209,8 @@ class _Worker:
         meta = {
             "status": "running",
             "world_size": self.world_size,
-            "device": str(self.place.device.type),
-            "lanes": self.place.lanes,
+            "device": str(self.runtime.device.type),
+            "lanes": self.runtime.replicas,
             "fingerprint": self.fingerprint,
             "workers": [worker.to_json() for worker in workers],
             "parameters": sum(slot.size for slot in layout.params),
@@ -312,9 +312,9 @@ class _Worker:
 
     def _energy(self) -> dict[str, float]:
         """The energy counters of all workers' GPUs; every worker must call it."""
-        if self.place.device.type != "cuda":
+        if self.runtime.device.type != "cuda":
             return {}
-        parts = self.group.gather(json.dumps(self.place.energy()).encode())
+        parts = self.group.gather(json.dumps(self.runtime.energy()).encode())
         return {gpu: joules for part in parts for gpu, joules in json.loads(part).items()}
 
     def _hold(self, state: State) -> State:

@@ -87,7 +87,7 @@ def test_a_dropout_of_several_names_is_keyed_under_all_of_them(train: Train) -> 
     before = torch.get_rng_state()
     one = train(lambda: Net(Twice(nn.Dropout(0.3))))
     assert torch.equal(torch.get_rng_state(), before)
-    modules = dict(one.stepper.lanes[0].replica.model.named_modules(remove_duplicate=False))
+    modules = dict(one.stepper.replicas[0].model.module.named_modules(remove_duplicate=False))
     names = ("middle.first", "middle.second", "middle.below.0", "middle.below.2")
     assert [type(modules[name]) for name in names] == [Dropout] * 4
     assert sha(train(lambda: Net(Twice(nn.Dropout(0.3))), scaling={"lanes": 2})) == sha(one)
@@ -138,7 +138,7 @@ def test_dropouts_without_a_keyed_form_are_refused(train: Train, layer: nn.Modul
 
 def test_a_loss_that_draws_is_refused(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     loss = ImageClassification.loss
-    monkeypatch.setattr(ImageClassification, "loss", lambda *words: (loss(*words), torch.rand(1))[0])
+    monkeypatch.setattr(ImageClassification, "loss", lambda *args: (loss(*args), torch.rand(1))[0])
     with pytest.raises(UserError, match="the loss draws"):
         train(Net)
 
@@ -146,8 +146,8 @@ def test_a_loss_that_draws_is_refused(train: Train, monkeypatch: pytest.MonkeyPa
 def test_what_another_thread_draws_is_not_the_models(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     exact = Stepper._exact
 
-    def drawing(self: Stepper, *words: Any) -> Tensor:
-        root = exact(self, *words)
+    def drawing(self: Stepper, *args: Any) -> Tensor:
+        root = exact(self, *args)
         torch.rand(1)
         return root
 
@@ -220,7 +220,7 @@ def test_a_weight_of_several_names_is_trained_under_all_of_them(train: Train) ->
         assert torch.equal(weights[name], weights[names[0]])
     loaded = checkpoint.load_model(one.workload, checkpoint.encode(checkpoint.snapshot(state, {})))
     x = torch.randn(4, 3, 32, 32)
-    assert torch.equal(loaded(x), one.judges[0](x))
+    assert torch.equal(loaded(x), one.eval_models[0](x))
 
 
 class Recurring(nn.Module):

@@ -1,4 +1,4 @@
-"""Validation is shared by workers and lanes: every stream is judged once, and all workers hold all of it, in order."""
+"""Validation is shared by workers and replicas: every stream is predicted once, and all workers hold all."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from rayexp.runs.records import Predictions
 STREAMS = 7
 
 
-def lanes_of(lanes: int) -> Runtime:
+def replicas_of(lanes: int) -> Runtime:
     config = parse({"scaling": {"lanes": lanes}}, ExperimentConfig, "test")
     return configure(config, torch.device("cpu"), config.shards, 1)
 
 
 class Streams:
-    """Stream s says (s, s, ...) of s + 1 samples, and which model judged."""
+    """Stream s says (s, s, ...) of s + 1 samples, and which model predicted."""
 
     def __init__(self) -> None:
         self.asked: list[int] = []
@@ -35,7 +35,7 @@ class Streams:
     def val_streams(self) -> int:
         return STREAMS
 
-    def judge(self, model: nn.Module, stream: int, device: torch.device) -> Mapping[str, NDArray[Any]]:
+    def predict(self, model: nn.Module, stream: int, device: torch.device) -> Mapping[str, NDArray[Any]]:
         assert torch.is_inference_mode_enabled()
         self.asked.append(stream)
         return {"index": np.full(stream + 1, stream), "loss": np.full(stream + 1, stream, np.float32)}
@@ -68,14 +68,14 @@ def test_everyone_has_all_streams_in_order(world: int, lanes: int) -> None:
     barrier = threading.Barrier(world, timeout=20)
 
     def worker(rank: int) -> None:
-        place = lanes_of(lanes)
+        runtime = replicas_of(lanes)
         models: list[nn.Module] = [nn.Identity() for _ in range(lanes)]
         group = Table(rank, world, shared, barrier) if world > 1 else WorkerGroup()
         found[rank] = predict(
             workloads[rank],  # type: ignore[arg-type]
             models,
             group,
-            place,
+            runtime,
             lambda stream, part: seen.append(stream),
         )
 
@@ -97,10 +97,10 @@ def test_each_lane_has_a_model_of_its_own() -> None:
     used: dict[int, set[int]] = {}
 
     class Spy(Streams):
-        def judge(self, model: nn.Module, stream: int, device: torch.device) -> Mapping[str, NDArray[Any]]:
+        def predict(self, model: nn.Module, stream: int, device: torch.device) -> Mapping[str, NDArray[Any]]:
             used.setdefault(id(model), set()).add(stream)
-            return super().judge(model, stream, device)
+            return super().predict(model, stream, device)
 
     models: list[nn.Module] = [nn.Identity(), nn.Identity(), nn.Identity()]
-    predict(Spy(), models, WorkerGroup(), lanes_of(3))  # type: ignore[arg-type]
+    predict(Spy(), models, WorkerGroup(), replicas_of(3))  # type: ignore[arg-type]
     assert [used[id(model)] for model in models] == [{0, 3, 6}, {1, 4}, {2, 5}]

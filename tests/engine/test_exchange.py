@@ -209,14 +209,14 @@ class Steps:
 
 @settings(deadline=None, max_examples=25)
 @given(WORLDS, st.integers(1, 3), st.lists(st.integers(1, 6), min_size=1, max_size=6), st.integers(1, 60), st.data())
-def test_lanes_that_pass_parameters_in_any_order(
-    world: int, lanes: int, parameters: list[int], bucket: int, data: st.DataObject
+def test_replicas_that_pass_parameters_in_any_order(
+    world: int, replicas: int, parameters: list[int], bucket: int, data: st.DataObject
 ) -> None:
-    shards = world * lanes
+    shards = world * replicas
     sizes = [UNIT * size for size in parameters]
     leaves = rows(data.draw(st.integers(0, 10**6)), shards, sum(sizes))
     leaving = data.draw(st.randoms(use_true_random=False))
-    passing = [[data.draw(st.permutations(range(len(sizes)))) for _ in range(lanes)] for _ in range(world)]
+    passing = [[data.draw(st.permutations(range(len(sizes)))) for _ in range(replicas)] for _ in range(world)]
     seed = data.draw(st.integers(0, 10**6))
     order_of_buckets: list[list[int]] = []
 
@@ -224,16 +224,18 @@ def test_lanes_that_pass_parameters_in_any_order(
         exchange = Exchange(group, shards, sum(sizes), CPU, bucket=bucket)
         if not order_of_buckets:
             order_of_buckets.append(leaving.sample(range(len(exchange.buckets)), len(exchange.buckets)))
-        assembly = Assembly(Steps(sizes, exchange.buckets, order_of_buckets[0]), exchange, lanes, (), _one_by_one)  # type: ignore[arg-type]
+        assembly = Assembly(
+            Steps(sizes, exchange.buckets, order_of_buckets[0]), exchange, replicas, (), _one_by_one(replicas)
+        )  # type: ignore[arg-type]
 
-        def lane(number: int) -> None:
+        def replica(number: int) -> None:
             shard = order.share(shards, world, group.rank).start + number
             assembly.held[number] = [((0, shard), _Held(torch.from_numpy(leaves[shard].copy())))]  # type: ignore[list-item]
             for parameter in passing[group.rank][number]:
                 assembly.passed(number, parameter)
             assembly.ended(number)
 
-        threads = [threading.Thread(target=lane, args=(number,)) for number in range(lanes)]
+        threads = [threading.Thread(target=replica, args=(number,)) for number in range(replicas)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -252,9 +254,8 @@ class _Held:
     tensor: Tensor
 
 
-def _one_by_one(tasks: Sequence[Callable[[], None]]) -> None:
-    for task in tasks:
-        task()
+def _one_by_one(replicas: int) -> Callable[[Callable[[int], object]], object]:
+    return lambda work: [work(replica) for replica in range(replicas)]
 
 
 @settings(deadline=None, max_examples=20)
@@ -286,10 +287,10 @@ def test_an_error_in_a_background_thread_comes_to_finish(monkeypatch: pytest.Mon
     leaves = rows(0, 2, UNIT)
     true = getattr(Worker, method)
 
-    def failing(self: Worker, *words: Any) -> Any:
+    def failing(self: Worker, *args: Any) -> Any:
         if self.rank == 1:
             raise LostError(method)
-        return true(self, *words)
+        return true(self, *args)
 
     monkeypatch.setattr(Worker, method, failing)
     ends: queue.SimpleQueue[int] = queue.SimpleQueue()

@@ -67,7 +67,7 @@ def test_weights_of_another_type_are_refused() -> None:
         ParameterLayout(nn.Linear(2, 2).double(), 4)
 
 
-def test_the_master_holds_the_model_and_its_judges_look_into_it() -> None:
+def test_the_master_holds_the_model_and_its_eval_models_look_into_it() -> None:
     model = net()
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     layout = ParameterLayout(model, 4)
@@ -78,16 +78,16 @@ def test_the_master_holds_the_model_and_its_judges_look_into_it() -> None:
         wanted = torch.tensor(7) if name.endswith("num_batches_tracked") else tensor
         assert torch.equal(found[name], wanted), name
     assert found["conv.weight"].stride() == state["conv.weight"].stride()
-    judge = master.judge()
-    assert not judge.training
+    evaluated = master.eval_model()
+    assert not evaluated.training
     x = torch.randn(2, 3, 5, 5)
-    before = judge(x)
+    before = evaluated(x)
     with torch.no_grad():
         master.params.mul_(2)
         master.stats.fill_(0.5)
-    assert torch.equal(judge.head.weight, 2 * state["head.weight"])
-    assert (judge.norm.running_var == 0.5).all()
-    assert not torch.equal(judge(x), before)
+    assert torch.equal(evaluated.head.weight, 2 * state["head.weight"])
+    assert (evaluated.norm.running_var == 0.5).all()
+    assert not torch.equal(evaluated(x), before)
     master.load(state)
     assert all(torch.equal(master.tensors(0)[n], t) for n, t in state.items() if not n.endswith("tracked"))
     with pytest.raises(KeyError):
@@ -115,8 +115,8 @@ def one_pass(
     replica: ReplicaModel, layout: ParameterLayout, row: GradientBuffer, x: Tensor, spare: bool
 ) -> dict[str, Tensor]:
     """What the row holds after it."""
-    replica.model(x, spare).square().sum().backward()
-    replica.settle()
+    replica.module(x, spare).square().sum().backward()
+    replica.finish_pass()
     return dict(zip([slot.name for slot in layout.params], row.gradients, strict=True))
 
 
@@ -127,7 +127,7 @@ def test_a_replica_leaves_its_gradients_and_statistics_in_the_row(zeroed: bool) 
     layout = ParameterLayout(model, 2)
     master = Master(model, layout, CPU)
     replica, row = ReplicaModel(master), GradientBuffer(layout, CPU)
-    assert replica.model.training
+    assert replica.module.training
     completed: list[int] = []
     replica.watch(completed.append)
     x = torch.randn(6, 3, 5, 5)

@@ -26,11 +26,11 @@ torch.distributed.destroy_process_group()
 def test_a_row_takes_as_long_as_its_bytes_need():
     size = 64 << 20
     address = f"127.0.0.1:{free_port()}"
-    words = [address, str(size)]
+    args = [address, str(size)]
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
     workers = [
         subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(rank), *words], stdout=subprocess.PIPE, env=environment, text=True
+            [sys.executable, "-c", WORKER, str(rank), *args], stdout=subprocess.PIPE, env=environment, text=True
         )
         for rank in range(2)
     ]

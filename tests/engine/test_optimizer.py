@@ -23,7 +23,7 @@ def test_rows_without_a_gradient_are_passed_over_where_they_stay_as_they_are(
     optimizer = {"name": "sgd", "momentum": momentum, "clip": clip}
     tree = {"workload": "language_model", "weight_decay": weight_decay, "optimizer": optimizer}
     config = parse({**tree, "data": {"name": "python_docs"}, "model": {"name": "lstm"}}, ExperimentConfig, "test")
-    place = configure(config, torch.device("cpu"), config.shards)
+    runtime = configure(config, torch.device("cpu"), config.shards)
     found = []
     for sparse in (True, False):
         torch.manual_seed(0)
@@ -46,7 +46,7 @@ def test_rows_without_a_gradient_are_passed_over_where_they_stay_as_they_are(
                     view[rows] = torch.randn(len(rows), 5)
                 else:
                     view.copy_(torch.randn(slot.shape))
-            update(row, 10, 0.1, step + 1, place, touched(rows) if sparse else ())
+            update(row, 10, 0.1, step + 1, runtime, touched(rows) if sparse else ())
         found.append(dict(master.named(master.params)))
     for (name, mine), wanted in zip(found[0].items(), found[1].values(), strict=True):
         torch.testing.assert_close(mine, wanted, rtol=0 if clip is None else 1e-6, atol=0 if clip is None else 1e-7)

@@ -69,7 +69,7 @@ def reference(config: ExperimentConfig, model: nn.Module) -> torch.optim.Optimiz
 
 
 @functools.cache
-def lanes_of(lanes: int) -> Runtime:
+def replicas_of(lanes: int) -> Runtime:
     """So many lanes, of one thread each."""
     return configure(experiment({}, scaling={"lanes": lanes}), torch.device("cpu"), 8, 1)
 
@@ -77,7 +77,7 @@ def lanes_of(lanes: int) -> Runtime:
 def ours(config: ExperimentConfig, model: nn.Module, lanes: int = LANES) -> tuple[Master, Optimizer, Runtime]:
     layout = ParameterLayout(model, config.shards, config.optimizer.decay_norm_and_bias)
     master = Master(model, layout, torch.device("cpu"))
-    return master, Optimizer(config, layout, master.params), lanes_of(lanes)
+    return master, Optimizer(config, layout, master.params), replicas_of(lanes)
 
 
 def row_of(layout: ParameterLayout, found: dict[str, Tensor]) -> Tensor:
@@ -97,13 +97,13 @@ def close(master: Master, flat: Tensor, true: nn.Module, of: Callable[[nn.Parame
 def follow(config: ExperimentConfig, lanes: int = LANES, tolerance: float = 2e-6) -> None:
     """Both take the same 20 steps; after each, parameters and gradients (divided, clipped) are equal."""
     model, true = net(), net().double()
-    master, optimizer, place = ours(config, model, lanes)
+    master, optimizer, runtime = ours(config, model, lanes)
     theirs = reference(config, true)
     clipped = 0
     for step in range(STEPS):
         found = gradients(true, step)
         row = row_of(master.layout, found)
-        optimizer.update(row, COUNT, rate(step), step + 1, place)
+        optimizer.update(row, COUNT, rate(step), step + 1, runtime)
         for name, parameter in true.named_parameters():
             parameter.grad = found[name].double() / COUNT
         if config.optimizer.clip is not None:
@@ -147,10 +147,10 @@ def test_chunks_and_lanes_treat_every_element_once(
 def test_the_first_steps_of_adamw_are_corrected_for_their_bias() -> None:
     """Without decay and eps, the first step is lr times the gradient's sign, whatever the betas."""
     model = net()
-    master, optimizer, place = ours(experiment({"name": "adamw", "eps": 1e-30}, weight_decay=0.0), model)
+    master, optimizer, runtime = ours(experiment({"name": "adamw", "eps": 1e-30}, weight_decay=0.0), model)
     before = {name: p.clone() for name, p in master.named(master.params)}
     found = gradients(model, 0)
-    optimizer.update(row_of(master.layout, found), COUNT, 0.01, 1, place)
+    optimizer.update(row_of(master.layout, found), COUNT, 0.01, 1, runtime)
     for name, mine in master.named(master.params):
         torch.testing.assert_close(mine, before[name] - 0.01 * found[name].sign(), rtol=1e-5, atol=1e-6)
 
@@ -181,14 +181,14 @@ def test_an_embedding_whose_touched_rows_alone_are_updated(clip: float | None, m
 
     optimizer = Optimizer(config, layout, master.params, touched([]))
     assert optimizer.rows_alone == (momentum == 0)
-    place = lanes_of(LANES)
+    runtime = replicas_of(LANES)
     theirs = torch.optim.SGD(true.parameters(), lr=1.0, momentum=momentum)
     generator = torch.Generator().manual_seed(1)
     for step in range(STEPS):
         rows = sorted({int(i) for i in torch.randint(40, (step % 5,), generator=generator)})
         found = {n: COUNT * torch.randn(p.shape, generator=generator) for n, p in model.named_parameters()}
         found["1.weight"][[i for i in range(40) if i not in rows]] = 0
-        optimizer.update(row_of(layout, found), COUNT, rate(step), step + 1, place, touched(rows))
+        optimizer.update(row_of(layout, found), COUNT, rate(step), step + 1, runtime, touched(rows))
         for name, parameter in true.named_parameters():
             parameter.grad = found[name].double() / COUNT
         if clip is not None:
@@ -204,9 +204,9 @@ def test_what_is_decayed() -> None:
     for everywhere, optimizer in itertools.product((True, False), ("sgd", "adamw")):
         words = {"name": optimizer, "momentum": 0.0, "decay_norm_and_bias": everywhere}
         model = net()
-        master, update, place = ours(experiment(words, weight_decay=0.5), model)
+        master, update, runtime = ours(experiment(words, weight_decay=0.5), model)
         before = {name: p.clone() for name, p in master.named(master.params)}
-        update.update(torch.zeros(master.layout.row), COUNT, 0.1, 1, place)
+        update.update(torch.zeros(master.layout.row), COUNT, 0.1, 1, runtime)
         for name, mine in master.named(master.params):
             factor = 0.95 if everywhere or mine.ndim > 1 else 1.0
             torch.testing.assert_close(mine, factor * before[name], msg=f"{optimizer} {everywhere} {name}")
@@ -215,10 +215,10 @@ def test_what_is_decayed() -> None:
 def test_a_tiny_gradient_is_clipped_as_by_torch() -> None:
     """Where the norm is so small that the 1e-6 under it counts."""
     config, model = experiment({"momentum": 0.0, "clip": 2e-6}, weight_decay=0.0), net()
-    master, optimizer, place = ours(config, model)
+    master, optimizer, runtime = ours(config, model)
     row = torch.zeros(master.layout.row)
     row[master.layout.head] = COUNT * 3e-6
-    optimizer.update(row, COUNT, 0.1, 1, place)
+    optimizer.update(row, COUNT, 0.1, 1, runtime)
     parameter = nn.Parameter(torch.zeros(1, dtype=torch.float64))
     parameter.grad = torch.tensor([3e-6], dtype=torch.float64)
     nn.utils.clip_grad_norm_([parameter], 2e-6)
@@ -227,16 +227,16 @@ def test_a_tiny_gradient_is_clipped_as_by_torch() -> None:
 
 def test_a_gradient_that_is_not_finite_is_not_hidden_by_the_clip() -> None:
     model = net()
-    master, optimizer, place = ours(experiment({"clip": 1.0}), model)
+    master, optimizer, runtime = ours(experiment({"clip": 1.0}), model)
     found = gradients(model, 0)
     found["3.weight"][0, 0] = float("nan")
-    optimizer.update(row_of(master.layout, found), COUNT, 0.1, 1, place)
+    optimizer.update(row_of(master.layout, found), COUNT, 0.1, 1, runtime)
     assert all(mine.isnan().all() for _, mine in master.named(master.params))
 
 
 def test_a_step_without_samples_moves_nothing() -> None:
     model = net()
-    master, optimizer, place = ours(experiment({"momentum": 0.0}, weight_decay=0.0), model)
+    master, optimizer, runtime = ours(experiment({"momentum": 0.0}, weight_decay=0.0), model)
     before = master.params.clone()
-    optimizer.update(row_of(master.layout, gradients(model, 0)), 0, 0.1, 1, place)
+    optimizer.update(row_of(master.layout, gradients(model, 0)), 0, 0.1, 1, runtime)
     assert torch.equal(master.params, before)

@@ -53,7 +53,7 @@ def watch(model: nn.Module, kind: type[nn.Module]) -> set[torch.dtype]:
     for module in model.modules():
         if isinstance(module, kind):
             module.register_forward_hook(
-                lambda m, words, out: seen.add((out[0] if isinstance(out, tuple) else out).dtype)
+                lambda m, args, out: seen.add((out[0] if isinstance(out, tuple) else out).dtype)
             )
     return seen
 
@@ -71,14 +71,14 @@ def test_convolutions_compute_in_it(
     session: Open, monkeypatch: pytest.MonkeyPatch, reduction: str, precision: str, wanted: torch.dtype
 ) -> None:
     one = session(config(IMAGES, precision, reduction=reduction))
-    trained = watch(one.stepper.lanes[0].replica.model, nn.Conv2d)
-    judged = watch(one.judges[0], nn.Conv2d)
+    trained = watch(one.stepper.replicas[0].model.module, nn.Conv2d)
+    evaluated = watch(one.eval_models[0], nn.Conv2d)
     rows: list[Tensor] = []
     update = Optimizer.update
-    monkeypatch.setattr(Optimizer, "update", lambda self, row, *words: (rows.append(row), update(self, row, *words)))
+    monkeypatch.setattr(Optimizer, "update", lambda self, row, *args: (rows.append(row), update(self, row, *args)))
     before = one.master.params.clone()
     *_, done = one.train()
-    assert trained == judged == {wanted}
+    assert trained == evaluated == {wanted}
     assert {t.dtype for t in (one.master.params, one.master.stats, *one.optimizer.state.values(), *rows)} == {
         torch.float32
     }
@@ -110,11 +110,13 @@ def test_a_language_model_in_bf16(session: Open, monkeypatch: pytest.MonkeyPatch
     true = blocked_loss.product
     monkeypatch.setattr(blocked_loss, "product", lambda a, b, *c: (seen.append(a.dtype), true(a, b, *c))[1])
     one = session(config({**TEXT, "model": LSTM}, "bf16"))
-    layers = watch(one.stepper.lanes[0].replica.model, nn.LSTM)
+    layers = watch(one.stepper.replicas[0].model.module, nn.LSTM)
     first_loss(one)
     assert set(seen) == {torch.bfloat16}
     assert layers == {torch.float32}
-    assert {tensor.dtype for carry in one.stepper.carries.values() for tensor in carry.values()} == {torch.float32}
+    assert {tensor.dtype for state in one.stepper.recurrent_states.values() for tensor in state.values()} == {
+        torch.float32
+    }
     seen.clear()
     first_loss(session(config({**TEXT, "model": LSTM}, "fp32")))
     assert set(seen) == {torch.float32}
@@ -123,7 +125,7 @@ def test_a_language_model_in_bf16(session: Open, monkeypatch: pytest.MonkeyPatch
 def test_a_transformer_in_bf16(session: Open) -> None:
     for precision, wanted in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         one = session(config({**TEXT, "model": TRANSFORMER}, precision))
-        linear = watch(one.stepper.lanes[0].replica.model, nn.Linear)
+        linear = watch(one.stepper.replicas[0].model.module, nn.Linear)
         first_loss(one)
         assert linear == {wanted}
 

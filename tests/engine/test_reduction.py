@@ -230,7 +230,7 @@ def test_touched_rows_are_added_over_all_workers_too(world: int) -> None:
         exchange = Exchange(group, 4, 64, CPU, bucket=16, without=[part])
         buckets = range(len(exchange.buckets))
         plan: Any = SimpleNamespace(of=[], waits=[0 for _ in buckets], order=list(buckets))
-        assembly = Assembly(plan, exchange, 1, [part], lambda tasks: [task() for task in tasks])
+        assembly = Assembly(plan, exchange, 1, [part], lambda work: [work(0)])
         shards = order.share(4, world, group.rank)
         rows: Any = [((0, shard), SimpleNamespace(tensor=leaves[shard].clone())) for shard in shards]
         assembly.held[0] = rows

@@ -60,7 +60,7 @@ def test_what_was_pinned_is_loosed(users: dict[str, Any], reduction: str, lanes:
         assert (during["deterministic"], during["warns only"], during["threads"]) == (True, False, 1)
         assert during["workspace"] == ":4096:8"
         assert not during["fill"]
-        assert settled.run([torch.get_num_threads] * settled.lanes) == [1] * settled.lanes
+        assert settled.run([torch.get_num_threads] * settled.replicas) == [1] * settled.replicas
     assert settings() == users
     if settled.pool is not None:
         with pytest.raises(RuntimeError, match="shutdown"):
@@ -88,9 +88,9 @@ thread.join()
 """
 
 
-def run(code: str, *words: str, **env: str) -> str:
+def run(code: str, *args: str, **env: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", code, *words], env={**os.environ, **env}, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code, *args], env={**os.environ, **env}, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()

@@ -20,8 +20,8 @@ LENGTHS = [(1, 24), (4, 6), (3, 25), (7, 4)]
 Scheduler = theirs.LRScheduler
 
 
-def schedule(epochs: int, steps: int, **words: Any) -> Schedule:
-    return Schedule(parse({"epochs": epochs, "lr": LR, "schedule": words}, ExperimentConfig, "test"), steps)
+def schedule(epochs: int, steps: int, **args: Any) -> Schedule:
+    return Schedule(parse({"epochs": epochs, "lr": LR, "schedule": args}, ExperimentConfig, "test"), steps)
 
 
 def rates(one: Schedule) -> list[float]:

@@ -54,8 +54,8 @@ def test_together_or_one_by_one(session: Open, monkeypatch: pytest.MonkeyPatch, 
 def test_a_kernel_that_minds_the_batch_is_found_out(session: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     true = torch.nn.functional.conv2d
 
-    def minds(x: Tensor, *words: Any) -> Tensor:
-        return true(x, *words) * (1 + 1e-6 * len(x))
+    def minds(x: Tensor, *args: Any) -> Tensor:
+        return true(x, *args) * (1 + 1e-6 * len(x))
 
     monkeypatch.setattr(shardwise.F, "conv2d", minds)
     minding = session(config("squeezenet1_1", epochs=1))

@@ -24,7 +24,7 @@ def shas(session: Trainer, steps: int | None = None) -> list[str]:
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_lanes_do_not_change_a_bit(small: Make, session: Open, optimizer: str) -> None:
+def test_replicas_do_not_change_a_bit(small: Make, session: Open, optimizer: str) -> None:
     found = {}
     for lanes in (1, 2, 3):
         words: dict[str, Any] = {"name": optimizer, "momentum": 0.9, "clip": 1.0}

@@ -25,7 +25,7 @@ from rayexp.engine.optimizer import Optimizer
 from rayexp.engine.runtime import Runtime, configure
 from rayexp.engine.step import ControlFlags, Stepper
 from rayexp.engine.trainer import EpochDone, StepDone, Trainer
-from rayexp.engine.workload import Batch, Carry
+from rayexp.engine.workload import Batch, RecurrentState
 from rayexp.errors import RunError
 from rayexp.runs.records import Predictions
 
@@ -37,7 +37,7 @@ MOMENTUM = {"1": 0.3, "4": 0.1}  # the two batch norms'
 class Toy:
     """Noise in as many classes; two batch norms, one of which sees flat features."""
 
-    unit, batch_dim, shares_rows = "images", 0, True
+    unit, batch_dim, shares_buffer = "images", 0, True
 
     def __init__(self, config: ExperimentConfig, together: bool = True) -> None:
         self.config, self.together = config, together
@@ -71,10 +71,10 @@ class Toy:
     def steps(self) -> int:
         return self.cut.steps
 
-    def carry(self, size: int, device: torch.device) -> Carry:
+    def initial_state(self, size: int, device: torch.device) -> RecurrentState:
         return {}
 
-    def loss(self, model: nn.Module, batch: Batch, carry: Carry) -> tuple[Tensor, Carry]:
+    def loss(self, model: nn.Module, batch: Batch, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
         return F.cross_entropy(model(*batch.inputs), batch.targets, reduction="sum"), {}
 
     def touched_rows(self, epoch: int, step: int) -> dict[str, NDArray[np.int64]]:
@@ -83,7 +83,7 @@ class Toy:
     def val_streams(self) -> int:
         return 3
 
-    def judge(self, model: nn.Module, stream: int, device: torch.device) -> Mapping[str, NDArray[Any]]:
+    def predict(self, model: nn.Module, stream: int, device: torch.device) -> Mapping[str, NDArray[Any]]:
         mine = np.arange(stream, SAMPLES, 3)
         losses = F.cross_entropy(model(self.x[mine]), self.y[mine], reduction="none")
         return {"index": mine, "loss": losses.numpy()}
@@ -109,11 +109,11 @@ class Plain:
         config = toy.config
         self.toy, self.model = toy, toy.model().double()
         o = config.optimizer
-        words = {"lr": config.lr, "weight_decay": config.weight_decay}
+        args = {"lr": config.lr, "weight_decay": config.weight_decay}
         self.optimizer: torch.optim.Optimizer = (
-            torch.optim.AdamW(self.model.parameters(), betas=o.betas, eps=o.eps, **words)
+            torch.optim.AdamW(self.model.parameters(), betas=o.betas, eps=o.eps, **args)
             if o.name == "adamw"
-            else torch.optim.SGD(self.model.parameters(), momentum=o.momentum, nesterov=o.nesterov, **words)
+            else torch.optim.SGD(self.model.parameters(), momentum=o.momentum, nesterov=o.nesterov, **args)
         )
 
     def step(self, epoch: int, step: int) -> tuple[float, int]:
@@ -123,7 +123,7 @@ class Plain:
         found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in norms}
         inputs: dict[str, Tensor] = {}
         hooks = [
-            m.register_forward_pre_hook(lambda m, words, n=n: inputs.__setitem__(n, words[0].detach()))
+            m.register_forward_pre_hook(lambda m, args, n=n: inputs.__setitem__(n, args[0].detach()))
             for n, m in norms.items()
         ]
         losses, count = [], 0
@@ -191,7 +191,7 @@ WAYS = {
 def test_steps_are_those_of_a_plain_loop(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
     """Two epochs: weights, running statistics, losses; every shard by itself, shards of two sizes."""
     if way == "together":  # whether they have the same bits or not
-        monkeypatch.setattr(Stepper, "_alike", lambda *words: True)
+        monkeypatch.setattr(Stepper, "_alike", lambda *args: True)
     session, toy = opened(configured(epochs=2, **WAYS.get(way, {})), together=way != "apart")
     plain = Plain(toy)
     assert session.stepper.together == (way not in ("apart", "ddp"))
@@ -212,9 +212,9 @@ def test_steps_are_those_of_a_plain_loop(monkeypatch: pytest.MonkeyPatch, way: s
             assert min(rates) <= event.record.samples_per_second <= max(rates)
             rates.clear()
             sums[:] = 0
-            judge = copy.deepcopy(plain.model).eval()
+            evaluated = copy.deepcopy(plain.model).eval()
             with torch.no_grad():
-                wanted = F.cross_entropy(judge(toy.x.double()), toy.y, reduction="none").numpy()
+                wanted = F.cross_entropy(evaluated(toy.x.double()), toy.y, reduction="none").numpy()
             assert sorted(event.predictions["index"]) == list(range(SAMPLES))
             np.testing.assert_allclose(event.predictions["loss"], wanted[event.predictions["index"]], rtol=1e-3)
             assert event.record.val_loss == pytest.approx(wanted.mean(), rel=1e-4)
@@ -234,11 +234,11 @@ def test_the_reduced_gradient_is_the_sum_over_all_samples(
     update = Optimizer.update
 
     def spy(
-        self: Optimizer, row: Tensor, count: float, lr: float, step: int, place: Runtime, touched: Any = ()
+        self: Optimizer, row: Tensor, count: float, lr: float, step: int, runtime: Runtime, touched: Any = ()
     ) -> None:
         gradient = self.layout.gradient(row).clone()
         told.append(({s.name: s.view(gradient) for s in self.layout.params}, count, lr, step))
-        update(self, row, count, lr, step, place, touched)
+        update(self, row, count, lr, step, runtime, touched)
 
     monkeypatch.setattr(Optimizer, "update", spy)
     for event in session.train():
@@ -258,11 +258,11 @@ def test_every_step_has_the_schedule_s_rate(monkeypatch: pytest.MonkeyPatch) -> 
     update = Optimizer.update
 
     def spy(
-        self: Optimizer, row: Tensor, count: float, lr: float, step: int, place: Runtime, touched: Any = ()
+        self: Optimizer, row: Tensor, count: float, lr: float, step: int, runtime: Runtime, touched: Any = ()
     ) -> None:
         told.append(lr)
         assert step == len(told)
-        update(self, row, count, lr, step, place, touched)
+        update(self, row, count, lr, step, runtime, touched)
 
     monkeypatch.setattr(Optimizer, "update", spy)
     one = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=config.lr)
@@ -368,6 +368,6 @@ def test_a_loss_that_is_not_finite_ends_the_run() -> None:
 def test_a_state_of_another_model_is_refused(change: Callable[..., object], words: str) -> None:
     session, _ = opened(configured())
     state = checkpoint.decode(checkpoint.encode(session.state()))
-    change(state.words, state.tensors)
+    change(state.fields, state.tensors)
     with pytest.raises(RunError, match=words):
         session.load(state)

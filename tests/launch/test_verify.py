@@ -64,12 +64,12 @@ FAULTS = {
         "rayexp.engine.runtime",
         """
     import dataclasses
-    settle = module.configure
+    configure = module.configure
     def planted(config, device, shards, cpus=None):
-        place = settle(config, device, shards, cpus)
+        runtime = configure(config, device, shards, cpus)
         if cpus is not None:  # not in this process
             module.torch.set_num_threads(2)
-        return place
+        return runtime
     module.configure = planted
 """,
     ),

@@ -155,7 +155,7 @@ def test_the_weights_are_read_and_judge_as_they_did(golden: Path, tmp_path: Path
     for record in run.records():
         folder = run.checkpoint(record.epoch)
         model = checkpoint.load_model(workload, {file.name: file.read_bytes() for file in folder.iterdir()})
-        said = evaluate.predict(workload, [model] * here.lanes, WorkerGroup(), here)
+        said = evaluate.predict(workload, [model] * here.replicas, WorkerGroup(), here)
         assert workload.metrics(said)["val_loss"] == pytest.approx(record.val_loss, rel=1e-4)
         stored = run.predictions(record.epoch)
         assert (stored["offset"] == said["offset"]).all()

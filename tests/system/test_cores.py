@@ -121,9 +121,9 @@ def test_a_real_quota_of_one_core(group_of_one_core: Path) -> None:
         "import os, sys, pathlib\n"
         "pathlib.Path(sys.argv[1], 'cgroup.procs').write_text(str(os.getpid()))\n"
         "from rayexp.launch.local import here\n"
-        "from rayexp.engine.runtime import lanes_of\n"
+        "from rayexp.engine.runtime import replicas_of\n"
         "from rayexp.config import ExperimentConfig\n"
-        "print(here().cpus, lanes_of(ExperimentConfig(), 8))"
+        "print(here().cpus, replicas_of(ExperimentConfig(), 8))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(group_of_one_core)], capture_output=True, text=True, check=True

@@ -217,10 +217,10 @@ def test_images_are_normalised_as_torchvision_s_pipeline_does() -> None:
             return x.mean((2, 3)) @ torch.ones(3, 20)
 
     for stream in range(work.val_streams()):
-        work.judge(Spy(), stream, CPU)
+        work.predict(Spy(), stream, CPU)
     pixels = torch.from_numpy(work.data.val.read(np.arange(40))).permute(0, 3, 1, 2).float() / 255
-    judged = true.normalize(pixels, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-    torch.testing.assert_close(torch.cat(seen), judged, rtol=1e-5, atol=1e-5)
+    predicted = true.normalize(pixels, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    torch.testing.assert_close(torch.cat(seen), predicted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.4])
@@ -239,9 +239,9 @@ def test_label_smoothing(smoothing: float) -> None:
     np.testing.assert_allclose(logits.grad.numpy(), np.exp(logs) - target, atol=1e-6)  # type: ignore[union-attr]
 
 
-def test_the_judge_does_not_smooth() -> None:
+def test_evaluation_does_not_smooth() -> None:
     found = []
     for smoothing in (0.0, 0.3):
         work = workload(label_smoothing=smoothing)
-        found.append(work.judge(lambda x: x.mean((2, 3)) @ torch.eye(3, 20), 0, CPU)["loss"])  # type: ignore[arg-type]
+        found.append(work.predict(lambda x: x.mean((2, 3)) @ torch.eye(3, 20), 0, CPU)["loss"])  # type: ignore[arg-type]
     assert np.array_equal(*found)

@@ -27,17 +27,17 @@ class Fixed(nn.Module):
         return out
 
 
-def judged(logits: Tensor) -> tuple[ImageClassification, dict[str, np.ndarray]]:
+def predicted(logits: Tensor) -> tuple[ImageClassification, dict[str, np.ndarray]]:
     data = {"name": "shapes", "max_train_samples": 64, "max_val_samples": 40}
     work = ImageClassification(parse({"data": data, "batch_size": 16, "shards": 4}, ExperimentConfig, "test"))
     model = Fixed(logits)
-    found = work.predictions([work.judge(model, s, CPU) for s in range(work.val_streams())])
+    found = work.predictions([work.predict(model, s, CPU) for s in range(work.val_streams())])
     return work, {**found.arrays, "metrics": work.metrics(found)}
 
 
-def test_judgements_are_numpy_s() -> None:
+def test_predictions_are_numpy_s() -> None:
     logits = torch.randn(40, 20, generator=torch.Generator().manual_seed(0)) * 3
-    work, found = judged(logits)
+    work, found = predicted(logits)
     label = np.array(work.data.val.labels[np.arange(40)])
     x = logits.double().numpy()
     p = np.exp(x) / np.exp(x).sum(1, keepdims=True)
@@ -57,12 +57,12 @@ def test_judgements_are_numpy_s() -> None:
 def test_of_equal_logits_the_lower_class_comes_first() -> None:
     logits = torch.zeros(40, 20)
     logits[:, [17, 3, 9]] = 1.0
-    _, found = judged(logits)
+    _, found = predicted(logits)
     assert (found["top5"] == [3, 9, 17, 0, 1]).all()
 
 
 def test_the_example_is_one_black_image() -> None:
-    work, _ = judged(torch.zeros(40, 20))
+    work, _ = predicted(torch.zeros(40, 20))
     (image,) = work.example()
     assert image.shape == (1, 3, 64, 64)
     assert not image.any()

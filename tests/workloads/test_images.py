@@ -198,7 +198,7 @@ def test_predictions_are_sorted_and_counted() -> None:
     workload = ImageClassification(config())
     model = workload.model().eval()
     with torch.no_grad():
-        parts = [workload.judge(model, s, torch.device("cpu")) for s in range(workload.val_streams())]
+        parts = [workload.predict(model, s, torch.device("cpu")) for s in range(workload.val_streams())]
     found = workload.predictions(parts)
     assert found["index"].tolist() == list(range(40))
     assert found["top5"].shape == (40, 5)
@@ -218,9 +218,9 @@ class Says(nn.Module):
         return torch.stack([next(self.rows) for _ in range(len(images))])
 
 
-def judged(workload: ImageClassification, logits: np.ndarray) -> Predictions:
+def predicted(workload: ImageClassification, logits: np.ndarray) -> Predictions:
     model, cpu = Says(logits), torch.device("cpu")
-    return workload.predictions([workload.judge(model, s, cpu) for s in range(workload.val_streams())])
+    return workload.predictions([workload.predict(model, s, cpu) for s in range(workload.val_streams())])
 
 
 def test_top5_confidence_and_loss_by_independent_code() -> None:
@@ -230,8 +230,8 @@ def test_top5_confidence_and_loss_by_independent_code() -> None:
     rng = np.random.default_rng(7)
     logits = rng.integers(0, 4, (40, classes)).astype(np.float64)  # many ties, across the fifth place too
     logits[0] = 0
-    logits[1, 3] = -np.inf  # a class that cannot be, which is a judgement like any other
-    found = judged(workload, logits)
+    logits[1, 3] = -np.inf  # a class that cannot be, which is a prediction like any other
+    found = predicted(workload, logits)
     hits = [0, 0]
     for row, top5, confidence, loss, label in zip(
         logits.tolist(),
@@ -266,7 +266,7 @@ def test_an_output_that_is_not_finite_names_no_class(broken: list[float]) -> Non
     spoilt = [0, 1, 2, 38]
     for row in spoilt:
         logits[row, : len(broken[:classes])] = broken[:classes]
-    found = judged(workload, logits)
+    found = predicted(workload, logits)
     assert np.flatnonzero(~found.finite).tolist() == spoilt
     assert (found["top5"][spoilt] == -1).all()
     assert np.isnan(found["confidence"][spoilt]).all()

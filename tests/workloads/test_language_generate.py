@@ -92,7 +92,7 @@ def test_temperature_and_top_k(make_run) -> None:
             list(generate(net, [1], 1, temperature=wrong))
 
 
-def test_a_model_judges_in_evaluation_mode(make_run) -> None:
+def test_a_model_generates_in_evaluation_mode(make_run) -> None:
     assert not any(
         module.training for module in open_writer(make_run({**MODELS["lstm"], "dropout": 0.5}), 1).net.modules()
     )
@@ -156,8 +156,8 @@ def test_the_command(
 
     run = make_run(MODELS["lstm"])
 
-    def call(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["rayexp", "generate", *words, "--runs", str(run.root.parent)])
+    def call(*args: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["rayexp", "generate", *args, "--runs", str(run.root.parent)])
         with pytest.raises(SystemExit) as done:
             main()
         told = capsys.readouterr()

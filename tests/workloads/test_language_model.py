@@ -1,4 +1,4 @@
-"""The workload language_model: how the text is cut, carried and judged; the models; what is said of wrong options."""
+"""The workload language_model: how the text is cut and evaluated, the state, the models, and wrong options."""
 
 from __future__ import annotations
 
@@ -82,8 +82,8 @@ def test_shards_are_neighbouring_columns_whoever_asks() -> None:
 def test_a_shard_has_the_same_loss_alone_and_among_others(name: str) -> None:
     work = make(MODELS[name])
     net = work.model().eval()
-    whole, _ = work.loss(net, work.batch(1, 0, range(4), CPU), work.carry(8, CPU))
-    parts = [work.loss(net, work.batch(1, 0, range(s, s + 1), CPU), work.carry(2, CPU))[0] for s in range(4)]
+    whole, _ = work.loss(net, work.batch(1, 0, range(4), CPU), work.initial_state(8, CPU))
+    parts = [work.loss(net, work.batch(1, 0, range(s, s + 1), CPU), work.initial_state(2, CPU))[0] for s in range(4)]
     assert whole.item() == pytest.approx(sum(p.item() for p in parts), rel=1e-6)
 
 
@@ -91,46 +91,46 @@ def test_a_shard_has_the_same_loss_alone_and_among_others(name: str) -> None:
 def test_the_hidden_state_goes_from_window_to_window(name: str) -> None:
     short, long = make(MODELS[name]), make(MODELS[name], {"bptt": 20})
     net = short.model().eval()
-    carry = short.carry(2, CPU)
+    state = short.initial_state(2, CPU)
     total = 0.0
     for step in range(2):
-        loss, carry = short.loss(net, short.batch(1, step, range(1), CPU), carry)
+        loss, state = short.loss(net, short.batch(1, step, range(1), CPU), state)
         total += loss.item()
-        assert not any(tensor.requires_grad for tensor in carry.values())
-    whole, after = long.loss(net, long.batch(1, 0, range(1), CPU), long.carry(2, CPU))
+        assert not any(tensor.requires_grad for tensor in state.values())
+    whole, after = long.loss(net, long.batch(1, 0, range(1), CPU), long.initial_state(2, CPU))
     assert total == pytest.approx(whole.item(), rel=1e-5)
-    assert carry.keys() == after.keys() == ({"h", "c"} if "lstm" in name else {"h"})
-    for part, tensor in carry.items():
+    assert state.keys() == after.keys() == ({"h", "c"} if "lstm" in name else {"h"})
+    for part, tensor in state.items():
         assert tensor.shape == (2, 2, 16)
         torch.testing.assert_close(tensor, after[part], rtol=1e-4, atol=1e-5)
-    alone, _ = short.loss(net, short.batch(1, 1, range(1), CPU), short.carry(2, CPU))
+    alone, _ = short.loss(net, short.batch(1, 1, range(1), CPU), short.initial_state(2, CPU))
     assert abs(total - whole.item()) < abs(alone.item() + total - loss.item() - whole.item())
 
 
-def test_the_order_of_a_restored_carry_does_not_matter() -> None:
+def test_the_order_of_a_restored_state_does_not_matter() -> None:
     work = make()
     net = work.model().eval()
-    _, carry = work.loss(net, work.batch(1, 0, range(1), CPU), work.carry(2, CPU))
+    _, state = work.loss(net, work.batch(1, 0, range(1), CPU), work.initial_state(2, CPU))
     batch = work.batch(1, 1, range(1), CPU)
-    turned = dict(sorted(carry.items()))
-    assert list(turned) != list(carry)
-    assert torch.equal(work.loss(net, batch, carry)[0], work.loss(net, batch, turned)[0])
+    turned = dict(sorted(state.items()))
+    assert list(turned) != list(state)
+    assert torch.equal(work.loss(net, batch, state)[0], work.loss(net, batch, turned)[0])
 
 
 def test_the_context_of_a_transformer_is_the_words_before_the_window() -> None:
     work = make(MODELS["transformer context"])
     net = work.model().eval()
     eos = work.data.vocabulary.index("<eos>")
-    carry = work.carry(2, CPU)
-    assert (carry["tokens"] == eos).all()
-    seen = carry["tokens"]
+    state = work.initial_state(2, CPU)
+    assert (state["tokens"] == eos).all()
+    seen = state["tokens"]
     for step in range(3):
         batch = work.batch(1, step, range(1), CPU)
         seen = torch.cat([seen, batch.inputs[0]])[-17:]
-        found, carry = work.loss(net, batch, carry)
+        found, state = work.loss(net, batch, state)
         wanted = F.cross_entropy(logits(net, seen)[-10:].flatten(0, 1), batch.targets, reduction="sum")
         assert found.item() == pytest.approx(wanted.item(), rel=1e-5)
-        assert torch.equal(carry["tokens"], seen[-7:])
+        assert torch.equal(state["tokens"], seen[-7:])
 
 
 def test_touched_rows_are_those_with_a_gradient() -> None:
@@ -138,7 +138,7 @@ def test_touched_rows_are_those_with_a_gradient() -> None:
     net = work.model().train()
     for step in (0, 12):
         net.zero_grad()
-        work.loss(net, work.batch(1, step, range(4), CPU), work.carry(8, CPU))[0].backward()
+        work.loss(net, work.batch(1, step, range(4), CPU), work.initial_state(8, CPU))[0].backward()
         rows = work.touched_rows(1, step)["encoder.weight"]
         assert np.array_equal(rows, net.encoder.weight.grad.abs().sum(1).nonzero()[:, 0].numpy())
     assert make(MODELS["lstm tied"]).touched_rows(1, 0) == {}
@@ -148,11 +148,11 @@ def test_touched_rows_are_those_with_a_gradient() -> None:
 
 
 @pytest.mark.parametrize("name", ["lstm", "gru", "rnn_tanh"])
-def test_the_judge_says_the_loss_of_every_token_once(name: str) -> None:
+def test_the_loss_of_every_token_is_predicted_once(name: str) -> None:
     work = make(MODELS[name], {"eval_columns": 7})
     net = work.model().eval()
     with torch.inference_mode():
-        found = work.predictions([work.judge(net, s, CPU) for s in range(work.val_streams())])
+        found = work.predictions([work.predict(net, s, CPU) for s in range(work.val_streams())])
     length = 505 // 7
     wanted = [column * length + row for column in range(7) for row in range(1, length)]
     assert found["offset"].tolist() == wanted
@@ -171,20 +171,20 @@ def test_the_judge_says_the_loss_of_every_token_once(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["lstm", "transformer", "transformer context"])
-def test_the_streams_do_not_change_the_judgement(name: str) -> None:
+def test_the_streams_do_not_change_the_predictions(name: str) -> None:
     results = []
     for shards in (1, 4, 8):
         work = make(MODELS[name], shards=shards)
         net = work.model().eval()
         with torch.inference_mode():
-            results.append(work.predictions([work.judge(net, s, CPU) for s in range(work.val_streams())]))
+            results.append(work.predictions([work.predict(net, s, CPU) for s in range(work.val_streams())]))
     for other in results[1:]:
         assert np.array_equal(other["offset"], results[0]["offset"])
         np.testing.assert_allclose(other["loss"], results[0]["loss"], rtol=1e-4, atol=1e-5)
         assert other.data_sha == results[0].data_sha
 
 
-def test_the_data_sha_names_what_is_judged() -> None:
+def test_the_data_sha_names_what_is_evaluated() -> None:
     base = make()
     assert make(seed=5).val_sha == base.val_sha == base.describe()["val_sha"]
     others = [make(data={"max_val_tokens": 400}), make(data={"eval_columns": 5})]
@@ -260,11 +260,11 @@ def test_every_model_learns(name: str) -> None:
     draws = Draws()
     adopt(net, draws, work.batch_dim)
     optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
-    carry, losses = work.carry(8, CPU), []
+    state, losses = work.initial_state(8, CPU), []
     for step in range(12):
         batch = work.batch(1, step, range(4), CPU)
         draws.begin([step * 4 + s for s in range(4)], batch.sizes, CPU)
-        loss, carry = work.loss(net, batch, carry)
+        loss, state = work.loss(net, batch, state)
         optimizer.zero_grad()
         (loss / batch.count).backward()
         assert all(p.grad is not None and p.grad.any() for p in net.parameters())
@@ -283,7 +283,7 @@ def test_dropout_comes_from_the_given_draws_alone() -> None:
     def loss(keys: list[int]) -> float:
         batch = work.batch(1, 0, range(4), CPU)
         draws.begin(keys, batch.sizes, CPU)
-        return work.loss(net, batch, work.carry(8, CPU))[0].item()
+        return work.loss(net, batch, work.initial_state(8, CPU))[0].item()
 
     torch.manual_seed(0)
     first = loss([1, 2, 3, 4])

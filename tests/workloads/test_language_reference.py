@@ -102,7 +102,7 @@ def test_training_is_the_example_s(name: str, tied: bool, reduction: str) -> Non
 
 
 @pytest.mark.parametrize("name", ["lstm", "rnn_tanh"])
-def test_the_judge_carries_the_state_from_window_to_window(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_evaluation_carries_the_state_from_window_to_window(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """However long its windows are (the last may hold one row), it says the same of every token; a state that starts
     anew in every window says another."""
     tree = {
@@ -121,12 +121,12 @@ def test_the_judge_carries_the_state_from_window_to_window(monkeypatch: pytest.M
     for tokens in (1, 40, 10**6):
         monkeypatch.setattr(language_model, "EVAL_TOKENS", tokens)
         with torch.inference_mode():
-            found.append([work.judge(net, stream, torch.device("cpu"))["loss"] for stream in range(2)])
+            found.append([work.predict(net, stream, torch.device("cpu"))["loss"] for stream in range(2)])
     for losses in found[:2]:
         np.testing.assert_allclose(losses, found[2], rtol=1e-4, atol=1e-5)
-    carry = work.carry
+    begin = work.initial_state
     monkeypatch.setattr(language_model, "EVAL_TOKENS", 1)
-    monkeypatch.setattr(work, "_window", lambda m, t, y, c: LanguageModel._window(work, m, t, y, carry(2, t.device)))
+    monkeypatch.setattr(work, "_window", lambda m, t, y, c: LanguageModel._window(work, m, t, y, begin(2, t.device)))
     with torch.inference_mode():
-        anew = work.judge(net, 0, torch.device("cpu"))["loss"]
+        anew = work.predict(net, 0, torch.device("cpu"))["loss"]
     assert not np.allclose(anew, found[2][0], rtol=1e-2)

@@ -19,7 +19,7 @@ from rayexp.engine import order
 from rayexp.engine.cpu.pool_first import pool_first
 from rayexp.engine.cpu.small_map import shorten
 from rayexp.engine.runtime import upload
-from rayexp.engine.workload import Batch, Carry
+from rayexp.engine.workload import Batch, RecurrentState
 from rayexp.errors import UserError, nearest
 from rayexp.runs.records import Predictions
 from rayexp.workloads.image_classification.augmentation import DRAWS, augment
@@ -45,7 +45,7 @@ class ImageClassification:
 
     unit = "images"
     batch_dim = 0
-    shares_rows = True
+    shares_buffer = True
     together = True
 
     def __init__(self, config: ExperimentConfig) -> None:
@@ -110,11 +110,11 @@ class ImageClassification:
         """Images of each shard."""
         return self.cut.sizes(step, shards)
 
-    def carry(self, size: int, device: torch.device) -> Carry:
+    def initial_state(self, size: int, device: torch.device) -> RecurrentState:
         """Images carry nothing from step to step."""
         return {}
 
-    def loss(self, model: nn.Module, batch: Batch, carry: Carry) -> tuple[Tensor, Carry]:
+    def loss(self, model: nn.Module, batch: Batch, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
         """Sum of the cross-entropies."""
         logits = model(*batch.inputs).float()
         smoothing = self.config.label_smoothing
@@ -134,7 +134,7 @@ class ImageClassification:
         """Batches of validation images."""
         return -(-len(self.data.val) // self.config.batch_size)
 
-    def judge(self, model: nn.Module, stream: int, device: torch.device) -> Mapping[str, NDArray[Any]]:
+    def predict(self, model: nn.Module, stream: int, device: torch.device) -> Mapping[str, NDArray[Any]]:
         """The five likeliest classes, the confidence in the first, and the loss.
 
         Logits of which no probabilities follow (one is NaN or infinite) name no class: top5 is -1, the rest NaN.

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from rayexp.config import ExperimentConfig
 from rayexp.data.text import EOS, UNK
 from rayexp.engine import order
-from rayexp.engine.checkpoint import TENSORS, WORDS, decode
+from rayexp.engine.checkpoint import FIELDS, TENSORS, decode
 from rayexp.errors import RunError, UserError
 from rayexp.runs.run import Run, broken
 from rayexp.workloads.language_model.model import LanguageNet, build
@@ -52,7 +52,7 @@ def open_writer(run: Run, epoch: int) -> TextGenerator:
     why = broken(folder)
     if why:
         raise RunError(f"{folder}: {why}")
-    state = decode({name: (folder / name).read_bytes() for name in (TENSORS, WORDS)})
+    state = decode({name: (folder / name).read_bytes() for name in (TENSORS, FIELDS)})
     vocabulary = tuple(run.data().get("vocabulary", ()))
     if not vocabulary:
         raise UserError(f"{run.data_path}: holds no vocabulary")
@@ -61,7 +61,7 @@ def open_writer(run: Run, epoch: int) -> TextGenerator:
         net.load_state_dict(state.weights())
     except RuntimeError as error:
         raise RunError(f"{folder}: does not fit the run's model ({error})") from error
-    return TextGenerator(net.eval(), vocabulary, config, str(state.words["weights_sha"]))
+    return TextGenerator(net.eval(), vocabulary, config, str(state.fields["weights_sha"]))
 
 
 def read_prompt(prompt: str, writer: TextGenerator) -> tuple[list[int], list[str]]:

@@ -21,7 +21,7 @@ from rayexp.config import TEXT_DATA, ExperimentConfig
 from rayexp.data import TextData, open_data
 from rayexp.engine import order
 from rayexp.engine.runtime import upload
-from rayexp.engine.workload import Batch, Carry
+from rayexp.engine.workload import Batch, RecurrentState
 from rayexp.errors import UserError
 from rayexp.runs.records import Predictions
 from rayexp.workloads.language_model.model import build, options_of
@@ -48,7 +48,7 @@ class LanguageModel:
         self.options = options_of(config)
         self.recurrent = isinstance(self.options, RecurrentOptions)
         # A tied matrix has two gradients, and the second would come after the sum.
-        self.shares_rows = not self.options.tied
+        self.shares_buffer = not self.options.tied
         self.parts = ("h", "c") if config.model.name == "lstm" else ("h",)
         self.data: TextData = open_data(data)
         self.words: int = len(self.data.vocabulary)
@@ -86,7 +86,7 @@ class LanguageModel:
         inputs, targets = window[:-1], window[1:].reshape(-1)
         return Batch((inputs,), targets, (size,) * len(shards), targets.numel())
 
-    def carry(self, size: int, device: torch.device) -> Carry:
+    def initial_state(self, size: int, device: torch.device) -> RecurrentState:
         """Recurrent: the hidden state `h` (and `c`), [layers, columns, hidden], zeros. Transformer: the words before
         the window, int64[context, columns], at first ends of lines."""
         if isinstance(self.options, RecurrentOptions):
@@ -98,9 +98,9 @@ class LanguageModel:
             return {}
         return {"tokens": torch.full((self.options.context, size), self._line_end, device=device)}
 
-    def loss(self, model: nn.Module, batch: Batch, carry: Carry) -> tuple[Tensor, Carry]:
+    def loss(self, model: nn.Module, batch: Batch, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
         """The sum of the window's losses in nats, and the state after it."""
-        losses, after = self._window(model, batch.inputs[0], batch.targets, carry)
+        losses, after = self._window(model, batch.inputs[0], batch.targets, state)
         return losses.sum(), after
 
     def touched_rows(self, epoch: int, step: int) -> dict[str, NDArray[np.int64]]:
@@ -114,14 +114,16 @@ class LanguageModel:
         stop = min(start + self.config.data.bptt, self.columns.shape[1] - 1)
         return {"encoder.weight": np.unique(self.columns[:, start:stop]).astype(np.int64)}
 
-    def _window(self, model: nn.Module, tokens: Tensor, targets: Tensor, carry: Carry) -> tuple[Tensor, Carry]:
+    def _window(
+        self, model: nn.Module, tokens: Tensor, targets: Tensor, state: RecurrentState
+    ) -> tuple[Tensor, RecurrentState]:
         """The losses of a window, float32[time * columns], and the state handed on."""
         if self.recurrent:
-            losses, state = model(tokens, targets, tuple(carry[name] for name in self.parts))
-            return losses, {name: part.detach() for name, part in zip(self.parts, state, strict=True)}
-        if not carry:
+            losses, after = model(tokens, targets, tuple(state[name] for name in self.parts))
+            return losses, {name: part.detach() for name, part in zip(self.parts, after, strict=True)}
+        if not state:
             return model(tokens, targets)[0], {}
-        seen = torch.cat([carry["tokens"], tokens])
+        seen = torch.cat([state["tokens"], tokens])
         return model(seen, targets)[0], {"tokens": seen[len(tokens) :]}
 
     @functools.cached_property
@@ -134,9 +136,9 @@ class LanguageModel:
         """Groups of neighbouring columns of the validation text."""
         return min(self.config.shards, self.config.data.eval_columns)
 
-    def judge(self, model: nn.Module, stream: int, device: torch.device) -> Mapping[str, NDArray[Any]]:
+    def predict(self, model: nn.Module, stream: int, device: torch.device) -> Mapping[str, NDArray[Any]]:
         """Offset, token and loss of every predicted token of a group of columns, front to back."""
-        return self._judge(model, self.data.valid, stream, device)
+        return self._predict(model, self.data.valid, stream, device)
 
     def predictions(self, parts: Sequence[Mapping[str, NDArray[Any]]]) -> Predictions:
         """All groups together, sorted by offset."""
@@ -152,25 +154,25 @@ class LanguageModel:
     def test_metrics(self, model: nn.Module, device: torch.device) -> dict[str, float]:
         """`test_loss` and `test_ppl` of a model in eval mode on the test text, cut like the validation text."""
         with torch.inference_mode():
-            parts = [self._judge(model, self.data.test, s, device) for s in range(self.val_streams())]
+            parts = [self._predict(model, self.data.test, s, device) for s in range(self.val_streams())]
         loss = float(np.mean(np.concatenate([part["loss"] for part in parts]), dtype=np.float64))
         return {"test_loss": loss, "test_ppl": _perplexity(loss)}
 
-    def _judge(
+    def _predict(
         self, model: nn.Module, text: NDArray[np.int32], stream: int, device: torch.device
     ) -> dict[str, NDArray[Any]]:
         columns = _columns(text, self.config.data.eval_columns)
         group = order.share(len(columns), self.val_streams(), stream)
         ours = columns[group.start : group.stop]
         tokens = upload(ours.T.astype(np.int64), device)
-        carry = self.carry(len(group), device)
+        state = self.initial_state(len(group), device)
         window = self.config.data.bptt
         if self.recurrent:
             window = max(window, EVAL_TOKENS // len(group))
         losses = []
         for start in range(0, len(tokens) - 1, window):
             rows = tokens[start : start + window + 1]
-            found, carry = self._window(model, rows[:-1], rows[1:].reshape(-1), carry)
+            found, state = self._window(model, rows[:-1], rows[1:].reshape(-1), state)
             losses.append(found.float())
         positions = np.arange(text.size // len(columns) * len(columns), dtype=np.int64).reshape(columns.shape)
         return {

@@ -66,7 +66,7 @@ def test_it_goes_where_it_belongs() -> None:
 def test_where_it_pays(monkeypatch: pytest.MonkeyPatch, conv: nn.Conv2d, size: int, pays: bool) -> None:
     taken: list[int] = []
     true = taps.weight_gradient
-    monkeypatch.setattr(taps, "weight_gradient", lambda *words: taken.append(1) or true(*words))
+    monkeypatch.setattr(taps, "weight_gradient", lambda *args: taken.append(1) or true(*args))
     x = torch.randn(6, conv.in_channels, size, size, requires_grad=True)
     conv(x).square().sum().backward()
     assert x.grad is not None
