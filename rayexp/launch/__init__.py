@@ -1,6 +1,7 @@
-"""Where a run runs: in this process, in processes of this machine, on Ray. The only rooms that may know Ray.
+"""Start a run: in this process, in processes of this machine, or on Ray.
 
-worker     what every worker does, wherever it runs (no Ray)
-processes  workers as processes of this machine, without Ray
-train      the driver: from a configuration to a finished run
+driver      from a configuration to a finished run: chooses where, follows every attempt, ends the run
+job         WorkerJob: what the driver hands to its workers
+worker      what every worker does, wherever it runs; saver: what rank 0 writes in the background
+local, processes, on_ray/   the three places where workers run; only on_ray/ knows Ray
 """

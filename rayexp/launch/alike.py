@@ -1,7 +1,7 @@
-"""Whether the workers of a run may train it together: looked at once, before the first step.
+"""Check once, before the first step, whether the workers of a run may train it together.
 
-`exact` promises the same bits whoever computes a shard, so it refuses workers whose kernels round otherwise, by name.
-`ddp` promises none, and says what is unlike. Weights must start alike in both.
+`exact` promises the same bits whoever computes a shard, so it refuses workers whose kernels round differently, by name.
+`ddp` makes no such promise and only warns. Both need the same initial weights.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from typing import Any
 from rayexp.engine.fingerprint import differences
 from rayexp.engine.group import WorkerGroup
 
-NAMED = 3  # unlike workers that a line names; the rest is counted
+NAMED = 3  # groups of workers that a line names; the rest is counted
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerInfo:
-    """A worker, as all others see it.
+    """What a worker tells all others about itself.
 
     Attributes:
         rank: its rank.
         host: the name of its machine.
         fingerprint: what its bits depend on (engine.fingerprint).
-        weights_sha: the hash of the weights it would start from.
+        weights_sha: the hash of its initial weights.
     """
 
     rank: int
@@ -44,11 +44,11 @@ class WorkerInfo:
 def everyone(group: WorkerGroup, host: str, fingerprint: Mapping[str, Any], weights_sha: str) -> list[WorkerInfo]:
     """All workers, by rank; every worker must call it."""
     mine = WorkerInfo(group.rank, host, fingerprint, weights_sha)
-    return [WorkerInfo(**json.loads(said)) for said in group.gather(json.dumps(asdict(mine)).encode())]
+    return [WorkerInfo(**json.loads(part)) for part in group.gather(json.dumps(asdict(mine)).encode())]
 
 
 def unlike(workers: Sequence[WorkerInfo]) -> str | None:
-    """Which workers' bits depend on something else than most others', and on what; None where all are alike."""
+    """Which workers have another fingerprint than most, and where it differs; None if all have the same."""
     kinds: list[list[WorkerInfo]] = []
     for worker in workers:
         kind = next((k for k in kinds if k[0].fingerprint == worker.fingerprint), None)
@@ -66,7 +66,7 @@ def unlike(workers: Sequence[WorkerInfo]) -> str | None:
 
 
 def unlike_weights(workers: Sequence[WorkerInfo]) -> str | None:
-    """Which worker would start from other weights than rank 0; None where all start alike."""
+    """Which worker has other initial weights than rank 0; None if all have the same."""
     other = next((worker for worker in workers if worker.weights_sha != workers[0].weights_sha), None)
     if other is None:
         return None
@@ -80,6 +80,6 @@ def _these(kind: Sequence[WorkerInfo]) -> str:
 
 def _what(one: WorkerInfo, other: WorkerInfo) -> str:
     found = differences(one.fingerprint, other.fingerprint)
-    # Where a name tells the cause, the probe only shows that it matters.
+    # Where something with a name differs, that is the cause, and the probe only shows that it matters.
     named = [text for text in found if not text.startswith("probe ")]
     return ", ".join(named or found)

@@ -1,4 +1,4 @@
-"""What a run needs of this machine, looked at without starting anything."""
+"""Check what a run needs of this machine, without starting anything."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROOM = 2e9  # bytes; twenty checkpoints of a ResNet-18 with momentum
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One line: what was looked at, what was found, and whether it is as it should be."""
+    """One line of the report: what was checked, what was found, and whether that is good enough for a run."""
 
     what: str
     found: str
@@ -32,7 +32,7 @@ class Check:
 
 
 def examine(folder: Path) -> list[Check]:
-    """All findings; `folder` is where runs are kept."""
+    """All checks; `folder` is where runs are stored."""
     return [look(folder) for look in _LOOKS]
 
 
@@ -48,7 +48,7 @@ def _rayexp(folder: Path) -> Check:
 def _torch_pair(folder: Path) -> Check:
     """PyPI's torchvision is built for PyPI's torch of the same day; beside another build it does not import."""
     pair = f"torch {version('torch')}, torchvision {version('torchvision')}"
-    # In a process of its own: a failed import leaves half a torchvision behind.
+    # In a process of its own: a failed import leaves torchvision half imported.
     code = "import torch, torchvision; torchvision.ops.nms"
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
     if done.returncode == 0:
@@ -91,7 +91,7 @@ def _ray(folder: Path) -> Check:
 
 
 def _home(folder: Path) -> Check:
-    """Where caches and Ray's token lie."""
+    """Where caches and Ray's token are stored."""
     home, other = surroundings.home(), surroundings.stand_in()
     if home is None or home == other or not surroundings.writable(home):
         why = "none" if home in (None, other) else f"{home} cannot be written"
@@ -100,25 +100,25 @@ def _home(folder: Path) -> Check:
 
 
 def _sockets(folder: Path) -> Check:
-    """Where a Ray that is started here has its sockets."""
+    """Where a Ray that is started here puts its sockets."""
     return _tried("Ray's folder", lambda: f"{surroundings.ray_folder() / 'ray'}")
 
 
 def _shared(folder: Path) -> Check:
-    """Ray keeps its objects in shared memory, and falls back to a slow disk where there is too little."""
-    place = Path("/dev/shm")
-    if not place.is_dir():
+    """Ray stores objects in shared memory, and on a slow disk where there is too little of it."""
+    shared = Path("/dev/shm")
+    if not shared.is_dir():
         return Check("shared memory", "no /dev/shm here")
-    free = shutil.disk_usage(place).free
-    return Check("shared memory", f"{free / 1e9:.1f} GB free in {place}", free > 1e8)
+    free = shutil.disk_usage(shared).free
+    return Check("shared memory", f"{free / 1e9:.1f} GB free in {shared}", free > 1e8)
 
 
 def _disk(folder: Path) -> Check:
-    place = folder.resolve()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    writable = os.access(place, os.W_OK)
+    existing = folder.resolve()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    writable = os.access(existing, os.W_OK)
     return Check(
         "disk", f"{free / 1e9:.1f} GB free for {folder}{'' if writable else ', not writable'}", free > ROOM and writable
     )

@@ -1,7 +1,7 @@
-"""The driver: from a configuration to a finished run, in this process or on Ray.
+"""The driver takes a configuration to a finished run, in this process or on Ray.
 
-The run directory is the truth. An attempt takes up the newest whole checkpoint there; whether another attempt follows,
-and with how many workers, is decided here and not by Ray.
+The run directory is the only record of where a run stands: every attempt goes on from its newest whole checkpoint.
+Whether another attempt follows, and with how many workers, is decided here, not by Ray.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from rayexp.system.locks import Driver, only_driver
 if TYPE_CHECKING:
     from rich.console import Console
 
-TIMEOUT_S = 300.0  # a worker that says nothing for so long counts as lost
+TIMEOUT_S = 300.0  # a worker that sends nothing for so long counts as lost
 
 
 def run(
@@ -57,17 +57,17 @@ def run(
     Args:
         config: what to train.
         argv: the command, for run.json.
-        resume: go on with this run instead of making one.
+        resume: a run to go on with; None: make a new one.
         address: of a running Ray; None: RAY_ADDRESS, a Ray started here by `ray start`, else a new one.
-        console: where progress is shown; None: nowhere.
+        console: shows progress; None: nothing is shown.
         started: time.monotonic() at which the command began.
         max_steps: stop (and save) after that many steps of the whole run.
         trace: write the hashes of every step to trace.jsonl.
         parent: the id of the comparison this run belongs to.
 
     Raises:
-        UserError: the configuration, the data or the machine does not allow it. A run that has not begun leaves
-            nothing behind; one that holds anything that training has made is kept.
+        UserError: the configuration, the data or the machine does not allow it. A run that has not begun is removed;
+            one that holds anything that training has made is kept.
         RunError: the run failed; run.json says so.
         Stopped: a signal asked it to stop; the last whole step is saved and run.json says `stopped`.
     """
@@ -81,7 +81,7 @@ def run(
             _reopen(made, config, argv)
 
         def job(plan: Placement, nodes: int) -> WorkerJob:
-            """The job of an attempt with that plan, on so many machines."""
+            """The job of one attempt."""
             return WorkerJob(
                 run=made.root,
                 config=config,
@@ -102,7 +102,7 @@ def run(
             status = _supervise(made, config, job, address, console, stopping)
         except BaseException as error:
             if _status(made) == "done":
-                return made  # a signal, or the end of its Ray, that comes after the run's own changes nothing
+                return made  # a signal after the end of the run, or the end of its Ray, changes nothing
             _fail(made, error, stopping, fresh=resume is None)
             if stopping() or isinstance(error, KeyboardInterrupt):
                 number = stopping.number or int(getattr(error, "number", signal.SIGINT))
@@ -117,7 +117,7 @@ def run(
 
 @contextlib.contextmanager
 def _driving(run: Run, fresh: bool) -> Iterator[Driver]:
-    """`only_driver`; a directory that was just made does not stay where its lock cannot be had."""
+    """`only_driver`; where the lock cannot be taken, a directory that was just made is removed."""
     with contextlib.ExitStack() as stack:
         try:
             driver = stack.enter_context(only_driver(run.root))
@@ -129,8 +129,11 @@ def _driving(run: Run, fresh: bool) -> Iterator[Driver]:
 
 
 def check_unchanged(run: Run, config: ExperimentConfig) -> None:
-    """Refuse to resume under a configuration that would make another model (UserError names the changed keys), or where
-    the run's own is no longer what it began with."""
+    """Refuse to resume a run under a configuration that would train another model, or one with a changed config.yaml.
+
+    Raises:
+        UserError: it names the changed keys.
+    """
     check_config(run)
     if changed := changes(run.config(), config):
         raise UserError(f"--resume {run.id}: the configuration has changed: {changed}; allowed: {', '.join(FREE)}")
@@ -147,7 +150,7 @@ def _reopen(run: Run, config: ExperimentConfig, argv: Sequence[str]) -> None:
 
 
 def _fail(run: Run, error: BaseException, stopping: Stopping, fresh: bool) -> None:
-    """The last word where no worker could say it; of a run that has not begun, nothing is left."""
+    """Write the end of a run that no worker could write; a run that has not begun is removed."""
     if stopping() or isinstance(error, KeyboardInterrupt):
         if _status(run) != "stopped":
             begun = run.stepping()
@@ -160,8 +163,8 @@ def _fail(run: Run, error: BaseException, stopping: Stopping, fresh: bool) -> No
 
 
 def _finish(run: Run, status: str, error: str) -> None:
-    # What ended the run may be in the way of this, too (a full disk, a directory that is gone), and is what is to be
-    # told: a run that says `running` without a driver counts as one that died.
+    # What ended the run may prevent this, too (a full disk, a directory that is gone), and must not be hidden by it. A
+    # run that says `running` and has no driver counts as one that died.
     with contextlib.suppress(OSError, UserError):
         RunWriter(run).end(status, error)
 
@@ -174,14 +177,14 @@ def _status(run: Run) -> str:
 
 
 def _holds_work(run: Run) -> bool:
-    """Whether anything lies there that training has made: a checkpoint of any kind, whole or not, or an epoch."""
+    """Whether the run holds anything that training has made: a checkpoint of any kind, whole or not, or an epoch."""
     kept = (run.checkpoints, run.predictions_path(1).parent)
     return run.epochs_path.exists() or any(folder.is_dir() and any(folder.iterdir()) for folder in kept)
 
 
 def _own_fault(error: BaseException) -> str:
-    """What went wrong with a run that was asked to stop; empty where it is only the stop's own doing, as an interrupted
-    call or a Ray that the same signal has ended."""
+    """What went wrong in a run that was asked to stop; empty where the stop itself caused it: an interrupted call, or a
+    Ray that the same signal has ended."""
     if isinstance(error, UserError | RunError) and not isinstance(error, HeadLostError):
         return error.fault
     return ""
@@ -203,8 +206,8 @@ def _steps_done(run: Run) -> int:
 
 
 def outline(config: ExperimentConfig, address: str | None = None) -> dict[str, Any]:
-    """What `run` would do, without doing it: workers, device, lanes, steps. Joins a Ray only where an address is given;
-    else the plan is for this machine.
+    """What `run` would do, without doing it: workers, device, replicas, steps. Joins a Ray only where an address is
+    given; otherwise the plan is for this machine.
 
     Raises:
         UserError: as `run`.
@@ -263,16 +266,16 @@ def _supervise(
         with screen(run, console) as shown:
             stopping.say = shown.say
             return attempt(run, job(plan, 1))
-    surroundings.ray_address(address)  # where nobody answers, that is said before anything is imported
-    drive_module = _imported("rayexp.launch.on_ray.supervise")
-    with chatter_to(run.logs / "ray.log", console), screen(run, console) as shown, drive_module as imports:
+    surroundings.ray_address(address)  # an address that does not answer is refused before anything is imported
+    importing = _imported("rayexp.launch.on_ray.supervise")
+    with chatter_to(run.logs / "ray.log", console), screen(run, console) as shown, importing as imports:
         shown.phase("starting Ray")
         from rayexp.launch.on_ray import session
 
         stopping.say = shown.say
 
         def last(why: str) -> None:
-            """End this process, which hangs in a call to a Ray that is gone."""
+            """End this process, which hangs in a call to a Ray that has ended."""
             status = _status(run)
             if status != "done":
                 _fail(run, HeadLostError(why), stopping, fresh=False)
@@ -282,7 +285,7 @@ def _supervise(
 
         with session.session(address) as own_ray:
             if own_ray:
-                open_data(config.data)  # so that what is missing here is said at once, and packed once
+                open_data(config.data)  # what is missing is refused at once, and the data is packed once
             imports.join()
             from rayexp.launch.on_ray.head import watched
             from rayexp.launch.on_ray.supervise import drive
@@ -294,8 +297,8 @@ def _supervise(
 
 @contextlib.contextmanager
 def _imported(module: str) -> Iterator[threading.Thread]:
-    """Import it beside what the block does first: Ray's imports take as long as Ray itself. They are waited for at the
-    end, too, because one that is under way when the process ends would print a traceback."""
+    """Import a module in a thread while the block begins: Ray's imports take as long as starting Ray. The block's end
+    waits for the thread, because an import that is under way when the process ends prints a traceback."""
     thread = threading.Thread(target=importlib.import_module, args=[module], daemon=True)
     thread.start()
     try:

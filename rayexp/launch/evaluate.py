@@ -1,4 +1,4 @@
-"""Judge the validation data with a checkpoint, outside of training."""
+"""Evaluate a checkpoint on the validation data, outside of training."""
 
 from __future__ import annotations
 
@@ -24,13 +24,15 @@ Part = Mapping[str, NDArray[Any]]
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What came of it.
+    """The result of `evaluate`.
 
     Attributes:
+        predictions: one for each sample of the validation data.
         metrics: the workload's own (`val_loss`, `acc1`, `acc5` | `ppl`), and those on test data where it has any.
-        stored: whether the predictions were stored now.
-        equal: whether they are bit for bit those that training had stored (None: there were none); a sample that is
-            not finite must be so in both.
+        weights_sha: the hash of the weights, as epochs.jsonl has it.
+        stored: whether the predictions were stored now, because the run had none.
+        equal: whether they equal the stored ones bit for bit (None: there were none); a sample that is not finite must
+            be so in both.
     """
 
     predictions: Predictions
@@ -41,15 +43,15 @@ class Evaluation:
 
     @property
     def not_finite(self) -> int:
-        """Samples for which the model gave no finite output."""
+        """The number of samples for which the model's output is not finite."""
         return int((~self.predictions.finite).sum())
 
 
 def predict(run: Run, epoch: int) -> Predictions:
-    """The predictions of a checkpoint, computed here and now, and stored where the run had none.
+    """The predictions of a checkpoint, computed now; they are stored if the run has none.
 
     Raises:
-        UserError: the epoch has no checkpoint, or the validation data is missing or another one.
+        UserError: the epoch has no checkpoint, or the validation data is missing or not the run's.
         RunError: the checkpoint is damaged.
     """
     return evaluate(run, epoch).predictions
@@ -62,12 +64,17 @@ def evaluate(
     seen: Callable[[int, Part], None] | None = None,
     root: Path | None = None,
 ) -> Evaluation:
-    """See `predict`.
+    """`predict`, with metrics.
 
     Args:
-        begin: is told the number of batches before the first.
-        seen: is told of each batch, in order.
-        root: where the run's data lies now; None: where it lay. It must be the same data, by hash.
+        run: has the checkpoint.
+        epoch: counts from 1.
+        begin: called with the number of batches before the first.
+        seen: called with the number and the predictions of each batch, in order.
+        root: where the run's data lies now; None: where it was. It must be the same data, by hash.
+
+    Raises:
+        UserError, RunError: as `predict`.
     """
     from rayexp import workloads
     from rayexp.engine import checkpoint, evaluate, runtime
@@ -83,10 +90,10 @@ def evaluate(
     if root is not None:
         there = config.data.model_copy(update={"root": root.expanduser().resolve()})
         config = config.model_copy(update={"data": there})
-    # One process, whatever the run had: the workers' number never changes what a model says.
+    # One process, whatever the run had: the number of workers does not change a model's output.
     alone = config.model_copy(update={"scaling": config.scaling.model_copy(update={"num_workers": 0})})
     gpu = placement.make(alone, [here()]).gpu
-    with runtime.configure(config, runtime.device("cuda" if gpu else "cpu"), config.shards) as settled:
+    with runtime.configure(config, runtime.device("cuda" if gpu else "cpu"), config.shards) as configured:
         try:
             workload = workloads.open_workload(config)
         except UserError as error:
@@ -95,15 +102,15 @@ def evaluate(
                 raise UserError(f"{error}; {moved}") from error
             raise
         _same_data(run, workload.describe(), config)
-        model = checkpoint.load_model(workload, files).to(settled.device)
+        model = checkpoint.load_model(workload, files).to(configured.device)
         if begin is not None:
             begin(workload.val_streams())
-        models = [copy.deepcopy(model) for _ in range(settled.replicas)]
+        models = [copy.deepcopy(model) for _ in range(configured.replicas)]
         ordered = _InOrder(seen) if seen is not None else lambda stream, part: None
-        predictions = evaluate.predict(workload, models, WorkerGroup(), settled, ordered)
+        predictions = evaluate.predict(workload, models, WorkerGroup(), configured, ordered)
         metrics = workload.metrics(predictions)
         if (test := getattr(workload, "test_metrics", None)) is not None:
-            metrics |= test(model, settled.device)
+            metrics |= test(model, configured.device)
     path = run.predictions_path(epoch)
     data = predictions.to_npz()
     missing = not path.exists()
@@ -116,25 +123,25 @@ def evaluate(
 
 
 def _same_data(run: Run, found: Mapping[str, Any], config: ExperimentConfig) -> None:
-    """The validation data is the run's by hash, and its classes or words have the numbers that the model learned."""
+    """Refuse (UserError) data whose hash is not that of the run's, or whose classes or words have other numbers."""
     wanted, where = run.data(), config.data.root or config.data.name
     if wanted.get("val_sha") and wanted["val_sha"] != found["val_sha"]:
         raise UserError(
             f"data.root: the validation data in {where} is not that of {run.id} "
             f"(sha256 {found['val_sha'][:12]}, the run's {wanted['val_sha'][:12]})"
         )
-    for key, words in (("classes", "classes"), ("vocabulary", "words")):
+    for key, entries in (("classes", "classes"), ("vocabulary", "words")):
         if key in wanted and _ids(wanted[key]) != _ids(found.get(key, [])):
-            raise UserError(f"data.root: the {words} in {where} are not those of {run.id}, in the same order")
+            raise UserError(f"data.root: the {entries} in {where} are not those of {run.id}, in the same order")
 
 
 def _ids(entries: Sequence[Any]) -> list[str]:
-    """Words, or the ids of classes (what a class is called may change)."""
+    """The words of a vocabulary, or the ids of classes (the name of a class may change)."""
     return [entry if isinstance(entry, str) else str(entry[0]) for entry in entries]
 
 
 class _InOrder:
-    """Passes batches on in their order, whichever replica was first."""
+    """Hands batches on in their order, whichever replica finishes first."""
 
     def __init__(self, seen: Callable[[int, Part], None]) -> None:
         self.seen, self.next = seen, 0

@@ -1,21 +1,22 @@
-"""What can go wrong with workers that is nobody's mistake."""
+"""Faults of workers that are nobody's mistake: they are worth another attempt."""
 
 from __future__ import annotations
 
 from types import TracebackType
 
-# Where workers speak to each other.
-_ROOMS = ("torch/distributed/", "rayexp/engine/group.py", "rayexp/engine/exchange.py")
+# Files in which workers exchange data.
+_EXCHANGE = ("torch/distributed/", "rayexp/engine/group.py", "rayexp/engine/exchange.py")
 
 
 class LostError(Exception):
-    """Workers were lost (killed, disconnected, their node gone), or could not be started: worth another attempt."""
+    """Workers were lost (killed, disconnected, on a node that is gone) or could not be started."""
 
 
 def peer_lost(error: BaseException) -> bool:
-    """Whether an exception came out of the exchange between workers: the sign, in a healthy one, that another is gone.
+    """Whether an exception came out of the exchange between workers: in a healthy worker it means that another one is
+    gone.
 
-    A mistake of ours there would look the same and be tried again, `max_failures` times.
+    A bug of ours in the exchange looks the same, and is tried again `max_failures` times.
     """
     text = str(error)
     if "gloo/transport" in text or "NCCL error" in text:
@@ -23,7 +24,7 @@ def peer_lost(error: BaseException) -> bool:
     trace: TracebackType | None = error.__traceback__
     while trace is not None:
         file = trace.tb_frame.f_code.co_filename.replace("\\", "/")
-        if any(room in file for room in _ROOMS):
+        if any(part in file for part in _EXCHANGE):
             return True
         trace = trace.tb_next
     return False

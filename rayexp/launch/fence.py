@@ -1,5 +1,5 @@
-"""Workers write a run only while the driver that started them drives it: a driver that is killed leaves workers behind
-for some seconds, and another may have taken up the run by then.
+"""Workers write a run only while the driver that started them holds its lock: workers outlive a killed driver for some
+seconds, and by then another driver may have resumed the run.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from rayexp.launch.faults import LostError
 from rayexp.runs.writer import RunWriter
 from rayexp.system.locks import driver_of
 
-LOOK_S = 0.5  # how often a worker that only asks whether to stop looks after its driver
+LOOK_S = 0.5  # how often a worker checks for its driver when it only asks whether to stop
 
 
 def end_with_parent() -> None:
-    """From now on, end this process soon after its parent: nobody else would, and it may wait for others for days."""
+    """End this process soon after its parent ends; otherwise it might wait for other workers for days."""
 
     def watch(parent: int) -> None:
         while os.getppid() == parent:
@@ -29,39 +29,39 @@ def end_with_parent() -> None:
 
 
 class Fenced:
-    """A Recorder's methods, refused with LostError once the driver has ended.
+    """A RunWriter's methods, which raise LostError once the driver has ended.
 
     Args:
-        recorder: what writes.
-        driver: the token of the driver's hold of the lock.
+        writer: writes the run.
+        driver: the token of the lock that the driver holds.
     """
 
-    def __init__(self, recorder: RunWriter, driver: str) -> None:
-        self._recorder, self._driver = recorder, driver
+    def __init__(self, writer: RunWriter, driver: str) -> None:
+        self._writer, self._driver = writer, driver
         self._looked = 0.0
 
     def driven(self) -> bool:
-        """Whether the driver is there, as far as this host can see."""
-        holder = driver_of(self._recorder.run.root)
+        """Whether the driver still holds its lock, as far as this host can see."""
+        holder = driver_of(self._writer.run.root)
         return holder is not None and holder.token == self._driver
 
     def _call(self, method: str, *args: Any, **fields: Any) -> Any:
         if not self.driven():
             raise LostError("its driver has ended")
-        return getattr(self._recorder, method)(*args, **fields)
+        return getattr(self._writer, method)(*args, **fields)
 
     def __getattr__(self, method: str) -> Any:
         return functools.partial(self._call, method)
 
     def stop_requested(self) -> bool:
-        """See Recorder; asked before every step, so the driver is looked after now and then only."""
+        """See RunWriter. It is called before every step, so the driver is checked only every LOOK_S."""
         now = time.monotonic()
         if now - self._looked < LOOK_S:
-            return self._recorder.stop_requested()
+            return self._writer.stop_requested()
         self._looked = now
         return bool(self._call("stop_requested"))
 
     def log(self, rank: int, text: str) -> None:
-        """See Recorder; what nobody is there to read is not written."""
+        """See RunWriter; without a driver nothing is written, and nothing is raised."""
         if self.driven():
-            self._recorder.log(rank, text)
+            self._writer.log(rank, text)

@@ -1,4 +1,4 @@
-"""In this process, without Ray."""
+"""Train in this process, without Ray."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ def here() -> Node:
 
 
 def attempt(run: Run, job: WorkerJob) -> str:
-    """Train from where the run stands; returns `done` or `stopped`.
+    """Train from the run's newest checkpoint, or from the beginning; returns `done` or `stopped`.
 
     Raises:
-        UserError, RunError: training cannot go on; unexpected errors are logged and become a RunError.
+        UserError, RunError: training cannot go on. An unexpected error is logged and becomes a RunError.
     """
     from rayexp.engine import runtime
     from rayexp.engine.group import WorkerGroup
     from rayexp.launch.worker import work
 
-    recorder = RunWriter(run)
+    writer = RunWriter(run)
     try:
-        return work(job, WorkerGroup, recorder, runtime.device(job.device), world_size=0)
+        return work(job, WorkerGroup, writer, runtime.device(job.device), world_size=0)
     except (UserError, RunError):
         raise
     except OSError as error:
-        recorder.log(0, traceback.format_exc())
+        writer.log(0, traceback.format_exc())
         raise RunError(error, f"; --resume {run.id} goes on from the newest checkpoint") from error
     except Exception as error:
-        recorder.log(0, traceback.format_exc())
+        writer.log(0, traceback.format_exc())
         line = " ".join(str(error).split())[:500]
         raise RunError(f"{type(error).__name__}: {line}", f" (see {run.logs / 'rank_0.log'})") from error

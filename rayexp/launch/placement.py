@@ -1,4 +1,4 @@
-"""Who computes where: how many workers, on which device, with how many cores. Plain arithmetic, no torch, no Ray."""
+"""Decide how many workers compute on which device, with how many cores. Plain arithmetic, without torch and Ray."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ _ROUNDING = 1e-6  # resources are floats: eight times 0.25 must fit into 2
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """What one machine has to give: CPU cores and GPUs (fractions count)."""
+    """What one machine offers.
+
+    Attributes:
+        name: for messages and placement: its address in Ray.
+        cpus: cores, fractions allowed.
+        gpus: GPUs, fractions allowed.
+    """
 
     name: str
     cpus: float
@@ -23,12 +29,12 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """The decision for one attempt.
+    """How the workers of one attempt are placed.
 
     Attributes:
         workers: 0 (in-process) or the number of workers.
         gpu: whether they compute on GPUs.
-        cpus: cores of each; a fraction shares a core. None: all of the process's (in-process).
+        cpus: cores of each; a fraction shares a core. None: all that the process may use (in-process).
         gpus: GPUs of each (0 on CPUs); a fraction shares a GPU.
     """
 
@@ -44,8 +50,8 @@ class Placement:
 
 
 def capacity(nodes: Sequence[Node], cpus: float, gpus: float) -> int:
-    """How many workers of that size these nodes hold."""
-    return sum(_fit(node, cpus, gpus) for node in nodes)
+    """How many workers with so many cores and GPUs each these machines hold."""
+    return sum(_workers_on(node, cpus, gpus) for node in nodes)
 
 
 def make(config: ExperimentConfig, nodes: Sequence[Node]) -> Placement:
@@ -54,14 +60,14 @@ def make(config: ExperimentConfig, nodes: Sequence[Node]) -> Placement:
 
 
 def choices(config: ExperimentConfig, nodes: Sequence[Node]) -> list[Placement]:
-    """What an elastic run may be content with, the largest first; one plan where the number of workers is fixed.
+    """The placements that an elastic run may use, the largest first; one where the number of workers is fixed.
 
     Args:
-        config: `scaling` says what is asked.
-        nodes: what is there, all of it, whether it is free at present or not.
+        config: `scaling` says what is asked for.
+        nodes: all machines with all their resources, whether these are free at present or not.
 
     Raises:
-        UserError: fewer workers than asked can ever be placed; the line says what is there and what is asked.
+        UserError: so many workers can never be placed; the line says what is there and what was asked for.
     """
     s = config.scaling
     low, high = s.num_workers if isinstance(s.num_workers, tuple) else (s.num_workers, s.num_workers)
@@ -83,11 +89,11 @@ def choices(config: ExperimentConfig, nodes: Sequence[Node]) -> list[Placement]:
 
 
 def _placed(config: ExperimentConfig, nodes: Sequence[Node], workers: int, gpus: float) -> Placement | None:
-    """That many workers as large as they can be, or None."""
+    """So many workers, each with as many cores as possible; None if they cannot be placed."""
     if config.scaling.cpus_per_worker is not None:
         sizes: Sequence[float] = [config.scaling.cpus_per_worker]
     elif isinstance(config.scaling.num_workers, tuple):
-        sizes = [1.0]  # an elastic run that could share cores would always be as large as it may
+        sizes = [1.0]  # with shared cores an elastic run would always have the largest number of workers
     else:
         share = math.floor(sum(node.cpus for node in nodes) / workers)
         sizes = [*range(share, 0, -1), 0.5, 0.25, 0.125]
@@ -97,7 +103,8 @@ def _placed(config: ExperimentConfig, nodes: Sequence[Node], workers: int, gpus:
     return None
 
 
-def _fit(node: Node, cpus: float, gpus: float) -> int:
+def _workers_on(node: Node, cpus: float, gpus: float) -> int:
+    """How many workers of that size one machine holds."""
     by_cpu = math.floor(node.cpus / cpus + _ROUNDING)
     if not gpus:
         return by_cpu

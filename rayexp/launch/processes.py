@@ -1,4 +1,4 @@
-"""Workers as processes of this machine, without Ray: for `verify`, for tests, and for machines where Ray is not."""
+"""Workers as processes of this machine, without Ray: for `verify --launcher processes` and for tests."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class WorkersFailedError(RunError):
     """Workers ended badly.
 
     Attributes:
-        codes: exit codes of the workers that had ended by themselves, by rank; a signal's number is negative.
+        codes: exit codes of the workers that ended by themselves, by rank; minus the number of a signal that ended one.
     """
 
     def __init__(self, fault: str, advice: str, codes: Mapping[int, int]) -> None:
@@ -28,12 +28,12 @@ class WorkersFailedError(RunError):
 
     @property
     def killed(self) -> bool:
-        """Whether one of them was killed; whatever others ran into, that is the reason."""
+        """Whether one of them was killed: that is the reason, whatever happened to the others."""
         return -signal.SIGKILL in self.codes.values()
 
 
 def free_port() -> int:
-    """A TCP port on the loopback that was free just now."""
+    """A TCP port of the loopback interface that nobody uses at present."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -44,7 +44,7 @@ def start(job: WorkerJob, world: int) -> list[subprocess.Popen[bytes]]:
     (job.run / "logs").mkdir(exist_ok=True)
     path = job.write()
     address = f"127.0.0.1:{free_port()}"
-    # gloo otherwise looks up this host's name, which need not resolve.
+    # Without it gloo looks up this host's name, which need not resolve.
     loopback = {"GLOO_SOCKET_IFNAME": "lo"} if Path("/sys/class/net/lo").exists() else {}
     workers: list[subprocess.Popen[bytes]] = []
     try:
@@ -73,7 +73,7 @@ def wait(run: Path, workers: list[subprocess.Popen[bytes]]) -> None:
     try:
         while any(worker.poll() is None for worker in workers) and not _failed(workers):
             time.sleep(0.05)
-        # Looked at again: of two that have ended, the one that ended first may have been passed already.
+        # Read again: the loop may have polled the one that ended first before it ended.
         codes = _failed(workers)
     finally:
         _end(workers)

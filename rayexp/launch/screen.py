@@ -1,4 +1,4 @@
-"""One quiet screen: a progress bar that follows the run directory, and a line for every finished epoch.
+"""Progress on a terminal: a bar that follows the run directory, and a line for every finished epoch.
 
 The screen reads progress.json and epochs.jsonl, wherever the workers are; nothing is sent to it.
 """
@@ -27,21 +27,21 @@ POLL_S = 0.2
 
 
 def show(console: Console | None, text: str) -> None:
-    """One line on a console."""
+    """Print one line on a console; None: nowhere."""
     with contextlib.suppress(OSError):  # the terminal may have been closed
         if console is not None:
             console.print(printable(text, keep="\n"), highlight=False, markup=False, soft_wrap=True)
 
 
 class Screen:
-    """Shows one run on a console until `close`; with `console` None it shows nothing."""
+    """Shows one run on a console, from `open` to `close`; with `console` None it shows nothing."""
 
     def __init__(self, run: Run, console: Console | None) -> None:
         self.run, self.console = run, console
-        self.shown = len(read_lines(run.epochs_path, EpochRecord.from_json, []))  # a resume mends the others
-        self._at = (0, 0)  # the file of epochs.jsonl (its inode), and the bytes of it that have been read
+        self.shown = len(read_lines(run.epochs_path, EpochRecord.from_json, []))  # a resume mends damaged lines
+        self._at = (0, 0)  # the inode of epochs.jsonl, and the bytes of it that have been read
         self.warned: set[str] = set()
-        self.told = False  # what the data are
+        self.layout_shown = False
         self._end = threading.Event()
         self._bar: Any = None
         self._task: Any = None
@@ -52,12 +52,12 @@ class Screen:
         show(self.console, text)
 
     def phase(self, text: str) -> None:
-        """What goes on while there is no step yet."""
+        """Show what is done before the first step."""
         if self._bar is not None:
             self._bar.update(self._task, description=printable(text))
 
     def open(self) -> None:
-        """Begin to follow."""
+        """Start to follow the run."""
         if self.console is None:
             return
         if self.console.is_terminal:
@@ -67,7 +67,7 @@ class Screen:
         self._thread.start()
 
     def close(self) -> None:
-        """Show what came last, and let go of the terminal."""
+        """Show what is new since the last look, and release the terminal."""
         if self.console is None or not self._thread.ident:
             return
         self._end.set()
@@ -83,16 +83,16 @@ class Screen:
             try:
                 self._layout()
                 self._progress()
-                if ended:  # a short run may have ended between two looks
+                if ended:  # a short run may end between two looks
                     self._warn(self.run.meta().get("warnings", ()))
                 self._epochs()
-            except Exception as error:  # a picture must not cost a run; the file may be of another moment
+            except Exception as error:  # a display must not cost a run; a file may have been read half written
                 self.warned.add(repr(error))
 
     def _layout(self) -> None:
-        """What of the data folder was taken for which split, as soon as a worker has opened it."""
-        if not self.told and "data" in (meta := self.run.meta()):
-            self.told = True
+        """Show which part of the data folder serves as which split, as soon as a worker has opened it."""
+        if not self.layout_shown and "data" in (meta := self.run.meta()):
+            self.layout_shown = True
             if layout := meta["data"].get("layout"):
                 self.say(f"data: {layout}")
 
@@ -128,10 +128,10 @@ class Screen:
             inode, read = self._at
             anew = os.fstat(file.fileno()).st_ino != inode
             file.seek(0 if anew else read)
-            # A last line without its end is being written.
+            # A last line without a newline is being written.
             lines = [line for line in file.read().splitlines(keepends=True) if line.endswith(b"\n")]
             self._at = (os.fstat(file.fileno()).st_ino, sum(map(len, lines)) + (0 if anew else read))
-        if anew:  # what has been shown is in it again
+        if anew:  # the new file also has the epochs that have been shown
             self.shown = min(self.shown, len(lines))
             lines = lines[self.shown :]
         for line in lines:
@@ -155,7 +155,7 @@ def _loss(value: float | None) -> str:
 def _bar(console: Console) -> Any:
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    plain = console.file is sys.stderr  # else stdout and stderr have been turned over to a file
+    plain = console.file is sys.stderr  # otherwise `chatter_to` sends stdout and stderr to a file
     return Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=None),
@@ -170,10 +170,10 @@ def _bar(console: Console) -> Any:
 
 @contextmanager
 def chatter_to(path: Path, console: Console | None) -> Iterator[None]:
-    """Everything that this process and its children write goes to a file, but for what the console shows.
+    """Send everything that this process and its children write to a file, except what the console shows.
 
-    Ray and what it starts write to the file descriptors themselves, so these are turned over. Outside the main thread
-    nothing is done: the process belongs to someone else then.
+    Ray and its processes write to the file descriptors themselves, so these are redirected. Outside the main thread
+    nothing is done: the process then belongs to somebody else, such as a notebook.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -202,7 +202,7 @@ def chatter_to(path: Path, console: Console | None) -> Iterator[None]:
 
 @contextmanager
 def screen(run: Run, console: Console | None) -> Iterator[Screen]:
-    """A screen for as long as the block lasts."""
+    """A screen that is open while the block runs."""
     shown = Screen(run, console)
     shown.open()
     try:

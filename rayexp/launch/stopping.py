@@ -1,6 +1,6 @@
-"""A run that is asked to stop: the first signal asks it to save and stop, the second ends it at once.
+"""Stop a run by signal: the first signal asks it to save and stop, a second one ends it at once.
 
-Before the first step there is nothing to save, so there the first ends it too.
+Before the first step there is nothing to save, and the first signal ends it at once.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from rayexp.errors import Stopped
 from rayexp.runs.run import Run
 from rayexp.system.signals import handled
 
-# `timeout` and batch systems send theirs to a process and to its group: what comes so soon after the first is the same.
+# `timeout` and batch systems send a signal to a process and to its group: one that follows so soon is the same request.
 SAME_S = 1.0
 
 
 class Stopping:
-    """Whether the run was asked to stop; calling it says so.
+    """Whether the run was asked to stop: call it to know.
 
     Attributes:
-        number: the signal that asked; None: none has.
-        say: where the user is told.
+        number: the signal that asked first; None: none has.
+        say: shows a line to the user.
     """
 
     def __init__(self, run: Run) -> None:
@@ -33,11 +33,15 @@ class Stopping:
         self._at = 0.0
 
     def __call__(self) -> bool:
-        """Whether a signal has come."""
+        """Whether a signal has arrived."""
         return self.number is not None
 
     def ask(self, number: signal.Signals) -> None:
-        """What a signal does."""
+        """Handle a signal.
+
+        Raises:
+            Stopped: it is a second request, or there is nothing to save.
+        """
         again, now = self.number is not None, time.monotonic()
         if again and now - self._at < SAME_S:
             return
@@ -50,9 +54,9 @@ class Stopping:
 
 @contextlib.contextmanager
 def stoppable(run: Run) -> Iterator[Stopping]:
-    """While this lasts, a first signal makes the run's stop file; a further one raises Stopped.
+    """While the block runs, a first signal creates the run's stop file, and another one raises Stopped.
 
-    Outside the main thread signals are left alone.
+    Outside the main thread no signal is handled.
     """
     run.stop_path.unlink(missing_ok=True)
     run.progress_path.unlink(missing_ok=True)

@@ -1,8 +1,8 @@
 """Run one configuration at several numbers of workers, and compare the state of every step, tensor by tensor.
 
 Every worker count trains the same first steps and writes the sha256 of every tensor after every step to trace.jsonl.
-One more run loses a worker to SIGKILL half way and goes on from its last snapshot. `ddp` of the same configuration is
-run beside it: as the price, and as the contrast.
+With `kill`, one more run loses a worker to SIGKILL half way and goes on from its last snapshot. The configuration also
+runs with `reduction: ddp`: the difference in speed is the price of exactness, and its weights show the difference.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ class Trial:
 
     Attributes:
         label: `0`, `4`, `4, one killed`.
-        workers: how many.
-        steps: lines of trace.jsonl in order of their step: step, weights_sha, tensors {name: sha256}, rate.
+        workers: the number of workers; 0: in-process.
+        steps: the lines of trace.jsonl by step: `step`, `weights_sha`, `tensors` {name: sha256}, `rate` (samples per
+            second).
     """
 
     label: str
@@ -59,13 +60,19 @@ class Trial:
 
     @property
     def rate(self) -> float:
-        """Median samples per second of a step; the first one is left out."""
+        """Samples per second, the median over the steps; the first step is left out."""
         return float(statistics.median(step["rate"] for step in self.steps[1:] or self.steps))
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Where a run first leaves the reference."""
+    """Where a trial first differs from the reference.
+
+    Attributes:
+        label: of the trial.
+        step: counts from 1.
+        tensor: its name; of the model's, without the prefix `model.`.
+    """
 
     label: str
     step: int
@@ -74,7 +81,14 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What came of it. The first trial is the reference."""
+    """The result of `verify`.
+
+    Attributes:
+        unit: of rates: `images` or `tokens`.
+        trials: the first is the reference.
+        contrast: the same worker counts with `reduction: ddp`; may be empty.
+        differences: at most one for each trial but the first.
+    """
 
     unit: str
     trials: tuple[Trial, ...]
@@ -87,7 +101,7 @@ class Verdict:
         return not self.differences
 
     def rows(self) -> list[dict[str, Any]]:
-        """A line for each trial: workers, weights, rate, and the price against ddp on as many workers."""
+        """A row for each trial: workers, weights, rate, and the price against ddp with as many workers."""
         ddp = {trial.workers: trial for trial in self.contrast}
         rows = []
         for trial in self.trials:
@@ -143,7 +157,7 @@ def verify(
         kill: also SIGKILL one worker of a further run half way, and let it go on.
         launcher: `ray`: as `rayexp train` does; `processes`: plain processes of this machine.
         contrast: also run `reduction: ddp`.
-        say: is told what goes on.
+        say: receives lines of progress.
 
     Raises:
         UserError: a worker count is not allowed.
@@ -170,7 +184,7 @@ def verify(
 
 
 def differences(trials: Sequence[Trial]) -> list[Difference]:
-    """For each trial that leaves the first one: the first step and the first tensor."""
+    """The first step and tensor of each trial that differ from the first trial's."""
     found = []
     reference = trials[0]
     for trial in trials[1:]:
@@ -184,7 +198,7 @@ def differences(trials: Sequence[Trial]) -> list[Difference]:
 
 
 def _with(config: ExperimentConfig, workers: int) -> ExperimentConfig:
-    """The configuration at that number of workers, all on one kind of device: GPUs are shared where there are few."""
+    """The configuration with that number of workers, all on one kind of device: they share GPUs where there are few."""
     scaling: dict[str, Any] = {"num_workers": workers}
     gpus = here().gpus if config.scaling.use_gpu is not False else 0
     if workers > gpus > 0:
@@ -195,7 +209,7 @@ def _with(config: ExperimentConfig, workers: int) -> ExperimentConfig:
 
 
 class _Bench:
-    """Runs trials, each in a run directory that is thrown away."""
+    """Runs trials, each in a run directory that is removed afterwards."""
 
     def __init__(self, folder: Path, steps: int, launcher: Launcher, say: Callable[[str], None]) -> None:
         self.folder, self.steps, self.launcher, self.say = folder, steps, launcher, say
@@ -232,7 +246,7 @@ class _Bench:
         return self._read(made, label, workers)
 
     def run_killed(self, config: ExperimentConfig, label: str, workers: int, steps: int) -> Trial:
-        """One trial that loses a worker half way through its steps, which may be fewer than were asked for."""
+        """One trial that loses a worker half way; `steps` is the number that the first trial came to."""
         if steps < 2:
             raise UserError("--kill: a worker is killed after a step and before another, and this run has only one")
         checkpoint = config.checkpoint.model_copy(update={"every_steps": 1})
@@ -278,7 +292,7 @@ class _Bench:
         rows: dict[int, dict[str, Any]] = {}
         for line in (made.root / "trace.jsonl").read_text().splitlines():
             row = json.loads(line)
-            # After a kill steps are done again, and must come to the same.
+            # Steps are done again after a kill, and must give the same bits.
             if rows.setdefault(row["step"], row)["tensors"] != row["tensors"]:
                 raise RunError(f"workers {label}: step {row['step']} came to something else when it was done again")
         if sorted(rows) != list(range(1, len(rows) + 1)):
@@ -287,12 +301,12 @@ class _Bench:
 
 
 class _Killer:
-    """Sends SIGKILL to a worker on this host, the last of them, of the run that appears in a folder, once the run has
-    done some steps.
+    """Waits for a new run in a folder to do some steps, then sends SIGKILL to its worker on this host, of several the
+    one with the highest rank.
 
     Attributes:
-        rank, pid: of the worker that was killed; pid 0: none.
-        elsewhere: the workers' hosts where none of them is on this one.
+        rank, pid: of the worker that was killed; pid 0: none was.
+        elsewhere: the hosts of the workers, where none of them is on this host.
     """
 
     def __init__(self, folder: Path, known: set[Path], step: int) -> None:
@@ -329,11 +343,11 @@ class _Killer:
 
 
 def placed(logs: Path) -> dict[int, tuple[int, str]]:
-    """Process id and host of the workers that a run has, or had last, by rank; all log it before the first step."""
+    """Process id and host of the workers of a run's last attempt, by rank; every worker logs them at its start."""
     found = {}
     for log in logs.glob("rank_*.log"):
-        said = re.findall(r"rank (\d+) of \d+: .*, pid (\d+) on (\S+)", log.read_text(errors="replace"))
-        if said:
-            rank, pid, host = said[-1]
+        entries = re.findall(r"rank (\d+) of \d+: .*, pid (\d+) on (\S+)", log.read_text(errors="replace"))
+        if entries:
+            rank, pid, host = entries[-1]
             found[int(rank)] = (int(pid), host)
     return found

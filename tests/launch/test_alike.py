@@ -1,4 +1,4 @@
-"""Workers that compute otherwise than the others are refused for `exact` by name, warned of for `ddp`."""
+"""Workers whose kernels round differently are refused by name under `exact`, and warned of under `ddp`."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_other_weights_are_named() -> None:
 
 
 class Workers:
-    """Two worker processes of one run, each with an environment of its own."""
+    """Worker processes of one run, each with its own environment."""
 
     def __init__(self, config: ExperimentConfig, *environments: dict[str, str], **fields: Any) -> None:
         self.run = Run.create(config, argv=["test"])
@@ -105,7 +105,7 @@ def plant(tmp_path: Path) -> Callable[[str], dict[str, str]]:
     return make
 
 
-# As if the initialisation came out otherwise.
+# As if the initialisation gave other weights.
 OTHER_WEIGHTS = """
 from rayexp.engine import order
 key = order.key
@@ -124,7 +124,7 @@ def test_exact_refuses_an_avx2_worker_beside_an_avx512_one(tiny: Tiny) -> None:
     workers = Workers(tiny(), {}, {"ATEN_CPU_CAPABILITY": "avx2"})
     ended = workers.end()
     assert all(code != 0 for code, _ in ended)
-    # The one that is a little later may meet with the other's end.
+    # The slower one may fail because the other has ended already.
     line = next(line for _, line in ended if "UserError: reduction: exact needs workers that compute alike" in line)
     assert "alike, and rank 1 on " in line
     assert "device cpu x86_64 AVX2, not cpu x86_64 AVX512 as rank 0 on" in line
@@ -145,7 +145,7 @@ def test_ddp_warns_and_starts_from_the_same_weights(tiny: Tiny, plant: Plant) ->
     assert [worker["fingerprint"]["device"].split()[-1] for worker in meta["workers"]] == ["AVX512", "AVX2"]
     assert meta["workers"][0]["fingerprint"] == meta["fingerprint"]
     assert meta["workers"][0]["host"]
-    # The second worker's weights came from the first: both together come to what one alone comes to, nearly.
+    # The second worker took the weights of the first: both together get nearly what one alone gets.
     alone = train(tiny(reduction="ddp", epochs=1), argv=["test"], max_steps=2)
     one, other = (_weights(run) for run in (workers.run, alone))
     for name, weight in one.items():

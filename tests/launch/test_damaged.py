@@ -1,4 +1,4 @@
-"""A run whose files were changed: refused, or resumed from what is whole, with the same bits in the end."""
+"""A run whose files were changed is refused, or resumed from what is whole, and ends with the same bits."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def test_one_character_is_named_and_the_one_before_is_taken(tiny: Tiny, old: str
     config = tiny(checkpoint={"every_steps": 2}, epochs=1)
     whole = run(config, argv=[])
     made = run(config, argv=[], max_steps=7)
-    words = steps(made)[-1] / "state.json"
-    assert old in words.read_text()
-    words.write_text(words.read_text().replace(old, new, 1))
+    state = steps(made)[-1] / "state.json"
+    assert old in state.read_text()
+    state.write_text(state.read_text().replace(old, new, 1))
     screen = io.StringIO()
     again = run(config, argv=[], resume=made, console=Console(file=screen, width=400))
     assert shas(again) == shas(whole)
-    said = f"{words.parent.name}: passed over, state.json is damaged"
+    said = f"{state.parent.name}: passed over, state.json is damaged"
     assert said in screen.getvalue()
     log = (made.logs / "rank_0.log").read_text()
     assert said in log

@@ -277,13 +277,13 @@ def test_bf16_without_instructions_for_it_is_warned_of(tiny: Tiny, monkeypatch: 
 
 def test_the_command_names_the_key_and_exits_with_2(tiny: Tiny, tmp_path: Path, command: Command) -> None:
     (tmp_path / "c.yaml").write_text(yaml.safe_dump({**yaml.safe_load(tiny().to_yaml()), "epoch": 3}))
-    for words, expected in (
+    for args, expected in (
         (["train", "c.yaml"], "unknown key epoch (did you mean epochs?)"),
         (["train"], "CONFIG"),
         (["train", "--resume", "nothing"], "no run 'nothing'"),
         (["verify", "c.yaml", "--workers", "0,x"], "--workers"),
     ):
-        process = command(*words)
+        process = command(*args)
         _, err = process.communicate(timeout=60)
         assert process.returncode == 2
         assert expected in err

@@ -1,4 +1,4 @@
-"""Workers that a killed driver has left behind write nothing more."""
+"""Workers that outlive a killed driver write nothing more."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ def test_a_worker_writes_only_for_its_own_driver(tiny: Tiny, monkeypatch: pytest
             mine.end("done")
         with pytest.raises(LostError):
             mine.stop_requested()
-        mine.log(0, "orphaned")  # said while a failure is handled: no failure of its own
+        mine.log(0, "orphaned")  # while an error is handled: it must not raise another one
         assert files(made) == before
 
     refused()
-    with only_driver(made.root):  # another has taken up the run
+    with only_driver(made.root):  # another driver has resumed the run
         refused()
 
 
@@ -59,7 +59,7 @@ def test_a_worker_that_steps_looks_after_its_driver(tiny: Tiny, monkeypatch: pyt
     with pytest.raises(LostError):
         mine.stop_requested()
     now[0] += fence.LOOK_S / 2
-    assert not mine.stop_requested()  # a step costs no look at the lock
+    assert not mine.stop_requested()  # most steps do not read the lock
     made.stop_path.touch()
     assert mine.stop_requested()
     now[0] += fence.LOOK_S

@@ -1,4 +1,4 @@
-"""Workers as processes: whoever was killed is the reason, whatever others ran into, and in whichever order they end."""
+"""Workers as processes: of those that failed, a killed one is named as the reason, in whichever order they ended."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_an_interruption_ends_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_worker_ends_with_its_parent(tmp_path: Path, tiny: Callable[..., ExperimentConfig]) -> None:
     config = tiny()
     job = WorkerJob(run=Run.create(config, argv=[]).root, config=config, device="cpu").write()
-    # The other worker never comes, so this one would wait.
+    # The other worker is never started, so this one waits.
     worker = spawn.command("rayexp.launch.worker", str(job), "0", "2", f"127.0.0.1:{processes.free_port()}")
     code = f"import subprocess\nworker = subprocess.Popen({worker!r})\nprint(worker.pid, flush=True)\nworker.wait()"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:

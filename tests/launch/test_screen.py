@@ -1,4 +1,4 @@
-"""What a driver shows of epochs.jsonl: every epoch once, while it grows, is torn, and is mended."""
+"""The screen shows every epoch of epochs.jsonl once, while the file grows, is torn, and is mended."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_every_epoch_is_shown_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert len(shown()) == 1
         file.write(line(3)[50:] + "\n")
     assert shown()[1:] == [epoch_line(record(3))]
-    # A resume writes the file anew: the same epochs, then with fewer, and another line.
+    # A resume writes a new file: first with the same epochs, then with fewer and another line.
     write_atomic(run.epochs_path, "".join(f"{line(epoch)}\n" for epoch in (1, 2, 3)))
     assert len(shown()) == 2
     write_atomic(run.epochs_path, f"{line(1)}\n")

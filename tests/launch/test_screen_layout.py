@@ -1,4 +1,4 @@
-"""What the screen says of a run that it follows."""
+"""The screen says which data serves as which split."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def followed(tmp_path: Path) -> tuple[Run, Screen, io.StringIO]:
 def test_what_was_taken_of_the_data_is_said_once(followed) -> None:
     run, screen, out = followed
     screen._layout()
-    assert out.getvalue() == ""  # no worker has opened the data
+    assert out.getvalue() == ""  # no worker has opened the data yet
     run.update(data={"layout": "2 classes; train from train/; val from valid/"})
     for _ in range(3):
         screen._layout()

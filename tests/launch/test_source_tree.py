@@ -1,4 +1,4 @@
-"""A source tree that is not installed: what `ray job submit --working-dir .` gives a job."""
+"""A source tree that is not installed, as a job of `ray job submit --working-dir .` has it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop, and what ends a run at its very end or without its data."""
+"""Signals that ask a run to stop, and errors at the end of a run or before its first step."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def only(folder: Path) -> Run:
 
 @contextlib.contextmanager
 def not_stopped() -> Iterator[None]:
-    """A failure of the test where an interruption would end all tests."""
+    """Fail the test where an interruption would otherwise end all tests."""
     try:
         yield
     except Stopped as stopped:
@@ -51,7 +51,7 @@ def not_stopped() -> Iterator[None]:
 
 @pytest.fixture
 def begun(tiny: Tiny, tmp_path: Path, until: Until) -> Callable[[], Run]:
-    """Waits until a run of c.yaml, which is written here, has done a step."""
+    """Write c.yaml; the function waits until a run of it has done a step."""
     (tmp_path / "c.yaml").write_text(tiny(epochs=400).to_yaml())
 
     def wait() -> Run:
@@ -218,7 +218,7 @@ def test_before_the_first_step_a_signal_ends_the_run_at_once(tiny: Tiny) -> None
     made.stop_path.touch()  # of a driver that was killed
     with stoppable(made) as asked:
         assert not made.stop_path.exists()
-        RunWriter(made).progress({"warnings": ["lr: high"]})  # which is told before any step
+        RunWriter(made).progress({"warnings": ["lr: high"]})  # written before any step
         with pytest.raises(Stopped) as caught:
             os.kill(os.getpid(), signal.SIGTERM)
     assert caught.value.number == signal.SIGTERM
@@ -230,7 +230,7 @@ def test_before_the_first_step_a_signal_ends_the_run_at_once(tiny: Tiny) -> None
 
 @pytest.fixture
 def after(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
-    """Let an attempt end with that error, after all that it had to do."""
+    """Let an attempt end with an error after it has done all its work."""
     real = local.attempt
 
     def end(error: BaseException) -> None:
@@ -270,7 +270,7 @@ def test_nothing_that_can_be_resumed_is_removed(
 def test_what_goes_wrong_in_a_run_that_was_asked_to_stop_is_told(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[UserError | RunError]
 ) -> None:
-    """As a disk that is full when the last step is to be saved."""
+    """For example a disk that is full when the last step is to be saved."""
 
     def attempt(made: Run, job: WorkerJob) -> str:
         RunWriter(made).progress({"step": 1})

@@ -1,4 +1,4 @@
-"""`rayexp verify`, and that it notices: three mistakes are planted in the workers' processes, and it names them."""
+"""`rayexp verify` finds differences: three faults are planted in the workers' processes, and it names each."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ FAULTS = {
     "the sum runs in the order of the ranks": (
         "rayexp.engine.reduction",
         """
-    # Whatever is pushed is added to what is there, first come first: no tree.
+    # Sums are added in the order in which they arrive, not in the tree's.
     def push(self, node, value):
         if self._values:
             (first, found), = self._values.items()
@@ -173,7 +173,7 @@ def test_ddp_is_not_equal_and_is_named(tiny: Tiny) -> None:
 
 
 def test_a_stopped_verification_offers_nothing_to_go_on_with(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stopped(*args: Any, **words: Any) -> None:
+    def stopped(*args: Any, **fields: Any) -> None:
         raise Stopped(signal.SIGTERM, "stopped; saved up to step 2: --resume that goes on")
 
     monkeypatch.setattr("rayexp.launch.verify.train", stopped)
@@ -186,7 +186,7 @@ def test_a_stopped_verification_offers_nothing_to_go_on_with(tiny: Tiny, monkeyp
 def test_a_failed_trial_tells_the_cause_and_names_nothing_that_is_gone(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch, workers: list[int]
 ) -> None:
-    """In this process and in one of its own, whose log lies in a folder that is thrown away."""
+    """In this process and in a worker's, whose log is in a folder that is removed."""
     monkeypatch.setattr("rayexp.launch.worker.Trainer", None)
     monkeypatch.setattr("rayexp.launch.processes.spawn.command", lambda *_: [sys.executable, "-c", "1 / 0"])
     with pytest.raises(RunError) as caught:
@@ -230,10 +230,10 @@ def test_a_planted_fault_is_found(
         (tmp_path / "planted").mkdir()
         (tmp_path / "planted" / "sitecustomize.py").write_text(HOOK.format(module=module, fault=code))
         monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'planted'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-    words = ("--workers", "0,2", "--steps", "2", "--launcher", "processes", "--no-contrast", "--json")
-    # Two threads may happen to round like one in so few steps, so a fault gets three chances; the truth gets one.
+    args = ("--workers", "0,2", "--steps", "2", "--launcher", "processes", "--no-contrast", "--json")
+    # In so few steps two threads may round like one, so a fault has three tries; without a fault one must do.
     for _ in range(3 if fault else 1):
-        process = command("verify", "c.yaml", *words)
+        process = command("verify", "c.yaml", *args)
         out, err = process.communicate(timeout=300)
         if process.returncode == 1:
             break

@@ -1,4 +1,4 @@
-"""Settings that a run does not use are said: on the screen, in its log, and in run.json."""
+"""Settings that a run does not use are named on the screen, in its log and in run.json."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ def test_what_a_cpu_does_not_do(tiny: Tiny, changes: dict[str, Any], expected: l
 
 @pytest.mark.parametrize(("batch", "warned"), [(64, False), (66, True)])
 def test_a_batch_above_the_images(tiny: Tiny, tiny_images: dict[str, Any], batch: int, warned: bool) -> None:
-    words = tiny().model_dump(mode="json")
+    tree = tiny().model_dump(mode="json")
     for key in ("data", "model", "optimizer", "workload"):
-        del words[key]
-    words |= tiny_images | {"epochs": 1, "batch_size": batch, "model": {"name": "squeezenet1_0"}}
+        del tree[key]
+    tree |= tiny_images | {"epochs": 1, "batch_size": batch, "model": {"name": "squeezenet1_0"}}
     text = io.StringIO()
-    made = run(parse(words, ExperimentConfig, ""), argv=[], console=Console(file=text, width=300))
+    made = run(parse(tree, ExperimentConfig, ""), argv=[], console=Console(file=text, width=300))
     expected = ["batch_size: 66 is above the 64 training images: every step takes all of them"] if warned else []
     assert shown(text) == made.meta()["warnings"] == expected
     assert made.meta()["steps_per_epoch"] == 1
