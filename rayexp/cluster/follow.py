@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from rayexp.cluster import auth, jobs
+from rayexp.cluster import auth, dashboard, jobs
 from rayexp.cluster.jobs import Job
 from rayexp.errors import RunError, UserError
 
@@ -42,7 +42,7 @@ def follow(
 
     while True:
         try:
-            _blocking(_tail(auth.address(address), job, done, take, lambda: jobs.find(address, job).ended))
+            _blocking(_tail(dashboard.address(address), job, done, take, lambda: jobs.find(address, job).ended))
             known: Job | None = jobs.find(address, job)
             lost = 0.0
         except BrokenPipeError:  # of `out`: nobody reads any more
@@ -121,11 +121,11 @@ async def _tail(
     """
     import aiohttp
 
-    limits = aiohttp.ClientTimeout(total=None, sock_connect=auth.TIMEOUT_S)
+    limits = aiohttp.ClientTimeout(total=None, sock_connect=dashboard.TIMEOUT_S)
     try:
         async with (
             aiohttp.ClientSession(headers=auth.headers(), timeout=limits) as session,
-            session.ws_connect(f"{place}/api/jobs/{job}/logs/tail", heartbeat=auth.TIMEOUT_S / 2) as socket,
+            session.ws_connect(f"{place}/api/jobs/{job}/logs/tail", heartbeat=dashboard.TIMEOUT_S / 2) as socket,
         ):
             while True:
                 try:

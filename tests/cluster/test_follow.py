@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from rayexp.cluster import auth, follow, jobs
+from rayexp.cluster import dashboard, follow, jobs
 from rayexp.errors import RunError, UserError
 
 
@@ -217,7 +217,7 @@ def test_an_error_of_the_state_api_is_told_in_words(cluster: Callable[..., Clust
     for answer, line in (((500, "\n"), "500"), ((500, "a\nb\n"), "b"), ({"result": False, "msg": ""}, "no word")):
         place = cluster(job_info("RUNNING"), answer, 500).url
         with pytest.raises(RunError, match=rf"^http.*: .*{line}"):
-            auth.get(place, "/api/v0/nodes")
+            dashboard.get(place, "/api/v0/nodes")
 
 
 def test_an_unknown_job_is_the_users_mistake(cluster: Callable[..., Cluster]) -> None:
