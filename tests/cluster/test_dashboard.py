@@ -240,33 +240,33 @@ def test_an_open_cluster_is_noticed(serve: Callable[..., Server], status: int, e
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 def test_a_redirect_carries_the_token_nowhere_else(serve: Callable[..., Server], status: int) -> None:
     thief = serve()
-    door = serve(status, Location=f"{thief.url}/stolen")
+    redirecting = serve(status, Location=f"{thief.url}/stolen")
     for ask in (
-        lambda: dashboard.get(door.url, "/api/v0/nodes"),
-        lambda: list(dashboard.stream(door.url, "/api/v0/logs/file")),
-        lambda: jobs.jobs(door.url),
-        lambda: follow._blocking(follow._tail(door.url, "x", 0, print)),
+        lambda: dashboard.get(redirecting.url, "/api/v0/nodes"),
+        lambda: list(dashboard.stream(redirecting.url, "/api/v0/logs/file")),
+        lambda: jobs.jobs(redirecting.url),
+        lambda: follow._run(follow._tail(redirecting.url, "x", 0, print)),
     ):
         thief.seen.clear()
         with pytest.raises((UserError, RunError, OSError)):
             ask()
         assert thief.seen, "it was not followed, so nothing was tried"
         assert [found for _, found in thief.seen if found] == []
-    assert all(found == f"Bearer {SECRET}" for _, found in door.seen)
+    assert all(found == f"Bearer {SECRET}" for _, found in redirecting.seen)
 
 
 def test_no_proxy_is_shown_what_goes_to_this_machine(
     serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    proxy, door = serve(), serve()
+    proxy, redirecting = serve(), serve()
     monkeypatch.setenv("http_proxy", proxy.url)
     monkeypatch.setenv("no_proxy", "intern.lab")
-    monkeypatch.setattr(dashboard, "DEFAULT_ADDRESS", door.url)
+    monkeypatch.setattr(dashboard, "DEFAULT_ADDRESS", redirecting.url)
     with pytest.raises((UserError, RunError)):
         jobs.jobs()
     with pytest.raises((UserError, RunError)):
         sources.find("some-run", None)
-    assert len(door.seen) > 1
+    assert len(redirecting.seen) > 1
     assert proxy.seen == []
     assert os.environ["no_proxy"] == "intern.lab,127.0.0.1"
 
