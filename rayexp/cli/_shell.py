@@ -118,12 +118,12 @@ def error_line(text: str) -> None:
 
 def main() -> None:
     """The console script."""
-    from rayexp.cluster.surroundings import settle_home
+    from rayexp.cluster.home import ensure_home
     from rayexp.errors import FULL, RunError, Stopped, UserError, WriteError
     from rayexp.system import signals
 
     try:
-        settle_home(say)
+        ensure_home(say)
         with signals.ending():
             code = app(standalone_mode=False)
     except UserError as error:

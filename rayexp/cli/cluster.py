@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TextIO
 
 import typer
 
@@ -75,14 +75,16 @@ def logs(
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Until it ends; exit with its code.")] = False,
     address: Address = None,
 ) -> None:
-    """Print what a job has printed."""
+    """Print what a job has printed; control sequences are shown, not obeyed."""
+    from rayexp.cli._job_output import JobOutput
     from rayexp.cluster import jobs
 
     found = jobs.find(address, job)
     if follow:
         _follow(address, found.job, sys.stdout)
-    text = jobs.logs(address, found.job) or (found.message + "\n" if found.message else "")
-    sys.stdout.write(text)
+    output = JobOutput(sys.stdout)
+    output.write(jobs.logs(address, found.job) or (found.message + "\n" if found.message else ""))
+    output.close()
 
 
 @app.command()
@@ -131,21 +133,21 @@ def collect(
     say(f"{status}; {records} epochs, checkpoints of {kept}; {got.size / 1e6:,.1f} MB fetched from {source.name}")
 
 
-def _follow(address: str | None, job: str, to: object) -> None:
-    """Hand on a job's output and exit with its code."""
+def _follow(address: str | None, job: str, to: TextIO) -> None:
+    """Show a job's output until it ends, and exit with its code."""
+    from rayexp.cli._job_output import JobOutput
     from rayexp.cluster import follow as following
     from rayexp.cluster import jobs
     from rayexp.errors import RunError
 
-    def out(text: str) -> None:
-        to.write(text)  # type: ignore[attr-defined]
-        to.flush()  # type: ignore[attr-defined]
-
+    output = JobOutput(to)
     try:
-        ended = following.follow(address, job, out, say)
+        ended = following.follow(address, job, output.write, say)
     except KeyboardInterrupt:
         say(f"\nthe job goes on; `rayexp logs {job} -f` takes it up, `rayexp stop {job}` ends it")
         raise
+    finally:
+        output.close()
     code = jobs.exit_code(ended)
     if code:
         why = f": {ended.message}" if ended.message else ""

@@ -52,7 +52,7 @@ def compare(
     exit code is 1 where a cell failed or exact cells ended with different weights.
     """
     from rayexp.cli import _show_grid as view
-    from rayexp.cluster.as_job import below_home
+    from rayexp.cluster.job_context import resolve_path
     from rayexp.config import CompareConfig, load
     from rayexp.errors import UserError
     from rayexp.grid.comparison import Comparison
@@ -62,7 +62,7 @@ def compare(
         if config is None:
             raise UserError("compare needs a CONFIG (or --resume COMPARE)")
         grid = load(config, words, CompareConfig)
-        grid = grid.model_copy(update={"storage_path": below_home(grid.storage_path)})
+        grid = grid.model_copy(update={"storage_path": resolve_path(grid.storage_path)})
         from rayexp.grid.run import go, planned, start
 
         base, cells = planned(grid, Path(config).parent, address)
@@ -75,7 +75,7 @@ def compare(
             raise UserError(f"compare --resume goes on with the grid as it was planned; leave {config} out")
         from rayexp.grid.run import go
 
-        made = Comparison.find(resume, below_home(runs or RUNS))
+        made = Comparison.find(resume, resolve_path(runs or RUNS))
         grid, cells = made.config(), made.cells()
     running = [cell for cell in cells if cell.skip is None]
     for cell in cells:

@@ -124,7 +124,7 @@ def _settle(
     config: str | None, words: list[str], runs: Path | None, name: str | None, resume: str | None
 ) -> tuple[Run | None, ExperimentConfig]:
     """The run to go on with, if any, and the configuration."""
-    from rayexp.cluster.as_job import at_home, below_home
+    from rayexp.cluster.job_context import resolve_path, resolve_paths
     from rayexp.config import load, read
     from rayexp.errors import UserError
     from rayexp.runs.run import Run
@@ -136,9 +136,9 @@ def _settle(
     if config is None:
         if not resume:
             raise UserError("train needs a CONFIG (or --resume RUN)")
-        run = Run.find(resume, below_home(runs or RUNS))
+        run = Run.find(resume, resolve_path(runs or RUNS))
         return run, read(run.config_path, words)
-    settled = at_home(load(config, words))
+    settled = resolve_paths(load(config, words))
     return Run.find(resume, settled.storage_path) if resume else None, settled
 
 

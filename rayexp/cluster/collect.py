@@ -1,10 +1,10 @@
-"""Bring a run home: records, predictions, checkpoints, from wherever `sources` finds it.
+"""Copy a run from wherever `sources` finds it: records, predictions, logs, and the checkpoints that are asked for.
 
-The copy is made in an order that leaves nothing half: every file and every checkpoint under a temporary name, checked,
-then renamed; run.json last, so an unfinished copy is no run yet. The same command goes on where it was cut off.
+Nothing is ever half there: every file and every checkpoint is written under a temporary name, checked and renamed, and
+run.json comes last, so an unfinished copy is not yet a run. The same command continues a copy that was interrupted.
 
-What the source says is not believed: every file has the hash that the run's manifest gives it, or is not taken, and
-every name leads to a place inside the copy, or is refused.
+The source is not trusted: a file whose hash is not the one in the run's manifest is not taken, and a name that leads
+outside the copy is refused.
 """
 
 from __future__ import annotations
@@ -26,16 +26,24 @@ from rayexp.runs.records import EpochRecord
 from rayexp.runs.run import Run, broken, epoch_name
 from rayexp.system.disk import TEMPORARY, inside, naming, now, relative, sync_directory, write_atomic, write_json
 
-MARK = "collected.json"  # says that a run directory is a copy, and of what
-LINES, TRACE, WORDS = "epochs.jsonl", "trace.jsonl", "state.json"
-DEPTH, MOST = 8, 10_000  # folders below each other and files in tb/ or logs/; more is a listing that contains itself
+MARK = "collected.json"  # marks a run directory as a copy, and says of what
+EPOCHS, TRACE, STATE = "epochs.jsonl", "trace.jsonl", "state.json"
+# The deepest nesting and the most files in tb/ or logs/; more is a listing that contains itself.
+MAX_DEPTH, MAX_FILES = 8, 10_000
 ATTEMPTS = 3  # where the run goes on while it is read
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Collected:
-    """What a collect did: the copy, the epochs it has checkpoints of now, those fetched, bytes fetched."""
+    """What `collect` did.
+
+    Attributes:
+        run: the copy.
+        epochs: those whose checkpoints it now has.
+        fetched: those whose checkpoints were fetched this time.
+        size: bytes fetched.
+    """
 
     run: Run
     epochs: list[int]
@@ -47,7 +55,7 @@ def collect(source: RunSource, name: str, to: Path, epochs: str = "all", say: Sa
     """Copy a run to `to`/`name`, or bring such a copy up to date.
 
     Args:
-        source: see `find`.
+        source: see `sources.find`.
         name: the run's id.
         epochs: whose checkpoints: `all`, `none`, or numbers, ranges and `last`, such as `7,18` and `1-3,last`.
         say: told what is being fetched.
@@ -72,17 +80,17 @@ def collect(source: RunSource, name: str, to: Path, epochs: str = "all", say: Sa
 
 
 def upload(run: Run, uri: str, say: Say = lambda text: None) -> str:
-    """Copy a run to an object store (s3://, gs://, file://); returns where it lies.
+    """Copy a run to an object store (s3://, gs://, file://); returns its URI.
 
-    Objects are whole or absent by themselves; state.json ends each checkpoint and run.json the run. What is already
-    there with the same content is left.
+    An object is whole or absent by itself; each checkpoint's state.json comes after its tensors, and run.json last.
+    Objects that are there already with the same content are left alone.
 
     Raises:
-        UserError: no storage there. RunError: it cannot be written, or reads back otherwise.
+        UserError: there is no such storage. RunError: it cannot be written, or reads back otherwise.
     """
     storage = Storage(below(uri, run.id))
     names = [str(p.relative_to(run.root)) for p in run.root.rglob("*") if p.is_file() and not p.name.startswith(".")]
-    last = {"run.json": 2, WORDS: 1}
+    last = {"run.json": 2, STATE: 1}
     for name in sorted(names, key=lambda n: (last.get(Path(n).name, 0), n)):
         sha = _sha(run.root / name)
         if storage.sha(name) != sha:
@@ -111,8 +119,8 @@ class _Copy:
         wanted = self._wanted(epochs, rows, [e for e in rows if epoch_name(e) in saved])
         self._claim()
         for name, data in files.items():
-            if name not in self.damaged and name != LINES:
-                self._attempt(name, lambda n=name, d=data: write_atomic(self._place(n), d))  # type: ignore[misc]
+            if name not in self.damaged and name != EPOCHS:
+                self._attempt(name, lambda n=name, d=data: write_atomic(self._target(n), d))  # type: ignore[misc]
         fetched = []
         for epoch, row in rows.items():
             self._attempt(f"epoch {epoch}", lambda r=row: self._predictions(r))  # type: ignore[misc]
@@ -121,22 +129,22 @@ class _Copy:
         for folder in ("tb", "logs"):
             self._attempt(f"{folder}/", lambda f=folder: self._tree(f))  # type: ignore[misc]
         if not self.faults:
-            write_atomic(self.run.epochs_path, files.get(LINES, b""))
+            write_atomic(self.run.epochs_path, files.get(EPOCHS, b""))
             write_atomic(self.run.meta_path, self.meta)
         return Collected(self.run, self.run.epochs(), fetched, self.size)
 
     def outdated(self) -> bool:
-        """Whether the run has gone on since run.json was read; what seemed damaged may be newer."""
+        """Whether the run has gone on since run.json was read; then a file that seemed damaged may just be newer."""
         return self._bytes("run.json") != self.meta
 
     def _claim(self) -> None:
-        """The folder is a copy's or new; never the run itself, into which someone may be writing."""
+        """Mark the folder as a copy. It is never the run itself, into which someone may be writing (UserError)."""
         if self.run.meta_path.exists() and not (self.run.root / MARK).exists():
             raise UserError(f"{self.run.root} is the run itself, not a copy of it; --to DIR puts a copy elsewhere")
         write_json(self.run.root / MARK, {"source": self.source.name, "at": now()})
 
     def _rows(self, files: Mapping[str, bytes]) -> dict[int, EpochRecord]:
-        """The epochs. Checks that this rayexp can read the run, and what its files at the top say of each other."""
+        """The records by epoch. Checks that this rayexp can read the run, and its top-level files by the manifest."""
         with tempfile.TemporaryDirectory() as folder:
             run = Run(Path(folder))
             run.meta_path.write_bytes(self.meta)
@@ -152,38 +160,39 @@ class _Copy:
             except UserError:
                 return {}  # one of the faults
 
-    def _wanted(self, words: str, rows: Mapping[int, EpochRecord], saved: list[int]) -> set[int]:
-        if words in ("all", "none"):
-            return set(saved) if words == "all" else set()
+    def _wanted(self, asked: str, rows: Mapping[int, EpochRecord], saved: list[int]) -> set[int]:
+        """The epochs whose checkpoints are asked for (UserError: no such checkpoint, or not a list of epochs)."""
+        if asked in ("all", "none"):
+            return set(saved) if asked == "all" else set()
         wanted = set()
-        for word in words.split(","):
-            first, dash, last = word.strip().partition("-")
-            if word.strip() == "last":
+        for item in asked.split(","):
+            first, dash, last = item.strip().partition("-")
+            if item.strip() == "last":
                 wanted.add(saved[-1] if saved else 0)
             elif first.isdecimal() and (last.isdecimal() or not dash):
                 wanted |= set(range(int(first), int(last or first) + 1))
             else:
-                raise UserError(f"--epochs {words}: expected all, none, or numbers such as 7,18 or 1-3,last")
+                raise UserError(f"--epochs {asked}: expected all, none, or numbers such as 7,18 or 1-3,last")
         if missing := sorted(wanted - set(saved)):
             there = ", ".join(map(str, saved)) or "none"
             raise UserError(f"--epochs: no checkpoint of {', '.join(map(str, missing))}; there are {there}")
         return wanted
 
     def _attempt(self, what: str, action: Callable[[], bool | None]) -> bool:
-        """One damaged file must not keep the others back."""
+        """Do `action`; note a damaged file, so that it does not keep the others back."""
         try:
             return bool(action())
         except (_DamagedError, UserError) as error:
             self.faults.append(f"{what}: {error}")
             return False
 
-    def _place(self, path: str) -> Path:
-        """Where a file of the run lies in the copy. All that is written goes through here (UserError: outside)."""
+    def _target(self, path: str) -> Path:
+        """The path of a run's file in the copy; all that is written passes here (UserError: it leads outside)."""
         return inside(self.run.root, path)
 
     def _predictions(self, row: EpochRecord) -> bool:
         path = f"predictions/{self.run.predictions_path(row.epoch).name}"
-        target = self._place(path)
+        target = self._target(path)
         known = {r.epoch: r.weights_sha for r in self.run.records()}.get(row.epoch)
         if target.exists() and known == row.weights_sha and not predictions_fault(target, row):
             return False
@@ -199,40 +208,40 @@ class _Copy:
 
     def _checkpoint(self, epoch: int) -> bool:
         folder = f"checkpoints/{epoch_name(epoch)}"
-        target = self._place(folder)
-        words = self._bytes(f"{folder}/{WORDS}")
-        if (target / WORDS).exists() and (target / WORDS).read_bytes() == words and not broken(target):
+        target = self._target(folder)
+        data = self._bytes(f"{folder}/{STATE}")
+        if (target / STATE).exists() and (target / STATE).read_bytes() == data and not broken(target):
             return False
         try:
-            state = json.loads(words)
+            state = json.loads(data)
         except (ValueError, RecursionError) as error:
-            raise _DamagedError(f"{folder}/{WORDS} is damaged ({error})") from error
+            raise _DamagedError(f"{folder}/{STATE} is damaged ({error})") from error
         if why := state_fault(state, target.name):
-            raise _DamagedError(f"{folder}/{WORDS} is damaged ({why})")
-        # Always the same name, so that whole files in it are found again after a break.
+            raise _DamagedError(f"{folder}/{STATE} is damaged ({why})")
+        # Always the same name, so that files in it are found again after an interruption.
         temporary = target.with_name(f"{TEMPORARY}{target.name}")
         temporary.mkdir(parents=True, exist_ok=True)
         for file, sha in state["files"].items():
             try:
                 part = inside(temporary, file)
             except UserError:
-                raise _DamagedError(f"{folder}/{WORDS} names a file outside: {file!r}") from None
+                raise _DamagedError(f"{folder}/{STATE} names a file outside: {file!r}") from None
             if not part.exists() or _sha(part) != sha:
                 self.say(f"fetching {folder}/{file}")
                 self._file(f"{folder}/{file}", part, sha)
-        write_atomic(temporary / WORDS, words)
-        _into_place(temporary, target)
+        write_atomic(temporary / STATE, data)
+        _replace_directory(temporary, target)
         return True
 
     def _tree(self, folder: str) -> None:
         for number, path in enumerate(self._below(folder)):
-            if number == MOST:
-                raise _DamagedError(f"more than {MOST:,} files: it contains itself; refused")
-            self._file(path, self._place(path))
+            if number == MAX_FILES:
+                raise _DamagedError(f"more than {MAX_FILES:,} files: it contains itself; refused")
+            self._file(path, self._target(path))
 
     def _below(self, folder: str, depth: int = 1) -> Iterator[str]:
-        """The files in a folder of the source and below it."""
-        if depth > DEPTH:
+        """The paths of all files in a folder of the source and its subfolders."""
+        if depth > MAX_DEPTH:
             raise _DamagedError(f"{folder}/ is {depth} folders deep: it contains itself; refused")
         for name in self.source.list(folder):
             if name.startswith((TEMPORARY, ".")) and ".." not in name:
@@ -275,11 +284,11 @@ class _Copy:
 
 
 class _DamagedError(Exception):
-    """A file at the source is not what its hash says."""
+    """A file at the source does not have the content that its hash says."""
 
 
-def _into_place(temporary: Path, target: Path) -> None:
-    """Rename a whole directory to its name; an old one of that name goes."""
+def _replace_directory(temporary: Path, target: Path) -> None:
+    """Rename a finished directory to `target`, replacing an old one."""
     old = temporary.with_name(temporary.name + "-old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():

@@ -1,4 +1,4 @@
-"""Follow what a job of a cluster prints, until it ends."""
+"""Follow what a cluster's job prints, until it ends; also from a notebook, whose thread runs an event loop."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from rayexp.cluster import auth, jobs
+from rayexp.cluster import auth, dashboard, jobs
 from rayexp.cluster.jobs import Job
 from rayexp.errors import RunError, UserError
 
-SILENCE_S = 10.0  # without output, then the job is asked after
-PATIENCE_S = 300.0  # without a word from the cluster, then following is given up
+SILENCE_S = 10.0  # without output, before the cluster is asked whether the job has ended
+PATIENCE_S = 300.0  # without an answer from the cluster, before following is given up
 
 
 def follow(
@@ -24,13 +24,20 @@ def follow(
     say: Callable[[str], None] = lambda text: None,
     patience_s: float = PATIENCE_S,
 ) -> Job:
-    """Hand on what the job prints, from the beginning, until it ends; returns the ended job.
+    """Pass what the job prints to `out`, from the beginning, until it ends; returns the ended job.
 
-    A lost connection is taken up again and nothing is handed on twice; the job does not notice.
+    A lost connection is made again, and nothing is passed on twice; the job does not notice.
+
+    Args:
+        address: see `dashboard.address`.
+        job: its id.
+        out: gets the text in pieces, raw: with whatever control sequences the job has printed.
+        say: told when the connection is lost.
+        patience_s: seconds without an answer from the cluster, before following is given up.
 
     Raises:
-        UserError: no such job.
-        RunError: nothing could be learnt of it for `patience_s` seconds.
+        UserError: there is no such job.
+        RunError: the cluster has not answered for `patience_s` seconds.
     """
     jobs.find(address, job)
     done, lost = 0, 0.0
@@ -42,7 +49,7 @@ def follow(
 
     while True:
         try:
-            _blocking(_tail(auth.address(address), job, done, take, lambda: jobs.find(address, job).ended))
+            _run(_tail(dashboard.address(address), job, done, take, lambda: jobs.find(address, job).ended))
             known: Job | None = jobs.find(address, job)
             lost = 0.0
         except BrokenPipeError:  # of `out`: nobody reads any more
@@ -67,7 +74,7 @@ def follow(
 
 
 def _rest(address: str | None, job: str, take: Callable[[str], None]) -> bool:
-    """Hand on all that an ended job has printed; False where that has gone, as with the job's node."""
+    """Pass on all that an ended job has printed; False where it cannot be read, as when the job's node is gone."""
     for wait in (1, 2, 0):
         try:
             text = jobs.logs(address, job)
@@ -80,31 +87,32 @@ def _rest(address: str | None, job: str, take: Callable[[str], None]) -> bool:
 
 
 def _known(address: str | None, job: str) -> Job | None:
-    """The job as the cluster knows it, or None where that cannot be learnt."""
+    """The job as the cluster knows it; None while the cluster does not answer."""
     try:
         return jobs.find(address, job)
     except (UserError, RunError):
         return None
 
 
-def _blocking(work: Coroutine[Any, Any, None]) -> None:
-    """Run it to its end in a thread of its own: a notebook's own thread has a running loop already."""
+def _run(work: Coroutine[Any, Any, None]) -> None:
+    """Run `work` to its end, as `asyncio.run` does, but in a thread of its own: that of a notebook runs a loop already,
+    in which `asyncio.run` raises RuntimeError."""
     loop, ended = asyncio.new_event_loop(), threading.Event()
     task = loop.create_task(work)
 
-    def drive() -> None:
+    def run() -> None:
         try:
             loop.run_until_complete(asyncio.wait([task]))
         finally:
             loop.close()
             ended.set()
 
-    threading.Thread(target=drive, name="tail", daemon=True).start()
+    threading.Thread(target=run, name="tail", daemon=True).start()
     try:
-        while not ended.wait(1):  # a signal that another thread caught is seen then
+        while not ended.wait(1):  # wakes up to handle a signal that another thread has caught
             pass
     except BaseException:  # Ctrl-C comes to the caller's thread
-        with contextlib.suppress(RuntimeError):  # it has just ended
+        with contextlib.suppress(RuntimeError):  # the loop has just closed
             loop.call_soon_threadsafe(task.cancel)
         ended.wait()
         raise
@@ -112,20 +120,20 @@ def _blocking(work: Coroutine[Any, Any, None]) -> None:
 
 
 async def _tail(
-    place: str, job: str, skip: int, take: Callable[[str], None], ended: Callable[[], bool] = lambda: False
+    address: str, job: str, skip: int, take: Callable[[str], None], ended: Callable[[], bool] = lambda: False
 ) -> None:
-    """Hand on what the job prints, without the first `skip` characters, until the connection or the job ends.
+    """Pass on what the job prints, without the first `skip` characters, until the connection or the job ends.
 
-    JobSubmissionClient.tail_job_logs sends no heartbeat, so a silently cut link would hold it for ever; and where the
-    job's node is gone, the dashboard keeps the connection and says no more.
+    JobSubmissionClient.tail_job_logs would not do: it sends no heartbeat, so a silently cut link would hold it for
+    ever; and when the job's node is gone, the dashboard keeps the connection open and sends nothing more.
     """
     import aiohttp
 
-    limits = aiohttp.ClientTimeout(total=None, sock_connect=auth.TIMEOUT_S)
+    limits = aiohttp.ClientTimeout(total=None, sock_connect=dashboard.TIMEOUT_S)
     try:
         async with (
             aiohttp.ClientSession(headers=auth.headers(), timeout=limits) as session,
-            session.ws_connect(f"{place}/api/jobs/{job}/logs/tail", heartbeat=auth.TIMEOUT_S / 2) as socket,
+            session.ws_connect(f"{address}/api/jobs/{job}/logs/tail", heartbeat=dashboard.TIMEOUT_S / 2) as socket,
         ):
             while True:
                 try:

@@ -1,7 +1,8 @@
-"""A run as a job of a Ray cluster: send it, list and stop (`following` follows it).
+"""Runs as jobs of a Ray cluster, by Ray's Jobs API: submit, list, show, stop (`follow` follows one).
 
-What travels is the package's source and the resolved configuration; data, runs and environments stay where they are.
-All state is the cluster's: a job goes on when its sender is gone, and any machine with the token can follow it.
+The cluster keeps all state: a job goes on when its sender is gone, and any machine with the token can ask about it.
+`package` says what travels. Another way of sending runs (Slurm, a Kubernetes manifest) is a module like this one, with
+`submit`, `jobs`, `find`, `logs` and `stop`, and `rayexp/cli/cluster.py` chooses between them.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import os
 import re
 import secrets
 import shlex
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -23,20 +23,27 @@ from pathlib import Path
 from typing import Any
 
 import rayexp
-from rayexp.cluster import auth
+from rayexp.cluster import auth, dashboard, package
 from rayexp.config import ExperimentConfig
 from rayexp.errors import RunError, UserError
 
-LIMIT = 100 * 2**20  # bytes; Ray's dashboard refuses larger packages
-NAMED = 3  # files in the refusal
 STOP_SECONDS = 60  # for saving the present step; Ray's own 3 s are too short
-CONFIG = "config.yaml"
 LABEL = "rayexp"  # metadata key of our jobs
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One job as the cluster knows it: `started` in UTC, `seconds` it has run, `code` when it has ended by itself."""
+    """A job as the cluster knows it.
+
+    Attributes:
+        job: its id.
+        name: the run's name; empty for a job that rayexp did not submit.
+        status: pending, running, succeeded, failed or stopped.
+        code: its own exit code; None unless it has ended by itself.
+        started: UTC, ISO 8601.
+        seconds: how long it has run.
+        message: what Ray says of its status.
+    """
 
     job: str
     name: str
@@ -48,49 +55,11 @@ class Job:
 
     @property
     def ended(self) -> bool:
-        """Whether nothing more will come."""
+        """Whether it has ended, in whatever way."""
         return self.status in ("succeeded", "failed", "stopped")
 
 
-@dataclass(frozen=True, slots=True)
-class Package:
-    """What travels: files (paths below `root`) with their sizes in bytes."""
-
-    root: Path
-    files: dict[str, int]
-
-    @property
-    def size(self) -> int:
-        """Bytes, uncompressed."""
-        return sum(self.files.values())
-
-
 # ---------------------------------------------------------------------- sending
-
-
-def pack(config: ExperimentConfig, into: Path) -> Package:
-    """Lay the package's source and the configuration out in a folder.
-
-    Raises:
-        UserError: more than Ray takes; the largest files are named.
-    """
-    source = Path(rayexp.__file__).parent
-    for path in sorted(source.rglob("*")):
-        inner = path.relative_to(source)
-        if path.is_file() and not any(part.startswith(".") or part == "__pycache__" for part in inner.parts):
-            target = into / source.name / inner
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
-    (into / CONFIG).write_text(config.to_yaml(), encoding="utf-8")
-    files = {str(p.relative_to(into)): p.stat().st_size for p in sorted(into.rglob("*")) if p.is_file()}
-    package = Package(into, files)
-    if package.size > LIMIT:
-        largest = sorted(files, key=lambda name: -files[name])[:NAMED]
-        named = ", ".join(f"{name} ({files[name] / 2**20:,.1f} MiB)" for name in largest)
-        raise UserError(
-            f"the package has {package.size / 2**20:,.1f} MiB, Ray takes {LIMIT / 2**20:,.0f}; largest: {named}"
-        )
-    return package
 
 
 def submit(
@@ -105,25 +74,25 @@ def submit(
 
     Args:
         config: paths in it are the cluster's; relative ones count from the home directory there.
-        resume: the run on the cluster to go on with.
-        python: the cluster's interpreter, with rayexp's dependencies.
+        address: see `dashboard.address`.
+        resume, python: see `package.command`.
+        say: told what is sent, and a warning where the cluster is open to anyone.
 
     Raises:
         UserError: no cluster, no valid token, or too much to send.
     """
     client = _client(address)
-    if auth.unlocked(client.get_address()):
+    if dashboard.is_open(client.get_address()):
         say(f"warning: {client.get_address()} takes jobs from anyone who reaches it (RAY_AUTH_MODE=token locks it)")
-    words = [python, "-m", "rayexp", "train", CONFIG, *(["--resume", resume] if resume else [])]
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
     with tempfile.TemporaryDirectory(prefix="rayexp-") as folder:
-        package = pack(config, Path(folder))
-        say(f"package: {len(package.files)} files, {package.size / 1e3:,.0f} kB")
+        packed = package.pack(config, Path(folder))
+        say(f"package: {len(packed.files)} files, {packed.size / 1e3:,.0f} kB")
         return str(
             _ask(
                 client,
                 lambda: client.submit_job(
-                    entrypoint=shlex.join(words),
+                    entrypoint=shlex.join(package.command(python, resume)),
                     submission_id=f"{config.name}-{stamp}-{secrets.token_hex(2)}",
                     metadata={LABEL: rayexp.__version__, "name": config.name},
                     runtime_env={
@@ -158,7 +127,7 @@ def find(address: str | None, job: str | None) -> Job:
     if job is None:
         all_jobs = jobs(address)
         if not all_jobs:
-            raise UserError(f"{auth.address(address)}: no job has been submitted there")
+            raise UserError(f"{dashboard.address(address)}: no job has been submitted there")
         return all_jobs[-1]
     client = _client(address)
     (only,) = _jobs(client, [_ask(client, lambda: client.get_job_info(job))])
@@ -182,7 +151,7 @@ def logs(address: str | None, job: str) -> str:
 
 
 def stop(address: str | None, job: str) -> bool:
-    """Ask the job to save its present step and end; False where it had ended before."""
+    """Ask the job to save its current step and end; False where it had ended before."""
     client = _client(address)
     if find(address, job).ended:
         return False
@@ -200,44 +169,44 @@ def exit_code(job: Job) -> int:
 
 
 def _client(address: str | None) -> Any:
-    place = auth.address(address)
+    url = dashboard.address(address)
     from ray.job_submission import JobSubmissionClient
 
-    for chatty in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):
+    for chatty in ("ray", "ray.dashboard.modules.dashboard_sdk"):  # the second has a level of its own
         logging.getLogger(chatty).setLevel(logging.WARNING)
     # Ray would otherwise prefer RAY_ADDRESS to the address it is given.
     before = os.environ.get("RAY_API_SERVER_ADDRESS")
-    os.environ["RAY_API_SERVER_ADDRESS"] = place
+    os.environ["RAY_API_SERVER_ADDRESS"] = url
     try:
-        return _ask(None, lambda: JobSubmissionClient(place, headers=auth.headers()), place)
+        return _ask(None, lambda: JobSubmissionClient(url, headers=auth.headers()), url)
     finally:
         os.environ.pop("RAY_API_SERVER_ADDRESS")
         if before is not None:
             os.environ["RAY_API_SERVER_ADDRESS"] = before
 
 
-def _ask(client: Any, question: Callable[[], Any], place: str = "") -> Any:
-    """Ray's exceptions as ours."""
+def _ask(client: Any, question: Callable[[], Any], url: str = "") -> Any:
+    """The answer to `question`; Ray's exceptions become ours."""
     import requests
     from ray.exceptions import AuthenticationError
 
-    place = place or client.get_address()
+    url = url or client.get_address()
     try:
         return question()
     except AuthenticationError:
-        auth.refused(place)
+        auth.raise_refused(url)
     except (ConnectionError, requests.RequestException) as error:
-        raise UserError(f"no Ray cluster answers at {place} ({type(error).__name__})") from error
+        raise UserError(f"no Ray cluster answers at {url} ({type(error).__name__})") from error
     except RuntimeError as error:
         code, body = _answer(str(error))
         if code == 404:
-            raise UserError(f"{place}: {body.rstrip('.')}; `rayexp jobs` lists them") from None
-        raise RunError(f"{place}: {body}") from error
+            raise UserError(f"{url}: {body.rstrip('.')}; `rayexp jobs` lists them") from None
+        raise RunError(f"{url}: {body}") from error
 
 
 def _answer(text: str) -> tuple[int, str]:
-    """Status and last line of what the cluster answered (0 where the error is another); a server's traceback ends with
-    an empty line and Ray's full stop."""
+    """HTTP status (0: the error is not an HTTP answer) and the last line of the answer, whose text Ray's client ends
+    with a full stop."""
     found = re.fullmatch(r"Request failed with status code (\d+): (.*)\.", text.strip(), re.DOTALL)
     code, body = (int(found[1]), found[2]) if found else (0, text)
     lines = body.strip().splitlines() or [f"it answered with status {code} and no word" if code else "no word of why"]
@@ -245,13 +214,13 @@ def _answer(text: str) -> tuple[int, str]:
 
 
 def _jobs(client: Any, infos: Sequence[Any]) -> list[Job]:
-    """Ray's descriptions as ours. A job whose node is gone has failed: nobody would tell Ray's own books any more."""
+    """Ray's descriptions as ours. A job whose node is gone has failed, though Ray goes on listing it as running."""
     found = [_job(info) for info in infos]
     if all(job.ended for job in found):
         return found
     gone: dict[str, str] = {}
     with contextlib.suppress(UserError, RunError, KeyError, TypeError):
-        for node in auth.get(client.get_address(), "/api/v0/nodes", limit=10_000)["result"]:
+        for node in dashboard.get(client.get_address(), "/api/v0/nodes", limit=10_000)["result"]:
             if node["state"] == "DEAD":
                 why = f" ({node['state_message']})" if node.get("state_message") else ""
                 gone[node["node_id"]] = f"its node {node['node_ip']} is gone{why}"
@@ -278,6 +247,7 @@ def _job(info: Any) -> Job:
 
 
 def _seconds(start: float | None, end: float | None) -> int | None:
-    """From the cluster's milliseconds. While a job runs, this host's clock must do: None where it is behind."""
+    """Seconds between the cluster's time stamps, in milliseconds; until now by this host's clock while a job runs (None
+    where that is behind the cluster's)."""
     seconds = round(((end or time.time() * 1e3) - start) / 1e3) if start else None
     return seconds if seconds is None or seconds >= 0 else None

@@ -15,7 +15,8 @@ from pathlib import Path
 import psutil
 
 from rayexp import __version__
-from rayexp.cluster import surroundings
+from rayexp.cluster import discovery
+from rayexp.cluster.home import fallback_home, user_home, writable
 from rayexp.errors import UserError
 from rayexp.system.cores import cores
 
@@ -83,7 +84,7 @@ def _memory(folder: Path) -> Check:
 
 def _ray(folder: Path) -> Check:
     def look() -> str:
-        running = surroundings.ray_address(None) or surroundings.left_here()
+        running = discovery.named_address(None) or discovery.started_here()
         where = f"would join {running}" if running else "none of yours runs here; one is started for a run"
         return f"{version('ray')}; {where}"
 
@@ -92,8 +93,8 @@ def _ray(folder: Path) -> Check:
 
 def _home(folder: Path) -> Check:
     """Where caches and Ray's token are stored."""
-    home, other = surroundings.home(), surroundings.stand_in()
-    if home is None or home == other or not surroundings.writable(home):
+    home, other = user_home(), fallback_home()
+    if home is None or home == other or not writable(home):
         why = "none" if home in (None, other) else f"{home} cannot be written"
         return Check("home", f"{why}: caches and Ray's token go to {other}; HOME=DIR chooses another place")
     return Check("home", str(home))
@@ -101,7 +102,7 @@ def _home(folder: Path) -> Check:
 
 def _sockets(folder: Path) -> Check:
     """Where a Ray that is started here puts its sockets."""
-    return _tried("Ray's folder", lambda: f"{surroundings.ray_folder() / 'ray'}")
+    return _tried("Ray's folder", lambda: f"{discovery.temp_folder() / 'ray'}")
 
 
 def _shared(folder: Path) -> Check:

@@ -17,8 +17,8 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rayexp.cluster import surroundings
-from rayexp.cluster.as_job import at_home, job_id
+from rayexp.cluster import discovery
+from rayexp.cluster.job_context import job_id, resolve_paths
 from rayexp.config import ExperimentConfig, passed_over
 from rayexp.data import open_data
 from rayexp.errors import HeadLostError, RunError, Stopped, UserError
@@ -72,7 +72,7 @@ def run(
         Stopped: a signal asked it to stop; the last whole step is saved and run.json says `stopped`.
     """
     began = mark(started)
-    config = at_home(config).absolute()
+    config = resolve_paths(config).absolute()
     if resume is not None:
         check_unchanged(resume, config)
     made = resume or Run.create(config, argv=list(argv), parent=parent)
@@ -261,12 +261,12 @@ def _supervise(
             from rayexp.launch.on_ray import session
 
             with session.session(address):
-                sources.offer(run)
+                sources.publish(run)
         plan = planning.make(config, [here()])
         with screen(run, console) as shown:
             stopping.say = shown.say
             return attempt(run, job(plan, 1))
-    surroundings.ray_address(address)  # an address that does not answer is refused before anything is imported
+    discovery.named_address(address)  # an address that does not answer is refused before anything is imported
     importing = _imported("rayexp.launch.on_ray.supervise")
     with chatter_to(run.logs / "ray.log", console), screen(run, console) as shown, importing as imports:
         shown.phase("starting Ray")

@@ -199,7 +199,7 @@ def test_a_link_that_leads_round_in_a_circle_ends(made_run: Run, tmp_path: Path)
 
 
 def test_a_tree_of_files_without_end_ends(made_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collecting, "MOST", 20)
+    monkeypatch.setattr(collecting, "MAX_FILES", 20)
     (made_run.logs / "deep" / "er").mkdir(parents=True)
     for number in range(10):
         (made_run.logs / "deep" / "er" / f"{number}.log").write_text("x")

@@ -1,4 +1,4 @@
-"""A job that is followed, lost and asked after, against a cluster that answers by the book."""
+"""A job that is followed, lost and asked about, against a cluster that answers as Ray does."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from rayexp.cluster import auth, follow, jobs
+from rayexp.cluster import dashboard, follow, jobs
+from rayexp.config import ExperimentConfig
 from rayexp.errors import RunError, UserError
 
 
@@ -39,10 +40,10 @@ def test_following_runs_beside_a_running_loop() -> None:
         seen.append(threading.current_thread())
 
     async def cell() -> None:
-        follow._blocking(work())
+        follow._run(work())
 
     asyncio.run(cell())
-    follow._blocking(work())
+    follow._run(work())
     assert len(seen) == 2
     assert threading.main_thread() not in seen
 
@@ -52,7 +53,7 @@ def test_what_following_meets_comes_to_the_caller() -> None:
         raise ConnectionError("cut")
 
     with pytest.raises(ConnectionError, match="cut"):
-        follow._blocking(work())
+        follow._run(work())
 
 
 def test_ctrl_c_ends_following_at_once() -> None:
@@ -67,12 +68,12 @@ def test_ctrl_c_ends_following_at_once() -> None:
 
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        follow._blocking(work())
+        follow._run(work())
     assert ended
     assert time.monotonic() - began < 30
 
 
-# ---------------------------------------------------------------------- a cluster that answers by the book
+# ---------------------------------------------------------------------- a cluster that answers as Ray does
 
 
 class Cluster(HTTPServer):
@@ -88,9 +89,10 @@ class Cluster(HTTPServer):
 
         class Page(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
+                self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 path = self.path.partition("?")[0]
                 asked.append(path)
-                answer = table.get(path, 404)
+                answer = table.get(f"{self.command} {path}", table.get(path, 200 if self.command == "PUT" else 404))
                 status, body = (
                     answer if isinstance(answer, tuple) else (answer, "") if isinstance(answer, int) else (200, answer)
                 )
@@ -99,6 +101,8 @@ class Cluster(HTTPServer):
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
                 self.wfile.write(data)
+
+            do_POST = do_PUT = do_GET  # noqa: N815
 
             def log_message(self, *args: object) -> None:
                 pass
@@ -217,7 +221,7 @@ def test_an_error_of_the_state_api_is_told_in_words(cluster: Callable[..., Clust
     for answer, line in (((500, "\n"), "500"), ((500, "a\nb\n"), "b"), ({"result": False, "msg": ""}, "no word")):
         place = cluster(job_info("RUNNING"), answer, 500).url
         with pytest.raises(RunError, match=rf"^http.*: .*{line}"):
-            auth.get(place, "/api/v0/nodes")
+            dashboard.get(place, "/api/v0/nodes")
 
 
 def test_an_unknown_job_is_the_users_mistake(cluster: Callable[..., Cluster]) -> None:
@@ -232,6 +236,26 @@ def test_what_an_ended_job_printed_last_is_handed_on(cluster: Callable[..., Clus
     shown: list[str] = []
     ended = follow.follow(server.url, "j1", shown.append)
     assert ("".join(shown), jobs.exit_code(ended)) == ("one\ntwo\n", 0)
+
+
+def test_every_function_works_in_a_notebook(cluster: Callable[..., Cluster]) -> None:
+    """Whose cells run in a thread with a running event loop."""
+    server = cluster(job_info("SUCCEEDED", code=0), nodes("ALIVE"), {"logs": "one\ntwo\n"})
+    server.table["POST /api/jobs/"] = {"job_id": "j1", "submission_id": "j1"}
+    running = job_info("RUNNING")
+    shown: list[str] = []
+
+    async def cell() -> None:
+        assert jobs.submit(ExperimentConfig(name="x"), server.url) == "j1"
+        assert [job.job for job in jobs.jobs(server.url)] == ["j1"]
+        assert jobs.logs(server.url, "j1") == "one\ntwo\n"
+        assert follow.follow(server.url, "j1", shown.append).ended
+        server.table |= {"/api/jobs/j1": running, "POST /api/jobs/j1/stop": {"stopped": True}}
+        assert jobs.stop(server.url, "j1")
+
+    asyncio.run(cell())
+    assert "".join(shown) == "one\ntwo\n"
+    assert "/api/jobs/j1/logs/tail" in server.asked
 
 
 def test_following_gives_up_and_claims_nothing(

@@ -30,12 +30,12 @@ Until = Callable[..., None]
 @pytest.fixture(scope="module")
 def ray_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A Ray of our own for all tests of this file."""
-    from rayexp.cluster import surroundings
+    from rayexp.cluster import discovery
     from rayexp.launch.on_ray import session
 
     # Not one that happens to run on this machine.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(surroundings, "left_here", lambda: None)
+        patch.setattr(discovery, "started_here", lambda: None)
         patch.delenv("RAY_ADDRESS", raising=False)
         with session.session(None):
             yield

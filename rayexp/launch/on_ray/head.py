@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 
 import ray
 
-from rayexp.cluster.surroundings import answers
+from rayexp.cluster.discovery import answers
 from rayexp.errors import UserError
 from rayexp.launch.stopping import Stopping
 from rayexp.runs.run import Run

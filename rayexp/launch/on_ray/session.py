@@ -18,7 +18,7 @@ import ray._private.node
 import ray._private.state
 import ray._private.worker
 
-from rayexp.cluster import auth, surroundings
+from rayexp.cluster import auth, discovery
 from rayexp.config import ExperimentConfig
 from rayexp.errors import Stopped, UserError
 from rayexp.launch.on_ray import head
@@ -101,7 +101,7 @@ def session(address: str | None, for_tune: bool = False) -> Iterator[bool]:
         with contextlib.ExitStack() as stack:
             stack.enter_context(environment(_QUIET))
             if not address:
-                stack.enter_context(environment(_NO_BOOKS | {"RAY_TMPDIR": str(surroundings.ray_folder())}))
+                stack.enter_context(environment(_NO_BOOKS | {"RAY_TMPDIR": str(discovery.temp_folder())}))
                 stack.enter_context(replaced(ray._private.node.Node, **dict.fromkeys(without, _nothing)))
             _bring_token(address)
             stack.enter_context(_own_sigterm())
@@ -199,10 +199,10 @@ def _started() -> list[psutil.Process]:
 
 def running(address: str | None) -> str | None:
     """The address of the Ray that `session` would join; None where it would start one (UserError: see
-    `surroundings.ray_address`)."""
+    `discovery.named_address`)."""
     if not address and os.environ.get("RAY_ADDRESS") == "local":
         return None
-    return surroundings.ray_address(address) or surroundings.left_here()
+    return discovery.named_address(address) or discovery.started_here()
 
 
 def _nothing(node: Any, **words: Any) -> None:

@@ -57,7 +57,7 @@ def drive(
         UserError, RunError: see the table above.
         KeyboardInterrupt: workers were lost when it was asked to stop.
     """
-    sources.offer(run)
+    sources.publish(run)
     failures = 0
     # A Ray of our own has nobody else in it.
     plan = planning.make(config, session.nodes()) if own_ray else _room(config, shown, stopped)

@@ -1,4 +1,4 @@
-"""Who listens at a port of this machine. Needs no rights: sockets of others are seen, their owners are not."""
+"""Who listens at a port of this machine. Needs no privileges: sockets of other users are seen, their owners are not."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from typing import Any
 import psutil
 
 
-def ours(host: str, port: int) -> bool | None:
-    """Whether all who would answer at that address of this machine run as this user; None where nobody listens."""
-    uids = {_uid(pid) for ip, bound, pid in _listening() if bound == port and _meets(ip, host)}
+def is_ours(host: str, port: int) -> bool | None:
+    """Whether every process that could answer at this address of this machine is this user's; None: nobody listens."""
+    uids = {_uid(pid) for ip, bound, pid in _listening() if bound == port and _answers_at(ip, host)}
     return uids == {os.getuid()} if uids else None
 
 
-def _meets(ip: str, host: str) -> bool:
+def _answers_at(ip: str, host: str) -> bool:
     """Whether a socket that is bound to `ip` answers at `host`."""
     return ip in ("0.0.0.0", "::", "*", host, f"::ffff:{host}")
 
 
 def _listening() -> Iterator[tuple[str, int, int | None]]:
-    """Address, port and process (None: another user's) of every TCP socket that listens."""
+    """Address, port and process (None: another user's) of every listening TCP socket."""
     try:
         found: list[tuple[Any, int | None]] = [(c, c.pid) for c in psutil.net_connections("tcp")]
-    except psutil.AccessDenied:  # macOS shows one's own processes only
+    except psutil.AccessDenied:  # macOS shows only one's own processes
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
