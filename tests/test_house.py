@@ -135,7 +135,7 @@ def test_a_planted_trespass_is_found(tmp_path: Path, where: str, line: str) -> N
 
 
 def circle(house: Path) -> list[str]:
-    """Modules that import each other in a circle, if any; an import inside a function counts, one for types does not."""
+    """Modules that import each other in a circle, if any; those in functions count, those for types do not."""
     modules = {
         ".".join(path.relative_to(house.parent).with_suffix("").parts).removesuffix(".__init__"): path
         for path in house.rglob("*.py")

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from rayexp.cli._shell import print_table, tell
+from rayexp.cli._output import print_table, tell
 
 if TYPE_CHECKING:
     from rayexp.config import CompareConfig

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rayexp.cli._shell import print_table, tell
+from rayexp.cli._output import print_table, tell
 from rayexp.display import NOT_FINITE, figure
 
 if TYPE_CHECKING:
