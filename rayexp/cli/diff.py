@@ -11,7 +11,7 @@ from rayexp.cli._app import RUNS, JsonOption, RunsOption, app
 from rayexp.cli._output import print_json, say
 
 if TYPE_CHECKING:
-    from rayexp.diff.images import DiffReport
+    from rayexp.diff.images_report import ImagesReport
     from rayexp.diff.text import TextReport
     from rayexp.runs.run import Run
 
@@ -59,7 +59,7 @@ def diff(
     from rayexp.diff.pair import read_pair
 
     pair = read_pair(a, b)
-    report: DiffReport | TextReport
+    report: ImagesReport | TextReport
     if pair[0].predictions.kind == "images":
         from rayexp.diff.images import diff_images
 
