@@ -144,16 +144,16 @@ def _show(made: Comparison, page: Path, markdown: Path | None, as_json: bool, st
     from rayexp.cli import _grid_tables as view
     from rayexp.errors import RunError
     from rayexp.grid.page import write_compare_page
-    from rayexp.grid.report import compare as read
+    from rayexp.grid.report import read_report
     from rayexp.grid.tables import markdown as to_markdown
     from rayexp.system.disk import write_atomic
 
-    found = read(made)
+    found = read_report(made)
     if as_json:
         print_json(found.to_json())
     elif strict:
         view.show(found)
-    if found.lines:
+    if found.cells:
         write_compare_page(page, found)
         if markdown:
             write_atomic(markdown, to_markdown(found))
