@@ -1,8 +1,10 @@
-"""The walls of the house: imports run downward, and each heavy library has its rooms."""
+"""The walls of the house: imports run downward and never in a circle, each heavy library has its rooms, no two public
+classes share a name, and a file can be read in one sitting."""
 
 from __future__ import annotations
 
 import ast
+import graphlib
 import shutil
 import subprocess
 import sys
@@ -46,9 +48,12 @@ ROOMS = {
 }
 
 
-def imports(path: Path) -> Iterator[str]:
-    """Dotted names of everything that a file imports, wherever in it."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+MAX_LINES = 400
+
+
+def imports(path: Path, *, types: bool = True) -> Iterator[str]:
+    """Dotted names of everything that a file imports, wherever in it; `types`: under TYPE_CHECKING too."""
+    for node in nodes(ast.parse(path.read_text(encoding="utf-8")), types):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -61,6 +66,15 @@ def imports(path: Path) -> Iterator[str]:
             and isinstance(node.args[0], ast.Constant)
         ):
             yield str(node.args[0].value)
+
+
+def nodes(tree: ast.AST, types: bool) -> Iterator[ast.AST]:
+    waiting = [tree]
+    while waiting:
+        for node in ast.iter_child_nodes(waiting.pop()):
+            if types or not (isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")):
+                yield node
+                waiting.append(node)
 
 
 def floor(part: str) -> int:
@@ -118,6 +132,87 @@ def test_a_planted_trespass_is_found(tmp_path: Path, where: str, line: str) -> N
     with (house / where).open("a") as file:
         file.write(f"\n{line}\n")
     assert any(found.startswith(where) for found in trespasses(house))
+
+
+def circle(house: Path) -> list[str]:
+    """Modules that import each other in a circle, if any; those in functions count, those for types do not."""
+    modules = {
+        ".".join(path.relative_to(house.parent).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in house.rglob("*.py")
+    }
+    graph: dict[str, set[str]] = {}
+    for module, path in modules.items():
+        graph[module] = set()
+        for name in imports(path, types=False):
+            while name and name not in modules:
+                name = name.rpartition(".")[0]
+            if name and name != module:
+                graph[module].add(name)
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_no_modules_import_each_other() -> None:
+    assert circle(HOUSE) == []
+
+
+@pytest.mark.parametrize(
+    ("where", "line"),
+    [
+        ("diff/pair.py", "from rayexp.diff import images"),
+        ("diff/statistics.py", "def late():\n    from rayexp.diff.churn import diff_all"),
+        ("pages/page.py", "import rayexp.pages.run_page"),
+    ],
+)
+def test_a_planted_circle_is_found(tmp_path: Path, where: str, line: str) -> None:
+    house = tmp_path / "rayexp"
+    shutil.copytree(HOUSE, house)
+    with (house / where).open("a") as file:
+        file.write(f"\nif TYPE_CHECKING:\n    {line.splitlines()[-1].strip()}\n")
+    assert circle(house) == []
+    with (house / where).open("a") as file:
+        file.write(f"\n{line}\n")
+    assert "rayexp." + where.removesuffix(".py").replace("/", ".") in circle(house)
+
+
+def namesakes(house: Path) -> dict[str, list[str]]:
+    """Public classes of one name in several places, by name."""
+    found: dict[str, list[str]] = {}
+    for path in sorted(house.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                found.setdefault(node.name, []).append(path.relative_to(house).as_posix())
+    return {name: places for name, places in found.items() if len(places) > 1}
+
+
+def test_no_two_classes_share_a_name() -> None:
+    assert namesakes(HOUSE) == {}
+
+
+def test_a_planted_namesake_is_found(tmp_path: Path) -> None:
+    house = tmp_path / "rayexp"
+    shutil.copytree(HOUSE, house)
+    with (house / "diff" / "pair.py").open("a") as file:
+        file.write("\nclass Cell:\n    pass\n")
+    assert namesakes(house)["Cell"] == ["diff/pair.py", "grid/comparison.py"]
+
+
+def long_files(house: Path) -> list[str]:
+    counts = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in sorted(house.rglob("*.py"))}
+    return [f"{path.relative_to(house)}: {count} lines" for path, count in counts.items() if count > MAX_LINES]
+
+
+def test_every_file_can_be_read_in_one_sitting() -> None:
+    assert long_files(HOUSE) == []
+
+
+def test_a_planted_long_file_is_found(tmp_path: Path) -> None:
+    (tmp_path / "short.py").write_text("pass\n" * MAX_LINES)
+    (tmp_path / "long.py").write_text("pass\n" * (MAX_LINES + 1))
+    assert long_files(tmp_path) == [f"long.py: {MAX_LINES + 1} lines"]
 
 
 @pytest.mark.parametrize("command", ["--help", "train --help", "verify --help", "diff --help", "runs --runs /nowhere"])

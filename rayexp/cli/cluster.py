@@ -9,7 +9,8 @@ from typing import Annotated, TextIO
 
 import typer
 
-from rayexp.cli._shell import JsonOption, app, print_json, print_table, say, tell
+from rayexp.cli._app import JsonOption, OverridesArgument, app
+from rayexp.cli._output import print_json, print_table, say, tell
 
 Address = Annotated[
     str | None,
@@ -25,7 +26,7 @@ JobArgument = Annotated[str | None, typer.Argument(metavar="JOB", help="The job'
 @app.command()
 def submit(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML of the experiment.", show_default=False)],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)] = None,
+    overrides: OverridesArgument = None,
     address: Address = None,
     resume: Annotated[str | None, typer.Option(metavar="RUN", help="Go on with that run of the cluster.")] = None,
     name: Annotated[str | None, typer.Option(metavar="N", help="The run's name.")] = None,
@@ -41,8 +42,8 @@ def submit(
     from rayexp.cluster import jobs
     from rayexp.config import load
 
-    words = [*(overrides or []), *([f"name={name}"] if name else [])]
-    job = jobs.submit(load(config, words), address, resume=resume, python=python, say=say)
+    overrides = [*(overrides or []), *([f"name={name}"] if name else [])]
+    job = jobs.submit(load(config, overrides), address, resume=resume, python=python, say=say)
     if as_json:
         print_json({"job": job})
     else:

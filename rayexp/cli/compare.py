@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rayexp.cli._shell import RUNS, JsonOption, RunsOption, app, print_json, say, tell
+from rayexp.cli._app import RUNS, JsonOption, OverridesArgument, RayOption, RunsOption, app
+from rayexp.cli._output import print_json, say, tell
 
 if TYPE_CHECKING:
     from rayexp.grid.comparison import Comparison
@@ -27,7 +28,7 @@ def compare(
             metavar="CONFIG", help="YAML of the grid, for example configs/devices.yaml.", show_default=False
         ),
     ] = None,
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)] = None,
+    overrides: OverridesArgument = None,
     runs: Annotated[
         Path | None, typer.Option("--runs", help="Make the comparison's directory in there. [default: storage_path]")
     ] = None,
@@ -35,14 +36,7 @@ def compare(
         str | None, typer.Option(metavar="COMPARE", help="Go on with this comparison; what is done stays.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show which cells run, and why others do not.")] = False,
-    address: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ADDRESS",
-            help="Join this Ray. [default: RAY_ADDRESS, else one that runs here, else a new one]",
-            show_default=False,
-        ),
-    ] = None,
+    address: RayOption = None,
     markdown: MarkdownOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -51,17 +45,17 @@ def compare(
     Every cell is an ordinary run, one at a time under Ray Tune, its repeats interleaved with those of the others. The
     exit code is 1 where a cell failed or exact cells ended with different weights.
     """
-    from rayexp.cli import _show_grid as view
+    from rayexp.cli import _grid_tables as view
     from rayexp.cluster.job_context import resolve_path
     from rayexp.config import CompareConfig, load
     from rayexp.errors import UserError
     from rayexp.grid.comparison import Comparison
 
-    words = [*(overrides or []), *([f"storage_path={runs}"] if runs else [])]
+    overrides = [*(overrides or []), *([f"storage_path={runs}"] if runs else [])]
     if resume is None:
         if config is None:
             raise UserError("compare needs a CONFIG (or --resume COMPARE)")
-        grid = load(config, words, CompareConfig)
+        grid = load(config, overrides, CompareConfig)
         grid = grid.model_copy(update={"storage_path": resolve_path(grid.storage_path)})
         from rayexp.grid.run import go, planned, start
 
@@ -91,7 +85,7 @@ def compare(
     except KeyboardInterrupt:
         say(f"interrupted: `rayexp compare --resume {made.root}` goes on with what is missing")
         raise
-    _show(made, made.root / "report.html", markdown or made.root / "report.md", as_json, judge=True)
+    _show(made, made.root / "report.html", markdown or made.root / "report.md", as_json, strict=True)
 
 
 @app.command()
@@ -110,7 +104,7 @@ def report(
 
     found = _find(name, runs)
     if isinstance(found, Comparison):
-        _show(found, out or found.root / "report.html", markdown, as_json, judge=False)
+        _show(found, out or found.root / "report.html", markdown, as_json, strict=False)
         return
     run = found
     if markdown:
@@ -145,29 +139,29 @@ def _find(name: str, runs: Path) -> Run | Comparison:
         raise UserError(str(error).replace("no run ", "no run and no comparison ", 1)) from None
 
 
-def _show(made: Comparison, page: Path, markdown: Path | None, as_json: bool, judge: bool) -> None:
-    """Print a comparison, write its page and its Markdown, and with `judge` fail where it is not as promised."""
-    from rayexp.cli import _show_grid as view
+def _show(made: Comparison, page: Path, markdown: Path | None, as_json: bool, strict: bool) -> None:
+    """Print a comparison, write its page and Markdown, and with `strict` fail where cells failed or weights differ."""
+    from rayexp.cli import _grid_tables as view
     from rayexp.errors import RunError
     from rayexp.grid.page import write_compare_page
-    from rayexp.grid.report import compare as read
+    from rayexp.grid.report import read_report
     from rayexp.grid.tables import markdown as to_markdown
     from rayexp.system.disk import write_atomic
 
-    found = read(made)
+    found = read_report(made)
     if as_json:
         print_json(found.to_json())
-    elif judge:
+    elif strict:
         view.show(found)
-    if found.lines:
+    if found.cells:
         write_compare_page(page, found)
         if markdown:
             write_atomic(markdown, to_markdown(found))
             say(f"tables: {markdown}")
-        say(f"report: {page}") if as_json or judge else tell(str(page))
-    elif not judge:
+        say(f"report: {page}") if as_json or strict else tell(str(page))
+    elif not strict:
         write_compare_page(page, found)  # says that there is nothing yet
-    if not judge:
+    if not strict:
         return
     if not found.equal:
         raise RunError("; ".join(group.sentence() for group in found.groups if not group.equal))

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from rayexp.cli._shell import JsonOption, app, print_json, print_table, say, tell
+from rayexp.cli._app import JsonOption, app
+from rayexp.cli._output import print_json, print_table, say, tell
 
 data = typer.Typer(no_args_is_help=True, help="Fetch, check and pack datasets; show what is packed.")
 app.add_typer(data, name="data")

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rayexp.cli._shell import RUNS, app, say
+from rayexp.cli._app import RUNS, app
+from rayexp.cli._output import say
 
 if TYPE_CHECKING:
     from rayexp.runs.run import Run
@@ -26,8 +27,8 @@ def quickstart(
     It draws its own images and takes its text from Python; nothing is downloaded.
     """
     from rayexp.cli.compare import compare, report
-    from rayexp.cli.judge import generate
-    from rayexp.cli.show import summary
+    from rayexp.cli.generate import generate
+    from rayexp.cli.summary import summary
     from rayexp.config import shipped
 
     began = time.monotonic()
@@ -73,7 +74,7 @@ def _train(config: Path, runs: Path) -> Run:
 
 
 def _diff(a: str, b: str, page: Path, runs: Path) -> None:
-    from rayexp.cli.judge import diff
+    from rayexp.cli.diff import diff
 
     try:
         diff([a, b], html=page, limit=5, runs=runs)

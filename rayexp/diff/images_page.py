@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from rayexp.diff.images import KINDS, DiffReport
+from rayexp.diff.images_report import KINDS, ImagesReport
 from rayexp.diff.pair import config_changes
 from rayexp.diff.weights import WeightsReport
 from rayexp.display import printable
@@ -22,7 +22,7 @@ QUALITY = 60
 CHUNK = 256  # pictures read at a time
 
 
-def image_page(report: DiffReport, weights: WeightsReport | None = None) -> str:
+def image_page(report: ImagesReport, weights: WeightsReport | None = None) -> str:
     """The page as HTML."""
     pictures, why_not = thumbnails(report)
     return render(
@@ -43,11 +43,11 @@ def image_page(report: DiffReport, weights: WeightsReport | None = None) -> str:
     )
 
 
-def _sides(r: DiffReport) -> Any:
+def _sides(r: ImagesReport) -> Any:
     return zip("AB", (r.a, r.b), r.acc1, r.acc5, r.loss, strict=True)
 
 
-def _shares(r: DiffReport) -> list[tuple[str, str, int, float]]:
+def _shares(r: ImagesReport) -> list[tuple[str, str, int, float]]:
     """Class, words, count and percent of the parts of the validation data."""
     parts = [
         ("broken", "not finite", r.broken),
@@ -60,7 +60,7 @@ def _shares(r: DiffReport) -> list[tuple[str, str, int, float]]:
     return [(css, words, count, 100 * count / r.n) for css, words, count in parts if count or css != "broken"]
 
 
-def _dots(r: DiffReport) -> dict[str, str]:
+def _dots(r: ImagesReport) -> dict[str, str]:
     """One SVG path of zero-length strokes per kind, in a square of 400: x is A's confidence, y is B's, upwards."""
     paths: dict[str, list[str]] = {kind: [] for kind in KINDS}
     for f in r.flips:
@@ -69,7 +69,7 @@ def _dots(r: DiffReport) -> dict[str, str]:
     return {kind: "".join(dict.fromkeys(path)) for kind, path in paths.items()}
 
 
-def _gallery(r: DiffReport) -> dict[str, Any]:
+def _gallery(r: ImagesReport) -> dict[str, Any]:
     """The flips by columns, for the page's script."""
     return {
         "words": [printable(r.words(i)) for i in range(len(r.class_names))],
@@ -88,7 +88,7 @@ def _percent(x: float) -> float | None:
     return round(100 * x, 1) if np.isfinite(x) else None
 
 
-def thumbnails(r: DiffReport) -> tuple[list[str], str]:
+def thumbnails(r: ImagesReport) -> tuple[list[str], str]:
     """WebP pictures of the flips in base64, in the report's order (empty texts beyond MAX_PICTURES), and why there
     are none.
 

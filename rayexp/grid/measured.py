@@ -53,7 +53,7 @@ class Repeat:
 
     @property
     def shutdown(self) -> float:
-        """Seconds of the wall-clock that are neither start-up nor an epoch: the last write, workers that leave."""
+        """Seconds of the wall-clock that are neither start-up nor an epoch: the last write, the end of the workers."""
         return self.wall - self.startup - self.training
 
     def phases(self) -> dict[str, float]:
@@ -78,7 +78,13 @@ class Repeat:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """All finished repeats of a cell (at least one)."""
+    """All finished repeats of a cell (at least one).
+
+    Attributes:
+        cell: which one.
+        unit: what a sample is: `images` or `tokens`.
+        repeats: by their number.
+    """
 
     cell: Cell
     unit: str
@@ -138,6 +144,14 @@ class Measured:
         """Mean seconds of the first step."""
         return float(np.mean([r.first_step for r in self.repeats]))
 
+    def shutdown(self) -> float:
+        """Mean seconds of the wall-clock that are neither start-up nor an epoch."""
+        return sum(r.shutdown for r in self.repeats) / len(self.repeats)
+
+    def wall(self) -> float:
+        """Mean seconds from the command to the end."""
+        return sum(r.wall for r in self.repeats) / len(self.repeats)
+
     def peak_memory(self) -> dict[str, int]:
         """Largest peak bytes of rank 0's process over the repeats: `host`, `device`."""
         peaks = [record.peak_memory for r in self.repeats for record in r.records]
@@ -178,7 +192,7 @@ class Measured:
         return [r.records[-1].weights_sha for r in self.repeats]
 
     def predictions(self) -> list[Predictions]:
-        """Judgements after the last epoch, of every repeat that has them."""
+        """Predictions after the last epoch, of every repeat that has them."""
         found = [(r.run, r.records[-1].epoch) for r in self.repeats]
         return [run.predictions(epoch) for run, epoch in found if run.predictions_path(epoch).is_file()]
 
@@ -191,21 +205,21 @@ def value_of(record: EpochRecord, metric: str) -> float:
     return values[metric]
 
 
-def measure(comparison: Comparison) -> list[Measured]:
+def read_measured(comparison: Comparison) -> list[Measured]:
     """Every cell of which a repeat is done, in the order of the plan."""
     rows = comparison.rows()
     found = []
     for cell in comparison.cells():
         done = [row for row in rows if row.cell == cell.id and row.status == "done"]
         runs = [(comparison.run(row), row.wall_seconds) for row in sorted(done, key=lambda r: r.repeat)]
-        repeats = tuple(read(run, wall) for run, wall in runs if run is not None)
+        repeats = tuple(read_repeat(run, wall) for run, wall in runs if run is not None)
         if repeats:
             unit = "tokens" if cell.config["workload"] == "language_model" else "images"
             found.append(Measured(cell, unit, repeats))
     return found
 
 
-def read(run: Run, wall: float) -> Repeat:
+def read_repeat(run: Run, wall: float) -> Repeat:
     """Read one finished run.
 
     Raises:
@@ -230,7 +244,7 @@ def read(run: Run, wall: float) -> Repeat:
 
 
 def differing(a: Predictions, b: Predictions) -> int | None:
-    """How many validation samples two models judge differently; None where they judged other data.
+    """How many validation samples two models predict differently; None where these are of other data.
 
     Images: another top-1 class. Tokens: a probability more than twice or less than half. What is not finite differs
     from everything.

@@ -13,7 +13,7 @@ from rayexp.pages.page import render, save
 
 def write_compare_page(path: Path, report: CompareReport) -> None:
     """Write the page of a comparison (UserError where `path` is a folder or nothing was measured)."""
-    if not report.lines:
+    if not report.cells:
         reasons = "; ".join(f"{cell}, repeat {repeat}: {error}" for cell, repeat, error in report.failed[:3])
         raise UserError(f"{report.comparison.id}: no cell has been measured yet{f' ({reasons})' if reasons else ''}")
     save(path, compare_page(report))
@@ -21,9 +21,9 @@ def write_compare_page(path: Path, report: CompareReport) -> None:
 
 def compare_page(report: CompareReport) -> str:
     """The page as HTML."""
-    kinds = list(dict.fromkeys(line.cell.kind for line in report.lines))
+    kinds = list(dict.fromkeys(entry.cell.kind for entry in report.cells))
     speedups = [(kind, plots.speedup(report, kind)) for kind in kinds]
-    repeats = [repeat for line in report.lines for repeat in line.measured.repeats]
+    repeats = [repeat for entry in report.cells for repeat in entry.measured.repeats]
     return render(
         "report_compare.html.j2",
         r=report,
@@ -48,34 +48,34 @@ def compare_page(report: CompareReport) -> str:
 def answers(report: CompareReport) -> list[str]:
     """The report in a few sentences."""
     found = []
-    fastest = max(report.lines, key=lambda line: line.rate.value)
-    slowest = min(report.lines, key=lambda line: line.rate.value)
+    fastest = max(report.cells, key=lambda entry: entry.rate.value)
+    slowest = min(report.cells, key=lambda entry: entry.rate.value)
     if fastest is not slowest:
         ratio = fastest.rate.over(slowest.rate)
         found.append(
             f"{fastest.cell.id} is the fastest: {tables.number(fastest.rate.value)} {report.unit} per second, "
             f"{tables.between(ratio)} times {slowest.cell.id}."
         )
-    for reference in dict.fromkeys(line.reference for line in report.lines if line.reference):
-        scaled = [line for line in report.lines if line.reference == reference and line.cell.workers]
-        largest = max(scaled, key=lambda line: line.cell.devices, default=None)
+    for reference in dict.fromkeys(entry.reference for entry in report.cells if entry.reference):
+        scaled = [entry for entry in report.cells if entry.reference == reference and entry.cell.workers]
+        largest = max(scaled, key=lambda entry: entry.cell.devices, default=None)
         if largest is not None and largest.cell.id != reference:
             found.append(
                 f"{largest.cell.id} on {tables.devices(largest)}: {tables.between(largest.speedup)} times {reference}."
             )
-    gpus = [line for line in report.lines if line.cell.kind == "gpu"]
-    cpus = [line for line in report.lines if line.cell.kind == "cpu"]
+    gpus = [entry for entry in report.cells if entry.cell.kind == "gpu"]
+    cpus = [entry for entry in report.cells if entry.cell.kind == "cpu"]
     if gpus and cpus:
-        cpu = max(cpus, key=lambda line: line.rate.value)
-        fewest = min(line.cell.devices for line in gpus)
-        one = max((line for line in gpus if line.cell.devices == fewest), key=lambda line: line.rate.value)
-        most = max(gpus, key=lambda line: line.rate.value)
+        cpu = max(cpus, key=lambda entry: entry.rate.value)
+        fewest = min(entry.cell.devices for entry in gpus)
+        one = max((entry for entry in gpus if entry.cell.devices == fewest), key=lambda entry: entry.rate.value)
+        most = max(gpus, key=lambda entry: entry.rate.value)
         found += [
             f"{gpu.cell.id} on {tables.devices(gpu)}: {tables.between(gpu.rate.over(cpu.rate))} times {cpu.cell.id}, "
             "the fastest without a GPU."
             for gpu in ([one] if one is most else [one, most])
         ]
-    exact = [line.over_ddp for line in report.lines if line.over_ddp is not None]
+    exact = [entry.over_ddp for entry in report.cells if entry.over_ddp is not None]
     if exact:
         low, high = min(e.value for e in exact), max(e.value for e in exact)
         span = f"{low:.2f}" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f} to {high:.2f}"

@@ -11,58 +11,59 @@ import numpy as np
 from rayexp.pages.plots import COLOURS, LINES, MARKERS, draw, short, stacked_bars
 
 if TYPE_CHECKING:
-    from rayexp.grid.report import CompareReport, Family, Line
+    from rayexp.grid.families import Family
+    from rayexp.grid.report import CellReport, CompareReport
 
 
 def rates(report: CompareReport, kind: str) -> str:
     """Rate of every cell on one kind of device with its interval, and each repeat as a dot."""
-    lines = [line for line in report.lines if line.cell.kind == kind]
+    entries = [entry for entry in report.cells if entry.cell.kind == kind]
 
     def fill(ax: Any) -> None:
-        for y, line in enumerate(lines):
-            low, high = line.rate.interval
-            value = line.rate.value
+        for y, entry in enumerate(entries):
+            low, high = entry.rate.interval
+            value = entry.rate.value
             ax.barh(y, value, height=0.62, color="#cfe3f3", edgecolor="#0072B2", linewidth=0.8)
             ax.plot([low, high], [y, y], color="#17191e", linewidth=1.6, solid_capstyle="butt")
-            dots = [r.throughput for r in line.measured.repeats]
+            dots = [r.throughput for r in entry.measured.repeats]
             ax.plot(dots, [y] * len(dots), "o", markersize=3.6, color="#D55E00", markeredgewidth=0)
             ax.text(max(high, value), y, f"  {short(value)}", va="center", fontsize=8.5)
-        ax.set_yticks(range(len(lines)), [line.cell.id for line in lines])
-        ax.set_ylim(len(lines) - 0.4, -0.6)
-        ax.set_xlim(0, 1.14 * max(max(line.rate.interval[1], line.rate.value) for line in lines))
+        ax.set_yticks(range(len(entries)), [entry.cell.id for entry in entries])
+        ax.set_ylim(len(entries) - 0.4, -0.6)
+        ax.set_xlim(0, 1.14 * max(max(entry.rate.interval[1], entry.rate.value) for entry in entries))
         ax.grid(visible=False, axis="y")
         ax.set_xlabel(f"{report.unit} per second (over all steps; line: 95 % interval; dots: repeats)")
 
-    return draw(f"fig-rates-{kind}", 0.75 + 0.3 * len(lines), fill)
+    return draw(f"fig-rates-{kind}", 0.75 + 0.3 * len(entries), fill)
 
 
 def speedup(report: CompareReport, kind: str) -> str | None:
     """Speed-up over devices of one kind, with the ideal line, intervals and forecasts; None with one count alone."""
-    lines = [line for line in report.lines if line.cell.kind == kind and line.speedup is not None]
+    entries = [entry for entry in report.cells if entry.cell.kind == kind and entry.speedup is not None]
     families = [f for f in report.families if f.name.startswith(f"{kind}, ")]
-    if len({line.cell.devices for line in lines}) < 2 and not any(f.forecasts for f in families):
+    if len({entry.cell.devices for entry in entries}) < 2 and not any(f.forecasts for f in families):
         return None
 
     def fill(ax: Any) -> None:
-        first = min(line.cell.devices for line in lines)
-        last = max([line.cell.devices for line in lines] + [o.devices for f in families for o in f.forecasts])
+        first = min(entry.cell.devices for entry in entries)
+        last = max([entry.cell.devices for entry in entries] + [o.devices for f in families for o in f.forecasts])
         ax.plot([first, last], [1, last / first], color="#8c8c8c", linewidth=1, label="ideal")
         for i, family in enumerate(families):
             name = family.name.removeprefix(f"{kind}, ")
             colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
-            ours = [line for line in lines if f"{kind}, {line.cell.precision}, {line.cell.reduction}" == family.name]
+            ours = [
+                entry for entry in entries if f"{kind}, {entry.cell.precision}, {entry.cell.reduction}" == family.name
+            ]
             aside = 2 ** (0.07 * (i - (len(families) - 1) / 2))  # so that intervals do not hide each other
-            _points(
-                ax, [line for line in ours if line.cell.workers], name, colour, marker, LINES[i % len(LINES)], aside
-            )
-            _points(ax, [line for line in ours if not line.cell.workers], f"{name}, in-process", colour, "*", "", aside)
+            _points(ax, [e for e in ours if e.cell.workers], name, colour, marker, LINES[i % len(LINES)], aside)
+            _points(ax, [e for e in ours if not e.cell.workers], f"{name}, in-process", colour, "*", "", aside)
             _forecasts(ax, family, ours, colour, marker, aside)
         ax.set_xscale("log", base=2)
         ax.set_yscale("log", base=2)
         for axis in (ax.xaxis, ax.yaxis):
             axis.set_major_formatter(lambda value, _: f"{value:g}")
         ax.set_xticks(
-            sorted({line.cell.devices for line in lines} | {o.devices for f in families for o in f.forecasts})
+            sorted({entry.cell.devices for entry in entries} | {o.devices for f in families for o in f.forecasts})
         )
         ax.minorticks_off()
         ax.set_xlabel("GPUs" if kind == "gpu" else "CPU cores")
@@ -72,13 +73,15 @@ def speedup(report: CompareReport, kind: str) -> str | None:
     return draw(f"fig-speedup-{kind}", 3.6, fill)
 
 
-def _points(ax: Any, lines: Sequence[Line], name: str, colour: str, marker: str, style: str, aside: float) -> None:
-    shown = sorted((line for line in lines if line.speedup), key=lambda line: line.cell.devices)
+def _points(
+    ax: Any, entries: Sequence[CellReport], name: str, colour: str, marker: str, style: str, aside: float
+) -> None:
+    shown = sorted((entry for entry in entries if entry.speedup), key=lambda entry: entry.cell.devices)
     if not shown:
         return
-    x = [line.cell.devices * aside for line in shown]
-    y = [line.speedup.value for line in shown if line.speedup]
-    bounds = np.array([line.speedup.interval for line in shown if line.speedup])
+    x = [entry.cell.devices * aside for entry in shown]
+    y = [entry.speedup.value for entry in shown if entry.speedup]
+    bounds = np.array([entry.speedup.interval for entry in shown if entry.speedup])
     spread = np.abs(bounds.T - np.array(y))
     ax.errorbar(
         x, y, spread, color=colour, marker=marker, markersize=6 if style else 10, linestyle=style or "none",
@@ -86,8 +89,8 @@ def _points(ax: Any, lines: Sequence[Line], name: str, colour: str, marker: str,
     )  # fmt: skip
 
 
-def _forecasts(ax: Any, family: Family, ours: Sequence[Line], colour: str, marker: str, aside: float) -> None:
-    base = next((line for line in ours if line.cell.id == family.base), None)
+def _forecasts(ax: Any, family: Family, ours: Sequence[CellReport], colour: str, marker: str, aside: float) -> None:
+    base = next((entry for entry in ours if entry.cell.id == family.base), None)
     if base is None or not family.forecasts or base.speedup is None:
         return
     scale = base.speedup.value / base.rate.value
@@ -105,29 +108,29 @@ def _forecasts(ax: Any, family: Family, ours: Sequence[Line], colour: str, marke
 
 def phases(report: CompareReport, kind: str) -> str:
     """Stacked seconds of an ordinary epoch by phase, one bar for every cell on one kind of device."""
-    lines = [line for line in report.lines if line.cell.kind == kind]
-    bars = [line.measured.phases() for line in lines]
-    return stacked_bars(f"fig-phases-{kind}", [line.cell.id for line in lines], bars, "seconds of an epoch")
+    entries = [entry for entry in report.cells if entry.cell.kind == kind]
+    bars = [entry.measured.phases() for entry in entries]
+    return stacked_bars(f"fig-phases-{kind}", [entry.cell.id for entry in entries], bars, "seconds of an epoch")
 
 
 def losses(report: CompareReport) -> str:
     """Validation loss over wall-clock, first repeat of every cell, start-up included."""
-    lines = [line for line in report.lines if not math.isnan(line.measured.repeats[0].startup)]
+    entries = [entry for entry in report.cells if not math.isnan(entry.measured.repeats[0].startup)]
 
     def fill(ax: Any) -> None:
-        for i, line in enumerate(lines):
-            repeat = line.measured.repeats[0]
+        for i, entry in enumerate(entries):
+            repeat = entry.measured.repeats[0]
             ax.plot(
                 repeat.elapsed(), [r.val_loss for r in repeat.records], color=COLOURS[i % len(COLOURS)],
                 marker=MARKERS[i % len(MARKERS)], linestyle=LINES[i // len(COLOURS) % len(LINES)],
-                markersize=5, linewidth=1.3, label=line.cell.id,
+                markersize=5, linewidth=1.3, label=entry.cell.id,
             )  # fmt: skip
         ax.set_xlabel("seconds since the command, start-up included")
         ax.set_ylabel("validation loss (nats)")
         ax.set_xlim(left=0)
         ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8.5)
 
-    return draw("fig-losses", max(3.0, 0.4 + 0.22 * len(lines)), fill)
+    return draw("fig-losses", max(3.0, 0.4 + 0.22 * len(entries)), fill)
 
 
 # ---------------------------------------------------------------------- one run

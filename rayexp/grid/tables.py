@@ -1,12 +1,15 @@
-"""The tables of a device grid as text, the same for the terminal, for Markdown and for the page."""
+"""The tables of a device grid as text, the same for the terminal, the Markdown and the page: here a column is added."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 from rayexp.display import figure, seconds
-from rayexp.grid.report import CompareReport, Family, Line
+from rayexp.grid.families import Family
+from rayexp.grid.report import CellReport, CompareReport
 from rayexp.grid.statistics import Estimate
 
 Table = list[dict[str, str]]
@@ -28,92 +31,137 @@ def between(estimate: Estimate | None, suffix: str = "") -> str:
     return f"{number(estimate.value)}{suffix} ({number(low)} to {number(high)})"
 
 
-def memory(line: Line) -> str:
+def value(estimate: Estimate | None, unit: str = "") -> str:
+    """An estimate without its interval; empty for None."""
+    return "" if estimate is None else number(estimate.value, unit)
+
+
+def memory(entry: CellReport) -> str:
     """`1.4 GB`, `1.4 GB + 3.2 GB GPU`."""
-    peaks = line.measured.peak_memory()
+    peaks = entry.measured.peak_memory()
     host = f"{peaks.get('host', 0) / 1e9:.2f} GB"
     return host + (f" + {peaks['device'] / 1e9:.2f} GB GPU" if "device" in peaks else "")
 
 
-def devices(line: Line) -> str:
+def devices(entry: CellReport) -> str:
     """`2 cores`, `1 GPU`."""
-    n = line.cell.devices
-    return f"{n:g} {'GPU' if line.cell.kind == 'gpu' else 'core'}{'s' * (n != 1)}"
+    n = entry.cell.devices
+    return f"{n:g} {'GPU' if entry.cell.kind == 'gpu' else 'core'}{'s' * (n != 1)}"
 
 
-def speed(report: CompareReport) -> Table:
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One column of a table with a line for every measured cell. A new one is an entry of `_speed`, `_time_and_cost` or
+    `_results`: the terminal, the Markdown and the page have it from there.
+
+    Attributes:
+        head: its heading.
+        text: what it says of a cell; a column that is empty for every cell is not shown.
+        on: `narrow`: only on a narrow terminal; `wide`: everywhere else; `all`: everywhere.
+    """
+
+    head: str
+    text: Callable[[CellReport], str]
+    on: Literal["all", "wide", "narrow"] = "all"
+
+
+def speed(report: CompareReport, narrow: bool = False) -> Table:
     """Rates and what follows from them."""
+    return _table(report, _speed(report), narrow)
+
+
+def time_and_cost(report: CompareReport, narrow: bool = False) -> Table:
+    """Seconds of everything, memory, energy and money."""
+    return _table(report, _time_and_cost(report), narrow)
+
+
+def results(report: CompareReport, narrow: bool = False) -> Table:
+    """What was trained: equal weights, or how many predictions differ."""
+    return _table(report, _results(report), narrow)
+
+
+def _table(report: CompareReport, columns: Sequence[Column], narrow: bool) -> Table:
+    shown = [column for column in columns if column.on in ("all", "narrow" if narrow else "wide")]
+    return [{column.head: column.text(entry) for column in shown} for entry in report.cells]
+
+
+def _speed(report: CompareReport) -> list[Column]:
+    def interval(estimate: Estimate) -> str:
+        low, high = estimate.interval
+        return f"{number(low)} to {number(high)}"
+
     return [
-        {
-            "cell": line.cell.id,
-            "on": devices(line),
-            f"{report.unit}/s (95 %)": between(line.rate),
-            "step": seconds(line.measured.step_seconds().value),
-            "median": seconds(line.measured.step_median()),
-            "p95": seconds(line.measured.step_p95()),
-            "speed-up (95 %)": "1" if line.reference == line.cell.id else between(line.speedup),
-            "efficiency": "" if line.efficiency is None else f"{100 * line.efficiency.value:.0f} %",
-            "serial": "" if line.serial is None else number(line.serial.value),
-            "vs plain": between(line.over_plain, "x"),
-            "exact/ddp": "" if line.over_ddp is None else number(line.over_ddp.value),
-        }
-        for line in report.lines
+        Column("cell", lambda e: e.cell.id),
+        Column("on", devices),
+        Column(f"{report.unit}/s (95 %)", lambda e: between(e.rate), "wide"),
+        Column(f"{report.unit}/s", lambda e: number(e.rate.value), "narrow"),
+        Column("95 %", lambda e: interval(e.rate), "narrow"),
+        Column("step", lambda e: seconds(e.measured.step_seconds().value), "wide"),
+        Column("median", lambda e: seconds(e.measured.step_median()), "wide"),
+        Column("p95", lambda e: seconds(e.measured.step_p95()), "wide"),
+        Column("speed-up (95 %)", lambda e: "1" if e.reference == e.cell.id else between(e.speedup), "wide"),
+        Column("speed-up", lambda e: value(e.speedup), "narrow"),
+        Column("efficiency", lambda e: "" if e.efficiency is None else f"{100 * e.efficiency.value:.0f} %", "wide"),
+        Column("serial", lambda e: value(e.serial), "wide"),
+        Column("vs plain", lambda e: between(e.over_plain, "x"), "wide"),
+        Column("vs plain", lambda e: value(e.over_plain, "x"), "narrow"),
+        Column("exact/ddp", lambda e: value(e.over_ddp), "wide"),
     ]
 
 
-def time_and_cost(report: CompareReport) -> Table:
-    """Seconds of everything, memory, energy and money."""
-    rows = []
+def _time_and_cost(report: CompareReport) -> list[Column]:
     epochs = report.comparison.base().epochs
-    for line in report.lines:
-        m = line.measured
-        row = {
-            "cell": line.cell.id,
-            "start-up": seconds(m.startup()),
-            "first step": seconds(m.first_step()),
-            "epoch": seconds(line.epoch.value),
-            f"{epochs} epoch{'s' * (epochs != 1)}": seconds(line.schedule_seconds),
-            "shutdown": seconds(sum(r.shutdown for r in m.repeats) / len(m.repeats)),
-            "as run": seconds(sum(r.wall for r in m.repeats) / len(m.repeats)),
-            "peak memory": memory(line),
-        }
-        if any(other.measured.energy() is not None for other in report.lines):
-            row["energy/epoch"] = number(m.energy(), " J")
-        if report.config.price_per_device_hour:
-            row[f"{report.config.currency}/epoch"] = number(line.cost)
-        for metric, goal in report.config.target.items():
-            reached = line.target_seconds.get(metric)
-            row[f"to {metric} {goal:g}"] = "not reached" if reached is None else seconds(reached)
-        rows.append(row)
-    return rows
+
+    def reached(metric: str) -> Callable[[CellReport], str]:
+        def text(entry: CellReport) -> str:
+            took = entry.target_seconds.get(metric)
+            return "not reached" if took is None else seconds(took)
+
+        return text
+
+    return [
+        Column("cell", lambda e: e.cell.id),
+        Column("start-up", lambda e: seconds(e.measured.startup())),
+        Column("first step", lambda e: seconds(e.measured.first_step())),
+        Column("epoch", lambda e: seconds(e.epoch.value)),
+        Column(f"{epochs} epoch{'s' * (epochs != 1)}", lambda e: seconds(e.schedule_seconds)),
+        Column("shutdown", lambda e: seconds(e.measured.shutdown()), "wide"),
+        Column("as run", lambda e: seconds(e.measured.wall()), "wide"),
+        Column("peak memory", memory, "wide"),
+        Column("energy/epoch", lambda e: number(e.measured.energy(), " J")),
+        Column(f"{report.config.currency}/epoch", lambda e: number(e.cost)),
+        *(Column(f"to {metric} {goal:g}", reached(metric)) for metric, goal in report.config.target.items()),
+    ]
 
 
-def results(report: CompareReport) -> Table:
-    """What was trained: equal weights, or how many judgements differ."""
-    rows = []
-    for line in report.lines:
-        m, last = line.measured, line.measured.last
-        shas = sorted(set(m.shas()) - {""})
-        many = f"{len(shas)} hashes in {len(m.repeats)} repeats"
-        if line.cell.id == report.result:
-            unlike = "reference"
-        elif line.differing is None:
-            unlike = ""
-        else:
-            low, high = line.differing
-            span = f"{low:,}" if low == high else f"{low:,} to {high:,}"
-            unlike = f"{span} of {report.predictions:,}"
-        rows.append(
-            {
-                "cell": line.cell.id,
-                "weights": shas[0][:12] if len(shas) == 1 else many if shas else "",
-                "differ": unlike,
-                "val_loss": figure(last.val_loss, ".3g"),
-                **{name: figure(value, ".3g") for name, value in last.metrics.items()},
-                "repeats": str(len(m.repeats)),
-            }
-        )
-    return rows
+def _results(report: CompareReport) -> list[Column]:
+    def weights(entry: CellReport) -> str:
+        shas = sorted(set(entry.measured.shas()) - {""})
+        if len(shas) > 1:
+            return f"{len(shas)} hashes in {len(entry.measured.repeats)} repeats"
+        return shas[0][:12] if shas else ""
+
+    def differ(entry: CellReport) -> str:
+        if entry.cell.id == report.result:
+            return "reference"
+        if entry.differing is None:
+            return ""
+        low, high = entry.differing
+        span = f"{low:,}" if low == high else f"{low:,} to {high:,}"
+        return f"{span} of {report.predictions:,}"
+
+    def metric(name: str) -> Callable[[CellReport], str]:
+        return lambda e: figure(e.measured.last.metrics.get(name), ".3g")
+
+    names = dict.fromkeys(name for entry in report.cells for name in entry.measured.last.metrics)
+    return [
+        Column("cell", lambda e: e.cell.id),
+        Column("weights", weights),
+        Column("differ", differ),
+        Column("val_loss", lambda e: figure(e.measured.last.val_loss, ".3g")),
+        *(Column(name, metric(name)) for name in names),
+        Column("repeats", lambda e: str(len(e.measured.repeats)), "wide"),
+    ]
 
 
 def fits(family: Family) -> list[str]:
@@ -136,7 +184,7 @@ def fits(family: Family) -> list[str]:
     return found
 
 
-def forecasts(report: CompareReport) -> Table:
+def forecasts(report: CompareReport, narrow: bool = False) -> Table:
     """Rates that were not measured."""
     return [
         {
@@ -144,7 +192,7 @@ def forecasts(report: CompareReport) -> Table:
             "workers": str(one.workers),
             f"{report.unit}/s": f"{number(one.rate)} ({number(one.low)} to {number(one.high)})",
             "in the exchange": f"{100 * one.share_reduce:.0f} %",
-            "note": one.note,
+            **({} if narrow else {"note": one.note}),
         }
         for family in report.families
         for one in family.forecasts
@@ -158,13 +206,13 @@ def links(report: CompareReport) -> list[str]:
         if family.why_not:
             found.append(f"{family.name}: no forecast; {family.why_not}.")
         elif family.link:
-            words = family.link.to_json()
-            gbit, micro = words["bandwidth_gbit"]["value"], words["latency_us"]["value"]
+            measured = family.link.to_json()
+            gbit, micro = measured["bandwidth_gbit"]["value"], measured["latency_us"]["value"]
             miss = "" if family.worst_miss is None else (
                 f"; at the measured counts the model was off by up to {100 * family.worst_miss:.0f} %, "
                 "and the intervals are widened by that"
             )  # fmt: skip
-            link = f"{number(gbit)} Gbit/s and {number(micro)} us ({words['source']})"
+            link = f"{number(gbit)} Gbit/s and {number(micro)} us ({measured['source']})"
             found.append(f"{family.name}: from {family.base}, {link}{miss}.")
     return found
 
@@ -186,7 +234,7 @@ def markdown(report: CompareReport) -> str:
     parts += ["## Time", pipe(time_and_cost(report)), "## Results", pipe(results(report))]
     parts += ["\n".join(f"- {g.sentence()}" for g in report.groups)]
     laws = [f"- {sentence}" for family in report.families for sentence in fits(family)]
-    parts += ["## Laws and forecasts", "\n".join([*laws, *(f"- {line}" for line in links(report))])]
+    parts += ["## Laws and forecasts", "\n".join([*laws, *(f"- {sentence}" for sentence in links(report))])]
     if any(f.forecasts for f in report.families):
         parts.append(pipe(forecasts(report)))
     if report.skipped or report.failed:

@@ -12,7 +12,7 @@ import types
 import numpy as np
 import pytest
 
-from rayexp.cli import judge
+from rayexp.cli.diff import _need_predictions
 
 HEAVY = ("torch", "ray", "scipy.stats", "scipy.optimize", "matplotlib", "jinja2", "tensorboardX", "PIL")
 
@@ -152,7 +152,7 @@ def test_missing_predictions_are_computed_once(makes, arrays, monkeypatch):
     monkeypatch.setitem(sys.modules, "rayexp.launch.evaluate", types.SimpleNamespace(predict=predict))
     for _ in range(2):
         for epoch in (1, 2):
-            judge._need_predictions(run, epoch)
+            _need_predictions(run, epoch)
     assert asked == [2]
 
 

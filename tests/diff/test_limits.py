@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from rayexp.diff import weights
+from rayexp.diff.documents import DRAWS, documents, sign_flip
 from rayexp.diff.pair import read_pair
-from rayexp.diff.text import DRAWS, diff_text, documents, sign_flip
+from rayexp.diff.text import diff_text
 from rayexp.grid.statistics import USL, ScalingFit
 
 

@@ -12,8 +12,9 @@ import math
 import numpy as np
 import pytest
 
+from rayexp.diff.documents import bootstrap, documents, sign_flip
 from rayexp.diff.pair import read_pair
-from rayexp.diff.text import bootstrap, diff_text, documents, sign_flip
+from rayexp.diff.text import diff_text
 from rayexp.errors import UserError
 
 VOCABULARY = ["<eos>", "=", "cat", "dog", "sat", "ran", "[bold]"]

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from rayexp.cli import app
+from rayexp.cli import _grid_tables, app
 from rayexp.config import ExperimentConfig, parse
 from rayexp.errors import RunError, UserError
 from rayexp.grid import measured, tables
 from rayexp.grid.comparison import CellResult
 from rayexp.grid.page import answers, compare_page, write_compare_page
-from rayexp.grid.report import compare
+from rayexp.grid.report import read_report
 from rayexp.runs.records import Predictions
 from rayexp.runs.run import Run
 from rayexp.runs.writer import RunWriter
@@ -38,7 +38,7 @@ def test_a_recorder_keeps_the_steps_of_every_epoch(tmp_path):
 
 
 def lines(comparison):
-    return {line.cell.id: line for line in compare(comparison).lines}
+    return {line.cell.id: line for line in read_report(comparison).cells}
 
 
 # ---------------------------------------------------------------------- figures
@@ -62,7 +62,7 @@ def test_every_cell_is_measured_alike_whatever_its_steps_look_like(grids):
                 waits = [total / 2 if i in (5, 9) else 1e-6 for i in range(len(row["total"]))]
                 row["total"] = [row["total"][0], *waits[1:]] if row["first"] else waits
             run.steps_path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    plain, exact = compare(comparison).lines
+    plain, exact = read_report(comparison).cells
     assert plain.rate.value == pytest.approx(80, rel=1e-4)
     assert exact.over_plain.value == pytest.approx(50 / 80, rel=1e-4)
     for line in (plain, exact):
@@ -80,8 +80,8 @@ def test_what_is_not_finite_differs_from_the_reference(grids):
     run.predictions_path(2).write_bytes(Predictions(p.kind, p.data_sha, {**p.arrays, "loss": loss}).to_npz())
     rows = [r.to_json() | {"val_loss": None} for r in run.records()]
     run.epochs_path.write_text("".join(json.dumps(row).replace("null", "NaN") + "\n" for row in rows))
-    report = compare(comparison)
-    assert next(line.differing for line in report.lines if line.cell.id == "cpu-x1-ddp") == (3, 3)
+    report = read_report(comparison)
+    assert next(line.differing for line in report.cells if line.cell.id == "cpu-x1-ddp") == (3, 3)
     assert next(row["val_loss"] for row in tables.results(report) if row["cell"] == "cpu-x1-ddp") == "not finite"
 
 
@@ -92,7 +92,7 @@ def test_rates_leave_the_first_step_of_every_process_out(grids):
     rows = run.steps()
     rows[1]["first"], rows[1]["total"][0] = True, 7.0  # resumed here
     run.steps_path.write_text("".join(json.dumps(line) + "\n" for line in rows))
-    found = measured.read(run, 60)
+    found = measured.read_repeat(run, 60)
     assert len(found.steps["total"]) == 2 * grids.steps - 2
     assert found.throughput == pytest.approx(50, rel=1e-5)
     assert (found.first_step, found.startup) == (7.0, 13.0 - 7.0)
@@ -100,7 +100,7 @@ def test_rates_leave_the_first_step_of_every_process_out(grids):
         for name in ("count", "total", *measured.STEP_PHASES):
             line[name] = line[name][:1]
     run.steps_path.write_text("".join(json.dumps(line) + "\n" for line in rows))
-    assert list(measured.read(run, 60).steps["total"]) == [3.0, 7.0]  # there are no others
+    assert list(measured.read_repeat(run, 60).steps["total"]) == [3.0, 7.0]  # there are no others
 
 
 def test_speedup_efficiency_and_what_they_are_against(grids):
@@ -141,7 +141,7 @@ def test_phases_that_do_not_add_up_are_seen(grids):
         for row in rows:
             row["seconds"]["total"] /= 0.9
         run.epochs_path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert compare(comparison).lines[0].measured.repeats[0].unaccounted() > 0.05
+    assert read_report(comparison).cells[0].measured.repeats[0].unaccounted() > 0.05
 
 
 def test_cost_energy_and_time_to_a_target(grids):
@@ -153,7 +153,7 @@ def test_cost_energy_and_time_to_a_target(grids):
     # acc1 is 20 after the second epoch, whose predecessor held the slow first step
     assert found.target_seconds["acc1"] == pytest.approx(10 + 2 * epoch - 256 / 150 + 3, rel=1e-4)
     assert found.target_seconds["val_loss"] is None
-    assert "not reached" in tables.markdown(compare(comparison))
+    assert "not reached" in tables.markdown(read_report(comparison))
 
 
 def test_spread_between_repeats_widens_the_interval(grids, tmp_path):
@@ -169,7 +169,7 @@ def test_spread_between_repeats_widens_the_interval(grids, tmp_path):
 
 
 def test_equal_weights_are_said_with_their_hash(grids):
-    report = compare(grids.fill(grids.plan(), grids.rates))
+    report = read_report(grids.fill(grids.plan(), grids.rates))
     assert report.equal
     (group,) = report.groups
     assert group.cells == ("cpu-x1-exact", "cpu-x2-exact", "cpu-x4-exact")
@@ -180,7 +180,7 @@ def test_equal_weights_are_said_with_their_hash(grids):
 def test_unequal_weights_fail_loudly(grids):
     comparison = grids.plan()
     grids.fill(comparison, grids.rates, sha={**dict.fromkeys(grids.rates, "a"), "cpu-x4-exact": "b"})
-    report = compare(comparison)
+    report = read_report(comparison)
     assert not report.equal
     assert "2 DIFFERENT weights" in report.groups[0].sentence()
     assert "DIFFERENT" in compare_page(report)
@@ -196,16 +196,16 @@ def test_repeats_of_one_exact_cell_must_agree_too(grids):
     cell = next(c for c in comparison.cells() if c.id == "cpu-x1-exact")
     run = grids.run(comparison, cell, 50.0, "b", None, grids.parts, 2)
     comparison.add(CellResult(cell.id, 2, "done", None, run.id, 60.0, now()), session)
-    assert not compare(comparison).equal
+    assert not read_report(comparison).equal
 
 
 def test_ddp_may_differ_and_its_predictions_are_counted(grids):
     top1 = {"cpu-x2-ddp": [1, 1, 1, 0, 0, 0, 0, 0]}
     shas = {**dict.fromkeys(grids.rates, "a"), "cpu-x1-ddp": "c", "cpu-x2-ddp": "d", "cpu-x4-ddp": "e"}
-    report = compare(grids.fill(grids.plan(), grids.rates, sha=shas, top1=top1))
+    report = read_report(grids.fill(grids.plan(), grids.rates, sha=shas, top1=top1))
     assert report.equal
     assert report.result == "cpu-x1-exact"
-    found = {line.cell.id: line.differing for line in report.lines}
+    found = {line.cell.id: line.differing for line in report.cells}
     assert found["cpu-x2-ddp"] == (3, 3)
     assert found["cpu-x4-ddp"] == (0, 0)
     row = next(row for row in tables.results(report) if row["cell"] == "cpu-x2-ddp")
@@ -219,19 +219,19 @@ def test_tokens_differ_where_the_probability_doubles_or_halves(grids):
     }  # fmt: skip
     comparison = grids.plan(base=base)
     nudged = {"cpu-x1-ddp": [0.0, 0.6, 0.7, -0.7, -0.6, 0, 0, 2]}
-    report = compare(grids.fill(comparison, grids.rates, top1=nudged, kind="tokens"))
+    report = read_report(grids.fill(comparison, grids.rates, top1=nudged, kind="tokens"))
     assert report.unit == "tokens"
-    assert next(line.differing for line in report.lines if line.cell.id == "cpu-x1-ddp") == (3, 3)
+    assert next(line.differing for line in report.cells if line.cell.id == "cpu-x1-ddp") == (3, 3)
     assert "ppl" in tables.results(report)[0]
 
 
 def test_weak_scaling_compares_no_weights_across_sizes(grids):
     comparison = grids.plan(mode="weak")
     shas = {name: name if "exact" in name else "x" for name in grids.rates}
-    report = compare(grids.fill(comparison, grids.rates, sha=shas))
+    report = read_report(grids.fill(comparison, grids.rates, sha=shas))
     assert report.equal
     assert len(report.groups) == 3
-    assert all(line.serial is None for line in report.lines)
+    assert all(line.serial is None for line in report.cells)
     assert not any(family.fits for family in report.families)
 
 
@@ -239,7 +239,7 @@ def test_weak_scaling_compares_no_weights_across_sizes(grids):
 
 
 def test_three_counts_carry_amdahl_but_not_usl(grids):
-    report = compare(grids.fill(grids.plan(), grids.rates, spread=0.005))
+    report = read_report(grids.fill(grids.plan(), grids.rates, spread=0.005))
     family = next(f for f in report.families if f.name == "cpu, fp32, exact")
     law, usl = family.fits
     assert law.refused is None
@@ -248,7 +248,7 @@ def test_three_counts_carry_amdahl_but_not_usl(grids):
 
 
 def test_forecast_is_refused_without_a_link(grids):
-    report = compare(grids.fill(grids.plan(), {"cpu-x1-exact": 50.0}))
+    report = read_report(grids.fill(grids.plan(), {"cpu-x1-exact": 50.0}))
     (family,) = report.families
     assert not family.forecasts
     assert "interconnect.bandwidth_gbit" in family.why_not
@@ -257,7 +257,7 @@ def test_forecast_is_refused_without_a_link(grids):
 def test_forecast_from_a_given_link(grids):
     comparison = grids.plan(interconnect={"bandwidth_gbit": 100, "latency_us": 5})
     alone = {**grids.parts, "compute": 0.8, "reduce": 0.0}
-    report = compare(grids.fill(comparison, {"cpu-x1-exact": 50.0}, parts=alone))
+    report = read_report(grids.fill(comparison, {"cpu-x1-exact": 50.0}, parts=alone))
     (family,) = report.families
     eight = next(one for one in family.forecasts if one.workers == 8)
     step = 256 / 50
@@ -267,7 +267,7 @@ def test_forecast_from_a_given_link(grids):
 
 
 def test_the_link_is_measured_between_the_workers(grids):
-    report = compare(grids.fill(grids.plan(), grids.rates))
+    report = read_report(grids.fill(grids.plan(), grids.rates))
     for family in report.families:
         assert family.link.to_json()["bandwidth_gbit"]["value"] == pytest.approx(8, rel=0.01)
         assert family.link.source == "measured between 2, 4 workers"
@@ -275,7 +275,7 @@ def test_the_link_is_measured_between_the_workers(grids):
 
 def test_forecast_is_refused_where_the_model_fails_at_measured_counts(grids):
     rates = {"cpu-x1-exact": 50.0, "cpu-x2-exact": 20.0, "cpu-x4-exact": 10.0}
-    report = compare(grids.fill(grids.plan(), rates))
+    report = read_report(grids.fill(grids.plan(), rates))
     (family,) = report.families
     assert not family.forecasts
     assert "misses the measured counts" in family.why_not
@@ -288,7 +288,7 @@ def test_failed_and_skipped_cells_are_in_the_report(grids):
     comparison = grids.plan(cpus=2)
     grids.fill(comparison, {"cpu-x1-exact": 50.0})
     comparison.add(CellResult("cpu-x2-ddp", 1, "failed", "it <broke>", None, 1.0, now()), comparison.begin())
-    report = compare(comparison)
+    report = read_report(comparison)
     assert ("cpu-x4-exact", "4 CPU cores asked, this machine has 2") in report.skipped
     assert report.failed == (("cpu-x2-ddp", 1, "it <broke>"),)
     page = compare_page(report)
@@ -301,15 +301,15 @@ def test_failed_and_skipped_cells_are_in_the_report(grids):
 def test_a_run_directory_that_is_gone_counts_as_failed(grids):
     comparison = grids.fill(grids.plan(repeats=2), {"cpu-x1-exact": 50.0})
     (comparison.cells_path / comparison.rows()[0].run / "run.json").unlink()
-    report = compare(comparison)
-    assert len(report.lines[0].measured.repeats) == 1
+    report = read_report(comparison)
+    assert len(report.cells[0].measured.repeats) == 1
     assert report.failed == (("cpu-x1-exact", 1, "its run directory is gone"),)
 
 
 def test_nothing_measured_is_no_report(grids, tmp_path):
     comparison = grids.plan()
     with pytest.raises(UserError, match="no cell has been measured"):
-        write_compare_page(tmp_path / "page.html", compare(comparison))
+        write_compare_page(tmp_path / "page.html", read_report(comparison))
     assert not (tmp_path / "page.html").exists()
 
 
@@ -325,7 +325,7 @@ def test_gpus_are_set_beside_the_fastest_cell_without_one(grids):
         "gpu-x1-exact": 1000.0, "gpu-x4-exact": 3600.0, "gpu-x8-exact": 6000.0,
     }  # fmt: skip
     shas = {name: name[:3] for name in rates}
-    report = compare(grids.fill(comparison, rates, sha=shas))
+    report = read_report(grids.fill(comparison, rates, sha=shas))
     assert report.equal  # across kinds of device, weights need not agree
     assert {group.name for group in report.groups} == {"cpu fp32", "gpu fp32"}
     text = " ".join(answers(report))
@@ -334,3 +334,26 @@ def test_gpus_are_set_beside_the_fastest_cell_without_one(grids):
     page = compare_page(report)
     assert 'id="fig-speedup-cpu"' in page
     assert 'id="fig-speedup-gpu"' in page
+
+
+def test_a_column_is_added_in_one_place(grids, monkeypatch, capsys):
+    report = read_report(grids.fill(grids.plan(), grids.rates))
+    known = tables._speed
+    monkeypatch.setattr(tables, "_speed", lambda r: [*known(r), tables.Column("tries", lambda e: "7 of 9")])
+    _grid_tables.show(report)
+    assert capsys.readouterr().out.count("7 of 9") == len(report.cells)
+    assert tables.markdown(report).count("| 7 of 9 |") == len(report.cells)
+    assert compare_page(report).count("7 of 9") == len(report.cells)
+
+
+def test_a_narrow_terminal_shows_fewer_columns(grids, monkeypatch, capsys):
+    report = read_report(grids.fill(grids.plan(), grids.rates))
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    for columns in (200, 100):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        _grid_tables.show(report)
+        out = capsys.readouterr().out
+        assert "speed-up" in out
+        assert ("(95 %)" in out) == ("median" in out) == (columns == 200)
+        assert ("as run" in out) == ("peak memory" in out) == ("repeats" in out) == (columns == 200)
+    assert set(tables.forecasts(report)[0]) - set(tables.forecasts(report, narrow=True)[0]) == {"note"}

@@ -17,13 +17,13 @@ from rayexp.config import ExperimentConfig, parse
 from rayexp.errors import UserError
 from rayexp.grid import tables
 from rayexp.grid.page import compare_page, write_compare_page
-from rayexp.grid.report import compare
+from rayexp.grid.report import read_report
 from rayexp.pages.run_page import write_run_page
 from rayexp.runs.run import Run
 
 
 def test_the_page_is_one_offline_file(grids):
-    page = compare_page(compare(grids.fill(grids.plan(), grids.rates, spread=0.01)))
+    page = compare_page(read_report(grids.fill(grids.plan(), grids.rates, spread=0.01)))
     assert page.count("<svg") >= 4
     assert "a &lt;processor&gt; &amp; more" in page
     # Nothing is fetched: the only addresses are names of XML namespaces and licences inside the SVG.
@@ -36,12 +36,12 @@ def test_the_page_is_one_offline_file(grids):
 
 def test_the_same_comparison_gives_the_same_figures(grids):
     comparison = grids.fill(grids.plan(), grids.rates, spread=0.01)
-    first, second = (compare_page(compare(comparison)) for _ in range(2))
+    first, second = (compare_page(read_report(comparison)) for _ in range(2))
     assert first == second or re.sub(r"Made by.*", "", first) == re.sub(r"Made by.*", "", second)
 
 
 def test_markdown_is_a_table(grids):
-    text = tables.markdown(compare(grids.fill(grids.plan(), grids.rates)))
+    text = tables.markdown(read_report(grids.fill(grids.plan(), grids.rates)))
     rows = [line for line in text.splitlines() if line.startswith("| cpu-")]
     assert len(rows) == 2 * 7 + 7
     header = next(line for line in text.splitlines() if "speed-up" in line)
@@ -92,7 +92,7 @@ def test_report_of_a_run_without_epochs_is_refused(tmp_path):
 @pytest.mark.browser
 def test_the_page_renders(grids, tmp_path, chromium):
     page, shot = tmp_path / "page.html", tmp_path / "page.png"
-    write_compare_page(page, compare(grids.fill(grids.plan(), grids.rates, spread=0.01)))
+    write_compare_page(page, read_report(grids.fill(grids.plan(), grids.rates, spread=0.01)))
     chromium(f"--screenshot={shot}", "--window-size=1200,3000", page.as_uri())
     pixels = np.asarray(Image.open(shot).convert("RGB"))
     # The phases' colours are on the page: the figures were drawn.

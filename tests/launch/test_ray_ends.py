@@ -111,7 +111,7 @@ def test_a_killed_driver_leaves_no_worker_that_writes(
 SCRIPT = """
 import signal
 import psutil, ray
-from rayexp.cli._shell import _leave
+from rayexp.cli._app import _leave
 from rayexp.system import signals
 from rayexp.launch.on_ray import session
 

@@ -162,11 +162,11 @@ def test_what_ray_makes_of_an_interruption_keeps_the_signal() -> None:
 
 def test_other_commands_end_with_the_signals_code_too(tmp_path: Path, until: Until) -> None:
     code = (
-        "import time\nfrom rayexp.cli import _shell\n"
-        "@_shell.app.command()\ndef wait() -> None:\n"
+        "import time\nfrom rayexp.cli import _app\n"
+        "@_app.app.command()\ndef wait() -> None:\n"
         "    open('there', 'w').close()\n    try:\n        time.sleep(60)\n"
         "    except KeyboardInterrupt:\n        open('cleaned', 'w').close()\n        raise\n"
-        "_shell.main()"
+        "_app.main()"
     )
     process = subprocess.Popen([sys.executable, "-c", code, "wait"], cwd=tmp_path)
     until((tmp_path / "there").exists)

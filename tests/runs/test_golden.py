@@ -106,12 +106,12 @@ def test_a_report_of_each(golden: Path, command: Callable[..., Any]) -> None:
 
 
 def test_the_comparison(golden: Path) -> None:
-    from rayexp.grid.report import compare
+    from rayexp.grid.report import read_report
 
     made = Comparison.find("grid", golden)
-    found = compare(made)
+    found = read_report(made)
     assert found.equal
-    assert {line.cell.id for line in found.lines} == {"cpu-plain", "cpu-inprocess-exact", "cpu-inprocess-ddp"}
+    assert {line.cell.id for line in found.cells} == {"cpu-plain", "cpu-inprocess-exact", "cpu-inprocess-ddp"}
     assert not found.failed
     assert made.missing() == []
     for row in made.rows():
@@ -124,13 +124,13 @@ def test_the_comparison(golden: Path) -> None:
 def test_one_damaged_run_of_a_comparison_is_named_and_the_others_are_reported(
     golden: Path, command: Callable[..., Any], file: str
 ) -> None:
-    from rayexp.grid.report import compare
+    from rayexp.grid.report import read_report
 
     made = Comparison.find("grid", golden)
     (bad,) = (run for run in Run.all(made.cells_path) if "exact-r2" in run.id)
     (bad.root / file).write_bytes(b"\xff\n")
-    found = compare(made)
-    assert {line.cell.id for line in found.lines} == {"cpu-plain", "cpu-inprocess-exact", "cpu-inprocess-ddp"}
+    found = read_report(made)
+    assert {line.cell.id for line in found.cells} == {"cpu-plain", "cpu-inprocess-exact", "cpu-inprocess-ddp"}
     ((cell, repeat, why),) = found.failed
     assert (cell, repeat) == ("cpu-inprocess-exact", 2)
     assert f"{bad.id}/{file}: " in why

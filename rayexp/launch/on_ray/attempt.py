@@ -45,7 +45,7 @@ _ENVIRONMENT = {
 }
 
 
-class Trainer(TorchTrainer):
+class RayTrainer(TorchTrainer):
     """A TorchTrainer that starts no processes but its workers; each other costs a second of a core at the start, and
     wakes a hundred times a second beside the workers.
 
@@ -112,7 +112,7 @@ def fit(job: WorkerJob, plan: Placement, books: str) -> str:
     """
     resources = {"CPU": plan.cpus or 1.0} | ({"GPU": plan.gpus} if plan.gpu else {})
     with environment(_ENVIRONMENT):
-        trainer = Trainer(
+        trainer = RayTrainer(
             member,  # type: ignore[arg-type]
             train_loop_config=job.to_json(),
             torch_config=Meeting(),  # type: ignore[arg-type]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rayexp.cli._shell import print_table, tell
+from rayexp.cli._output import print_table, tell
 from rayexp.display import NOT_FINITE, figure
 
 if TYPE_CHECKING:
     from rayexp.diff.churn import ChurnReport
-    from rayexp.diff.images import DiffReport
+    from rayexp.diff.images_report import ImagesReport
     from rayexp.diff.text import TextReport
     from rayexp.diff.weights import WeightsReport
 
@@ -18,17 +18,17 @@ MATRIX_EPOCHS = 24  # a wider matrix does not fit a terminal
 LISTED_EPOCHS = 60  # of longer runs, as many are listed, evenly spread
 
 
-def show(report: DiffReport | TextReport, limit: int) -> None:
+def show(report: ImagesReport | TextReport, limit: int) -> None:
     """Everything but the verdict."""
-    from rayexp.diff.images import DiffReport
+    from rayexp.diff.images_report import ImagesReport
 
-    if isinstance(report, DiffReport):
+    if isinstance(report, ImagesReport):
         show_images(report, limit)
     else:
         show_text(report, limit)
 
 
-def show_images(report: DiffReport, limit: int) -> None:
+def show_images(report: ImagesReport, limit: int) -> None:
     """Summary, classes, moves and the list, worst first."""
     r = report
     if _same(r):
@@ -69,7 +69,7 @@ def show_images(report: DiffReport, limit: int) -> None:
     _list(r, limit)
 
 
-def _classes(r: DiffReport) -> None:
+def _classes(r: ImagesReport) -> None:
     surely = sum(c.adjusted_p < 0.05 for c in r.classes)
     moved = [c for c in r.classes if c.gained != c.lost]
     shown = moved if len(moved) <= 10 else [*moved[:5], *moved[-5:]]
@@ -92,7 +92,7 @@ def _classes(r: DiffReport) -> None:
     print_table(rows, "classes with a change" if len(shown) == len(moved) else "classes: the five worst, the five best")
 
 
-def _moves(r: DiffReport) -> None:
+def _moves(r: ImagesReport) -> None:
     rows = [
         {"images": m.count, "class": r.words(m.label), "A": r.words(m.a), "B": r.words(m.b)}
         for m in r.moves[:5]
@@ -102,7 +102,7 @@ def _moves(r: DiffReport) -> None:
         print_table(rows, "largest moves")
 
 
-def _list(r: DiffReport, limit: int) -> None:
+def _list(r: ImagesReport, limit: int) -> None:
     rows = [
         {
             "": KIND[f.kind],
@@ -218,14 +218,14 @@ def show_weights(report: WeightsReport, limit: int) -> None:
             tell(f"only in {side} (or in another shape): {', '.join(names[:limit])}")
 
 
-def show_verdict(report: DiffReport | TextReport) -> None:
+def show_verdict(report: ImagesReport | TextReport) -> None:
     """The last line, for people and for CI logs."""
     if report.ruling:
         unit = "points of acc1" if hasattr(report, "acc1") else "percent of perplexity"
         tell(f"{report.ruling.word}: allowed to get worse by {report.max_drop:g} {unit}; {report.ruling.why}")
 
 
-def _changes(report: DiffReport | TextReport) -> None:
+def _changes(report: ImagesReport | TextReport) -> None:
     """In what the two runs' configurations differ."""
     from rayexp.diff.pair import config_changes
 
@@ -234,7 +234,7 @@ def _changes(report: DiffReport | TextReport) -> None:
         tell("configurations differ in " + ", ".join(f"{key} ({a} and {b})" for key, a, b in changes))
 
 
-def _same(report: DiffReport | TextReport) -> bool:
+def _same(report: ImagesReport | TextReport) -> bool:
     """Say so where both are one model, and whether there is nothing else to say."""
     if report.same_model:
         tell(f"these are the same model: both weights_sha are {report.a.weights_sha[:16]}")
@@ -245,7 +245,7 @@ def _same(report: DiffReport | TextReport) -> bool:
     return False
 
 
-def _not_finite(report: DiffReport | TextReport, things: str) -> None:
+def _not_finite(report: ImagesReport | TextReport, things: str) -> None:
     a, b = report.not_finite
     if report.broken:
         tell(f"NOT FINITE: {a:,} of the {things} in A, {b:,} in B; they differ from everything and are never right")

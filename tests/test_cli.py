@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from rayexp.cli import _shell
-from rayexp.cli._shell import error_line, print_json, print_table, say, tell
+from rayexp.cli import _app
+from rayexp.cli._output import error_line, print_json, print_table, say, tell
 from rayexp.errors import UserError
 from rayexp.launch.screen import Screen, epoch_line
 from rayexp.runs.records import EpochRecord
@@ -40,9 +40,9 @@ def test_errors_name_a_file_that_is_no_utf8(capsys, monkeypatch):
     def fail(**_):
         raise UserError(f"{EVIL}: not an image")
 
-    monkeypatch.setattr(_shell, "app", fail)
+    monkeypatch.setattr(_app, "app", fail)
     with pytest.raises(SystemExit) as end:
-        _shell.main()
+        _app.main()
     assert end.value.code == 2
     assert capsys.readouterr().err == f"error: {SHOWN}: not an image\n"
 

@@ -7,15 +7,14 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from rayexp.cli._shell import print_table, tell
+from rayexp.cli._output import print_table, tell
 
 if TYPE_CHECKING:
     from rayexp.config import CompareConfig
     from rayexp.grid.comparison import Cell
     from rayexp.grid.report import CompareReport
 
-WIDE = 150  # columns of a terminal that hold the report's own tables
-NARROW = ("median", "shutdown", "as run", "peak memory", "note", "repeats")  # what a narrower one goes without
+WIDE = 150  # columns of a terminal that hold every column of the tables
 
 
 def plan_json(cells: Sequence[Cell], config: CompareConfig) -> dict[str, Any]:
@@ -53,19 +52,15 @@ def show(report: CompareReport) -> None:
     """Tables, equality, laws, forecasts, and what was not measured. A narrow terminal gets fewer columns."""
     from rayexp.grid import tables
 
-    if report.lines:
-        wide = not sys.stdout.isatty() or shutil.get_terminal_size().columns >= WIDE
-        dropped = () if wide else NARROW
+    if report.cells:
+        narrow = sys.stdout.isatty() and shutil.get_terminal_size().columns < WIDE
         for title, rows in (
-            (
-                "speed (samples over seconds of all steps; 95 % intervals)",
-                tables.speed(report) if wide else _narrow_speed(report),
-            ),
-            ("time and memory", tables.time_and_cost(report)),
-            ("results after the last epoch", tables.results(report)),
-            ("forecasts: these were NOT measured", tables.forecasts(report)),
+            ("speed (samples over seconds of all steps; 95 % intervals)", tables.speed(report, narrow)),
+            ("time and memory", tables.time_and_cost(report, narrow)),
+            ("results after the last epoch", tables.results(report, narrow)),
+            ("forecasts: these were NOT measured", tables.forecasts(report, narrow)),
         ):
-            names = [name for name in tables.filled(rows) if name not in dropped]
+            names = tables.filled(rows)
             if rows:
                 print_table([{name: row[name] for name in names} for row in rows], title)
     for family in report.families:
@@ -79,22 +74,3 @@ def show(report: CompareReport) -> None:
         tell(f"FAILED {cell}, repeat {repeat}: {error}")
     for group in report.groups:
         tell(group.sentence())
-
-
-def _narrow_speed(report: CompareReport) -> list[dict[str, str]]:
-    from rayexp.grid import tables
-
-    rows = []
-    for line in report.lines:
-        low, high = line.rate.interval
-        rows.append(
-            {
-                "cell": line.cell.id,
-                "on": tables.devices(line),
-                f"{report.unit}/s": tables.number(line.rate.value),
-                "95 %": f"{tables.number(low)} to {tables.number(high)}",
-                "speed-up": "" if line.speedup is None else tables.number(line.speedup.value),
-                "vs plain": "" if line.over_plain is None else f"{tables.number(line.over_plain.value)}x",
-            }
-        )
-    return rows

@@ -1,11 +1,9 @@
-"""What all commands share: the typer app, consoles, error lines and exit codes."""
+"""The typer app that the commands join, options that several of them take, and exit codes."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -13,7 +11,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 import typer.core
 
-from rayexp.display import NOT_FINITE, figure, plain, printable
+from rayexp.cli._output import error_line, say
 
 
 class _Commands(typer.core.TyperGroup):
@@ -41,10 +39,18 @@ app = typer.Typer(
 )
 
 RunsOption = Annotated[Path, typer.Option("--runs", help="Folder of run directories.", show_default=True)]
+OverridesArgument = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)]
+RayOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ADDRESS",
+        help="Join this Ray. [default: RAY_ADDRESS, else one that runs here, else a new one]",
+        show_default=False,
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print only JSON on stdout.")]
 RUNS = Path("runs")
 DEBUG = False
-NUMBER = rf"([-+]?[\d.,]+(e[-+]?\d+)?( ?%)?|{NOT_FINITE})?"
 
 
 def version(show: bool) -> None:
@@ -65,55 +71,6 @@ def _root(
 ) -> None:
     global DEBUG
     DEBUG = debug
-
-
-def say(text: str = "") -> None:
-    """One line of progress or advice, on stderr."""
-    with contextlib.suppress(OSError):  # the terminal may have been closed
-        print(printable(text, keep="\n"), file=sys.stderr, flush=True)
-
-
-def tell(text: str = "") -> None:
-    """One line of the answer, on stdout."""
-    print(printable(text, keep="\n"), flush=True)
-
-
-def print_json(value: Any) -> None:
-    """The whole answer as strict JSON on stdout: what is not finite is null."""
-    print(json.dumps(plain(value), indent=2, default=str, allow_nan=False))
-
-
-def print_table(rows: list[dict[str, Any]], title: str = "") -> None:
-    """A table on stdout; the first row's keys are the columns; numbers are set right."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in rows[0] if rows else ():
-        right = all(isinstance(r[name], int | float) or re.fullmatch(NUMBER, str(r[name] or "")) for r in rows)
-        table.add_column(printable(name), justify="right" if right else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*map(_cell, row.values()))
-    width = None if sys.stdout.isatty() else 200
-    # Cells hold file names and words of a text: nothing in them is markup.
-    console = Console(width=width, highlight=False, markup=False, emoji=False)
-    if title:
-        console.print(printable(title), style="italic")
-    console.print(table)
-
-
-def _cell(value: Any) -> str:
-    if value is None or isinstance(value, float):
-        return figure(value, ",.4g")
-    return printable(str(value))
-
-
-def error_line(text: str) -> None:
-    """One red line on stderr."""
-    line = f"error: {printable(' '.join(text.split()))}"
-    with contextlib.suppress(OSError):
-        print(f"\033[31m{line}\033[0m" if sys.stderr.isatty() else line, file=sys.stderr, flush=True)
 
 
 def main() -> None:

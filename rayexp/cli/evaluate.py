@@ -1,0 +1,76 @@
+"""`rayexp evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rayexp.cli._app import RUNS, JsonOption, RunsOption, app
+from rayexp.cli._output import print_json, say, tell
+
+
+@app.command()
+def evaluate(
+    ref: Annotated[str, typer.Argument(metavar="RUN@EPOCH", help="RUN@7, RUN@best, RUN@last.")],
+    moved: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[data.root=DIR]", help="Where the run's data lies now.", show_default=False),
+    ] = None,
+    print_freq: Annotated[int, typer.Option("--print-freq", metavar="N", min=1, help="A line every N batches.")] = 10,
+    runs: RunsOption = RUNS,
+    as_json: JsonOption = False,
+) -> None:
+    """Judge the validation data with a checkpoint, in the words of pytorch/examples' imagenet/main.py.
+
+    Predictions that the run lacks are stored; those that it has are compared. Data that has moved is the run's own
+    where its hash is.
+    """
+    from rayexp.cli._progress import Progress, summary
+    from rayexp.runs.run import resolve
+
+    root = _moved(moved or [])
+    run, epoch = resolve(ref, runs)
+
+    from rayexp.launch.evaluate import evaluate
+
+    progress = Progress(print_freq)
+    found = evaluate(run, epoch, progress.begin, None if as_json else progress.seen, root)
+    if as_json:
+        print_json(
+            {
+                "run": run.id,
+                "epoch": epoch,
+                "n": len(found.predictions),
+                "not_finite": found.not_finite,
+                **found.metrics,
+                "weights_sha": found.weights_sha,
+                "predictions": str(run.predictions_path(epoch)),
+                "stored": found.stored,
+                "equal": found.equal,
+            }
+        )
+        return
+    tell(summary(found.metrics))
+    if found.not_finite:
+        say(f"NOT FINITE: the model's output for {found.not_finite:,} of {len(found.predictions):,} samples")
+    if found.stored:
+        say(f"predictions: {run.predictions_path(epoch)}")
+    elif not found.equal:
+        say(
+            "these differ from the predictions that training stored: another device or other versions round differently"
+        )
+
+
+def _moved(overrides: list[str]) -> Path | None:
+    """DIR of `data.root=DIR`; nothing else of a run can be set (UserError)."""
+    from rayexp.errors import UserError
+
+    root = None
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key != "data.root" or not value:
+            raise UserError(f"{override!r}: evaluate takes data.root=DIR only; all else is as the run was trained")
+        root = Path(value)
+    return root

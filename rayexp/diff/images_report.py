@@ -1,0 +1,212 @@
+"""What changed between two checkpoints on the same images: the report, as JSON and as CSV.
+
+`kind` of a flip (the predictions differ): `lost` A right, B wrong; `gained` A wrong, B right; `other_wrong` both
+wrong in different ways; `not_finite` A, B or both give no finite output, which is equal to nothing. churn = lost +
+gained + other_wrong + not_finite. In accuracies and statistics a sample that is not finite counts as wrong.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rayexp.diff.pair import Checkpoint, config_changes, same_model
+from rayexp.diff.statistics import LEVEL, POWER, DropVerdict, verdict
+from rayexp.display import NOT_FINITE, csv_cell, plain
+
+KINDS = ("not_finite", "lost", "other_wrong", "gained")
+
+
+@dataclass(frozen=True, slots=True)
+class Flip:
+    """One image on which A and B disagree. Classes are label indices, None where a side's output is not finite; losses
+    in nats."""
+
+    index: int
+    name: str
+    label: int
+    kind: str
+    a: int | None
+    b: int | None
+    confidence_a: float
+    confidence_b: float
+    loss_a: float
+    loss_b: float
+
+
+@dataclass(frozen=True, slots=True)
+class ClassChange:
+    """One true class: n images, how many each side got right, exact McNemar p and its adjusted value (BH)."""
+
+    label: int
+    n: int
+    right_a: int
+    right_b: int
+    gained: int
+    lost: int
+    p: float
+    adjusted_p: float
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """So many images of class `label` moved from prediction `a` to prediction `b`."""
+
+    label: int
+    a: int
+    b: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class ImagesReport:
+    """What changed from A to B. Accuracies, `difference`, `interval` and `detectable` in percent and percentage points.
+
+    The n images are both_right + lost + gained + both_wrong + broken; `not_finite` are those of A and those of B that
+    have no finite output, `broken` those of either. `flips` are worst first: not_finite, lost, other_wrong, gained,
+    each by how much the loss rose. `classes` are by the change in right answers, losses first. `confidence[kind]` is
+    the median confidence of A and of B on those flips. `equal`: both say the same of every image.
+    """
+
+    a: Checkpoint
+    b: Checkpoint
+    class_names: tuple[tuple[str, str], ...]
+    short: tuple[str, ...]
+    n: int
+    acc1: tuple[float, float]
+    acc5: tuple[float, float]
+    loss: tuple[float, float]
+    both_right: int
+    lost: int
+    gained: int
+    both_wrong: int
+    other_wrong: int
+    not_finite: tuple[int, int]
+    broken: int
+    equal: bool
+    difference: float
+    interval: tuple[float, float]
+    mcnemar_p: float
+    detectable: float | None
+    confidence: dict[str, tuple[float, float]]
+    classes: tuple[ClassChange, ...]
+    moves: tuple[Move, ...]
+    flips: tuple[Flip, ...]
+    max_drop: float | None = None
+
+    @property
+    def churn(self) -> int:
+        """Images whose top-1 prediction changed, or that have none."""
+        return self.lost + self.gained + self.other_wrong + self.broken
+
+    def count(self, kind: str) -> int:
+        """How many flips are of that kind."""
+        return self.broken if kind == "not_finite" else int(getattr(self, kind))
+
+    @property
+    def verdict(self) -> str | None:
+        """PASS, FAIL or INCONCLUSIVE against `max_drop`; None where none was asked."""
+        return self.ruling.word if self.ruling else None
+
+    @property
+    def ruling(self) -> DropVerdict | None:
+        """Against `max_drop` percentage points of top-1; None where none was asked."""
+        if self.max_drop is None:
+            return None
+        return verdict(self.interval, self.max_drop, equal=self.equal, n=self.n, not_finite=self.not_finite)
+
+    @property
+    def same_model(self) -> bool:
+        """Whether both sides have the same weights, bit for bit."""
+        return same_model(self.a, self.b)
+
+    def within(self, max_drop: float | None) -> ImagesReport:
+        """The same report with a verdict."""
+        return replace(self, max_drop=max_drop)
+
+    def words(self, label: int | None) -> str:
+        """A class's short name, see `short_names`; `not finite` for None."""
+        return NOT_FINITE if label is None else self.short[label]
+
+    def to_json(self) -> dict[str, Any]:
+        """The keys that scripts may rely on: n, acc1, acc5, churn, gained, lost, mcnemar_p, flips."""
+
+        def name(label: int | None) -> dict[str, Any]:
+            if label is None:
+                return {"index": None, "id": None, "words": None}
+            return {"index": label, "id": self.class_names[label][0], "words": self.class_names[label][1]}
+
+        def flip(f: Flip) -> dict[str, Any]:
+            a = {**name(f.a), "confidence": f.confidence_a, "loss": f.loss_a}
+            b = {**name(f.b), "confidence": f.confidence_b, "loss": f.loss_b}
+            return {"index": f.index, "name": f.name, "kind": f.kind, "label": name(f.label), "a": a, "b": b}
+
+        def change(c: ClassChange) -> dict[str, Any]:
+            tail = {k: getattr(c, k) for k in ("n", "right_a", "right_b", "gained", "lost", "p", "adjusted_p")}
+            return {**name(c.label), **tail}
+
+        report = {
+            "kind": "images",
+            "a": self.a.to_json(),
+            "b": self.b.to_json(),
+            "same_model": self.same_model,
+            "equal": self.equal,
+            "config_changes": [{"key": k, "a": x, "b": y} for k, x, y in config_changes(self.a, self.b)],
+            "n": self.n,
+            "acc1": _two(self.acc1),
+            "acc5": _two(self.acc5),
+            "loss": _two(self.loss),
+            "difference": self.difference,
+            "interval": self.interval,
+            "level": LEVEL,
+            "mcnemar_p": self.mcnemar_p,
+            "detectable_difference": self.detectable,
+            "power": POWER,
+            "churn": self.churn,
+            "churn_rate": self.churn / self.n,
+            "gained": self.gained,
+            "lost": self.lost,
+            "other_wrong": self.other_wrong,
+            "not_finite": {**_two(self.not_finite), "either": self.broken},
+            "both_right": self.both_right,
+            "both_wrong": self.both_wrong,
+            "max_drop": self.max_drop,
+            "verdict": self.verdict,
+            "verdict_reason": self.ruling and self.ruling.why,
+            "confidence": {kind: _two(pair) for kind, pair in self.confidence.items()},
+            "classes": [change(c) for c in self.classes],
+            "moves": [{"label": name(m.label), "a": name(m.a), "b": name(m.b), "count": m.count} for m in self.moves],
+            "flips": [flip(f) for f in self.flips],
+        }
+        return dict(plain(report))
+
+    def to_csv(self) -> str:
+        """The flips, one a line, worst first; a side that is not finite has an empty class and numbers `nan`."""
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        head = "name,label,label_id,label_words,kind,a,a_words,a_confidence,a_loss,b,b_words,b_confidence,b_loss"
+        writer.writerow(head.split(","))
+        for f in self.flips:
+            a, b = (("" if k is None else csv_cell(self.class_names[k][1])) for k in (f.a, f.b))
+            left = (f.a, a, f"{f.confidence_a:.6f}", f"{f.loss_a:.6f}")
+            right = (f.b, b, f"{f.confidence_b:.6f}", f"{f.loss_b:.6f}")
+            true = map(csv_cell, self.class_names[f.label])
+            writer.writerow((csv_cell(f.name), f.label, *true, f.kind, *left, *right))
+        return out.getvalue()
+
+
+def _two(pair: tuple[float, float]) -> dict[str, Any]:
+    return {"a": pair[0], "b": pair[1]}
+
+
+def short_names(class_names: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
+    """`goldfish` of `goldfish, Carassius auratus`; all the words where several classes begin alike, and the id too
+    where even they are alike."""
+    names = [words.split(",")[0].strip() or key for key, words in class_names]
+    for longer in ([words for _, words in class_names], [f"{words} ({key})" for key, words in class_names]):
+        often = Counter(names)
+        names = [longer[i] if often[name] > 1 else name for i, name in enumerate(names)]
+    return tuple(names)
