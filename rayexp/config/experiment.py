@@ -48,9 +48,10 @@ Folder = Annotated[Path, BeforeValidator(_no_uri)]
 
 
 class Section(BaseModel):
-    """A part of a configuration: frozen, with no key but its own."""
+    """A part of a configuration: frozen, unknown keys refused. The text under a field is its description
+    (`model_fields[...].description`), from which the configuration document is made."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     @field_validator("*", mode="before")
     @classmethod
@@ -66,13 +67,14 @@ class AugmentConfig(Section):
     """Random resized crop and horizontal flip, drawn per sample from (seed, epoch, sample)."""
 
     scale: tuple[Positive, Positive] = (0.08, 1.0)
-    """Smallest and largest share of the image's area that a crop keeps."""
+    """Smallest and largest share of the image's area that a crop keeps; each above 0 and at most 1."""
     ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)
-    """Smallest and largest width / height of a crop."""
+    """Smallest and largest aspect ratio (width / height) of a crop; each above 0."""
     flip: bool = True
-    """Mirror every second image, on average."""
+    """Mirror each image left to right with probability 1/2."""
     pad: Annotated[int, Field(ge=0)] = 0
-    """Instead of a resized crop: pad by that many pixels and cut the original size out at random (0: off)."""
+    """Above 0: instead of a resized crop, pad each side by this many pixels and cut out the original size at a random
+    place. 0: off."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -87,25 +89,26 @@ class DataConfig(Section):
     """Which data, where it lies, and how much of it."""
 
     name: str = "shapes"
-    """Images: shapes (made by rayexp), tiny_imagenet, folder. Text: python_docs (Python's own), wikitext2, text."""
+    """The data set. Images: shapes (drawn by rayexp), tiny_imagenet, folder (your own, one folder a class). Text:
+    python_docs (the documentation inside the Python that runs), wikitext2, text (your own files)."""
     root: Path | None = None
-    """The folder that `rayexp data fetch` filled, or your own; not needed for shapes and python_docs."""
+    """The folder that `rayexp data fetch` filled, or your own; required except for shapes and python_docs."""
     max_train_samples: PositiveInt | None = None
-    """Images: train on this many only, the classes kept in balance."""
+    """Images: train on this many images only, with the classes kept in balance; null: on all."""
     max_val_samples: PositiveInt | None = None
-    """Images: validate on this many only."""
+    """Images: validate on this many images only, with the classes kept in balance; null: on all."""
     max_train_tokens: PositiveInt | None = None
-    """Text: train on the first tokens only."""
+    """Text: train on this many tokens only, the first ones; null: on all."""
     max_val_tokens: PositiveInt | None = None
-    """Text: validate (and test) on the first tokens only."""
+    """Text: validate (and test) on this many tokens only, the first ones; null: on all."""
     image_size: PositiveInt = 64
-    """Height and width in pixels after packing."""
+    """Images: height and width, in pixels, of the packed images."""
     augment: AugmentConfig | None = AugmentConfig()
-    """null: train on the images as they are."""
+    """Images: random changes to the training images; null: train on them as they are."""
     bptt: PositiveInt = 35
-    """Text: tokens in a window."""
+    """Text: tokens in a training window, through which the gradient flows back."""
     eval_columns: PositiveInt = 10
-    """Text: parallel columns into which the validation text is cut."""
+    """Text: number of columns of equal length into which the validation text is cut."""
 
     @field_validator("name")
     @classmethod
@@ -125,9 +128,11 @@ class DataConfig(Section):
 class ModelConfig(BaseModel):
     """The model's name and its own options, which the workload checks."""
 
-    model_config = ConfigDict(frozen=True, extra="allow")
+    model_config = ConfigDict(frozen=True, extra="allow", use_attribute_docstrings=True)
 
     name: str = "resnet18"
+    """The model. image_classification: an image classifier of torchvision. language_model: lstm, gru, rnn_tanh,
+    rnn_relu or transformer."""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -139,12 +144,17 @@ class OptimizerConfig(Section):
     """SGD or AdamW; `lr` and `weight_decay` stand at the top of the configuration."""
 
     name: Literal["sgd", "adamw"] = "sgd"
+    """The update rule, that of torch.optim.SGD or torch.optim.AdamW."""
     momentum: Fraction = 0.9
+    """sgd: share of the last step's velocity that is kept, from 0 (none) to 1."""
     nesterov: bool = False
+    """sgd: use Nesterov's momentum; needs a momentum above 0."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)
+    """adamw: decay rates of the averages of the gradient and of its square; each from 0 to below 1."""
     eps: Positive = 1e-8
+    """adamw: added to the denominator for numerical stability; above 0."""
     clip: Positive | None = None
-    """Largest global L2 norm of the gradient."""
+    """Largest global L2 norm of the gradient, above 0; a longer gradient is scaled down to it. null: no clipping."""
     decay_norm_and_bias: bool = True
     """false: no weight decay on biases and normalisation layers (every one-dimensional parameter)."""
 
@@ -156,34 +166,42 @@ class OptimizerConfig(Section):
 
 
 class ScheduleConfig(Section):
-    """How the learning rate moves."""
+    """How the learning rate changes during training."""
 
     name: Literal["constant", "step", "cosine", "onecycle", "plateau"] = "constant"
+    """constant: `lr` throughout. step: times `gamma` every `step_epochs`. cosine: half a cosine from `lr` down to
+    `min_lr`. onecycle: linearly from `lr` / 25 up to `lr`, then down to `min_lr`. plateau: times `gamma` after an epoch
+    whose validation loss is no better than the best."""
     warmup_epochs: NonNegative = 0
-    """Rise linearly from 0 over this many epochs (all but onecycle, which rises by itself)."""
+    """Rise linearly from 0 to `lr` over this many epochs, which may be a fraction; not with onecycle, which rises by
+    itself."""
     step_epochs: PositiveInt = 30
-    """step: multiply by `gamma` after every so many epochs."""
+    """step: epochs between two drops of the rate."""
     gamma: Positive = 0.1
-    """step: the factor after `step_epochs`. plateau: the factor after an epoch without a better validation loss."""
+    """step, plateau: the factor by which the rate is multiplied; above 0."""
     min_lr: NonNegative = 0
-    """cosine, onecycle: the rate at the end; not above `lr`."""
+    """cosine, onecycle: the rate at the end, from 0 to `lr`."""
     peak: Fraction = 0.3
-    """onecycle: share of the schedule after which the rate is highest."""
+    """onecycle: share of the run, from 0 to 1, after which the rate is highest."""
 
 
 class ScaleConfig(Section):
-    """How many workers, and on what. Ray's own words."""
+    """How many workers, and on what devices; the names are those of Ray Train's ScalingConfig where it has them."""
 
     num_workers: Annotated[int, Field(ge=0)] | tuple[PositiveInt, PositiveInt] = 0
-    """0: in this process, without Ray. N: workers of Ray Train. [MIN, MAX]: elastic."""
+    """0: train in this process, without Ray. N: that many workers of Ray Train; N must divide `shards`. [MIN, MAX]:
+    elastic, as many as the cluster can hold at the time."""
     use_gpu: Literal["auto"] | bool = "auto"
-    """auto: a GPU per worker where the machine or the cluster has enough of them."""
+    """auto: give every worker a GPU where the machine or the cluster has enough of them, else use CPUs. true: GPUs or
+    an error. false: CPUs."""
     cpus_per_worker: Positive | None = None
-    """CPU cores a worker holds; null: the machine's cores divided by the workers (at least 1)."""
+    """CPU cores that a worker reserves, above 0, a fraction where workers share a core. null: the cores of all machines
+    divided by the workers, 1 for an elastic run."""
     gpus_per_worker: Positive = 1
-    """Used where the workers use GPUs; fractions share a GPU."""
+    """GPUs that a worker reserves where workers use GPUs, above 0; a fraction lets workers share a GPU."""
     lanes: PositiveInt | None = None
-    """CPU, exact: shards computed side by side in a worker, one thread each; null: one a core. Never changes a bit."""
+    """On a CPU with `reduction: exact`: model replicas of a worker, which compute shards side by side on a thread each.
+    null: one per core. Never changes a bit."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -193,41 +211,58 @@ class ScaleConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """Every epoch is kept. These add snapshots inside the epoch, of which the newest two are kept."""
+    """Every epoch's checkpoint is kept. These keys add snapshots inside the epoch, of which the newest two are kept."""
 
     every_steps: PositiveInt | None = None
+    """Save after every so many optimizer steps; null: not by steps."""
     every_seconds: Positive | None = None
+    """Save when the last snapshot is this many seconds old; null: not by time."""
 
 
 class ExperimentConfig(Section):
     """One training experiment. `rayexp train CONFIG [KEY=VALUE ...]` reads it; the run directory keeps it resolved."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")] = "run"
+    """Part of the run directory's name: 1 to 64 letters, digits, `_`, `.` or `-`, first a letter or a digit."""
     workload: str = "image_classification"
+    """What is trained: image_classification or language_model."""
     data: DataConfig = DataConfig()
+    """Which data, where it lies, and how much of it."""
     model: ModelConfig = ModelConfig()
+    """The model's name and its own options."""
     epochs: PositiveInt = 1
+    """Passes over the training data."""
     batch_size: PositiveInt = 256
-    """Global: the samples (or text columns) of one optimizer step over all workers together."""
+    """Samples (text: columns) of one optimizer step over all workers together; a multiple of `shards`."""
     lr: Positive = 0.1
+    """The learning rate, above 0; the highest one where the schedule changes it."""
     weight_decay: NonNegative = 1e-4
+    """Weight decay, from 0. sgd: added to the gradient (an L2 penalty). adamw: decoupled."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0
+    """Images: share of the target that is spread evenly over all classes, from 0 to below 1; training loss only."""
     optimizer: OptimizerConfig = OptimizerConfig()
+    """The update rule and its settings."""
     schedule: ScheduleConfig = ScheduleConfig()
+    """How the learning rate changes during training."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Decides every random draw (initialisation, order, augmentation, dropout); from 0 to below 2**63."""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    """fp32: float32 throughout. tf32: matrix products and convolutions by TF32 on NVIDIA GPUs. bf16: torch.autocast to
+    bfloat16. Parameters, gradients' sums and the optimizer's state are float32 with each."""
     reduction: Literal["exact", "ddp"] = "exact"
     """exact: the same bits at any number of workers. ddp: the same mathematics by ordinary all-reduce."""
     shards: PositiveInt = 8
-    """Logical shards of a batch; the numbers of workers that divide it are allowed."""
+    """Logical shards into which a batch is cut; must divide `batch_size`. The number of workers must divide it."""
     compile: bool = False
-    """torch.compile the model (worth its start-up time on GPUs only)."""
+    """Compile the model by torch.compile on a GPU (worth it where training outlasts its start-up)."""
     scaling: ScaleConfig = ScaleConfig()
+    """How many workers, and on what devices."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    """Snapshots inside the epoch, beside the checkpoint of every epoch."""
     max_failures: Annotated[int, Field(ge=0)] = 3
-    """How often lost workers are replaced before the run is given up."""
+    """How often lost workers are replaced before the run is given up; 0: never."""
     storage_path: Folder = Path("runs")
-    """The folder in which run directories are made."""
+    """The folder in which run directories are made; local, or a shared one that is mounted."""
 
     @field_validator("workload")
     @classmethod

@@ -55,7 +55,7 @@ def item(field: Any) -> Any:
 def at(field: Any, path: Sequence[str]) -> Any:
     """The annotation of the field under these keys; Any where none is known."""
     for part in path:
-        models = _models(field)
+        models = models_of(field)
         found = [model.model_fields[part] for model in models if part in model.model_fields]
         if not found:
             return Any
@@ -94,16 +94,16 @@ def _section(kind: type[BaseModel], parts: Sequence[str]) -> type[BaseModel]:
     for part in parts:
         if part.isdecimal() or part not in kind.model_fields:
             continue
-        found = _models(kind.model_fields[part].annotation)
+        found = models_of(kind.model_fields[part].annotation)
         if found:
             kind = found[0]
     return kind
 
 
-def _models(field: Any) -> list[type[BaseModel]]:
-    """The kinds whose keys stand under a field."""
+def models_of(field: Any) -> list[type[BaseModel]]:
+    """The kinds of configuration whose keys may stand under a field of this annotation."""
     if isinstance(field, type) and issubclass(field, BaseModel):
         return [field]
     if isinstance(field, KeysOf):
         return [field.kind]
-    return [model for part in get_args(field) for model in _models(part)]
+    return [model for part in get_args(field) for model in models_of(part)]

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
 
-from rayexp.config import CompareConfig, ExperimentConfig, load, parse, passed_over, read, refuse_contradictions
+from rayexp.config import (
+    CompareConfig,
+    ExperimentConfig,
+    fields,
+    load,
+    parse,
+    passed_over,
+    read,
+    refuse_contradictions,
+)
 from rayexp.errors import UserError
 
 # Written out by hand: what docs and old runs rely on.
@@ -381,3 +392,18 @@ def test_absolute_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     config = parse({"data": {"name": "folder", "root": "~/p"}, "storage_path": "~"}, ExperimentConfig, "").absolute()
     assert (config.data.root, config.storage_path) == (tmp_path / "me" / "p", tmp_path / "me")
     assert ExperimentConfig().absolute().data.root is None
+
+
+def _fields(kind: type[BaseModel]) -> Iterator[tuple[str, str | None]]:
+    """Every key under a kind of configuration, and its description."""
+    for name, field in kind.model_fields.items():
+        yield f"{kind.__name__}.{name}", field.description
+        for inner in fields.models_of(field.annotation):
+            yield from _fields(inner)
+
+
+@pytest.mark.parametrize("kind", [ExperimentConfig, CompareConfig])
+def test_every_key_is_described(kind: type[BaseModel]) -> None:
+    described = dict(_fields(kind))
+    assert len(described) > 15
+    assert [key for key, text in described.items() if not text or not text.rstrip().endswith(".")] == []
