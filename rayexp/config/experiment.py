@@ -50,7 +50,7 @@ Folder = Annotated[Path, BeforeValidator(_no_uri)]
 class Section(BaseModel):
     """A part of a configuration: frozen, with no key but its own."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     @field_validator("*", mode="before")
     @classmethod
@@ -125,7 +125,7 @@ class DataConfig(Section):
 class ModelConfig(BaseModel):
     """The model's name and its own options, which the workload checks."""
 
-    model_config = ConfigDict(frozen=True, extra="allow")
+    model_config = ConfigDict(frozen=True, extra="allow", use_attribute_docstrings=True)
 
     name: str = "resnet18"
 
