@@ -41,9 +41,8 @@ def commands() -> list[tuple[str, str]]:
                 lines = block.replace("\\\n", " ").splitlines()
                 found += [(page.name, line.removeprefix("$ ").strip()) for line in lines]
         found += [(page.name, " ".join(line.split())) for line in re.findall(r"`(rayexp [^`]+)`", FENCE.sub("", text))]
-    return [
-        (page, line) for page, line in found if line.startswith("rayexp ") and "..." not in line and "|" not in line
-    ]
+    form = re.compile(r"\.\.\.|\|| \[")  # with optional parts: no command
+    return [(page, line) for page, line in found if line.startswith("rayexp ") and not form.search(line)]
 
 
 def parse(words: list[str]) -> None:
