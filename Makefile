@@ -1,26 +1,45 @@
 # Two commands on a fresh machine: `make quickstart` and `make test`.
+#
+#   PYTHON=python3.12                the Python that makes the environment
+#   VENV=DIR                         the environment (.venv); one that exists is installed into
+#   TORCH=system                     take the torch that is there already and change nothing that is installed
+#   PIP_ARGS="--index-url URL"       further options for pip
 PYTHON ?= python3
 VENV ?= .venv
+TORCH ?= $(if $(wildcard $(VENV)/.rayexp-system),system,pinned)
+PIP_ARGS ?=
 BIN := $(VENV)/bin
 export RAY_USAGE_STATS_ENABLED = 0
 
+ifeq ($(filter $(TORCH),pinned system),)
+$(error TORCH=$(TORCH): allowed are pinned (the versions of constraints.txt) and system (what is there already))
+endif
+
 .PHONY: install quickstart quick test test-slow mutants lint clean
 
-install: $(VENV)/.installed
+install: $(VENV)/.rayexp-$(TORCH)
 
 # constraints.txt holds the versions that were tested together; torch and torchvision must come as a pair.
-$(VENV)/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+$(VENV)/.rayexp-pinned: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(PIP_ARGS) --editable ".[dev]"
+	rm -f $(VENV)/.rayexp-system
+	touch $@
+
+$(VENV)/.rayexp-system: pyproject.toml constraints.txt constraints.py
+	test -x $(BIN)/python || $(PYTHON) -m venv --system-site-packages $(VENV)
+	$(BIN)/python constraints.py > $@.txt
+	$(BIN)/python -m pip install --quiet --constraint $@.txt $(PIP_ARGS) --editable ".[dev]"
+	rm -f $(VENV)/.rayexp-pinned
 	touch $@
 
 quickstart: install
 	$(BIN)/rayexp quickstart
 
 lint: install
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
 
 # What needs no Ray, no browser and no second host: while one works on the code.
 quick: install
@@ -40,4 +59,4 @@ mutants: install
 	$(BIN)/python tests/mutants/run.py $(if $(SINCE),--since $(SINCE))
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf .venv build dist *.egg-info

@@ -32,7 +32,7 @@ STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
 class Options(BaseModel):
     """What may stand under `model` beside `name`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     stem: Literal["imagenet", "small"] = "imagenet"
     """small: a 3x3 convolution of stride 1 and no pooling in front (ResNets), for small images."""

@@ -21,7 +21,7 @@ LAYERS = {"rnn_tanh": nn.RNN, "rnn_relu": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU
 class RecurrentOptions(BaseModel):
     """`model.*` of a recurrent model; names and defaults are those of pytorch/examples word_language_model."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     emsize: PositiveInt = 200
     """Size of the word vectors."""

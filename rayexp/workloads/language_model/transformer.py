@@ -18,7 +18,7 @@ State = tuple[Tensor, ...]
 class TransformerOptions(BaseModel):
     """`model.*` of a transformer."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     emsize: PositiveInt = 256
     """Width of the model."""
