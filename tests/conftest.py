@@ -33,6 +33,16 @@ TINY: dict[str, Any] = {
     "weight_decay": 0.0,
     "optimizer": {"momentum": 0.5, "clip": 0.25},
 }
+CHROMIUM_FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
 
 
 @pytest.fixture
@@ -150,3 +160,18 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, 
         return {**os.environ, "LD_PRELOAD": str(library), **named}
 
     return environment
+
+
+@pytest.fixture(scope="session")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """Runs a headless browser with these words; its DOM or whatever else it prints."""
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+    if found is None:
+        pytest.skip("chromium is not installed")
+    profile = tmp_path_factory.mktemp("chromium")
+
+    def run(*words: str) -> str:
+        command = [found, *CHROMIUM_FLAGS, f"--user-data-dir={profile}", *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+
+    return run

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import subprocess
 
 import numpy as np
 import pytest
@@ -15,17 +13,6 @@ from rayexp.config import ExperimentConfig, parse
 from rayexp.runs.records import Predictions
 from rayexp.runs.run import Run
 from rayexp.runs.writer import RunWriter
-
-CHROMIUM_FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
 
 
 def image_arrays(label, first, *, classes, confidence=None, loss=None, rest=None):
@@ -153,18 +140,3 @@ def arrays():
         tokens = staticmethod(token_arrays)
 
     return Arrays
-
-
-@pytest.fixture(scope="session")
-def chromium(tmp_path_factory):
-    """Runs a headless browser with these words; its DOM or whatever else it prints."""
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-    if found is None:
-        pytest.skip("chromium is not installed")
-    profile = tmp_path_factory.mktemp("chromium")
-
-    def run(*words):
-        command = [found, *CHROMIUM_FLAGS, f"--user-data-dir={profile}", *words]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-
-    return run
