@@ -1,4 +1,4 @@
-"""Shared by all tests: no usage reports, where real data lies, file systems that lack something, small experiments."""
+"""Shared by several folders: no usage reports, a command, a browser, file systems that lack something."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,23 +15,18 @@ from typing import Any
 import psutil
 import pytest
 
-from rayexp.config import ExperimentConfig, parse
-
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
-# Small and quick: a step takes milliseconds, an epoch has some ten of them.
-TINY: dict[str, Any] = {
-    "name": "tiny",
-    "workload": "language_model",
-    "data": {"name": "python_docs", "max_train_tokens": 3000, "max_val_tokens": 600, "bptt": 20},
-    "model": {"name": "lstm", "emsize": 16, "nhid": 16, "nlayers": 1, "dropout": 0.2},
-    "epochs": 2,
-    "batch_size": 16,
-    "shards": 4,
-    "lr": 1.0,
-    "weight_decay": 0.0,
-    "optimizer": {"momentum": 0.5, "clip": 0.25},
-}
+CHROMIUM_FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
 
 
 @pytest.fixture
@@ -45,16 +39,6 @@ def tiny_images() -> dict[str, Any]:
         "epochs": 2,
         "lr": 0.01,
     }
-
-
-@pytest.fixture
-def tiny(tmp_path: Path) -> Callable[..., ExperimentConfig]:
-    """A small configuration, its runs in tmp_path/runs; keywords replace its keys."""
-
-    def make(**changes: Any) -> ExperimentConfig:
-        return parse({**TINY, "storage_path": str(tmp_path / "runs"), **changes}, ExperimentConfig, "test")
-
-    return make
 
 
 @pytest.fixture
@@ -104,35 +88,6 @@ def members_fixture() -> Callable[[int], list[psutil.Process]]:
     return members
 
 
-@pytest.fixture
-def short_path() -> Iterator[Path]:
-    """A folder whose path leaves room for the names of Ray's sockets (107 characters in all)."""
-    with tempfile.TemporaryDirectory(prefix="rx-", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        yield Path(folder)
-
-
-@pytest.fixture
-def until() -> Callable[..., None]:
-    """Wait for something to become true."""
-
-    def wait(condition: Callable[[], Any], seconds: float = 120) -> None:
-        end = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < end, "it did not happen"
-            time.sleep(0.01)
-
-    return wait
-
-
-@pytest.fixture(scope="session")
-def test_data() -> Path:
-    """The folder with tiny-imagenet-200-first80.zip and wikitext-2-v1.zip; skips where there is none."""
-    folder = os.environ.get("RAYEXP_TEST_DATA")
-    if not folder or not Path(folder).is_dir():
-        pytest.skip("RAYEXP_TEST_DATA is unset: no real data here")
-    return Path(folder)
-
-
 @pytest.fixture(scope="session")
 def faults(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, str]]:
     """An environment for a process in which calls to the system fail: `faults(flock=errno.ENOSYS)`; see faults.c."""
@@ -150,18 +105,6 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, 
         return {**os.environ, "LD_PRELOAD": str(library), **named}
 
     return environment
-
-
-CHROMIUM_FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
 
 
 @pytest.fixture(scope="session")
