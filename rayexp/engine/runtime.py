@@ -6,11 +6,10 @@ number of lanes a worker computes its shards on.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -19,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from rayexp.config import ExperimentConfig
+from rayexp.engine import cpu
 from rayexp.system.cores import cores
 
 THREADS_PER_REPLICA = 1
@@ -77,8 +77,8 @@ class Runtime:
         than float32 on an AVX2 processor. True where nobody says."""
         if self.device.type == "cuda":
             return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-        known: Callable[[], bool] | None = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-        return known is None or platform.machine() not in ("x86_64", "AMD64") or known()
+        known: Callable[[], Mapping[str, Any]] | None = getattr(torch.cpu, "get_capabilities", None)  # not in every 2.x
+        return known is None or platform.machine() not in ("x86_64", "AMD64") or known().get("avx512_bf16") is not False
 
     def peak_memory(self) -> dict[str, int]:
         """Peak bytes of this process: `host` (resident set) and, on a GPU, `device` (PyTorch's allocator)."""
@@ -147,7 +147,7 @@ def configure(config: ExperimentConfig, device: torch.device, shards: int, cpus:
     before = _Settings.now()
     # Makes cuBLAS deterministic; set over what is there, since another workspace may mean other kernels.
     os.environ[_WORKSPACE] = ":4096:8"
-    keep_freed_memory()
+    cpu.save_page_faults()
     torch.use_deterministic_algorithms(config.reduction == "exact" or device.type == "cpu", warn_only=False)
     torch.backends.cudnn.benchmark = device.type == "cuda" and config.reduction == "ddp"
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = config.precision == "tf32"
@@ -181,32 +181,6 @@ def set_threads(threads: int) -> None:
     """
     torch.get_num_threads()  # which a thread's first operation would otherwise set to what the last caller asked for
     torch.set_num_threads(threads)
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep freed memory: activations of the same sizes come back every step, and giving their pages to the
-    kernel and faulting them in again costs up to a fifth of a CPU step. Does nothing under another allocator.
-
-    Blocks of more than 64 MiB are kept in the first arena only. A main thread uses that one; the threads of Ray's
-    workers do because launch.on_ray.session sets MALLOC_ARENA_MAX.
-    """
-    libc = _glibc()
-    if libc is None:
-        return
-    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
-    libc.mallopt(m_mmap_max, 0)
-    libc.mallopt(m_trim_threshold, 2**31 - 1)
-    # Heaps of threads hold 64 MiB, and an empty one is given back unless this much should be spare.
-    libc.mallopt(m_top_pad, 1 << 27)
-
-
-def _glibc() -> ctypes.CDLL | None:
-    """glibc, where memory is its own affair: a preloaded allocator (jemalloc, tcmalloc) puts its `malloc` before it."""
-    if platform.libc_ver()[0] != "glibc":
-        return None
-    library, process = ctypes.CDLL("libc.so.6"), ctypes.CDLL(None)
-    own, used = (ctypes.cast(where.malloc, ctypes.c_void_p).value for where in (library, process))
-    return library if own == used else None
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ class Worker(WorkerGroup):
         super().__init__(rank, world)
         object.__setattr__(self, "office", office)
 
-    def staged(self, row: Tensor) -> bool:
+    def staged(self, tensor: Tensor) -> bool:
         return False
 
     def _swap(self, kind: int, sent: Sequence[Tensor], received: Tensor) -> Any:
@@ -232,8 +232,8 @@ def test_replicas_that_pass_parameters_in_any_order(
             shard = order.share(shards, world, group.rank).start + number
             assembly.held[number] = [((0, shard), _Held(torch.from_numpy(leaves[shard].copy())))]  # type: ignore[list-item]
             for parameter in passing[group.rank][number]:
-                assembly.passed(number, parameter)
-            assembly.ended(number)
+                assembly.gradient_ready(number, parameter)
+            assembly.pass_ended(number)
 
         threads = [threading.Thread(target=replica, args=(number,)) for number in range(replicas)]
         for thread in threads:

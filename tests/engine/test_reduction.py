@@ -47,7 +47,7 @@ class Postbox(WorkerGroup):
         object.__setattr__(self, "shared", shared)
         object.__setattr__(self, "meet", barrier)
 
-    def staged(self, row: Tensor) -> bool:
+    def staged(self, tensor: Tensor) -> bool:
         return False
 
     def wait(self) -> None:
@@ -234,7 +234,7 @@ def test_touched_rows_are_added_over_all_workers_too(world: int) -> None:
         shards = order.share(4, world, group.rank)
         rows: Any = [((0, shard), SimpleNamespace(tensor=leaves[shard].clone())) for shard in shards]
         assembly.held[0] = rows
-        assembly.ended(0)
+        assembly.pass_ended(0)
         return assembly.finish()
 
     for result in on_all(world, work):

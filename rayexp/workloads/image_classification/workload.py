@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from rayexp.config import IMAGE_DATA, ExperimentConfig, explain
 from rayexp.data import ImageData, open_data
 from rayexp.engine import order
-from rayexp.engine.cpu.pool_first import pool_first
-from rayexp.engine.cpu.small_map import shorten
 from rayexp.engine.runtime import upload
 from rayexp.engine.workload import Batch, RecurrentState
 from rayexp.errors import UserError, nearest
@@ -75,8 +73,6 @@ class ImageClassification:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(order.key(self.config.seed, "init"))
             model = build(self.config.model.name, self.options, len(self.data.classes), self.config.data.image_size)
-        shorten(model)
-        pool_first(model)
         return model.to(memory_format=torch.channels_last)
 
     def example(self) -> tuple[Tensor]:

@@ -8,8 +8,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from rayexp.config import ExperimentConfig, explain
-from rayexp.engine import order
-from rayexp.engine.cpu.blocked_loss import blocked_cross_entropy, embedding
+from rayexp.engine import cpu, order
 from rayexp.engine.rng import Dropout
 from rayexp.errors import UserError, nearest
 from rayexp.workloads.language_model.recurrent import LAYERS, Recurrent, RecurrentOptions
@@ -109,10 +108,7 @@ class Embedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """int64[...] -> [..., size]."""
-        if self.training and torch.is_grad_enabled():
-            vectors: Tensor = embedding(tokens, self.weight)
-            return vectors
-        return F.embedding(tokens, self.weight)
+        return cpu.embedding(tokens, self.weight) if self.training else F.embedding(tokens, self.weight)
 
 
 class Decoder(nn.Module):
@@ -128,5 +124,4 @@ class Decoder(nn.Module):
         weight = encoder_weight if self.weight is None else self.weight
         if targets is None:
             return F.linear(x, weight, self.bias)
-        losses: Tensor = blocked_cross_entropy(x.flatten(0, 1), weight, self.bias, targets)
-        return losses
+        return cpu.token_losses(x.flatten(0, 1), weight, self.bias, targets)

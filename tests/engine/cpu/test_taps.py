@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from rayexp.engine.cpu import taps
+from rayexp.engine.cpu.shardwise import keep_gradients_apart
 from rayexp.engine.reduction import total
 from rayexp.engine.rng import Draws
-from rayexp.engine.shardwise import shardwise
 
 SIZES = [5, 4, 3]
 
@@ -74,7 +74,7 @@ def test_where_it_pays(monkeypatch: pytest.MonkeyPatch, conv: nn.Conv2d, size: i
     conv.zero_grad()
     x.grad = None
     apart, draws = nn.Sequential(conv), Draws()
-    shardwise(apart, draws)
+    keep_gradients_apart(apart, draws)
     draws.begin([0, 1], [4, 2], x.device)
     apart(x).square().sum().backward()
     assert bool(taken) == pays
