@@ -260,3 +260,8 @@ def test_buckets_cover_a_row_and_leave_out_what_they_must() -> None:
         covered = [i for b in buckets for i in range(b.start, b.stop)]
         assert covered == [i for i in range(1024) if not (64 <= i < 128 or 640 <= i < 704)]
         assert all((b.stop - b.start) % unit == 0 for b in buckets)
+
+
+@pytest.mark.parametrize(("shards", "root"), [(1, (0, 0)), (2, (1, 0)), (5, (3, 0)), (8, (3, 0))])
+def test_the_root_is_the_first_node_that_covers_all_shards(shards: int, root: tuple[int, int]) -> None:
+    assert forest_nodes(range(shards), shards) == [root]

@@ -78,7 +78,9 @@ def test_off_is_the_same_mathematics(session: Open, monkeypatch: pytest.MonkeyPa
     assert used == expected
     used.clear()
     monkeypatch.setenv(cpu.SWITCH, "off")
-    plain_loss, plain_moved, _ = one_step(session(config(name, reduction=reduction)))
+    plain = session(config(name, reduction=reduction))
+    assert not plain.stepper.together
+    plain_loss, plain_moved, _ = one_step(plain)
     assert not used
     assert loss == pytest.approx(plain_loss, rel=1e-5)
     assert moved.norm() > 0
