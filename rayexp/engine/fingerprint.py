@@ -71,10 +71,10 @@ def _shown(value: Any, beside: Any) -> str:
     """A value; of two long ones only the words that `beside` lacks."""
     if value is None:
         return "unset"
-    words, others = str(value).split(), str(beside).split()
-    if len(words) <= 4:
+    parts, others = str(value).split(), str(beside).split()
+    if len(parts) <= 4:
         return str(value)
-    return " ".join(word for word in words if word not in others) or "without these"
+    return " ".join(part for part in parts if part not in others) or "without these"
 
 
 def processor(info: Path = Path("/proc/cpuinfo"), caches: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> str:

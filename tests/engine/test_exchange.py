@@ -29,7 +29,7 @@ from rayexp.engine.group import WorkerGroup
 from rayexp.engine.reduction import Forest
 
 CPU = torch.device("cpu")
-UNIT = 8  # every number of workers divides the parts of a row
+UNIT = 8  # every number of workers divides the parts of a buffer
 PATIENCE = 30.0
 
 

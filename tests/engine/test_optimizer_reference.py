@@ -54,7 +54,7 @@ def gradients(model: nn.Module, step: int) -> dict[str, Tensor]:
 
 
 def reference(config: ExperimentConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """torch.optim's own over float64 copies, no decay on one-dimensional parameters where it is not wished."""
+    """torch.optim's own over float64 copies, no decay on one-dimensional parameters where that is not configured."""
     o = config.optimizer
     thin = [p for p in model.parameters() if p.ndim == 1]
     thick = [p for p in model.parameters() if p.ndim > 1]
@@ -70,7 +70,7 @@ def reference(config: ExperimentConfig, model: nn.Module) -> torch.optim.Optimiz
 
 @functools.cache
 def replicas_of(lanes: int) -> Runtime:
-    """So many lanes, of one thread each."""
+    """So many replicas, of one thread each."""
     return configure(experiment({}, scaling={"lanes": lanes}), torch.device("cpu"), 8, 1)
 
 
@@ -200,7 +200,7 @@ def test_an_embedding_whose_touched_rows_alone_are_updated(clip: float | None, m
 
 
 def test_what_is_decayed() -> None:
-    """The layout puts matrices first; biases and norms are decayed only where that is wished."""
+    """The layout puts matrices first; biases and norms are decayed only where that is configured."""
     for everywhere, optimizer in itertools.product((True, False), ("sgd", "adamw")):
         words = {"name": optimizer, "momentum": 0.0, "decay_norm_and_bias": everywhere}
         model = net()

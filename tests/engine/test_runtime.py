@@ -49,21 +49,21 @@ def users(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
 
 @pytest.mark.parametrize("reduction", ["exact", "ddp"])
 @pytest.mark.parametrize("lanes", [1, 2])
-def test_what_was_pinned_is_loosed(users: dict[str, Any], reduction: str, lanes: int) -> None:
+def test_what_was_pinned_is_restored(users: dict[str, Any], reduction: str, lanes: int) -> None:
     config = parse({"reduction": reduction, "precision": "tf32", "scaling": {"lanes": lanes}}, ExperimentConfig, "test")
-    with runtime.configure(config, CPU, 8, 1) as settled:
+    with runtime.configure(config, CPU, 8, 1) as here:
         during = settings()
         assert (during["deterministic"], during["warns only"], during["threads"]) == (True, False, 1)
         assert during["workspace"] == ":4096:8"
         assert not during["fill"]
-        assert settled.run([torch.get_num_threads] * settled.replicas) == [1] * settled.replicas
+        assert here.run([torch.get_num_threads] * here.replicas) == [1] * here.replicas
     assert settings() == users
-    if settled.pool is not None:
+    if here.pool is not None:
         with pytest.raises(RuntimeError, match="shutdown"):
-            settled.run([torch.get_num_threads])
+            here.run([torch.get_num_threads])
 
 
-def test_an_error_looses_too(users: dict[str, Any]) -> None:
+def test_an_error_restores_too(users: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="in between"), runtime.configure(ExperimentConfig(), CPU, 8):
         raise ValueError("in between")
     assert settings() == users

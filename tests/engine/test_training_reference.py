@@ -343,8 +343,8 @@ def test_an_epoch_trains_on_every_sample_once_and_the_next_in_another_order() ->
 def test_a_wish_is_heard_after_its_step() -> None:
     """To save: that step says so, and the run goes on. To stop: that step is the last."""
     session, _ = opened(configured(epochs=2))
-    wishes = iter([ControlFlags(), ControlFlags(save=True), ControlFlags(), ControlFlags(stop=True)])
-    events = [e for e in session.train(lambda: next(wishes)) if isinstance(e, StepDone)]
+    asked = iter([ControlFlags(), ControlFlags(save=True), ControlFlags(), ControlFlags(stop=True)])
+    events = [e for e in session.train(lambda: next(asked)) if isinstance(e, StepDone)]
     assert [(e.save, e.stopped) for e in events] == [(False, False), (True, False), (False, False), (False, True)]
     assert (session.epoch, session.step) == (1, 1)
 

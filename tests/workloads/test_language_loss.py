@@ -211,11 +211,11 @@ def test_threads_side_by_side_give_the_same_bits() -> None:
         torch.set_num_threads(1)
         wanted, found = once(), []
 
-        def lane() -> None:
+        def replica() -> None:
             torch.set_num_threads(1)
             found.extend(once() for _ in range(5))
 
-        threads = [threading.Thread(target=lane) for _ in range(3)]
+        threads = [threading.Thread(target=replica) for _ in range(3)]
         for thread in threads:
             thread.start()
         for thread in threads:

@@ -145,7 +145,7 @@ def test_touched_rows_are_those_with_a_gradient() -> None:
     assert make(MODELS["lstm tied"]).touched_rows(1, 0) == {}
 
 
-# ---------------------------------------------------------------------- judging
+# ---------------------------------------------------------------------- evaluation
 
 
 @pytest.mark.parametrize("name", ["lstm", "gru", "rnn_tanh"])

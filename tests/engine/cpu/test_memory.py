@@ -16,8 +16,8 @@ from rayexp.config import ExperimentConfig
 from rayexp.engine import runtime
 from rayexp.engine.cpu import memory
 def go():
-    with runtime.configure(ExperimentConfig(), torch.device("cpu"), 8, 1) as settled:
-        print(memory._glibc() is not None, settled.run([lambda: float(torch.ones(1 << 20).sum())]))
+    with runtime.configure(ExperimentConfig(), torch.device("cpu"), 8, 1) as here:
+        print(memory._glibc() is not None, here.run([lambda: float(torch.ones(1 << 20).sum())]))
 thread = threading.Thread(target=go)  # as in a worker of Ray
 thread.start()
 thread.join()
