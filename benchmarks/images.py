@@ -104,8 +104,8 @@ def bare_loop(packed: Path, images: int, batch: int) -> list[float]:
     from rayexp.config import ExperimentConfig, parse
     from rayexp.engine import order
     from rayexp.engine.batch_norm import per_shard
+    from rayexp.engine.cpu.memory import keep_freed_memory
     from rayexp.engine.rng import Draws
-    from rayexp.engine.runtime import keep_freed_memory
     from rayexp.system.cores import cores
     from rayexp.workloads.image_classification.augmentation import DRAWS, augment
     from rayexp.workloads.image_classification.workload import MEAN, STD, ImageClassification

@@ -34,7 +34,7 @@ def generate(
     from rayexp.data.text import EOS, UNK
     from rayexp.workloads.language_model import generate as text
 
-    writer = text.open_writer(run, epoch)
+    writer = text.open_generator(run, epoch)
     start, unknown = text.read_prompt(prompt, writer)
     if unknown:
         instead = "read as <unk>" if UNK in writer.vocabulary else "left out"

@@ -1,7 +1,5 @@
-"""Batch norm over each shard of a pass: the same mathematics however many shards are in it.
-
-(Hoffer, Hubara, Soudry 2017 call it ghost batch normalisation.)
-"""
+"""Batch norm over each shard of a pass (ghost batch normalisation: Hoffer, Hubara, Soudry 2017): the same mathematics
+however many shards are in the pass."""
 
 from __future__ import annotations
 
@@ -10,16 +8,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from rayexp.engine.reduction import total
 from rayexp.engine.rng import Draws
 
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 
 
 class _PerShard(torch.autograd.Function):
-    """Normalises each shard by itself, writing into one output (no concatenation)."""
+    """Normalises each shard by itself, writing into one output (no concatenation).
+
+    `sums` are two fp32[channels], to which it adds the shards' means and unbiased variances.
+    """
 
     @staticmethod
     def forward(
@@ -29,7 +30,7 @@ class _PerShard(torch.autograd.Function):
         saved, means, variances = [], [], []
         for part, into in zip(torch.split(x, list(sizes)), torch.split(out, list(sizes)), strict=True):
             mean, var = torch.zeros_like(sums[0]), torch.zeros_like(sums[1])
-            # momentum 1: "running" becomes this shard's mean and unbiased variance
+            # With momentum 1 the running statistics become this shard's mean and unbiased variance.
             m, s = torch.empty_like(mean), torch.empty_like(var)
             torch.native_batch_norm(part, weight, bias, mean, var, True, 1.0, eps, out=(into, m, s))
             saved += [m, s]
@@ -58,13 +59,13 @@ class _PerShard(torch.autograd.Function):
 
 
 def per_shard(model: nn.Module, draws: Draws) -> None:
-    """Make every batch norm of a training replica normalise each shard by itself, and add up the shards' statistics."""
+    """Make every batch norm of a replica normalise each shard by itself, and add up the shards' statistics."""
     for module in model.modules():
-        if isinstance(module, _BatchNorm):
+        if isinstance(module, BATCH_NORMS):
             module.forward = _forward(module, draws)  # type: ignore[method-assign]
 
 
-def _forward(norm: _BatchNorm, draws: Draws) -> Any:
+def _forward(norm: BatchNorm, draws: Draws) -> Any:
     def forward(x: Tensor) -> Tensor:
         sums = (norm.running_mean, norm.running_var)
         weight = norm.weight if norm.affine else torch.ones_like(norm.running_mean)  # type: ignore[arg-type]

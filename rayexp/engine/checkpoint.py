@@ -1,7 +1,7 @@
-"""State to bytes and back, and the hashes that say whether two models are the same.
+"""Checkpoints: the state as bytes and back, and the hashes that tell whether two models are the same.
 
-A checkpoint is two files: state.safetensors (tensors named `model.*`, `optimizer.<buffer>.<parameter>`,
-`carry.<shard>.*`) and state.json (epoch, step, schedule, running sums, hashes of tensors and files).
+A checkpoint is two files: state.safetensors (tensors named `model.*`, `optimizer.<buffer>.<parameter>`, and for
+recurrent states `carry.<shard>.*`) and state.json (epoch, step, schedule, running sums, hashes of tensors and files).
 """
 
 from __future__ import annotations
@@ -28,23 +28,24 @@ TENSORS, FIELDS = "state.safetensors", "state.json"
 
 @dataclass(frozen=True)
 class State:
-    """Everything that a run needs to go on.
+    """Everything that a run needs to continue.
 
     Attributes:
-        words: plain values: `epoch` (finished ones), `step` (global), `step_in_epoch`, `schedule`, sums of the epoch.
-        tensors: by name, CPU or GPU, views allowed.
+        fields: the plain values of state.json: `epoch` (finished epochs), `step` (global), `step_in_epoch`, `steps` (of
+            an epoch), `schedule`, `loss_sum` and `loss_count` of the begun epoch.
+        tensors: the tensors of state.safetensors by name, on the CPU or a GPU; they may be views.
     """
 
     fields: dict[str, Any]
     tensors: dict[str, Tensor]
 
     def weights(self) -> dict[str, Tensor]:
-        """The model's own tensors, without the prefix."""
+        """The tensors of the model's state_dict, by name without the prefix `model.`."""
         return {n.removeprefix("model."): t for n, t in self.tensors.items() if n.startswith("model.")}
 
 
 def sha(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 over names, dtypes, shapes and bytes of tensors, in the order of their names."""
+    """sha256 (hexadecimal) over the names, dtypes, shapes and bytes of tensors, in the order of their names."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach()
@@ -55,7 +56,7 @@ def sha(tensors: Mapping[str, Tensor]) -> str:
 
 
 def snapshot(state: State, buffers: dict[str, Tensor]) -> State:
-    """A copy of the state in `buffers` (host memory, made on first use), so that training can go on at once."""
+    """Copy the state into `buffers` (host memory, allocated on first use), so that training can go on at once."""
     copies = {}
     for name, tensor in state.tensors.items():
         held = buffers.get(name)
@@ -67,8 +68,13 @@ def snapshot(state: State, buffers: dict[str, Tensor]) -> State:
 
 
 def encode(state: State, fields: Mapping[str, Any] | None = None) -> dict[str, bytes]:
-    """The checkpoint's files. state.json holds the hashes of the tensors and of the other file, and a seal over all of
-    itself (see manifest.py)."""
+    """The files of a checkpoint, by name.
+
+    state.json holds the hashes of the tensors and of state.safetensors, and a seal over itself (see runs/manifest.py).
+
+    Args:
+        fields: what state.json holds beside the state's own fields.
+    """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
     data = safetensors.torch.save(tensors)
     described = {
@@ -110,9 +116,9 @@ def load_model(workload: Workload, files: Mapping[str, bytes]) -> nn.Module:
 
 
 class CheckpointWriter:
-    """Runs writes one after another in a background thread; at most one waits.
+    """Runs writes one after another in a background thread; at most one is waiting.
 
-    An error in a write is raised by the next `submit` or by `close`.
+    An error in a write is raised by the next `submit`, `wait` or `close`.
     """
 
     def __init__(self) -> None:
@@ -122,7 +128,7 @@ class CheckpointWriter:
         self._thread.start()
 
     def submit(self, write: Callable[[], None]) -> None:
-        """Queue a write; waits while another one is queued."""
+        """Queue a write; blocks while another one is queued."""
         self._check()
         self._queue.put(write)
 
@@ -131,12 +137,12 @@ class CheckpointWriter:
         return self._queue.unfinished_tasks == 0
 
     def wait(self) -> None:
-        """Until everything is on disk."""
+        """Wait until everything is on disk."""
         self._queue.join()
         self._check()
 
     def close(self) -> None:
-        """Finish what is queued, then end the thread."""
+        """Finish the queued writes and end the thread."""
         self._queue.put(None)
         self._thread.join()
         self._check()

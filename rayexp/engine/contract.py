@@ -1,8 +1,8 @@
-"""What a model must keep to so that the engine keeps its promises, watched during a process's first step.
+"""The contract that a model must keep so that the engine keeps its promises, checked in a process's first step.
 
-A module that draws random numbers by itself draws others on another number of workers. A buffer that training writes,
-and that is no running statistic of a batch norm, is in no reduction and no checkpoint. A batch norm that runs twice in
-a pass has one place for two statistics. Each is refused by name, before a weight has changed.
+A module that draws from a global generator draws other numbers with another number of workers. A buffer that training
+writes, and that is not a running statistic of a batch norm, is neither reduced nor saved. A batch norm that runs twice
+in a pass would write two statistics into one place. Each is refused by name, before any weight has changed.
 """
 
 from __future__ import annotations
@@ -13,18 +13,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from rayexp.engine.batch_norm import BATCH_NORMS
 from rayexp.engine.checkpoint import sha
 from rayexp.errors import UserError
 
 
 class FirstStep:
-    """Watches a training replica from its making until `end`.
+    """Watches a replica's module through a step, until `end`.
 
-    Args:
-        model: the replica's.
-        known: names of the buffers that are reduced and stored.
+    Attributes:
+        model: the module.
+        known: names of the buffers that are reduced and saved.
+        buffers: sha256 of every other buffer, by name, as they were at the start.
     """
 
     def __init__(self, model: nn.Module, known: Container[str]) -> None:
@@ -34,7 +35,7 @@ class FirstStep:
         self._most: Counter[str] = Counter()
         self._hooks = [model.register_forward_pre_hook(lambda module, inputs: self._calls.clear())]
         for name, module in model.named_modules():
-            if isinstance(module, _BatchNorm):
+            if isinstance(module, BATCH_NORMS):
                 self._hooks.append(module.register_forward_pre_hook(self._counting(name)))
 
     def end(self) -> None:
@@ -72,22 +73,22 @@ class FirstStep:
 
 
 def generators(device: torch.device) -> list[Tensor]:
-    """The states of the global generators that an operation may draw from."""
+    """The states of the global generators that an operation on this device may draw from, uint8 tensors."""
     states = [torch.get_rng_state()]
     return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
 
 
 def moved(before: list[Tensor], device: torch.device) -> bool:
-    """Whether a global generator has been drawn from since."""
+    """Whether anything has drawn from a global generator since `generators` returned `before`."""
     return not all(map(torch.equal, before, generators(device)))
 
 
 def refuse_drawing(model: nn.Module, device: torch.device, run: Callable[[], object]) -> None:
-    """Find out what draws from a global generator while `run` passes through the model.
+    """Find what draws from a global generator while `run` makes a pass through the model.
 
     Raises:
-        UserError: names the innermost module. Nothing is raised where `run` does not draw: then it was somebody else in
-            this process.
+        UserError: something does; the message names the innermost module. Where `run` does not draw, something else in
+            this process did, and nothing is raised.
     """
     begun: list[list[Tensor]] = []
     found: list[str] = []

@@ -1,5 +1,5 @@
-"""Validation predictions: the validation data is cut into streams by the configuration alone, workers and lanes share
-the streams, and every stream is judged with the same shapes by whoever gets it."""
+"""Validation predictions. The configuration alone cuts the validation data into streams; workers and their replicas
+share the streams, and a stream is evaluated with the same shapes whoever gets it."""
 
 from __future__ import annotations
 
@@ -31,10 +31,11 @@ def predict(
     """Predictions on the whole validation data, equal on every worker.
 
     Args:
-        workload: cuts the data into streams and judges one.
-        models: one model in eval mode for each lane.
-        group, place: who shares the streams.
-        seen: is told of each stream that this worker has judged (from the lane's thread).
+        workload: cuts the data into streams, and predicts one.
+        models: a model in eval mode for each replica.
+        group: the workers, which share the streams.
+        runtime: its replicas share this worker's streams.
+        seen: called with each stream of this worker and its arrays, from the replica's thread.
     """
     mine = order.share(workload.val_streams(), group.world, group.rank)
 

@@ -1,8 +1,8 @@
-"""What a result's bits depend on beside the configuration: the device, what kernels choose by, versions, and a probe.
+"""What the bits of a result depend on besides the configuration: the device, versions, and what libraries choose by.
 
 Libraries choose a kernel by the processor's instructions (PyTorch, oneDNN, MKL), its maker (MKL), the sizes of its
-caches (oneDNN's blocks), and variables of the environment that narrow the choice. What no name says, the probe shows:
-a hash of small fixed operations of every kind that training uses.
+caches (oneDNN's blocks), and variables of the environment that narrow the choice. The probe shows what no name tells:
+it is a hash of small fixed operations of every kind that training uses.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rayexp.engine import cpu as kernels
 from rayexp.engine.runtime import Runtime, cpu_capability
 
 # Instructions that change what a kernel adds in which order, or rounds.
@@ -34,10 +35,12 @@ _GPU_CHOICES = re.compile(r"NVIDIA_TF32_OVERRIDE|TORCH_ALLOW_TF32_CUBLAS_OVERRID
 
 
 def fingerprint(runtime: Runtime) -> dict[str, Any]:
-    """What the bits depend on, as plain values by name; calls the probe, which takes some milliseconds."""
+    """What the bits depend on, as plain values by name; runs the probe, which takes some milliseconds."""
     cuda = runtime.device.type == "cuda"
     choices = (*_CHOICES, _GPU_CHOICES) if cuda else _CHOICES
     variables = {k: v for k, v in sorted(os.environ.items()) if any(choice.fullmatch(k) for choice in choices)}
+    if not cuda and not kernels.enabled():
+        variables[kernels.SWITCH] = "off"
     return {
         "device": _gpu(runtime.device) if cuda else f"cpu {platform.machine()} {cpu_capability()}",
         # A GPU computes the same whatever processor feeds it.
@@ -54,8 +57,8 @@ def fingerprint(runtime: Runtime) -> dict[str, Any]:
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """What `other` has unlike `one`, as `name: its value, not one's`; names that only one of them knows are left out,
-    since an older version of rayexp wrote fewer."""
+    """Where `other` differs from `one`, each as "name other's value, not one's value". Names that only one of them has
+    are left out, since an older version of rayexp wrote fewer."""
     found = []
     for name in one.keys() & other.keys():
         if one[name] != other[name]:
@@ -65,18 +68,18 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
 
 
 def _shown(value: Any, beside: Any) -> str:
-    """A value; of two long ones only the words that the other lacks."""
+    """A value; of two long ones only the words that `beside` lacks."""
     if value is None:
         return "unset"
-    words, others = str(value).split(), str(beside).split()
-    if len(words) <= 4:
+    parts, others = str(value).split(), str(beside).split()
+    if len(parts) <= 4:
         return str(value)
-    return " ".join(word for word in words if word not in others) or "without these"
+    return " ".join(part for part in parts if part not in others) or "without these"
 
 
 def processor(info: Path = Path("/proc/cpuinfo"), caches: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> str:
-    """The maker, the caches and the instructions by which libraries choose kernels, in one line of words; what the
-    machine does not say is missing."""
+    """The processor's maker, caches and instructions by which libraries choose kernels, in one line. What the machine
+    does not report is missing."""
     try:
         lines = [line.partition(":")[::2] for line in info.read_text().partition("\n\n")[0].splitlines()]
     except OSError:
@@ -105,7 +108,7 @@ def _gpu(device: torch.device) -> str:
 
 
 def _libraries() -> str:
-    """The C library, whose logarithms and cosines make learning rates, and a hash of what PyTorch was built with."""
+    """The C library, whose cosine and logarithm enter learning rates, and a hash of PyTorch's build settings."""
     built = [line for line in torch.__config__.show().splitlines() if "CPU capability" not in line]
     return f"{'-'.join(platform.libc_ver())} {hashlib.sha256(chr(10).join(built).encode()).hexdigest()[:12]}"
 
@@ -114,7 +117,7 @@ def _libraries() -> str:
 
 
 def probe(device: torch.device) -> str:
-    """The hash of what some small operations come to here, forward and backward. Draws no random number."""
+    """A hash of the results of some small operations here, forward and backward. Draws no random number."""
     digest = hashlib.sha256()
     for result in _results(device):
         digest.update(result.detach().float().cpu().contiguous().numpy().tobytes())
@@ -136,7 +139,7 @@ def _results(device: torch.device) -> Iterator[Tensor]:
         yield from (y, mean, var, *torch.autograd.grad(y.square().sum(), leaves))
 
         rows, matrix = _values(device, 24, 200), _values(device, 120, 200)
-        z = F.linear(rows, matrix, _values(device, 120)) / 8  # near to each other, so that every term of a sum counts
+        z = F.linear(rows, matrix, _values(device, 120)) / 8  # close to each other, so that every term of a sum counts
         loss = F.cross_entropy(z, torch.arange(24, device=device), reduction="sum")
         yield from (z, F.softmax(z, 1), loss, *torch.autograd.grad(loss, [rows, matrix], retain_graph=True))
         yield from (F.layer_norm(z, (120,)), F.rms_norm(z, (120,)), z.sum(), z.mean(1))
@@ -153,6 +156,6 @@ def _results(device: torch.device) -> Iterator[Tensor]:
 
 
 def _values(device: torch.device, *shape: int) -> Tensor:
-    """Numbers in [-1, 1) that are the same everywhere: multiples of 2^-15."""
+    """Numbers in [-1, 1) that are the same on every machine: multiples of 2^-15."""
     steps = torch.arange(math.prod(shape), dtype=torch.int64) * 40503 % 65536
     return ((steps - 32768).float() / 32768).view(shape).to(device).requires_grad_()

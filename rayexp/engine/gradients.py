@@ -1,11 +1,12 @@
-"""A model's tensors as views of flat buffers, and the layout of the row that is reduced.
+"""A model's tensors as views of flat buffers, and the gradient buffer, which is what the workers add up.
 
-    params   fp32[P]   every trainable parameter, decayed ones first
-    stats    fp32[B]   running mean and variance of every batch norm
-    row      fp32[R]   what a shard contributes: [tail 5 | batch statistics B | gradient P | padding]
+    params            fp32[P]   every trainable parameter, those with weight decay first
+    stats             fp32[B]   running mean and variance of every batch norm
+    gradient buffer   fp32[R]   what one shard or several contribute:
+                                [scalars 5 | padding to 16 | batch statistics B | padding | gradient P]
 
-Replicas of the model (one a lane) share `params`; each has a row of its own, and autograd and batch norm write
-straight into it. So gradients, batch statistics, loss and counts ride through one and the same tree.
+All replicas of a model share `params`. Each writes into a gradient buffer of its own: autograd and batch norm
+accumulate straight into its views. So one reduction adds gradients, batch statistics, loss and counts.
 """
 
 from __future__ import annotations
@@ -18,19 +19,29 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.autograd.graph import get_gradient_edge
 
+from rayexp.engine.batch_norm import BATCH_NORMS
 from rayexp.errors import UserError
 
-TAIL = ("loss", "count", "shards", "stop", "save")
-"""The tail of a row: sum of the loss, number of loss terms, number of shards, and the workers that
-wish to stop or to save."""
+SCALARS = ("loss", "count", "shards", "stop", "save")
+"""The scalars at the start of a gradient buffer, each a sum: the loss, the number of loss terms, the number of shards,
+and how many workers ask to stop or to save."""
 _ALIGN = 16  # elements, a cache line
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """Where a tensor lies in its buffer."""
+    """Where a tensor lies in a flat buffer.
+
+    Attributes:
+        name: dotted, as in the model's state_dict.
+        shape: of the tensor.
+        stride: in elements; contiguous, or channels_last for a weight in that format.
+        start: offset of the first element in the buffer; a multiple of 16 * shards.
+        size: number of elements.
+        rank: position of the parameter in the order of the model's definition, from 0; 0 for batch-norm statistics.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -38,7 +49,6 @@ class Slot:
     start: int
     size: int
     rank: int = 0
-    """Position in the model's own order."""
 
     def view(self, buffer: Tensor) -> Tensor:
         """The tensor as a view of the buffer."""
@@ -46,29 +56,51 @@ class Slot:
 
 
 class ParameterLayout:
-    """The slots of a model's parameters and batch-norm statistics, and the length of a row."""
+    """Where a model's parameters and batch-norm statistics lie in the flat buffers. Sizes are in elements.
+
+    Attributes:
+        params: a slot for each trainable parameter in `params` fp32[P], those with weight decay first.
+        stats: a slot for each running mean and variance in `stats` fp32[B].
+        size: P, padding included.
+        decayed: weight decay applies to elements [0, decayed) of `params`.
+        stats_size: B, padding included.
+        head_size: where the gradient starts in a gradient buffer; a multiple of `unit`.
+        buffer_size: R, the size of a gradient buffer.
+        unit: every slot starts at a multiple of this, so that each number of workers that divides the shards cuts a
+            buffer into equal parts on cache lines.
+        ranks: position of each trainable parameter in the model's own order, by name.
+        momentum: name and momentum (0 to 1) of each batch norm with running statistics.
+
+    Args:
+        model: all its parameters and running statistics are float32.
+        shards: logical shards of a batch.
+        decay_norm_and_bias: whether parameters of one dimension decay too.
+
+    Raises:
+        UserError: a tensor is not float32.
+    """
 
     def __init__(self, model: nn.Module, shards: int, decay_norm_and_bias: bool = True) -> None:
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         decayed = [(n, p) for n, p in named if decay_norm_and_bias or p.ndim > 1]
         taken = {n for n, _ in decayed}
-        rest = [(n, p) for n, p in named if n not in taken]
-        # Every tensor starts on a cache line, and every number of workers that divides the shards cuts it evenly.
+        others = [(n, p) for n, p in named if n not in taken]
         self.unit = _ALIGN * shards
         self.ranks = {n: i for i, (n, _) in enumerate(named)}
         self.params: list[Slot] = []
-        end = self._place(decayed, 0, self.params)
+        end = self._append(decayed, 0, self.params)
         self.decayed = end
-        self.size = self._place(rest, end, self.params)
-        norms = [(n, m) for n, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+        self.size = self._append(others, end, self.params)
+        norms = [(n, m) for n, m in model.named_modules() if isinstance(m, BATCH_NORMS) and m.running_mean is not None]
         buffers = [(f"{n}.{b}", getattr(m, b)) for n, m in norms for b in ("running_mean", "running_var")]
         self.stats: list[Slot] = []
-        self.stats_size = self._place(buffers, 0, self.stats)
+        self.stats_size = self._append(buffers, 0, self.stats)
         self.momentum = [(n, 0.1 if m.momentum is None else m.momentum) for n, m in norms]
-        self.head = math.ceil((_ALIGN + self.stats_size) / self.unit) * self.unit
-        self.row = self.head + self.size
+        self.head_size = math.ceil((_ALIGN + self.stats_size) / self.unit) * self.unit
+        self.buffer_size = self.head_size + self.size
 
-    def _place(self, named: Sequence[tuple[str, Tensor]], start: int, slots: list[Slot]) -> int:
+    def _append(self, named: Sequence[tuple[str, Tensor]], start: int, slots: list[Slot]) -> int:
+        """Append a slot for each tensor, the first at `start`; returns where the next one would start."""
         for name, tensor in named:
             if tensor.dtype != torch.float32:
                 kind = str(tensor.dtype).removeprefix("torch.")
@@ -84,33 +116,47 @@ class ParameterLayout:
         return start
 
     def touched(self, rows: Mapping[str, Tensor]) -> list[Touched]:
-        """Parts of a row of which only some rows are touched, by parameter name; in the order of the buffer."""
+        """The parts of a gradient buffer that belong to these parameters, in the order of the buffer.
+
+        Args:
+            rows: int64[k] by parameter name, the rows of the parameter's matrix whose gradient may be non-zero.
+        """
         found = []
         stops = [*(s.start for s in self.params[1:]), self.size]
         for i, (slot, stop) in enumerate(zip(self.params, stops, strict=True)):
             if slot.name in rows:
-                found.append(Touched(i, self.head + slot.start, self.head + stop, slot.shape, rows[slot.name]))
+                start = self.head_size + slot.start
+                found.append(Touched(i, start, self.head_size + stop, slot.shape, rows[slot.name]))
         return found
 
-    def gradient(self, row: Tensor) -> Tensor:
-        """fp32[P], a view."""
-        return row[self.head : self.head + self.size]
+    def gradient(self, buffer: Tensor) -> Tensor:
+        """The gradient in a gradient buffer: fp32[P], a view."""
+        return buffer[self.head_size : self.head_size + self.size]
 
-    def batch_stats(self, row: Tensor) -> Tensor:
-        """fp32[B], a view."""
-        return row[_ALIGN : _ALIGN + self.stats_size]
+    def batch_stats(self, buffer: Tensor) -> Tensor:
+        """The sums of the batch statistics in a gradient buffer: fp32[B], a view."""
+        return buffer[_ALIGN : _ALIGN + self.stats_size]
 
-    def rest(self, row: Tensor) -> Tensor:
-        """All before the gradient (tail, batch statistics), a view."""
-        return row[: self.head]
+    def head(self, buffer: Tensor) -> Tensor:
+        """What comes before the gradient (scalars and batch statistics): fp32[head_size], a view."""
+        return buffer[: self.head_size]
 
-    def tail(self, row: Tensor) -> Tensor:
-        """fp32[5], a view: see TAIL."""
-        return row[: len(TAIL)]
+    def scalars(self, buffer: Tensor) -> Tensor:
+        """The scalars of a gradient buffer: fp32[5], a view, in the order of SCALARS."""
+        return buffer[: len(SCALARS)]
 
 
 class Master:
-    """The weights and running statistics of a run: one buffer each, and replicas of the model that look into them."""
+    """The weights and running statistics of a run, in one flat buffer each.
+
+    Attributes:
+        layout: where tensors lie in the buffers.
+        device: where the buffers lie.
+        model: the model as it was built, on the device. It gives names and structure; its weights are not updated.
+        params: fp32[P], the weights.
+        stats: fp32[B], the running means and variances.
+        keep: fp32[B], the share (1 - momentum) of each running statistic that a step keeps.
+    """
 
     @torch.no_grad()
     def __init__(self, model: nn.Module, layout: ParameterLayout, device: torch.device) -> None:
@@ -129,20 +175,20 @@ class Master:
             slot.view(self.keep).fill_(1 - momentum[slot.name])
 
     def eval_model(self) -> nn.Module:
-        """A model in eval mode that looks into the master: always the present weights and running statistics."""
+        """A copy of the model in eval mode whose tensors are views of the buffers, so that it is always current."""
         model = copy.deepcopy(self.model)
         for slot in self.layout.params:
             module, name = _owner(model, slot.name)
             getattr(module, name).data = slot.view(self.params)
         for slot in self.layout.stats:
             module, name = _owner(model, slot.name)
-            module._buffers[name] = slot.view(self.stats)
+            setattr(module, name, slot.view(self.stats))
         return model.eval()
 
-    def update_stats(self, row: Tensor, shards: float) -> None:
+    def update_stats(self, buffer: Tensor, shards: float) -> None:
         """running = keep * running + (1 - keep) * (mean of the shards' batch statistics)."""
         if self.layout.stats_size:
-            mean = self.layout.batch_stats(row) / shards
+            mean = self.layout.batch_stats(buffer) / shards
             self.stats.lerp_(mean, 1 - self.keep)
 
     def tensors(self, step: int) -> dict[str, Tensor]:
@@ -150,7 +196,7 @@ class Master:
         views = {s.name: s.view(self.params) for s in self.layout.params}
         views |= {s.name: s.view(self.stats) for s in self.layout.stats}
         named = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
-        # A tensor of several names (a shared module) lies in the buffers under the first of them.
+        # A tensor with several names (a shared module) has its slot under the first of them.
         held = {id(tensor): views[name] for name, tensor in named.items() if name in views}
         found = {}
         for name, tensor in self.model.state_dict(keep_vars=True).items():
@@ -161,7 +207,7 @@ class Master:
         return found
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Copy tensors (as `tensors` names them) into the buffers.
+        """Copy tensors (named as by `tensors`) into the buffers.
 
         Raises:
             KeyError, RuntimeError: a tensor is missing or has another shape.
@@ -171,15 +217,21 @@ class Master:
                 slot.view(buffer).copy_(tensors[slot.name])
 
     def named(self, buffer: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Views of a buffer laid out like `params` (a momentum, a gradient) under the parameters' names."""
+        """Views of a buffer fp32[P] that is laid out like `params` (a momentum, a gradient), by parameter name."""
         for slot in self.layout.params:
             yield slot.name, slot.view(buffer)
 
 
 @dataclass(frozen=True, slots=True)
 class Touched:
-    """A parameter's part of a row, elements [start, stop) with its padding, that is zero but for some rows of its
-    matrix."""
+    """A parameter whose gradient is zero except in some rows of its matrix (an embedding), and these rows.
+
+    Attributes:
+        parameter: index into `ParameterLayout.params`.
+        start, stop: the parameter's elements in a gradient buffer, its padding included.
+        shape: of the parameter, (rows of the matrix, width).
+        rows: int64[k], sorted, on the device: the rows that the global batch touches.
+    """
 
     parameter: int
     start: int
@@ -187,38 +239,55 @@ class Touched:
     shape: tuple[int, ...]
     rows: Tensor
 
-    def matrix(self, row: Tensor, head: int = 0) -> Tensor:
-        """fp32[n, width], a view of a row, or of a buffer that lacks a row's head of so many elements."""
-        start = self.start - head
-        return row[start : start + math.prod(self.shape)].view(self.shape)
+    def matrix(self, buffer: Tensor, offset: int = 0) -> Tensor:
+        """The parameter's matrix as a view of `buffer`, whose first element is element `offset` of a gradient buffer:
+        fp32[shape]."""
+        start = self.start - offset
+        return buffer[start : start + math.prod(self.shape)].view(self.shape)
 
 
 class GradientBuffer:
-    """A row and the views of it that a replica writes through."""
+    """A gradient buffer and the views through which a replica writes into it.
+
+    Attributes:
+        tensor: fp32[R], the whole buffer.
+        head: fp32[head_size], a view of what comes before the gradient.
+        gradients: a view for each slot of `ParameterLayout.params`, of the parameter's shape.
+        stats: a view for each slot of `ParameterLayout.stats`, fp32[channels].
+    """
 
     def __init__(self, layout: ParameterLayout, device: torch.device) -> None:
-        self.tensor = torch.zeros(layout.row, device=device)
-        self.rest = layout.rest(self.tensor)
+        self.tensor = torch.zeros(layout.buffer_size, device=device)
+        self.head = layout.head(self.tensor)
         self._dirty: Sequence[Touched] = ()
         self.gradients = [slot.view(layout.gradient(self.tensor)) for slot in layout.params]
         # .data: batch norm saves its buffers for backward, and views that share a version counter would disturb it.
         self.stats = [slot.view(layout.batch_stats(self.tensor)).data for slot in layout.stats]
 
     def clear(self, touched: Sequence[Touched]) -> None:
-        """Zero what comes before the gradients, and these parts, which will be written only where they say so."""
-        self.rest.zero_()
+        """Zero the head, and the touched parameters' gradients, of which the next pass writes the touched rows only."""
+        self.head.zero_()
         for last in self._dirty:
             last.matrix(self.tensor).index_fill_(0, last.rows, 0.0)
         self._dirty = touched
 
 
 class ReplicaModel:
-    """A model for training whose weights are the master's and which leaves what it computes in a row.
+    """A copy of the model for training: its weights are views of the master's, its gradients views of a gradient
+    buffer.
 
-    Gradients accumulate in the row. A module may put a weight's gradient there by itself, and hand None to autograd:
-    into `weight.into`, over what is there where `weight.grad` is None (which it then sets to `into`), else added to it
-    as a whole, since it may be another shard's. Where `into` is None, `weight.grad` is this shard's alone.
-    Batch norm leaves the batch's own mean and (unbiased) variance there: with momentum 1, "running" means "last".
+    Attributes:
+        module: the copy, in training mode.
+
+    Autograd accumulates into the buffer. A module may also write a weight's gradient itself and return None to
+    autograd. It then finds two attributes on the weight:
+        `into`   the weight's view of the buffer, or None
+        `grad`   `into` where the buffer already holds another shard's gradient, else None
+    Where `grad` is None the module overwrites `into` and sets `grad` to it; otherwise it adds its complete gradient to
+    `grad` in one addition. Where `into` is None, autograd adds to `grad`, which belongs to this shard alone.
+
+    Batch norm writes the batch's mean and unbiased variance into the buffer: with momentum 1, its running statistics
+    are those of the last batch.
     """
 
     def __init__(self, master: Master) -> None:
@@ -228,46 +297,47 @@ class ReplicaModel:
         self._parameters: list[nn.Parameter] = [getattr(module, name) for module, name in owners]
         for parameter, slot in zip(self._parameters, layout.params, strict=True):
             parameter.data = slot.view(master.params)
-        self._buffers = [_owner(self.module, slot.name) for slot in layout.stats]
+        self._stat_owners = [_owner(self.module, slot.name) for slot in layout.stats]
         for module in self.module.modules():
-            if isinstance(module, _BatchNorm):
+            if isinstance(module, BATCH_NORMS):
                 module.momentum = 1.0
                 module.num_batches_tracked = None
 
-    def watch(self, passed: Callable[[int], None]) -> None:
-        """Call `passed(i)` whenever a backward pass has completed the gradient of parameter i, whether autograd or a
-        module has put it there."""
-        # As DistributedDataParallel does; held, since a tensor refers to its accumulator but weakly.
-        self._accumulators = [p.view_as(p).grad_fn.next_functions[0][0] for p in self._parameters]  # type: ignore[union-attr]
+    def watch(self, ready: Callable[[int], None]) -> None:
+        """Call `ready(i)` whenever a backward pass has completed the gradient of parameter i, by autograd or by a
+        module."""
+        # As DistributedDataParallel does; kept here, since a tensor holds its accumulator by a weak reference.
+        self._accumulators = [get_gradient_edge(parameter).node for parameter in self._parameters]
         for i, accumulator in enumerate(self._accumulators):
-            accumulator.register_hook(functools.partial(self._completed, passed, i))  # type: ignore[union-attr]
+            accumulator.register_hook(functools.partial(self._completed, ready, i))
 
-    def bind(self, row: GradientBuffer, zeroed: Container[int] | None) -> None:
-        """Write into this row from now on.
+    def bind(self, buffer: GradientBuffer, zeroed: Container[int] | None) -> None:
+        """Write into this buffer from now on.
 
         Args:
-            zeroed: parameters whose gradients in the row are zero. The others are written over by the next pass, which
-                saves zeroing them and adding to zeros; `finish_pass` must follow it. None: all are, and add up.
+            zeroed: indices of the parameters whose gradients in the buffer are zero. The next pass overwrites the
+                others, which saves zeroing them and adding to zeros; `finish_pass` must follow it. None: all gradients
+                are zero, and passes add to them.
         """
-        self._row = row
-        for i, (parameter, gradient) in enumerate(zip(self._parameters, row.gradients, strict=True)):
+        self._buffer = buffer
+        for i, (parameter, gradient) in enumerate(zip(self._parameters, buffer.gradients, strict=True)):
             parameter.grad = gradient if zeroed is None or i in zeroed else None
             parameter.into = None if zeroed is None else gradient  # type: ignore[attr-defined]
-        for (module, name), stat in zip(self._buffers, row.stats, strict=True):
-            module._buffers[name] = stat
+        for (module, name), stat in zip(self._stat_owners, buffer.stats, strict=True):
+            setattr(module, name, stat)
 
     def finish_pass(self) -> None:
-        """A pass has ended: zero the gradients of parameters that it did not use."""
-        for parameter, gradient in zip(self._parameters, self._row.gradients, strict=True):
+        """End a pass: zero the gradients of the parameters that it did not use."""
+        for parameter, gradient in zip(self._parameters, self._buffer.gradients, strict=True):
             parameter.uses = 0  # type: ignore[attr-defined]
             if parameter.grad is None:
                 parameter.grad = gradient.zero_()
 
-    def _completed(self, passed: Callable[[int], None], index: int, *_: object) -> None:
-        parameter, gradient = self._parameters[index], self._row.gradients[index]
+    def _completed(self, ready: Callable[[int], None], index: int, *_: object) -> None:
+        parameter, gradient = self._parameters[index], self._buffer.gradients[index]
         if parameter.grad is not gradient and parameter.grad is not None:
             parameter.grad = gradient.copy_(parameter.grad)
-        passed(index)
+        ready(index)
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

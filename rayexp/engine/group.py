@@ -1,7 +1,7 @@
-"""The workers of a run as one group: what they say to each other, in bytes and in rows.
+"""The workers of a run as one group, which exchange bytes and tensors.
 
-A group of one says nothing. Between several, torch.distributed carries rows over gloo (CPU) or NCCL (GPU); on a GPU
-with gloo a row is staged in host memory.
+A group of one exchanges nothing. Between several workers, torch.distributed carries tensors over gloo (CPU) or NCCL
+(GPU); from a GPU over gloo they are staged in host memory.
 """
 
 from __future__ import annotations
@@ -21,7 +21,11 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 
 @dataclass(frozen=True)
 class _All:
-    """Several transfers as one."""
+    """Several transfers as one.
+
+    Attributes:
+        under_way: handles of torch.distributed, each with `wait()`.
+    """
 
     under_way: list[Any]
 
@@ -32,14 +36,18 @@ class _All:
 
 @dataclass(frozen=True)
 class WorkerGroup:
-    """`rank` of `world` workers; the others are process groups (None where the group has one member).
+    """This process among the workers.
 
-    `control` can carry CPU tensors whatever the backend of `rows` is.
+    Attributes:
+        rank: this worker, from 0.
+        world: number of workers.
+        data: the process group for gradient buffers; None where there is one worker.
+        control: a process group for tensors on the CPU, whatever the backend of `data`; None where there is one worker.
     """
 
     rank: int = 0
     world: int = 1
-    rows: Any = None
+    data: Any = None
     control: Any = None
     _calls: list[int] = field(default_factory=lambda: [0, 0])
 
@@ -54,9 +62,9 @@ class WorkerGroup:
         everyone = members == size
         nccl = "nccl" in dist.get_backend()
         ranks = list(range(members))
-        rows = dist.group.WORLD if everyone else dist.new_group(ranks)
-        control = dist.new_group(ranks, backend="gloo") if nccl else rows
-        return cls(rank, members, rows, control)
+        data = dist.group.WORLD if everyone else dist.new_group(ranks)
+        control = dist.new_group(ranks, backend="gloo") if nccl else data
+        return cls(rank, members, data, control)
 
     @property
     def member(self) -> bool:
@@ -65,12 +73,12 @@ class WorkerGroup:
 
     @property
     def direct(self) -> bool:
-        """Whether rows go from worker to worker (not NCCL): `collect` may then be called in another thread than
-        `scatter`, and between any two of its calls."""
-        return self.world > 1 and "nccl" not in dist.get_backend(self.rows)
+        """Whether tensors are sent from worker to worker (gloo, not NCCL): `collect` may then be called in another
+        thread than `scatter`, and between any two of its calls."""
+        return self.world > 1 and "nccl" not in dist.get_backend(self.data)
 
     def gather(self, data: bytes) -> list[bytes]:
-        """Everyone's bytes, in rank order, on every rank."""
+        """The bytes of all workers, in rank order, on every worker."""
         if self.world == 1:
             return [data]
         sizes = torch.zeros(self.world, dtype=torch.int64)
@@ -84,7 +92,7 @@ class WorkerGroup:
         return [bytes(everyone[r * width : r * width + int(n)].numpy()) for r, n in enumerate(sizes)]
 
     def broadcast(self, data: bytes | None) -> bytes:
-        """Rank 0's bytes on every rank."""
+        """Rank 0's bytes, on every worker."""
         if self.world == 1:
             return data or b""
         size = torch.tensor([len(data or b"")])
@@ -97,28 +105,29 @@ class WorkerGroup:
         return bytes(buffer.numpy())
 
     def barrier(self) -> None:
-        """Wait for everyone."""
+        """Wait for all workers."""
         self.gather(b"")
 
-    def staged(self, row: Tensor) -> bool:
-        """Whether rows on this device travel through host memory."""
-        return row.is_cuda and self.direct
+    def staged(self, tensor: Tensor) -> bool:
+        """Whether tensors on this one's device travel through host memory."""
+        return tensor.is_cuda and self.direct
 
-    def scatter(self, rows: Tensor, out: Tensor) -> Any:
-        """All-to-all, under way: part w of `rows` (W equal parts) goes to worker w; part w of `out` came from worker w,
-        but for this worker's own, which is left as it was where rows go directly.
+    def scatter(self, tensor: Tensor, out: Tensor) -> Any:
+        """Start an all-to-all: part w of `tensor` (W equal parts) goes to worker w, part w of `out` comes from worker
+        w. This worker's own part of `out` stays as it is where the group is `direct`.
 
-        The handle's `wait()` returns when `out` is there and `rows` may be written again.
+        Returns:
+            A handle whose `wait()` returns when `out` has arrived and `tensor` may be written again.
         """
         if not self.direct:
-            return dist.all_to_all_single(out, rows, group=self.rows, async_op=True)
-        sent, received = rows.view(self.world, -1), out.view(self.world, -1)
+            return dist.all_to_all_single(out, tensor, group=self.data, async_op=True)
+        sent, received = tensor.view(self.world, -1), out.view(self.world, -1)
         return self._swap(0, [sent[peer] for peer in range(self.world)], received)
 
     def collect(self, part: Tensor, out: Tensor) -> Any:
-        """All-gather, under way: part w of `out` is worker w's `part`."""
+        """Start an all-gather: part w of `out` becomes worker w's `part`. Returns a handle with `wait()`."""
         if not self.direct:
-            return _all_gather(out, part, group=self.rows, async_op=True)
+            return _all_gather(out, part, group=self.data, async_op=True)
         parts = out.view(self.world, -1)
         if parts[self.rank].data_ptr() != part.data_ptr():
             parts[self.rank].copy_(part)
@@ -131,18 +140,18 @@ class WorkerGroup:
         under_way = []
         for step in range(1, self.world):
             to, source = (self.rank + step) % self.world, (self.rank - step) % self.world
-            under_way.append(dist.irecv(received[source], source, self.rows, tag))
-            under_way.append(dist.isend(sent[to], to, self.rows, tag))
+            under_way.append(dist.irecv(received[source], source, self.data, tag))
+            under_way.append(dist.isend(sent[to], to, self.data, tag))
         return _All(under_way)
 
-    def sum(self, row: Tensor) -> Callable[[], object]:
-        """All-reduce in place, under way, in the backend's own order of additions; the function returned waits."""
-        if not self.staged(row):
-            done: Callable[[], object] = dist.all_reduce(row, group=self.rows, async_op=True).wait
+    def sum(self, tensor: Tensor) -> Callable[[], object]:
+        """Start an all-reduce in place, in the backend's own order of additions; the function returned waits for it."""
+        if not self.staged(tensor):
+            done: Callable[[], object] = dist.all_reduce(tensor, group=self.data, async_op=True).wait
             return done
-        host = row.cpu()
-        sent = dist.all_reduce(host, group=self.rows, async_op=True)
-        return lambda: (sent.wait(), row.copy_(host))
+        host = tensor.cpu()
+        sent = dist.all_reduce(host, group=self.data, async_op=True)
+        return lambda: (sent.wait(), tensor.copy_(host))
 
 
 def join(
@@ -153,13 +162,17 @@ def join(
     backend: str = "gloo",
     device: torch.device | None = None,
 ) -> WorkerGroup:
-    """Initialise torch.distributed at `address` (host:port, of rank 0), and return the group.
+    """Initialise torch.distributed and return the group.
 
-    Waits for all workers to come, however long they take: each packs its data before. Whoever started them sees when
-    one is lost, and ends those who wait.
+    Waits until all workers have come, however long they take, since each packs its data first. Whoever started them
+    notices a lost one and ends those who wait.
 
     Args:
-        timeout_s: how long those who have joined wait for one that says nothing.
+        world, rank: number of workers, and this one.
+        address: host:port of rank 0.
+        timeout_s: after all have joined, seconds to wait for a worker that does not answer.
+        backend: gloo or nccl.
+        device: where this worker computes.
     """
     if device is not None and device.type == "cuda":
         torch.cuda.set_device(device)  # before NCCL, which otherwise takes the first
@@ -174,6 +187,6 @@ def join(
 
 
 def leave() -> None:
-    """End what `join` began, if it did."""
+    """Leave the group that `join` made, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""How fast the workers' link is: bare all-reductions, timed before training (for `rayexp compare`'s forecasts)."""
+"""The speed of the link between workers: bare all-reductions, timed before training (for `rayexp compare`)."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ SMALL = 64  # bytes
 
 
 def measure(group: WorkerGroup, runtime: Runtime, size: int) -> dict[str, float]:
-    """Median seconds of adding up `size` bytes over the workers, and of a few bytes; every worker must call it.
+    """Time the sum over all workers of `size` bytes, and of a few bytes; every worker must call it.
 
     Returns:
-        `bytes`, `seconds`, `small_bytes`, `small_seconds`.
+        `bytes` and `seconds` (the median), `small_bytes` and `small_seconds`.
     """
     found: dict[str, float] = {}
     for name, many, times in (("", size, 5), ("small_", SMALL, 30)):
-        row = torch.zeros(many // 4, device=runtime.device)
+        tensor = torch.zeros(many // 4, device=runtime.device)
         spans = []
         for _ in range(times + 1):
             group.barrier()
             runtime.synchronize()
             start = time.perf_counter()
-            group.sum(row)()
+            group.sum(tensor)()
             runtime.synchronize()
             spans.append(time.perf_counter() - start)
-        found |= {f"{name}bytes": row.numel() * 4, f"{name}seconds": statistics.median(spans[1:])}
+        found |= {f"{name}bytes": tensor.numel() * 4, f"{name}seconds": statistics.median(spans[1:])}
     return found

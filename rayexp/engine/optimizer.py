@@ -1,7 +1,7 @@
 """SGD and AdamW on flat buffers, and gradient clipping.
 
-The update itself is PyTorch's fused kernel. The buffers are cut into chunks that depend on the model alone, so that
-lanes can share the work and every element is always treated by the same call.
+The update itself is PyTorch's fused kernel. The buffers are cut into chunks that depend on the model alone: replicas
+share them, and every element is always updated by the same call.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
+from torch.optim.sgd import sgd
 
 from rayexp.config import ExperimentConfig
 from rayexp.engine.gradients import ParameterLayout, Touched
@@ -25,10 +27,17 @@ _ALIGN = 16
 class Optimizer:
     """One optimizer over the master's flat parameters.
 
-    `state` maps a buffer's name (momentum_buffer, exp_avg, exp_avg_sq) to fp32[P], laid out like the parameters.
+    Attributes:
+        config: the configuration's `optimizer` section.
+        layout: where parameters lie in the buffers.
+        params: fp32[P], the master's.
+        state: fp32[P] by name (momentum_buffer, exp_avg, exp_avg_sq), laid out like the parameters.
+        sparse: whether only the touched rows of an embedding are updated, because the others cannot change.
+        chunks: slices of `params` (in elements) and their weight decay; together they cover everything but the touched
+            parameters of a `sparse` optimizer.
 
     Args:
-        touched: parameters whose gradient is zero but for some rows; `update` is told which.
+        touched: the parameters whose gradient is zero except in some rows; `update` is told which rows.
     """
 
     def __init__(
@@ -38,10 +47,11 @@ class Optimizer:
         adam = config.optimizer.name == "adamw"
         names = ("exp_avg", "exp_avg_sq") if adam else ("momentum_buffer",) if config.optimizer.momentum else ()
         self.state = {name: torch.zeros_like(params) for name in names}
-        # Without momentum and decay, SGD leaves a parameter alone whose gradient is zero.
-        self.rows_alone = not names and config.weight_decay == 0
-        apart = [(t.start - layout.head, t.stop - layout.head) for t in touched] if self.rows_alone else []
-        # What is left out lies where everything is treated alike: edges stay in order.
+        # Without momentum and decay, SGD does not change an element whose gradient is zero.
+        self.sparse = not names and config.weight_decay == 0
+        head = layout.head_size
+        apart = [(t.start - head, t.stop - head) for t in touched] if self.sparse else []
+        # `decayed` lies between two parameters, so no edge falls inside what is left out.
         edges = sorted({0, layout.decayed, layout.size, *itertools.chain.from_iterable(apart)})
         self.chunks: list[tuple[slice, float]] = []
         for start, end in itertools.pairwise(edges):
@@ -53,20 +63,25 @@ class Optimizer:
             self.chunks += [(slice(a, b), decay) for a, b in itertools.pairwise(cuts) if a < b]
 
     def update(
-        self, row: Tensor, count: float, lr: float, step: int, runtime: Runtime, touched: Sequence[Touched] = ()
+        self, buffer: Tensor, count: float, lr: float, step: int, runtime: Runtime, touched: Sequence[Touched] = ()
     ) -> None:
-        """One step. The gradient in the row (the SUM over samples) is divided by `count` and clipped in place.
+        """Update the parameters. The gradient is divided by `count` and clipped in place.
 
         Args:
+            buffer: fp32[R], a gradient buffer with the SUM over the samples of the global batch.
+            count: number of loss terms in the global batch.
+            lr: the learning rate.
             step: counts from 1, for AdamW's bias correction.
-            touched: this step's rows.
+            runtime: its replicas share the work.
+            touched: this step's touched rows.
         """
-        gradient = self.layout.gradient(row)
+        gradient = self.layout.gradient(buffer)
         parts = [
             _Part(self.params[where], gradient[where], {n: s[where] for n, s in self.state.items()}, decay)
             for where, decay in self.chunks
         ]
-        sparse = [(t.rows, t.matrix(self.params, self.layout.head), t.matrix(row)) for t in touched if self.rows_alone]
+        head = self.layout.head_size
+        sparse = [(t.rows, t.matrix(self.params, head), t.matrix(buffer)) for t in touched if self.sparse]
         gathered = [_Part(weight[rows], grad[rows], {}, 0.0) for rows, weight, grad in sparse]
         parts += gathered
         scale = 1.0 / count if count else 0.0
@@ -96,13 +111,14 @@ class Optimizer:
     def _advance(self, part: _Part, lr: float, step: int) -> None:
         c = self.config
         if c.name == "adamw":
-            torch._fused_adamw_(
+            adamw(
                 [part.params],
                 [part.gradient],
                 [part.state["exp_avg"]],
                 [part.state["exp_avg_sq"]],
                 [],
-                [torch.full((), float(step), device=part.params.device)],
+                [torch.full((), step - 1.0, device=part.params.device)],  # counted up by adamw
+                fused=True,
                 lr=lr,
                 beta1=c.betas[0],
                 beta2=c.betas[1],
@@ -112,23 +128,23 @@ class Optimizer:
                 maximize=False,
             )
             return
-        torch._fused_sgd_(
+        sgd(
             [part.params],
             [part.gradient],
-            list(part.state.values()),
+            [part.state.get("momentum_buffer")],
+            fused=True,
             weight_decay=part.decay,
             momentum=c.momentum,
             lr=lr,
             dampening=0.0,
             nesterov=c.nesterov,
             maximize=False,
-            is_first_step=False,
         )
 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """Parameters that are updated by one call, with their gradient and the optimizer's state."""
+    """Parameters that one call updates, with their gradient and the optimizer's state: fp32 tensors of one shape."""
 
     params: Tensor
     gradient: Tensor

@@ -1,8 +1,8 @@
-"""Which sample comes when, and where random numbers come from: pure functions of (seed, purpose, epoch, ...).
+"""The order of samples and the random draws: pure functions of (seed, purpose, epoch, ...).
 
-Nothing here keeps state or sees the number of workers, so that a resume at step k is arithmetic and not replay.
-All draws come from splitmix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators"), written
-out here in integer arithmetic: they are the same on every machine and with every version of every library.
+Nothing here keeps state or knows the number of workers, so a resume at step k computes where it stands and replays
+nothing. All draws come from splitmix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators"),
+written here in integer arithmetic: they are the same on every machine and with every version of every library.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ _MIX2 = np.uint64(0x94D049BB133111EB)
 
 
 def key(seed: int, purpose: str, *numbers: int) -> int:
-    """A 63-bit key for one purpose, from the words that name it: `key(seed, "dropout", epoch, step, shard)`."""
+    """A 63-bit key for one purpose: `key(seed, "dropout", epoch, step, shard)`."""
     text = "/".join([str(seed), purpose, *map(str, numbers)])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
 def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The output function of splitmix64, element by element."""
+    """The output function of splitmix64, element by element: uint64 of any shape."""
     with np.errstate(over="ignore"):
         z = values * _GOLDEN
         z = (z ^ (z >> np.uint64(30))) * _MIX1
@@ -34,7 +34,8 @@ def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def uniform(key: int, samples: NDArray[np.int64], draws: int) -> NDArray[np.float64]:
-    """`draws` uniform numbers in [0, 1) for each sample: float64[n, draws], a function of (key, sample) alone."""
+    """`draws` uniform numbers in [0, 1) for each of the samples int64[n]: float64[n, draws], a function of (key,
+    sample) alone."""
     with np.errstate(over="ignore"):
         start = mix(samples.astype(np.uint64) + np.uint64(1)) ^ mix(np.full(1, key, np.uint64))
         counters: NDArray[np.uint64] = np.arange(1, draws + 1).astype(np.uint64)
@@ -43,7 +44,7 @@ def uniform(key: int, samples: NDArray[np.int64], draws: int) -> NDArray[np.floa
 
 
 def permutation(seed: int, epoch: int, n: int) -> NDArray[np.int64]:
-    """The order of the n training samples in an epoch: int64[n]. Sorting random 64-bit words, ties by position."""
+    """The order of the n training samples in an epoch: int64[n], found by sorting random 64-bit integers."""
     with np.errstate(over="ignore"):
         words = mix(mix(np.arange(n, dtype=np.uint64)) ^ mix(np.full(1, key(seed, "order", epoch), np.uint64)))
     return np.argsort(words, kind="stable")
@@ -51,10 +52,15 @@ def permutation(seed: int, epoch: int, n: int) -> NDArray[np.int64]:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """How n samples are cut into batches and shards.
+    """How the samples of an epoch are cut into batches and shards.
 
-    Every sample comes exactly once an epoch. A rest too small to give every shard two samples (batch statistics need
-    two) joins the batch before it; otherwise it is a batch of its own, its shards equal up to one sample.
+    Every sample comes exactly once an epoch. Where the last batch is too small to give every shard two samples (batch
+    statistics need two), its samples join the batch before it; the shards of a batch are equal up to one sample.
+
+    Attributes:
+        n: number of samples.
+        batch_size: samples of a batch.
+        shards: shards of a batch.
     """
 
     n: int
@@ -78,13 +84,13 @@ class Cut:
         return tuple(base + (shard < extra) for shard in shards)
 
     def positions(self, step: int, shards: range) -> range:
-        """Positions of consecutive shards of a step's batch: the shards lie in the batch one after another."""
+        """Positions (in the permuted order) of consecutive shards of a step's batch."""
         start = self.batch(step).start + sum(self.sizes(step, range(shards.start)))
         return range(start, start + sum(self.sizes(step, shards)))
 
 
 def share(count: int, parts: int, part: int) -> range:
-    """Part `part` of `count` things in `parts` consecutive, nearly equal parts."""
+    """Part number `part` of range(count) cut into `parts` consecutive, nearly equal parts."""
     base, extra = divmod(count, parts)
     start = part * base + min(part, extra)
     return range(start, start + base + (part < extra))

@@ -1,10 +1,10 @@
 """The exact reduction: one fixed binary tree over shard indices, whoever computed the shards.
 
 Node (level k, index j) of the tree is the sum of shards [j 2^k, (j+1) 2^k), left child plus right child; a node whose
-right child lies beyond the last shard is its left child. The tree depends on the number of shards alone. Every holder
-of a run of shards (a lane, a worker) adds up the nodes that lie wholly within its run, its *forest*; what remains is
-added after the exchange. Since IEEE addition commutes and every node is one fixed addition of two fixed operands, the
-root has the same bits for any number of lanes and workers. NaN and infinities pass through like any number.
+right child lies beyond the last shard is its left child. The tree depends on the number of shards alone. Whoever
+computes consecutive shards (a replica, a worker) adds up the nodes that lie wholly within them, its *forest*; the rest
+is added after the exchange. Since IEEE addition commutes and every node is one fixed addition of two fixed operands,
+the root has the same bits for any number of replicas and workers. NaN and infinities pass through like any number.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from torch import Tensor
 T = TypeVar("T")
 
 Node = tuple[int, int]
-"""(level, index)"""
+"""(level, index): the sum of shards [index 2^level, (index + 1) 2^level)."""
 
 
 def parent(node: Node) -> Node:
-    """The node above."""
+    """The node above this one."""
     return node[0] + 1, node[1] // 2
 
 
 def sibling(node: Node) -> Node:
-    """The other child of the node above."""
+    """The other child of this node's parent."""
     return node[0], node[1] ^ 1
 
 
@@ -36,12 +36,12 @@ def exists(node: Node, shards: int) -> bool:
 
 
 class Forest(Generic[T]):
-    """Values of the tree's nodes, merged as soon as two siblings are there.
+    """Values of the tree's nodes; two siblings are merged as soon as both are known.
 
-    Args:
+    Attributes:
         shards: number of leaves of the tree.
         add: `add(left, right)` adds in place into one of the two and returns that one.
-        free: is called with every value that is no longer needed.
+        free: called with every value that is no longer needed.
     """
 
     def __init__(self, shards: int, add: Callable[[T, T], T], free: Callable[[T], object] = lambda _: None) -> None:
@@ -49,7 +49,7 @@ class Forest(Generic[T]):
         self._values: dict[Node, T] = {}
 
     def push(self, node: Node, value: T) -> None:
-        """Add a node's value, and merge upwards as far as it goes."""
+        """Add a node's value, and merge it with its siblings as far up as possible."""
         while 1 << node[0] < self.shards:
             other = sibling(node)
             if exists(other, self.shards):
@@ -63,7 +63,7 @@ class Forest(Generic[T]):
         self._values[node] = value
 
     def nodes(self) -> list[tuple[Node, T]]:
-        """What remains, in the order of the shards below."""
+        """The nodes that are not merged yet and their values, in the order of their shards."""
         return sorted(self._values.items(), key=lambda item: item[0][1] << item[0][0])
 
     def root(self) -> T:
@@ -79,7 +79,7 @@ class Forest(Generic[T]):
 
 
 def total(parts: Iterable[Tensor]) -> Tensor:
-    """The sum of consecutive shards' parts in tree order. Parts are added to: each must be a tensor of its own."""
+    """The sum of the parts of consecutive shards, in tree order. Overwrites parts: each must be a tensor of its own."""
     held: list[tuple[int, Tensor]] = []
     for part in parts:
         level = 0
@@ -94,7 +94,7 @@ def total(parts: Iterable[Tensor]) -> Tensor:
 
 
 def forest_nodes(shards: Iterable[int], total: int) -> list[Node]:
-    """The nodes that remain when these shards of `total` have been pushed, in order."""
+    """The nodes of the forest over these shards of `total`, in order."""
     forest = Forest[None](total, lambda left, right: None)
     for shard in shards:
         forest.push((0, shard), None)

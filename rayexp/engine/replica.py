@@ -1,13 +1,15 @@
-"""A lane: what one thread of a worker (or its GPU) needs to compute shards."""
+"""A replica: the copy of the model and the gradient buffers with which one thread of a worker (or its GPU) computes
+shards."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import nn
 
+from rayexp.engine import cpu
+from rayexp.engine.batch_norm import per_shard
 from rayexp.engine.gradients import GradientBuffer, Master, ReplicaModel, Touched
 from rayexp.engine.rng import Draws, adopt
 from rayexp.engine.runtime import Runtime
@@ -15,10 +17,19 @@ from rayexp.engine.workload import Workload
 
 
 class Replica:
-    """One lane of a worker: a replica of the model for training, and rows for its part of the tree.
+    """One replica of a worker.
+
+    Attributes:
+        model: the copy of the model, bound to one gradient buffer at a time.
+        draws: the random generators and sizes of the shards in the present pass.
+        forward: what computes the outputs: the model's module, or its compiled form.
+        on_gradient: called with a parameter's index as soon as a backward pass has completed its gradient; None: nobody
+            is told.
+        caches: parts of the module that keep values computed from the weights (see `begin_step`).
 
     Args:
-        keep_apart: what keeps the shards of a pass apart in the replica; None: nothing need.
+        apart: whether the batch norms of a pass over several shards normalise each shard by itself.
+        together: whether the module also keeps the gradients of the shards of a pass apart (`cpu.together`).
         compiled: whether the forward goes through torch.compile.
     """
 
@@ -26,54 +37,55 @@ class Replica:
         self,
         master: Master,
         workload: Workload,
-        keep_apart: Callable[[nn.Module, Draws], None] | None,
-        compiled: bool = False,
+        *,
+        apart: bool,
+        together: bool,
+        compiled: bool,
     ) -> None:
-        self.master, self.shares = master, workload.shares_buffer
+        self.master, self.shares_buffer = master, workload.shares_buffer
         self.draws = Draws()
         self.model = ReplicaModel(master)
-        adopt(self.model.module, self.draws, workload.batch_dim)
-        if keep_apart is not None:
-            keep_apart(self.model.module, self.draws)
-        self.forward: nn.Module = torch.compile(self.model.module, dynamic=False) if compiled else self.model.module  # type: ignore[assignment]
-        self.keeping: list[Any] = [m for m in self.model.module.modules() if hasattr(m, "begin_step")]
-        self.passed: Callable[[int], None] | None = None
-        self.model.watch(lambda parameter: self.passed(parameter) if self.passed else None)
+        module = self.model.module
+        adopt(module, self.draws, workload.batch_dim)
+        if apart:
+            per_shard(module, self.draws)
+        self.caches = cpu.accelerate(module, self.draws, together, master.device)
+        self.forward: nn.Module = torch.compile(module, dynamic=False) if compiled else module  # type: ignore[assignment]
+        self.on_gradient: Callable[[int], None] | None = None
+        self.model.watch(lambda parameter: self.on_gradient(parameter) if self.on_gradient else None)
         self._spare: list[GradientBuffer] = []
 
     def take(self, touched: Sequence[Touched]) -> GradientBuffer:
-        """A row for the next pass, and the replica writes into it. Its gradients need not be zeroed where shards may
-        share a row, but for parts that are written only where `touched` says so."""
-        row = self._spare.pop() if self._spare else GradientBuffer(self.master.layout, self.master.device)
-        if self.shares:
-            row.clear(touched)
+        """A gradient buffer for the next pass, with the model bound to it. All of it is zeroed, unless shards may share
+        a buffer: then the pass overwrites the gradients, except those of which it writes the touched rows only."""
+        buffer = self._spare.pop() if self._spare else GradientBuffer(self.master.layout, self.master.device)
+        if self.shares_buffer:
+            buffer.clear(touched)
         else:
-            row.tensor.zero_()
-        self.model.bind(row, {part.parameter for part in touched} if self.shares else None)
-        return row
+            buffer.tensor.zero_()
+        self.model.bind(buffer, {part.parameter for part in touched} if self.shares_buffer else None)
+        return buffer
 
-    def give(self, row: GradientBuffer) -> None:
-        """Take back a row that is no longer needed."""
-        self._spare.append(row)
+    def give(self, buffer: GradientBuffer) -> None:
+        """Take back a buffer that is no longer needed."""
+        self._spare.append(buffer)
 
     @property
     def spares(self) -> int:
-        """Rows that wait to be used again."""
+        """Number of buffers that wait to be used again."""
         return len(self._spare)
 
 
 def begin_step(replicas: Sequence[Replica], runtime: Runtime) -> None:
-    """The weights have changed: modules that keep something made from them make it anew.
-
-    Such a module has `begin_step()` and leaves what it made in `kept`, which its twins on the other lanes share.
-    """
-    twins = list(zip(*(replica.keeping for replica in replicas), strict=True))
+    """The weights have changed: renew what the replicas' modules have computed from them. Each cache is renewed once,
+    and its counterparts in the other replicas share the result."""
+    counterparts = list(zip(*(replica.caches for replica in replicas), strict=True))
 
     def work(number: int) -> None:
-        for first, *others in twins[number :: len(replicas)]:
+        for first, *others in counterparts[number :: len(replicas)]:
             first.begin_step()
             for other in others:
                 other.kept = first.kept
 
-    if twins:
+    if counterparts:
         runtime.each(work)

@@ -1,7 +1,7 @@
 """Dropout whose masks are drawn per shard from (seed, epoch, step, shard), never from a global generator.
 
-Threads share torch's global CPU generator, and a worker's position in it depends on how many workers there are; so
-every module that draws is replaced by one that takes its generator from a `Draws` set by the engine for each pass.
+Threads share torch's global CPU generator, and a worker's position in it depends on the number of workers. So every
+module that draws is replaced by one that uses the generators in a `Draws`, which the engine sets before each pass.
 """
 
 from __future__ import annotations
@@ -16,19 +16,24 @@ from rayexp.errors import UserError
 
 
 class Draws:
-    """The generators of the shards in the present pass. One per model replica; set before each training pass."""
+    """The random generators of the shards in the present pass; each replica has one `Draws`.
+
+    Attributes:
+        generators: one for each shard of the pass.
+        sizes: samples of each shard of the pass.
+    """
 
     def __init__(self) -> None:
         self.generators: tuple[torch.Generator, ...] = ()
         self.sizes: tuple[int, ...] = ()
 
     def begin(self, keys: Sequence[int], sizes: Sequence[int], device: torch.device) -> None:
-        """The pass holds shards of these sizes, whose draws start from these keys."""
+        """Begin a pass over shards of these sizes (samples), with these keys as seeds."""
         self.generators = tuple(torch.Generator(device).manual_seed(k) for k in keys)
         self.sizes = tuple(sizes)
 
     def bernoulli(self, like: Tensor, keep: float, dim: int, shape: Sequence[int] | None = None) -> Tensor:
-        """A 0/1 mask of `like`'s dtype; every shard's slice along `dim` comes from its own generator.
+        """Draw a mask of zeros and ones in `like`'s dtype; each shard's slice along `dim` comes from its generator.
 
         Args:
             like: the activation; its size along `dim` is the samples of all shards.
@@ -48,7 +53,13 @@ class Draws:
 
 
 class Dropout(nn.Module):
-    """`nn.Dropout` with masks from a `Draws`; `dim` is the dimension along which samples lie."""
+    """`nn.Dropout` with masks from a `Draws`.
+
+    Attributes:
+        p: probability of zeroing an element.
+        dim: the dimension along which samples lie.
+        draws: where the masks come from.
+    """
 
     def __init__(self, p: float, dim: int = 0, draws: Draws | None = None) -> None:
         super().__init__()
@@ -66,7 +77,13 @@ class Dropout(nn.Module):
 
 
 class StochasticDepth(nn.Module):
-    """torchvision's `StochasticDepth` (Huang et al. 2016) with draws from a `Draws`."""
+    """torchvision's `StochasticDepth` (Huang et al. 2016) with masks from a `Draws`.
+
+    Attributes:
+        p: probability of dropping the branch.
+        mode: `row` drops it for each sample, `batch` for each shard.
+        draws: where the masks come from.
+    """
 
     def __init__(self, p: float, mode: str) -> None:
         super().__init__()
@@ -85,12 +102,15 @@ class StochasticDepth(nn.Module):
 
 
 def adopt(model: nn.Module, draws: Draws, dim: int) -> None:
-    """Replace every random layer below `model` by its keyed form, all drawing from `draws`.
+    """Replace every random layer of `model` by a keyed form that draws from `draws`.
 
-    A layer that stands under several names is replaced under each of them.
+    A layer with several names is replaced under each of them.
+
+    Args:
+        dim: the dimension of activations along which samples lie.
 
     Raises:
-        UserError: a layer draws by itself and no keyed form of it is known.
+        UserError: a layer draws by itself, and there is no keyed form of it.
     """
     for name, layer in list(model.named_modules(remove_duplicate=False)):
         if (keyed := _keyed(name, layer, draws, dim)) is not None:
@@ -99,7 +119,7 @@ def adopt(model: nn.Module, draws: Draws, dim: int) -> None:
 
 
 def _keyed(name: str, layer: Any, draws: Draws, dim: int) -> nn.Module | None:
-    """The keyed form of a random layer; None where there is nothing to replace."""
+    """The keyed form of a random layer; None where nothing needs to be replaced."""
     kind = type(layer).__name__
     if isinstance(layer, Dropout | StochasticDepth):
         layer.draws = draws

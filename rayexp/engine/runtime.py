@@ -1,16 +1,15 @@
-"""Where a worker computes, and everything there that bits or speed depend on, pinned in one place.
+"""The device, threads and settings with which a worker computes, all pinned in one place (`configure`).
 
-What a result's bits depend on is in engine/fingerprint.py. What they do not depend on: the number of workers, and the
-number of lanes a worker computes its shards on.
+The bits of a result depend on what engine/fingerprint.py lists, not on the number of workers, nor on the number of
+replicas that a worker runs side by side.
 """
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -19,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from rayexp.config import ExperimentConfig
+from rayexp.engine import cpu
 from rayexp.system.cores import cores
 
 THREADS_PER_REPLICA = 1
@@ -28,14 +28,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Runtime:
-    """A device, and on a CPU the lanes (threads that compute shards side by side) or intra-op threads.
+    """Where this worker computes. On a CPU, replicas compute shards side by side, each in a thread.
 
     Attributes:
         device: cpu, or cuda:N.
-        lanes: how many shards are computed at once; 1 on a GPU.
-        threads: intra-op threads of each lane.
-        pool: the lanes' threads (None where there is one lane).
-        before: the process's settings before, which come back at the end of the context.
+        replicas: how many replicas run side by side; 1 on a GPU.
+        threads: intra-op threads of each replica.
+        pool: the replicas' threads; None where there is one replica.
+        before: the process's earlier settings, restored at the end of the context.
     """
 
     device: torch.device
@@ -53,7 +53,7 @@ class Runtime:
         self.before.restore()
 
     def run(self, tasks: Sequence[Callable[[], T]]) -> list[T]:
-        """Run one task a lane, side by side; the first error is raised after all have ended."""
+        """Run tasks side by side, at most one for each replica; the first error is raised after all have ended."""
         if self.pool is None:
             return [task() for task in tasks]
         futures = [self.pool.submit(task) for task in tasks]
@@ -68,20 +68,20 @@ class Runtime:
         return self.run([functools.partial(work, replica) for replica in range(self.replicas)])
 
     def synchronize(self) -> None:
-        """Wait for the GPU, so that a clock read now is honest."""
+        """Wait for the GPU to finish, so that a clock can be read."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     def has_bf16(self) -> bool:
-        """Whether there are instructions for bfloat16; without them its products are emulated, 13 to 28 times slower
-        than float32 on an AVX2 processor. True where nobody says."""
+        """Whether there are instructions for bfloat16; without them products are emulated, 13 to 28 times slower than
+        float32 on an AVX2 processor. True where PyTorch does not tell."""
         if self.device.type == "cuda":
             return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-        known: Callable[[], bool] | None = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-        return known is None or platform.machine() not in ("x86_64", "AMD64") or known()
+        known: Callable[[], Mapping[str, Any]] | None = getattr(torch.cpu, "get_capabilities", None)  # not in every 2.x
+        return known is None or platform.machine() not in ("x86_64", "AMD64") or known().get("avx512_bf16") is not False
 
     def peak_memory(self) -> dict[str, int]:
-        """Peak bytes of this process: `host` (resident set) and, on a GPU, `device` (PyTorch's allocator)."""
+        """Peak memory of this process in bytes: `host` (resident set), and on a GPU `device` (PyTorch's allocator)."""
         import resource
 
         # Linux counts ru_maxrss in KiB, macOS in bytes.
@@ -92,8 +92,8 @@ class Runtime:
         return peak
 
     def energy(self) -> dict[str, float]:
-        """Joules that this worker's GPU has used since its driver was loaded, by the GPU's id; empty where NVML does
-        not say (needs nvidia-ml-py, and a GPU of the Volta generation or later)."""
+        """Joules that this worker's GPU has used since its driver was loaded, by the GPU's id. Empty where NVML does
+        not tell (it takes nvidia-ml-py, and a GPU of the Volta generation or later)."""
         if self.device.type != "cuda":
             return {}
         try:
@@ -112,18 +112,18 @@ def cpu_capability() -> str:
 
 
 def upload(array: NDArray[Any], device: torch.device) -> torch.Tensor:
-    """The array on the device. A GPU copies it from pinned memory when it comes to that; nothing waits for it here."""
+    """The array on the device. To a GPU it is copied asynchronously from pinned memory."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def gpus() -> int:
-    """CUDA devices that PyTorch can use here."""
+    """Number of CUDA devices that PyTorch can use here."""
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def gpu_names() -> list[str]:
-    """What the CUDA devices call themselves."""
+    """Names of the CUDA devices."""
     return [torch.cuda.get_device_name(i) for i in range(gpus())]
 
 
@@ -133,21 +133,24 @@ def device(name: str, index: int = 0) -> torch.device:
 
 
 def configure(config: ExperimentConfig, device: torch.device, shards: int, cpus: float | None = None) -> Runtime:
-    """Pin determinism, threads and the allocator in this process, and make the lanes.
+    """Pin determinism, threads and the allocator of this process, and start the replicas' threads.
 
-    What is returned is a context: at its end the lanes are gone, and threads and determinism are what they were before
+    The runtime is a context manager: at its end the threads are gone, and threads and determinism are set as before
     (the allocator goes on keeping freed memory).
 
     Args:
         config: precision and reduction decide what is pinned.
         device: where this worker computes.
-        shards: shards this worker computes in a step.
-        cpus: cores this worker may use; None: all of the process's.
+        shards: shards that this worker computes in a step.
+        cpus: cores that this worker may use; None: all of the process's.
+
+    Raises:
+        UserError: RAYEXP_CPU_KERNELS is neither on nor off.
     """
     before = _Settings.now()
     # Makes cuBLAS deterministic; set over what is there, since another workspace may mean other kernels.
     os.environ[_WORKSPACE] = ":4096:8"
-    keep_freed_memory()
+    cpu.save_page_faults()
     torch.use_deterministic_algorithms(config.reduction == "exact" or device.type == "cpu", warn_only=False)
     torch.backends.cudnn.benchmark = device.type == "cuda" and config.reduction == "ddp"
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = config.precision == "tf32"
@@ -160,12 +163,14 @@ def configure(config: ExperimentConfig, device: torch.device, shards: int, cpus:
     replicas = replicas_of(config, shards, cpus)
     threads = _budget(cpus) if config.reduction == "ddp" else THREADS_PER_REPLICA
     set_threads(threads)
-    pool = ThreadPoolExecutor(replicas, "lane", initializer=set_threads, initargs=(threads,)) if replicas > 1 else None
+    pool = (
+        ThreadPoolExecutor(replicas, "replica", initializer=set_threads, initargs=(threads,)) if replicas > 1 else None
+    )
     return Runtime(device, replicas, threads, pool, before)
 
 
 def replicas_of(config: ExperimentConfig, shards: int, cpus: float | None = None) -> int:
-    """Lanes of a worker on the CPU (arguments as for `settle`)."""
+    """Number of replicas of a worker on the CPU (arguments as for `configure`)."""
     return 1 if config.reduction == "ddp" else min(config.scaling.lanes or _budget(cpus), shards)
 
 
@@ -174,44 +179,18 @@ def _budget(cpus: float | None) -> int:
 
 
 def set_threads(threads: int) -> None:
-    """Intra-op threads of this thread.
+    """Set the number of intra-op threads of the calling thread.
 
-    Every thread that computes beside lanes takes one: where GNU OpenMP has more threads than there are cores, all of
+    Every thread that computes beside replicas takes one: once GNU OpenMP has more threads than there are cores, all of
     them sleep at every barrier from then on.
     """
-    torch.get_num_threads()  # which a thread's first operation would otherwise set to what the last caller asked for
+    torch.get_num_threads()  # otherwise the thread's first operation would set the number of the latest caller
     torch.set_num_threads(threads)
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep freed memory: activations of the same sizes come back every step, and giving their pages to the
-    kernel and faulting them in again costs up to a fifth of a CPU step. Does nothing under another allocator.
-
-    Blocks of more than 64 MiB are kept in the first arena only. A main thread uses that one; the threads of Ray's
-    workers do because launch.on_ray.session sets MALLOC_ARENA_MAX.
-    """
-    libc = _glibc()
-    if libc is None:
-        return
-    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
-    libc.mallopt(m_mmap_max, 0)
-    libc.mallopt(m_trim_threshold, 2**31 - 1)
-    # Heaps of threads hold 64 MiB, and an empty one is given back unless this much should be spare.
-    libc.mallopt(m_top_pad, 1 << 27)
-
-
-def _glibc() -> ctypes.CDLL | None:
-    """glibc, where memory is its own affair: a preloaded allocator (jemalloc, tcmalloc) puts its `malloc` before it."""
-    if platform.libc_ver()[0] != "glibc":
-        return None
-    library, process = ctypes.CDLL("libc.so.6"), ctypes.CDLL(None)
-    own, used = (ctypes.cast(where.malloc, ctypes.c_void_p).value for where in (library, process))
-    return library if own == used else None
 
 
 @dataclass(frozen=True)
 class _Settings:
-    """What `settle` changes in a process, as it was."""
+    """The settings of a process that `configure` changes."""
 
     threads: int
     deterministic: int

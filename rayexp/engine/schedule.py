@@ -9,7 +9,16 @@ from rayexp.config import ExperimentConfig
 
 
 class Schedule:
-    """The learning rate as a function of the step; `plateau` also remembers the best validation loss."""
+    """The learning rate as a function of the step; `plateau` also remembers the best validation loss.
+
+    Attributes:
+        config: the configuration's `schedule` section.
+        peak: the configured learning rate.
+        steps: optimizer steps of an epoch.
+        total: optimizer steps of the run.
+        factor: by which `plateau` has shrunk the rate so far.
+        best: the lowest validation loss so far.
+    """
 
     def __init__(self, config: ExperimentConfig, steps: int) -> None:
         self.config, self.peak, self.steps = config.schedule, config.lr, steps
@@ -18,7 +27,7 @@ class Schedule:
         self.best = math.inf
 
     def lr(self, step: int) -> float:
-        """The rate for global step `step`, counted from 0."""
+        """The learning rate of global step `step`, counted from 0."""
         c = self.config
         warmup = c.warmup_epochs * self.steps
         if c.name == "onecycle":
@@ -33,11 +42,11 @@ class Schedule:
         return self.peak * rise * self.factor
 
     def _onecycle(self, step: int) -> float:
-        """Smith and Topin 2018 with linear sides: from 1/25 of the peak up, then down to `min_lr`.
+        """Smith and Topin 2018 with linear sides: from 1/25 of the peak up to it, then down to `min_lr`.
 
-        A step on the way up has the rate at its end, one on the way down that at its beginning, so both ends of the
-        schedule lie just outside the run, and the peak is held for two steps. torch's OneCycleLR puts both ends on
-        steps: a difference of at most one step's change of the rate.
+        A rising step takes the rate at its end, a falling one the rate at its beginning. So both ends of the schedule
+        lie just outside the run, and the peak is held for two steps. torch's OneCycleLR puts both ends on steps; the
+        two differ by at most one step's change of the rate.
         """
         top = max(1.0, self.config.peak * self.total)
         if step < top:
@@ -46,7 +55,7 @@ class Schedule:
         return self.config.min_lr + (self.peak - self.config.min_lr) * max(0.0, 1 - down)
 
     def epoch(self, val_loss: float) -> None:
-        """After an epoch: `plateau` shrinks the rate if the validation loss is no better than the best."""
+        """End an epoch: `plateau` shrinks the rate where the validation loss is not below the best so far."""
         if self.config.name != "plateau":
             return
         if val_loss < self.best:
@@ -55,10 +64,10 @@ class Schedule:
             self.factor *= self.config.gamma
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """What a checkpoint must hold to continue the schedule."""
         return {"factor": self.factor, "best": None if math.isinf(self.best) else self.best}
 
     def load(self, state: dict[str, Any]) -> None:
-        """From a checkpoint."""
+        """Continue from what `state` returned."""
         self.factor = state["factor"]
         self.best = math.inf if state["best"] is None else state["best"]

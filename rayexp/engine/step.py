@@ -1,8 +1,8 @@
-"""One optimizer step: shards on lanes, the tree, the exchange, the update.
+"""One optimizer step: the replicas compute shards, the tree and the exchange add them up, the optimizer updates.
 
-`exact` computes each shard's gradients by themselves and adds in tree order. Where that has the same bits, a few shards
-go through the model together; else each has its own forward and backward, with shapes that never change.
-`ddp` runs all of a worker's shards in one batched pass and adds by ordinary all-reduce.
+With `reduction: exact` each shard's gradient is computed by itself and added in tree order. Where the bits stay the
+same, a few shards go through the model together; otherwise each has a forward and backward of its own, whose shapes
+never change. With `ddp` all of a worker's shards go through the model in one pass, and an ordinary all-reduce adds up.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rayexp.config import ExperimentConfig
-from rayexp.engine import order
-from rayexp.engine.batch_norm import per_shard
+from rayexp.engine import cpu, order
 from rayexp.engine.contract import FirstStep, generators, moved, refuse_drawing
 from rayexp.engine.exchange import AllReduce, Assembly, Exchange, ExchangePlan
 from rayexp.engine.gradients import GradientBuffer, Master, ParameterLayout, Touched
@@ -27,17 +26,21 @@ from rayexp.engine.optimizer import Optimizer
 from rayexp.engine.reduction import Forest, Node, total
 from rayexp.engine.replica import Replica, begin_step
 from rayexp.engine.runtime import Runtime, upload
-from rayexp.engine.shardwise import can, shardwise
 from rayexp.engine.workload import Batch, RecurrentState, Workload
 
 TOGETHER = 2
-"""At most 2^this shards go through the model together: more gain nothing, and their activations take memory."""
+"""At most 2^TOGETHER shards go through the model together: more gain nothing, and their activations take memory."""
 _IDENTITY = nn.Identity()
 
 
 @dataclass(frozen=True, slots=True)
 class ControlFlags:
-    """What a worker wants after this step: to end the run, or to save its state. All learn of it with the gradient."""
+    """What a worker asks for after a step. It travels with the gradient, so every worker sees the same flags.
+
+    Attributes:
+        stop: end the run.
+        save: save the state.
+    """
 
     stop: bool = False
     save: bool = False
@@ -45,7 +48,14 @@ class ControlFlags:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a step says: loss SUM and count over the global batch, what any worker wished, seconds by phase."""
+    """The result of a step, the same on every worker except `seconds`.
+
+    Attributes:
+        loss: sum of the loss over the global batch.
+        count: number of loss terms (images or tokens) in the global batch.
+        flags: what any worker asked for.
+        seconds: seconds of this worker by phase: data, transfer, compute, reduce, optimizer.
+    """
 
     loss: float
     count: int
@@ -60,7 +70,18 @@ class _Seconds:
 
 
 class Stepper:
-    """Computes this worker's part of every step, and updates the master with the sum over all workers."""
+    """Computes this worker's part of every step, and updates the master with the sum over all workers.
+
+    Attributes:
+        exact: whether the reduction is `exact`.
+        shards: the shards of a batch that this worker computes.
+        together: whether several shards may go through the model together (see `tried`).
+        replicas: this worker's replicas, as many as the runtime runs side by side.
+        tried: for shards of these sizes (samples each): whether they have the same bits together as one by one.
+        recurrent_states: the recurrent state that each of this worker's shards hands to the next step.
+        exchange: what adds up over workers.
+        plan: the order in which buckets are sent.
+    """
 
     def __init__(
         self,
@@ -76,19 +97,21 @@ class Stepper:
         self.exact = config.reduction == "exact"
         self.shards = order.share(config.shards, group.world, group.rank)
         on_cpu = runtime.device.type == "cpu"
-        self.together = self.exact and on_cpu and config.precision == "fp32" and workload.together and can(master.model)
-        keep_apart = shardwise if self.together else None if self.exact else per_shard
+        fp32 = on_cpu and config.precision == "fp32"
+        self.together = self.exact and fp32 and workload.together and cpu.together(master.model)
+        compiled = config.compile and not on_cpu
+        apart = self.together or not self.exact
         self.replicas = [
-            Replica(master, workload, keep_apart, config.compile and not on_cpu) for _ in range(runtime.replicas)
+            Replica(master, workload, apart=apart, together=self.together, compiled=compiled)
+            for _ in range(runtime.replicas)
         ]
-        # Whether shards of these sizes have the same bits together as one by one.
         self.tried: dict[tuple[int, ...], bool] = {}
         self.recurrent_states: dict[int, RecurrentState] = {}
-        self.fresh = not (config.compile and not on_cpu)  # what is compiled is not watched: it would be compiled twice
-        length, without = master.layout.row, self._touched(1, 0)
-        self.exchange: Exchange | AllReduce = AllReduce(group, length, without=without)
+        self._watch_next = not compiled  # hooks would have a compiled model compiled twice
+        size, without = master.layout.buffer_size, self._touched(1, 0)
+        self.exchange: Exchange | AllReduce = AllReduce(group, size, without=without)
         if self.exact:
-            self.exchange = Exchange(group, config.shards, length, runtime.device, without=without)
+            self.exchange = Exchange(group, config.shards, size, runtime.device, without=without)
         self.plan = ExchangePlan(master.layout, self.exchange)
 
     def __call__(self, epoch: int, step: int, global_step: int, lr: float, flags: ControlFlags) -> StepResult:
@@ -98,7 +121,7 @@ class Stepper:
             epoch, step: which batch (see engine/workload.py).
             global_step: optimizer steps done before this one.
             lr: the learning rate.
-            wish: this worker's.
+            flags: what this worker asks for.
         """
         clock = [time.perf_counter()]
         if step == 0:
@@ -107,14 +130,14 @@ class Stepper:
         begin_step(self.replicas, self.runtime)
         touched = self._touched(epoch, step)
         watched = self._watch()
-        row = (self._exact if self.exact else self._ddp)(epoch, step, touched, flags, seconds, clock)
+        buffer = (self._exact if self.exact else self._ddp)(epoch, step, touched, flags, seconds, clock)
         if watched is not None:
-            self._hold_to(*watched, epoch, step)
+            self._check_first_step(*watched, epoch, step)
         self.runtime.synchronize()
         clock.append(time.perf_counter())
-        loss, count, shards, stops, saves = self.master.layout.tail(row).tolist()
-        self.optimizer.update(row, count, lr, global_step + 1, self.runtime, touched)
-        self.master.update_stats(row, shards)
+        loss, count, shards, stops, saves = self.master.layout.scalars(buffer).tolist()
+        self.optimizer.update(buffer, count, lr, global_step + 1, self.runtime, touched)
+        self.master.update_stats(buffer, shards)
         self.runtime.synchronize()
         clock.append(time.perf_counter())
         spans = [b - a for a, b in itertools.pairwise(clock)]
@@ -129,9 +152,9 @@ class Stepper:
 
     @property
     def exchange_bytes(self) -> int:
-        """Bytes that a worker brings to the exchange of an epoch's first step; of an embedding, the touched rows."""
+        """Bytes that a worker brings to the exchange in an epoch's first step; of an embedding, the touched rows."""
         saved = sum(part.stop - part.start - len(part.rows) * part.shape[1] for part in self._touched(1, 0))
-        return 4 * (self.master.layout.row - saved)
+        return 4 * (self.master.layout.buffer_size - saved)
 
     def _touched(self, epoch: int, step: int) -> list[Touched]:
         return touched(self.workload, self.master.layout, self.runtime.device, epoch, step)
@@ -139,29 +162,28 @@ class Stepper:
     # ------------------------------------------------------------------ the first step
 
     def _watch(self) -> tuple[FirstStep, list[Tensor]] | None:
-        """Begin to watch what a pass does beside its result, once in a process."""
-        first, self.fresh = self.fresh, False
+        """In a process's first step, begin to watch for what a model must not do; None in every other step."""
+        first, self._watch_next = self._watch_next, False
         if not first:
             return None
         known = {slot.name for slot in self.master.layout.stats}
         return FirstStep(self.replicas[0].model.module, known), generators(self.runtime.device)
 
-    def _hold_to(self, first: FirstStep, before: list[Tensor], epoch: int, step: int) -> None:
-        """Refuse the model where it does what the engine cannot keep (UserError)."""
+    def _check_first_step(self, first: FirstStep, before: list[Tensor], epoch: int, step: int) -> None:
+        """Refuse a model that does what the engine cannot reproduce (UserError)."""
         first.end()
         if self.exact and moved(before, self.runtime.device):
-            replica, recurrent_states = self.replicas[0], dict(self.recurrent_states)
+            replica, states = self.replicas[0], dict(self.recurrent_states)
             shards = range(self.shards.start, self.shards.start + 1)
 
             def run() -> None:
-                row = GradientBuffer(
-                    self.master.layout, self.master.device
-                )  # the step's result is in a row that was given back
-                replica.model.bind(row, None)
-                self._pass(replica, row, epoch, step, shards, ControlFlags(), _Seconds())
+                # A new buffer: the step's result is in one that has been given back.
+                buffer = GradientBuffer(self.master.layout, self.master.device)
+                replica.model.bind(buffer, None)
+                self._pass(replica, buffer, epoch, step, shards, ControlFlags(), _Seconds())
 
             refuse_drawing(replica.model.module, self.runtime.device, lambda: self.runtime.run([run]))
-            self.recurrent_states = recurrent_states
+            self.recurrent_states = states
 
     # ------------------------------------------------------------------ exact
 
@@ -175,16 +197,16 @@ class Stepper:
             forest = Forest[GradientBuffer](self.config.shards, _add, replica.give)
             runs = self._runs(number, epoch, step)
             for node, passes in runs:
-                row = replica.take(touched)
+                buffer = replica.take(touched)
                 for shards in passes:
                     if (node, shards) == (runs[-1][0], passes[-1]):
-                        assembly.held[number] = [*forest.nodes(), (node, row)]
-                        replica.passed = lambda parameter: assembly.passed(number, parameter)
-                    self._pass(replica, row, epoch, step, shards, flags, spent)
+                        assembly.held[number] = [*forest.nodes(), (node, buffer)]
+                        replica.on_gradient = lambda parameter: assembly.gradient_ready(number, parameter)
+                    self._pass(replica, buffer, epoch, step, shards, flags, spent)
                 if node != runs[-1][0]:
-                    forest.push(node, row)
-            replica.passed = None
-            assembly.ended(number)
+                    forest.push(node, buffer)
+            replica.on_gradient = None
+            assembly.pass_ended(number)
             return spent
 
         for spent in self.runtime.each(work):
@@ -194,12 +216,12 @@ class Stepper:
         clock.append(time.perf_counter())
         root = assembly.finish()
         for held in assembly.held:
-            for _, row in held:
-                self._recycle(row)
+            for _, buffer in held:
+                self._recycle(buffer)
         return root
 
     def _runs(self, replica: int, epoch: int, step: int) -> list[tuple[Node, list[range]]]:
-        """A lane's passes, and the nodes of the tree whose rows they fill."""
+        """The passes of a replica: nodes of the tree, and for each the shards of the passes that fill its buffer."""
         part = order.share(len(self.shards), len(self.replicas), replica)
         at, stop = self.shards.start + part.start, self.shards.start + part.stop
         highest = TOGETHER if self.together else 1
@@ -214,8 +236,8 @@ class Stepper:
             if self.together and self._alike(self.replicas[replica], epoch, step, shards):
                 runs.append(((level, at >> level), [shards]))
             elif level == 1 and self.workload.shares_buffer:
-                # Accumulation into a row is the tree's addition: the right sibling may go into the left one's row, and
-                # no zeroing and no adding is in between.
+                # Accumulating into a buffer is the tree's addition: the right sibling may go into the left one's
+                # buffer, which saves zeroing a second one and adding it.
                 runs.append(((level, at >> level), [range(shard, shard + 1) for shard in shards]))
             else:
                 runs += [((0, shard), [range(shard, shard + 1)]) for shard in shards]
@@ -223,23 +245,23 @@ class Stepper:
         return runs
 
     def _alike(self, replica: Replica, epoch: int, step: int, shards: range) -> bool:
-        """Whether these shards have the same bits together as one by one. What kernels do depends on the sizes alone,
-        so sizes are tried once, with the first data that has them."""
+        """Whether these shards have the same bits together as one by one. A kernel's order of additions depends on the
+        sizes alone, so each combination of sizes is tried once, with the first data that has it."""
         sizes = self.workload.sizes(step, shards)
         if len(sizes) > 1 and sizes not in self.tried:
             found = []
             for passes in ([shards], [range(shard, shard + 1) for shard in shards]):
                 forest = Forest[GradientBuffer](len(passes), _add)
                 for i, one in enumerate(passes):
-                    row = replica.take(())
-                    self._pass(replica, row, epoch, step, one, ControlFlags(), _Seconds())
-                    forest.push((0, i), row)
+                    buffer = replica.take(())
+                    self._pass(replica, buffer, epoch, step, one, ControlFlags(), _Seconds())
+                    forest.push((0, i), buffer)
                 found.append(forest.root().tensor.view(torch.int32))
             self.tried[sizes] = torch.equal(*found)
         return len(sizes) == 1 or self.tried[sizes]
 
-    def _recycle(self, row: GradientBuffer) -> None:
-        min(self.replicas, key=lambda replica: replica.spares).give(row)
+    def _recycle(self, buffer: GradientBuffer) -> None:
+        min(self.replicas, key=lambda replica: replica.spares).give(buffer)
 
     # ------------------------------------------------------------------ ddp
 
@@ -248,16 +270,16 @@ class Stepper:
     ) -> Tensor:
         replica = self.replicas[0]
         assembly = Assembly(self.plan, self.exchange, 1, touched, self.runtime.each)
-        row = replica.take(touched)
-        assembly.held[0] = [((0, 0), row)]
-        replica.passed = lambda parameter: assembly.passed(0, parameter)
-        self.runtime.run([lambda: self._pass(replica, row, epoch, step, self.shards, flags, seconds)])
-        replica.passed = None
-        assembly.ended(0)
+        buffer = replica.take(touched)
+        assembly.held[0] = [((0, 0), buffer)]
+        replica.on_gradient = lambda parameter: assembly.gradient_ready(0, parameter)
+        self.runtime.run([lambda: self._pass(replica, buffer, epoch, step, self.shards, flags, seconds)])
+        replica.on_gradient = None
+        assembly.pass_ended(0)
         self.runtime.synchronize()
         clock.append(time.perf_counter())
         root = assembly.finish()
-        self._recycle(row)
+        self._recycle(buffer)
         return root
 
     # ------------------------------------------------------------------ one forward and backward
@@ -265,26 +287,25 @@ class Stepper:
     def _pass(
         self,
         replica: Replica,
-        row: GradientBuffer,
+        buffer: GradientBuffer,
         epoch: int,
         step: int,
         shards: range,
         flags: ControlFlags,
         seconds: _Seconds,
     ) -> None:
-        """Add the sum over these shards to the row."""
+        """Add the sum over these shards to the buffer."""
         start = time.perf_counter()
         batch = self.workload.batch(epoch, step, shards, self.runtime.device)
         seconds.data += time.perf_counter() - start
         keys = [order.key(self.config.seed, "dropout", epoch, step, shard) for shard in shards]
         replica.draws.begin(keys, batch.sizes, self.runtime.device)
         state = self._state_of(shards, batch.sizes)
-        layout = self.master.layout
-        rest = row.rest
-        before = rest.clone()
-        rest.zero_()
+        head = buffer.head
+        before = head.clone()
+        head.zero_()
         if self.together:
-            losses, after = self._apart(replica, batch), state
+            losses, after = self._losses(replica, batch), state
         else:
             with self.autocast():
                 loss, after = self.workload.loss(replica.forward, batch, state)
@@ -292,15 +313,15 @@ class Stepper:
         torch.autograd.backward(losses)
         replica.model.finish_pass()
         self._keep_states(shards, batch.sizes, after)
-        tail = layout.tail(row.tensor)
-        tail[0].copy_(total(loss.detach() for loss in losses))
-        # Filled: a GPU would be waited for before a tensor of ours could be copied there.
+        scalars = self.master.layout.scalars(buffer.tensor)
+        scalars[0].copy_(total(loss.detach() for loss in losses))
+        # Filled: copying a tensor of ours there would wait for a GPU.
         for i, value in enumerate((batch.count, len(shards), flags.stop, flags.save), 1):
-            tail[i].fill_(float(value))
-        torch.add(before, rest, out=rest)
+            scalars[i].fill_(float(value))
+        torch.add(before, head, out=head)
 
-    def _apart(self, replica: Replica, batch: Batch) -> list[Tensor]:
-        """The losses of shards that go through the model together, each by itself."""
+    def _losses(self, replica: Replica, batch: Batch) -> list[Tensor]:
+        """The loss of each shard, a scalar, when several go through the model together."""
         outputs, sizes = replica.forward(*batch.inputs), list(batch.sizes)
         losses = []
         for part, targets in zip(torch.split(outputs, sizes), torch.split(batch.targets, sizes), strict=True):
@@ -311,7 +332,7 @@ class Stepper:
     def autocast(self) -> AbstractContextManager[object]:
         """The precision that the configuration asks for, in this thread."""
         if self.config.precision == "bf16":
-            # The cache of cast weights is one for all threads: a lane that ends empties it under the others, and a
+            # All threads share one cache of cast weights: a replica that ends empties it under the others, and a
             # weight that is then cast twice rounds its gradient twice.
             return torch.autocast(self.runtime.device.type, torch.bfloat16, cache_enabled=False)
         return nullcontext()
@@ -323,7 +344,7 @@ class Stepper:
         found = [self.recurrent_states[shard] for shard in shards]
         if len(found) == 1:
             return found[0]
-        return {name: torch.cat([c[name] for c in found], self.workload.batch_dim) for name in found[0]}
+        return {name: torch.cat([one[name] for one in found], self.workload.batch_dim) for name in found[0]}
 
     def _keep_states(self, shards: range, sizes: Sequence[int], after: RecurrentState) -> None:
         if len(shards) == 1:
@@ -336,7 +357,7 @@ class Stepper:
 
 
 def touched(workload: Workload, layout: ParameterLayout, device: torch.device, epoch: int, step: int) -> list[Touched]:
-    """The parts of a step's row that are zero but for some rows."""
+    """The parameters of which a step touches some rows only, and these rows."""
     rows = workload.touched_rows(epoch, step)
     return layout.touched({name: upload(r, device) for name, r in rows.items()})
 

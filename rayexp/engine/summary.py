@@ -1,4 +1,4 @@
-"""The layer table of a model: output sizes, parameters, FLOPs; on PyTorch's meta device, so without arithmetic."""
+"""The layer table of a model (output sizes, parameters, FLOPs), found on PyTorch's meta device without arithmetic."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from rayexp.engine.workload import Workload
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One module that the forward pass goes through.
+    """One module that the forward pass calls.
 
     Attributes:
         name: dotted; empty for the whole model.
         kind: the module's class; a ResNet's stages also by their name in He et al. 2016 (conv2_x).
-        output: its last output for one sample: HxWxC of a map, else the sizes without the batch dimension.
-        parameters: trainable ones, those of the modules within counted.
-        flops: forward, for one sample, a multiply-add counted as two; modules within counted.
-        depth: 0 for the whole model, 1 for what it calls itself, and so on.
+        output: size of its last output for one sample: HxWxC of a map, otherwise without the batch dimension.
+        parameters: number of trainable parameters, those of inner modules included.
+        flops: floating-point operations of the forward pass for one sample, inner modules included; a multiply-add
+            counts as two.
+        depth: number of listed modules that contain this one; 0 for the whole model.
     """
 
     name: str
@@ -34,10 +35,10 @@ class Layer:
 
 
 def layers(workload: Workload) -> list[Layer]:
-    """All layers in the order of the model's definition; the whole model comes last.
+    """The layers in the order of the model's definition, the whole model last.
 
-    One pass over `workload.example()`: one image, or one column of one window. Modules that it does not call are left
-    out.
+    Makes one pass over `workload.example()` (one image, or one column of one window) and leaves out modules that it
+    does not call.
     """
     model = workload.model().eval().to("meta")
     outputs: dict[str, Tensor] = {}

@@ -1,9 +1,9 @@
-"""Epochs and steps as a generator: it yields what happened, and the caller writes, shows or stops.
+"""The training loop as a generator: it yields what happened, and the caller writes, shows or stops.
 
-session = Session(config, workload, group, place)
-session.load(state)                              # when a run goes on
-for event in session.train(wish):
-    StepDone    after every step                 (session.state() is what a snapshot needs)
+trainer = Trainer(config, workload, group, runtime)
+trainer.load(state)                              # when a run continues
+for event in trainer.train(flags):
+    StepDone    after every step                 (trainer.state() is what a snapshot needs)
     EpochDone   after every epoch                (its record still lacks the hashes, which the writer adds)
 """
 
@@ -37,13 +37,15 @@ class StepDone:
 
     Attributes:
         epoch: counts from 1.
-        step: steps done in this epoch, of `steps`.
+        step: steps done in this epoch.
+        steps: steps of an epoch.
         loss: mean loss of the step.
-        rate: samples per second of this step.
-        count: samples of this step over all workers; `count / rate` is its wall-clock.
-        first: this process's first step.
-        save: a worker wished for a snapshot; every worker sees the same.
-        stopped: the run ends here, because a worker wished it.
+        rate: samples (images or tokens) per second.
+        count: samples of the step over all workers; `count / rate` is its wall-clock in seconds.
+        seconds: seconds of this worker by phase.
+        first: whether it is this process's first step.
+        save: a worker asked for a snapshot; the same on every worker.
+        stopped: the run ends here, because a worker asked for it.
     """
 
     epoch: int
@@ -60,14 +62,30 @@ class StepDone:
 
 @dataclass(frozen=True, slots=True)
 class EpochDone:
-    """An epoch has ended. `record` has no hashes yet."""
+    """An epoch has ended.
+
+    Attributes:
+        record: the epoch's record, still without hashes.
+        predictions: on the whole validation data.
+    """
 
     record: EpochRecord
     predictions: Predictions
 
 
 class Trainer:
-    """A run in memory: the master weights, the optimizer, and where the run stands."""
+    """A run in memory: the weights, the optimizer, and how far it has come.
+
+    Attributes:
+        layout: where tensors lie in the flat buffers.
+        master: the weights and running statistics.
+        optimizer, stepper, schedule: what updates the weights, runs a step, and gives the learning rate.
+        eval_models: a model in eval mode for each replica, always with the current weights.
+        steps: optimizer steps of an epoch.
+        epoch: finished epochs.
+        step: finished steps of the present epoch.
+        loss_sum, loss_count: sum of the loss and number of loss terms so far in the present epoch.
+    """
 
     def __init__(self, config: ExperimentConfig, workload: Workload, group: WorkerGroup, runtime: Runtime) -> None:
         self.config, self.workload, self.group, self.runtime = config, workload, group, runtime
@@ -80,8 +98,7 @@ class Trainer:
         self.eval_models = [self.master.eval_model() for _ in range(runtime.replicas)]
         self.steps = workload.steps()
         self.schedule = Schedule(config, self.steps)
-        self.epoch = 0  # finished epochs
-        self.step = 0  # finished steps of the present epoch
+        self.epoch = self.step = 0
         self.loss_sum, self.loss_count = 0.0, 0
 
     @property
@@ -92,13 +109,13 @@ class Trainer:
     # ------------------------------------------------------------------ state
 
     def state(self) -> State:
-        """Everything needed to go on from here, as views. Inside an epoch, every worker must call it (carried state is
-        gathered)."""
+        """Everything needed to continue from here, as views. Within an epoch every worker must call it, since recurrent
+        states are gathered."""
         state = self.replicated()
         return State(state.fields, state.tensors | self._gather_recurrent_states()) if self.step else state
 
     def replicated(self) -> State:
-        """`state` without what only the worker of a shard has."""
+        """`state` without the recurrent states, which only the worker of a shard has."""
         tensors: dict[str, Tensor] = {f"model.{n}": t for n, t in self.master.tensors(self.global_step).items()}
         for buffer, flat in self.optimizer.state.items():
             tensors |= {f"optimizer.{buffer}.{n}": t for n, t in self.master.named(flat)}
@@ -114,7 +131,7 @@ class Trainer:
         return State(fields, tensors)
 
     def load(self, state: State) -> None:
-        """Go on from a state.
+        """Continue from a state.
 
         Raises:
             RunError: the state is of another model or another length of epoch, or lacks something.
@@ -135,14 +152,12 @@ class Trainer:
             self.schedule.load(fields["schedule"])
         except (KeyError, TypeError) as error:
             raise RunError(f"checkpoint: its state.json lacks what a resume needs ({error})") from error
-        recurrent_states: dict[int, dict[str, Tensor]] = {}
+        recurrent: dict[int, dict[str, Tensor]] = {}
         for name, tensor in state.tensors.items():
             if name.startswith("carry."):
                 _, shard, rest = name.split(".", 2)
-                recurrent_states.setdefault(int(shard), {})[rest] = tensor.to(self.runtime.device)
-        self.stepper.recurrent_states = {
-            shard: recurrent_states[shard] for shard in self.stepper.shards if shard in recurrent_states
-        }
+                recurrent.setdefault(int(shard), {})[rest] = tensor.to(self.runtime.device)
+        self.stepper.recurrent_states = {shard: recurrent[shard] for shard in self.stepper.shards if shard in recurrent}
 
     def _gather_recurrent_states(self) -> dict[str, Tensor]:
         mine = {
@@ -161,7 +176,7 @@ class Trainer:
         """Run what is left of the configured epochs.
 
         Args:
-            wish: asked before every step on every worker.
+            flags: returns what this worker asks for; called before every step.
 
         Raises:
             RunError: the loss is no longer finite.

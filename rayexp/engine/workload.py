@@ -1,10 +1,11 @@
-"""What the engine asks of a workload. `workloads/` holds the answers; nothing else in the engine knows images or words.
+"""The protocol that a workload implements: its model, data, loss and predictions. The engine knows nothing else of
+images or words.
 
-Index glossary, used in all of the engine:
+Indices, named alike in all of the engine:
     epoch    counts from 1
     step     optimizer step within the epoch, from 0; `global_step` counts over all epochs
     shard    logical part of a batch, 0 .. config.shards-1; always the same samples, whoever computes it
-    stream   part of the validation data that is judged front to back, 0 .. val_streams-1; fixed by the configuration
+    stream   part of the validation data that is evaluated front to back, 0 .. val_streams-1; fixed by the configuration
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from rayexp.config import ExperimentConfig
 from rayexp.runs.records import Predictions
 
 RecurrentState = dict[str, Tensor]
-"""State that one shard hands from a step to the next (a recurrent net's hidden state); empty where there is none."""
+"""What a shard hands from a step to the next (the hidden state of a recurrent net), by name; empty where there is none.
+The samples lie along the workload's `batch_dim`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +32,9 @@ class Batch:
     """The samples of some consecutive shards, on the device.
 
     Attributes:
-        inputs: arguments of the model's forward, the samples in shard order.
-        targets: int64, one per sample or token.
-        sizes: samples (language: columns) of each shard, in order; their sum is the batch dimension.
+        inputs: arguments of the model's forward, with the samples in the order of the shards.
+        targets: int64[count], the class of each image, or the next word of each token.
+        sizes: samples (images, or columns of text) of each shard; their sum is the size of the batch dimension.
         count: number of loss terms (images, or tokens).
     """
 
@@ -43,67 +45,72 @@ class Batch:
 
 
 class Workload(Protocol):
-    """A model, its data, its loss and its judge. Built by `open(config)`; cheap to build in every process."""
+    """A model, its data, its loss and its predictions. `workloads.open_workload(config)` makes one in every process, so
+    that must be cheap."""
 
     unit: str
     """What throughput counts: `images` or `tokens`."""
     batch_dim: int
-    """The dimension of activations along which samples lie (0 for images, 1 for [time, column, feature])."""
+    """The dimension of activations along which samples lie: 0 for images, 1 for [time, columns, features]."""
 
     shares_buffer: bool
-    """Whether a second shard's gradients may be added to a first one's where they lie: backward completes each
-    parameter's gradient before it adds it, by autograd or by itself (see engine.flat.Replica). False: every shard has
-    zeroed ones of its own."""
+    """Whether a shard's gradients may be added to another shard's in one gradient buffer. That takes a backward pass
+    that adds each parameter's gradient once, when it is complete (see engine/gradients.py, ReplicaModel). False: every
+    shard gets a zeroed buffer of its own."""
 
     together: bool
-    """Whether the shards of a pass may go through the model together: it has one input and one output, along whose
-    first dimension the samples lie, nothing is carried, and there is one loss term a sample."""
+    """Whether several shards may go through the model in one pass. That takes a model with one input and one output,
+    samples along the first dimension of both, no recurrent state, and one loss term for each sample."""
 
     def __init__(self, config: ExperimentConfig) -> None:
-        """Open the data and check the configuration (UserError)."""
+        """Open the data and check the configuration.
+
+        Raises:
+            UserError: the configuration or the data does not fit.
+        """
 
     def model(self) -> nn.Module:
-        """A freshly initialised model on the CPU; every draw comes from (seed, "init")."""
+        """A freshly initialised model on the CPU; all draws come from (seed, "init")."""
 
     def steps(self) -> int:
         """Optimizer steps of an epoch."""
 
     def batch(self, epoch: int, step: int, shards: range, device: torch.device) -> Batch:
-        """The training samples of consecutive shards, augmented; never depends on the number of workers.
+        """The augmented training samples of consecutive shards, whatever the number of workers.
 
-        Called for one shard or a few of them under `exact`, for all of a worker's shards at once under `ddp`.
+        Called for one shard or a few of them with `exact`, for all of a worker's shards at once with `ddp`.
         """
 
     def sizes(self, step: int, shards: range) -> tuple[int, ...]:
-        """The `sizes` of that batch, in any epoch."""
+        """`Batch.sizes` of these shards of a step, in any epoch."""
 
     def initial_state(self, size: int, device: torch.device) -> RecurrentState:
-        """The carried state at the start of an epoch for a shard of that many samples; the batch dimension is
-        `batch_dim` of each tensor."""
+        """The recurrent state of a shard of `size` samples at the start of an epoch."""
 
     def loss(self, model: nn.Module, batch: Batch, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
-        """SUM of the loss over the batch (a scalar that can be differentiated) and the state handed on (detached)."""
+        """The SUM of the loss over the batch, a scalar to differentiate, and the recurrent state after it, detached."""
 
     def touched_rows(self, epoch: int, step: int) -> Mapping[str, NDArray[np.int64]]:
-        """Parameters whose gradient is zero outside some rows, and these rows of the global batch, sorted. Always the
-        same parameters; they follow from the configuration, so no worker need be told. Only these rows travel."""
+        """The rows int64[k] that a step of the global batch touches, sorted, by name of a parameter whose gradient is
+        zero in all other rows (an embedding). Only these rows are exchanged. The parameters are always the same; all
+        follows from the configuration and the data, so workers need not tell each other."""
 
     def val_streams(self) -> int:
         """Number of streams into which the validation data is cut."""
 
     def predict(self, model: nn.Module, stream: int, device: torch.device) -> Mapping[str, NDArray[Any]]:
-        """The prediction arrays (see records.Predictions) of one stream; the model is in eval mode, no grad."""
+        """The prediction arrays of one stream (see records.Predictions). The model is in eval mode, without grad."""
 
     def predictions(self, parts: Sequence[Mapping[str, NDArray[Any]]]) -> Predictions:
-        """All streams' arrays, in stream order, put together."""
+        """Put the arrays of all streams, in their order, together."""
 
     def metrics(self, predictions: Predictions) -> dict[str, float]:
-        """`val_loss` and the workload's own (`acc1`, `acc5` in percent; `ppl`), in float64."""
+        """`val_loss` and the workload's own metrics: `acc1` and `acc5` in percent, or `ppl`. Computed in float64."""
 
     def describe(self) -> dict[str, Any]:
-        """data.json: what a reader of the run needs to know of the data without having it. `kind` (images, tokens),
-        `train_samples`, `val_samples`, `train_sha`, `val_sha`, and `classes` + `val_names`, or `vocabulary`; `layout`,
-        in a line, where there was a choice of what to take for which split."""
+        """The content of data.json, which describes the data to a reader who does not have it: `kind` (images or
+        tokens), `train_samples`, `val_samples`, `train_sha`, `val_sha`; `classes` and `val_names`, or `vocabulary`; and
+        `layout`, one line, where there was a choice of what to take for which split."""
 
     def example(self) -> tuple[Any, ...]:
-        """Example inputs for the layer table and the model graph (batch of 1)."""
+        """Inputs of the model's forward for one sample, for the layer table and the model graph."""

@@ -1,4 +1,4 @@
-"""The table of workloads. A further one is one file here, one line in the table, and one YAML in configs/."""
+"""The workloads. A further one is a folder here, a line in the table (config/components.py), and a YAML in configs/."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ if TYPE_CHECKING:
 
 
 def open_workload(config: ExperimentConfig) -> Workload:
-    """The workload that a configuration names, its data opened and its options checked (UserError)."""
+    """The workload that a configuration names, with its data opened and its options checked.
+
+    Raises:
+        UserError: the configuration or the data does not fit.
+    """
     module, _, name = WORKLOADS[config.workload].partition(":")
     workload: Workload = getattr(importlib.import_module(module), name)(config)
     return workload

@@ -47,7 +47,7 @@ def small(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., Exper
 @pytest.fixture
 def session() -> Callable[[ExperimentConfig], Trainer]:
     def make(config: ExperimentConfig) -> Trainer:
-        settled = runtime.configure(config, torch.device("cpu"), config.shards)
-        return Trainer(config, open_workload(config), WorkerGroup(), settled)
+        here = runtime.configure(config, torch.device("cpu"), config.shards)
+        return Trainer(config, open_workload(config), WorkerGroup(), here)
 
     return make

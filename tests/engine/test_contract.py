@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from rayexp.config import ExperimentConfig, parse
 from rayexp.engine import checkpoint
-from rayexp.engine.cpu.small_map import shorten
 from rayexp.engine.rng import Dropout
 from rayexp.engine.step import Stepper
 from rayexp.engine.trainer import StepDone, Trainer
@@ -47,7 +46,6 @@ def train(session: Open, monkeypatch: pytest.MonkeyPatch) -> Train:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 made = make()
-            shorten(made)
             return made.to(memory_format=torch.channels_last)
 
         monkeypatch.setattr(ImageClassification, "model", model)
@@ -224,7 +222,7 @@ def test_a_weight_of_several_names_is_trained_under_all_of_them(train: Train) ->
 
 
 class Recurring(nn.Module):
-    """One convolution used twice, on maps where its gradient goes tap by tap, or the short way."""
+    """One convolution used twice, on maps where its gradient goes tap by tap, or as products."""
 
     def __init__(self, size: int, norm: nn.Module) -> None:
         super().__init__()
@@ -240,7 +238,9 @@ class Recurring(nn.Module):
 
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("norm", [nn.Identity(), nn.GroupNorm(4, 192)])
-def test_a_convolution_that_runs_twice_has_the_same_bits_on_any_lane(train: Train, size: int, norm: nn.Module) -> None:
+def test_a_convolution_that_runs_twice_has_the_same_bits_on_any_replica(
+    train: Train, size: int, norm: nn.Module
+) -> None:
     found = {sha(train(lambda: Recurring(size, norm), scaling={"lanes": lanes})) for lanes in (1, 2, 4)}
     assert len(found) == 1
 

@@ -20,15 +20,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from rayexp.engine import order
-from rayexp.engine.exchange import Assembly, Exchange
+from rayexp.engine.exchange import Assembly, Exchange, ExchangePlan
+from rayexp.engine.gradients import GradientBuffer, ParameterLayout
 from rayexp.engine.group import WorkerGroup
 from rayexp.engine.reduction import Forest
 
 CPU = torch.device("cpu")
-UNIT = 8  # every number of workers divides the parts of a row
+UNIT = 8  # every number of workers divides the parts of a buffer
 PATIENCE = 30.0
 
 
@@ -104,7 +105,7 @@ class Worker(WorkerGroup):
         super().__init__(rank, world)
         object.__setattr__(self, "office", office)
 
-    def staged(self, row: Tensor) -> bool:
+    def staged(self, tensor: Tensor) -> bool:
         return False
 
     def _swap(self, kind: int, sent: Sequence[Tensor], received: Tensor) -> Any:
@@ -195,7 +196,7 @@ def test_any_order_of_arrival_gives_the_trees_bits(
 
 
 class Steps:
-    """Stands for the plan of a model (exchange.Plan): parameters that lie one after another, and where they lie."""
+    """Stands for the plan of a model (ExchangePlan): parameters that lie one after another, and where they lie."""
 
     def __init__(self, sizes: Sequence[int], buckets: Sequence[slice], leaving: Sequence[int]) -> None:
         edges = np.cumsum([0, *sizes])
@@ -232,8 +233,8 @@ def test_replicas_that_pass_parameters_in_any_order(
             shard = order.share(shards, world, group.rank).start + number
             assembly.held[number] = [((0, shard), _Held(torch.from_numpy(leaves[shard].copy())))]  # type: ignore[list-item]
             for parameter in passing[group.rank][number]:
-                assembly.passed(number, parameter)
-            assembly.ended(number)
+                assembly.gradient_ready(number, parameter)
+            assembly.pass_ended(number)
 
         threads = [threading.Thread(target=replica, args=(number,)) for number in range(replicas)]
         for thread in threads:
@@ -249,7 +250,7 @@ def test_replicas_that_pass_parameters_in_any_order(
 
 @dataclass(frozen=True)
 class _Held:
-    """Stands for a flat.Row."""
+    """Stands for a GradientBuffer."""
 
     tensor: Tensor
 
@@ -314,3 +315,45 @@ def test_the_order_of_addition_shows_in_the_bits() -> None:
     leaves = rows(1, 8, 100)
     assert not np.array_equal(tree(leaves), np.add.reduce(leaves))
     assert not np.array_equal(tree(leaves), tree(np.roll(leaves, 1, 0)))
+
+
+def test_the_plan_of_a_model() -> None:
+    """Buckets of 32 elements over the head, the first layer's weight and bias, and the last layer's weight."""
+    model = nn.Sequential(nn.Linear(4, 16), nn.Linear(16, 2, bias=False))
+    layout = ParameterLayout(model, 1)
+    assert (layout.head_size, [(slot.start, slot.size) for slot in layout.params]) == (
+        16,
+        [(0, 64), (64, 16), (80, 32)],
+    )
+    exchange = Exchange(WorkerGroup(), 1, layout.buffer_size, CPU, bucket=32)
+    plan = ExchangePlan(layout, exchange)
+    assert exchange.buckets == [slice(0, 32), slice(32, 64), slice(64, 96), slice(96, 128)]
+    assert plan.of == [[0, 1, 2], [2], [3]]
+    assert plan.waits == [2, 1, 2, 1]
+    assert plan.order == [3, 1, 2, 0]  # backwards through the model, and last what is known only after the pass
+
+
+def test_a_bucket_leaves_as_soon_as_all_replicas_have_its_gradients() -> None:
+    model = nn.Sequential(nn.Linear(4, 16), nn.Linear(16, 2, bias=False))
+    layout = ParameterLayout(model, 2)
+    sent: list[int] = []
+
+    class Sending(Exchange):
+        def send(self, bucket: int, parts: Sequence[Tensor]) -> None:
+            sent.append(bucket)
+
+    exchange = Sending(Worker(0, 2, PostOffice(0)), 4, layout.buffer_size, CPU, bucket=32)
+    plan = ExchangePlan(layout, exchange)
+    assembly = Assembly(plan, exchange, 2, (), _one_by_one(2))
+    for replica in (0, 1):
+        assembly.held[replica] = [((0, replica), GradientBuffer(layout, CPU))]
+    seen = []
+    for parameter in (2, 1, 0):
+        for replica in (0, 1):
+            assembly.gradient_ready(replica, parameter)
+            seen.append(list(sent))
+    assert (plan.of, plan.order) == ([[1, 2], [3], [4]], [4, 1, 2, 3, 0])
+    assert seen == [[], [4], [4], [4], [4], [4, 1, 2, 3]]  # 3 is ready before 1, but leaves in the plan's order
+    for replica in (0, 1):
+        assembly.pass_ended(replica)
+    assert sent == plan.order

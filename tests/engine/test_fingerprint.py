@@ -21,15 +21,15 @@ import json, torch
 from rayexp.config import ExperimentConfig
 from rayexp.engine import runtime
 from rayexp.engine.fingerprint import fingerprint
-with runtime.configure(ExperimentConfig(), torch.device("cpu"), 8) as settled:
-    print(json.dumps(fingerprint(settled)))
+with runtime.configure(ExperimentConfig(), torch.device("cpu"), 8) as here:
+    print(json.dumps(fingerprint(here)))
 """
 
 
 def taken(lanes: int = 1) -> dict[str, Any]:
     config = parse({"scaling": {"lanes": lanes}}, ExperimentConfig, "test")
-    with runtime.configure(config, torch.device("cpu"), 8) as settled:
-        return fingerprint(settled)
+    with runtime.configure(config, torch.device("cpu"), 8) as here:
+        return fingerprint(here)
 
 
 def elsewhere(**env: str) -> dict[str, Any]:

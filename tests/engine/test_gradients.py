@@ -1,4 +1,4 @@
-"""Flat buffers: where tensors lie, what looks into them, and what a replica leaves in a row."""
+"""Flat buffers: where tensors lie, what looks into them, and what a replica leaves in a buffer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rayexp.engine.gradients import TAIL, GradientBuffer, Master, ParameterLayout, ReplicaModel
+from rayexp.engine.gradients import SCALARS, GradientBuffer, Master, ParameterLayout, ReplicaModel
 from rayexp.errors import UserError
 
 CPU = torch.device("cpu")
@@ -51,15 +51,15 @@ def test_where_tensors_lie(everywhere: bool, shards: int) -> None:
         decayed = everywhere or model.get_parameter(slot.name).ndim > 1
         assert (slot.start < layout.decayed) == decayed
     assert layout.size >= end
-    assert layout.size % shards == layout.row % shards == 0
-    assert len(TAIL) <= 16
-    assert layout.head >= 16 + layout.stats_size
+    assert layout.size % shards == layout.buffer_size % shards == 0
+    assert len(SCALARS) <= 16
+    assert layout.head_size >= 16 + layout.stats_size
     assert [slot.name for slot in layout.stats] == ["norm.running_mean", "norm.running_var"]
-    row = torch.arange(float(layout.row))
-    assert layout.tail(row).tolist() == list(range(len(TAIL)))
-    assert layout.batch_stats(row).tolist() == list(range(16, 16 + layout.stats_size))
-    assert layout.gradient(row).tolist() == list(range(layout.head, layout.row))
-    assert layout.rest(row).tolist() == list(range(layout.head))
+    buffer = torch.arange(float(layout.buffer_size))
+    assert layout.scalars(buffer).tolist() == list(range(len(SCALARS)))
+    assert layout.batch_stats(buffer).tolist() == list(range(16, 16 + layout.stats_size))
+    assert layout.gradient(buffer).tolist() == list(range(layout.head_size, layout.buffer_size))
+    assert layout.head(buffer).tolist() == list(range(layout.head_size))
 
 
 def test_weights_of_another_type_are_refused() -> None:
@@ -98,12 +98,12 @@ def test_running_statistics_take_the_mean_over_shards() -> None:
     model = nn.Sequential(nn.BatchNorm2d(3, momentum=0.3), nn.BatchNorm1d(2), nn.BatchNorm1d(2, momentum=None))
     layout = ParameterLayout(model, 2)
     master = Master(model, layout, CPU)
-    row = torch.zeros(layout.row)
-    sums = {slot.name: slot.view(layout.batch_stats(row)) for slot in layout.stats}
+    buffer = torch.zeros(layout.buffer_size)
+    sums = {slot.name: slot.view(layout.batch_stats(buffer)) for slot in layout.stats}
     sums["0.running_mean"].fill_(6.0)
     sums["1.running_var"].fill_(8.0)
     sums["2.running_var"].fill_(8.0)
-    master.update_stats(row, 4)
+    master.update_stats(buffer, 4)
     found = master.tensors(0)
     torch.testing.assert_close(found["0.running_mean"], torch.full((3,), 0.3 * 6 / 4))
     torch.testing.assert_close(found["0.running_var"], torch.full((3,), 0.7))
@@ -112,34 +112,34 @@ def test_running_statistics_take_the_mean_over_shards() -> None:
 
 
 def one_pass(
-    replica: ReplicaModel, layout: ParameterLayout, row: GradientBuffer, x: Tensor, spare: bool
+    replica: ReplicaModel, layout: ParameterLayout, buffer: GradientBuffer, x: Tensor, spare: bool
 ) -> dict[str, Tensor]:
-    """What the row holds after it."""
+    """What the buffer holds after it."""
     replica.module(x, spare).square().sum().backward()
     replica.finish_pass()
-    return dict(zip([slot.name for slot in layout.params], row.gradients, strict=True))
+    return dict(zip([slot.name for slot in layout.params], buffer.gradients, strict=True))
 
 
 @pytest.mark.parametrize("zeroed", [True, False])
-def test_a_replica_leaves_its_gradients_and_statistics_in_the_row(zeroed: bool) -> None:
+def test_a_replica_leaves_its_gradients_and_statistics_in_the_buffer(zeroed: bool) -> None:
     """Over what was there before, or added to zeros; and zeros for the parameters that a pass does not use."""
     model = net()
     layout = ParameterLayout(model, 2)
     master = Master(model, layout, CPU)
-    replica, row = ReplicaModel(master), GradientBuffer(layout, CPU)
+    replica, buffer = ReplicaModel(master), GradientBuffer(layout, CPU)
     assert replica.module.training
     completed: list[int] = []
     replica.watch(completed.append)
     x = torch.randn(6, 3, 5, 5)
     for spare in (True, False):
         if zeroed:
-            row.tensor.zero_()
+            buffer.tensor.zero_()
         else:
-            layout.gradient(row.tensor).fill_(7.0)
-            row.clear(())
-        replica.bind(row, None if zeroed else set())
+            layout.gradient(buffer.tensor).fill_(7.0)
+            buffer.clear(())
+        replica.bind(buffer, None if zeroed else set())
         completed.clear()
-        found = one_pass(replica, layout, row, x, spare)
+        found = one_pass(replica, layout, buffer, x, spare)
         true = net().train()
         true.norm.momentum = 1.0
         true(x, spare).square().sum().backward()
@@ -149,23 +149,23 @@ def test_a_replica_leaves_its_gradients_and_statistics_in_the_row(zeroed: bool) 
                 torch.testing.assert_close(found[name], wanted, msg=lambda m, n=name: f"{n}: {m}")
         used = {i for i, slot in enumerate(layout.params) if true.get_parameter(slot.name).grad is not None}
         assert set(completed) == used
-        for slot, stat in zip(layout.stats, row.stats, strict=True):
+        for slot, stat in zip(layout.stats, buffer.stats, strict=True):
             torch.testing.assert_close(stat, true.get_buffer(slot.name))
-    # A second pass into the same row is added.
+    # A second pass into the same buffer is added.
     once = {name: tensor.clone() for name, tensor in found.items()}
-    twice = one_pass(replica, layout, row, x, False)
+    twice = one_pass(replica, layout, buffer, x, False)
     for name, tensor in once.items():
         torch.testing.assert_close(twice[name], 2 * tensor)
 
 
-def test_a_row_is_cleared_where_it_was_touched() -> None:
+def test_a_buffer_is_cleared_where_it_was_touched() -> None:
     layout = ParameterLayout(nn.Embedding(10, 4), 2)
-    row = GradientBuffer(layout, CPU)
-    row.clear(layout.touched({"weight": torch.tensor([2, 5])}))
-    row.tensor.fill_(3.0)
-    row.clear(layout.touched({"weight": torch.tensor([7])}))
-    (gradient,) = row.gradients
+    buffer = GradientBuffer(layout, CPU)
+    buffer.clear(layout.touched({"weight": torch.tensor([2, 5])}))
+    buffer.tensor.fill_(3.0)
+    buffer.clear(layout.touched({"weight": torch.tensor([7])}))
+    (gradient,) = buffer.gradients
     assert (gradient == 0).all(1).nonzero()[:, 0].tolist() == [2, 5]
-    assert not row.rest.any()
-    row.clear(())
+    assert not buffer.head.any()
+    buffer.clear(())
     assert (gradient == 0).all(1).nonzero()[:, 0].tolist() == [2, 5, 7]

@@ -39,14 +39,14 @@ def test_rows_without_a_gradient_are_passed_over_where_they_stay_as_they_are(
 
         update = Optimizer(config, layout, master.params, touched([]) if sparse else ()).update
         for step, rows in enumerate([[1, 4], [], [4, 49]]):
-            row = torch.zeros(layout.row)
+            buffer = torch.zeros(layout.buffer_size)
             for slot in layout.params:
-                view = slot.view(layout.gradient(row))
+                view = slot.view(layout.gradient(buffer))
                 if slot.name == name:
                     view[rows] = torch.randn(len(rows), 5)
                 else:
                     view.copy_(torch.randn(slot.shape))
-            update(row, 10, 0.1, step + 1, runtime, touched(rows) if sparse else ())
+            update(buffer, 10, 0.1, step + 1, runtime, touched(rows) if sparse else ())
         found.append(dict(master.named(master.params)))
     for (name, mine), wanted in zip(found[0].items(), found[1].values(), strict=True):
         torch.testing.assert_close(mine, wanted, rtol=0 if clip is None else 1e-6, atol=0 if clip is None else 1e-7)

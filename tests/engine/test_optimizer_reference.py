@@ -54,7 +54,7 @@ def gradients(model: nn.Module, step: int) -> dict[str, Tensor]:
 
 
 def reference(config: ExperimentConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """torch.optim's own over float64 copies, no decay on one-dimensional parameters where it is not wished."""
+    """torch.optim's own over float64 copies, no decay on one-dimensional parameters where that is not configured."""
     o = config.optimizer
     thin = [p for p in model.parameters() if p.ndim == 1]
     thick = [p for p in model.parameters() if p.ndim > 1]
@@ -70,7 +70,7 @@ def reference(config: ExperimentConfig, model: nn.Module) -> torch.optim.Optimiz
 
 @functools.cache
 def replicas_of(lanes: int) -> Runtime:
-    """So many lanes, of one thread each."""
+    """So many replicas, of one thread each."""
     return configure(experiment({}, scaling={"lanes": lanes}), torch.device("cpu"), 8, 1)
 
 
@@ -80,11 +80,11 @@ def ours(config: ExperimentConfig, model: nn.Module, lanes: int = LANES) -> tupl
     return master, Optimizer(config, layout, master.params), replicas_of(lanes)
 
 
-def row_of(layout: ParameterLayout, found: dict[str, Tensor]) -> Tensor:
-    row = torch.zeros(layout.row)
+def buffer_of(layout: ParameterLayout, found: dict[str, Tensor]) -> Tensor:
+    buffer = torch.zeros(layout.buffer_size)
     for slot in layout.params:
-        slot.view(layout.gradient(row)).copy_(found[slot.name])
-    return row
+        slot.view(layout.gradient(buffer)).copy_(found[slot.name])
+    return buffer
 
 
 def close(master: Master, flat: Tensor, true: nn.Module, of: Callable[[nn.Parameter], Any], tolerance: float) -> None:
@@ -102,8 +102,8 @@ def follow(config: ExperimentConfig, lanes: int = LANES, tolerance: float = 2e-6
     clipped = 0
     for step in range(STEPS):
         found = gradients(true, step)
-        row = row_of(master.layout, found)
-        optimizer.update(row, COUNT, rate(step), step + 1, runtime)
+        buffer = buffer_of(master.layout, found)
+        optimizer.update(buffer, COUNT, rate(step), step + 1, runtime)
         for name, parameter in true.named_parameters():
             parameter.grad = found[name].double() / COUNT
         if config.optimizer.clip is not None:
@@ -113,7 +113,7 @@ def follow(config: ExperimentConfig, lanes: int = LANES, tolerance: float = 2e-6
             group["lr"] = rate(step)
         theirs.step()
         close(master, master.params, true, lambda p: p.detach(), tolerance)
-        close(master, master.layout.gradient(row), true, lambda p: p.grad, 1e-6)
+        close(master, master.layout.gradient(buffer), true, lambda p: p.grad, 1e-6)
     if config.optimizer.clip is not None:
         assert 0 < clipped < STEPS
     for buffer, flat in optimizer.state.items():
@@ -150,7 +150,7 @@ def test_the_first_steps_of_adamw_are_corrected_for_their_bias() -> None:
     master, optimizer, runtime = ours(experiment({"name": "adamw", "eps": 1e-30}, weight_decay=0.0), model)
     before = {name: p.clone() for name, p in master.named(master.params)}
     found = gradients(model, 0)
-    optimizer.update(row_of(master.layout, found), COUNT, 0.01, 1, runtime)
+    optimizer.update(buffer_of(master.layout, found), COUNT, 0.01, 1, runtime)
     for name, mine in master.named(master.params):
         torch.testing.assert_close(mine, before[name] - 0.01 * found[name].sign(), rtol=1e-5, atol=1e-6)
 
@@ -180,7 +180,7 @@ def test_an_embedding_whose_touched_rows_alone_are_updated(clip: float | None, m
         return layout.touched({"1.weight": torch.tensor(rows, dtype=torch.int64)})
 
     optimizer = Optimizer(config, layout, master.params, touched([]))
-    assert optimizer.rows_alone == (momentum == 0)
+    assert optimizer.sparse == (momentum == 0)
     runtime = replicas_of(LANES)
     theirs = torch.optim.SGD(true.parameters(), lr=1.0, momentum=momentum)
     generator = torch.Generator().manual_seed(1)
@@ -188,7 +188,7 @@ def test_an_embedding_whose_touched_rows_alone_are_updated(clip: float | None, m
         rows = sorted({int(i) for i in torch.randint(40, (step % 5,), generator=generator)})
         found = {n: COUNT * torch.randn(p.shape, generator=generator) for n, p in model.named_parameters()}
         found["1.weight"][[i for i in range(40) if i not in rows]] = 0
-        optimizer.update(row_of(layout, found), COUNT, rate(step), step + 1, runtime, touched(rows))
+        optimizer.update(buffer_of(layout, found), COUNT, rate(step), step + 1, runtime, touched(rows))
         for name, parameter in true.named_parameters():
             parameter.grad = found[name].double() / COUNT
         if clip is not None:
@@ -200,13 +200,13 @@ def test_an_embedding_whose_touched_rows_alone_are_updated(clip: float | None, m
 
 
 def test_what_is_decayed() -> None:
-    """The layout puts matrices first; biases and norms are decayed only where that is wished."""
+    """The layout puts matrices first; biases and norms are decayed only where that is configured."""
     for everywhere, optimizer in itertools.product((True, False), ("sgd", "adamw")):
         words = {"name": optimizer, "momentum": 0.0, "decay_norm_and_bias": everywhere}
         model = net()
         master, update, runtime = ours(experiment(words, weight_decay=0.5), model)
         before = {name: p.clone() for name, p in master.named(master.params)}
-        update.update(torch.zeros(master.layout.row), COUNT, 0.1, 1, runtime)
+        update.update(torch.zeros(master.layout.buffer_size), COUNT, 0.1, 1, runtime)
         for name, mine in master.named(master.params):
             factor = 0.95 if everywhere or mine.ndim > 1 else 1.0
             torch.testing.assert_close(mine, factor * before[name], msg=f"{optimizer} {everywhere} {name}")
@@ -216,13 +216,13 @@ def test_a_tiny_gradient_is_clipped_as_by_torch() -> None:
     """Where the norm is so small that the 1e-6 under it counts."""
     config, model = experiment({"momentum": 0.0, "clip": 2e-6}, weight_decay=0.0), net()
     master, optimizer, runtime = ours(config, model)
-    row = torch.zeros(master.layout.row)
-    row[master.layout.head] = COUNT * 3e-6
-    optimizer.update(row, COUNT, 0.1, 1, runtime)
+    buffer = torch.zeros(master.layout.buffer_size)
+    buffer[master.layout.head_size] = COUNT * 3e-6
+    optimizer.update(buffer, COUNT, 0.1, 1, runtime)
     parameter = nn.Parameter(torch.zeros(1, dtype=torch.float64))
     parameter.grad = torch.tensor([3e-6], dtype=torch.float64)
     nn.utils.clip_grad_norm_([parameter], 2e-6)
-    assert row[master.layout.head].item() == pytest.approx(parameter.grad.item(), rel=1e-4)
+    assert buffer[master.layout.head_size].item() == pytest.approx(parameter.grad.item(), rel=1e-4)
 
 
 def test_a_gradient_that_is_not_finite_is_not_hidden_by_the_clip() -> None:
@@ -230,7 +230,7 @@ def test_a_gradient_that_is_not_finite_is_not_hidden_by_the_clip() -> None:
     master, optimizer, runtime = ours(experiment({"clip": 1.0}), model)
     found = gradients(model, 0)
     found["3.weight"][0, 0] = float("nan")
-    optimizer.update(row_of(master.layout, found), COUNT, 0.1, 1, runtime)
+    optimizer.update(buffer_of(master.layout, found), COUNT, 0.1, 1, runtime)
     assert all(mine.isnan().all() for _, mine in master.named(master.params))
 
 
@@ -238,5 +238,5 @@ def test_a_step_without_samples_moves_nothing() -> None:
     model = net()
     master, optimizer, runtime = ours(experiment({"momentum": 0.0}, weight_decay=0.0), model)
     before = master.params.clone()
-    optimizer.update(row_of(master.layout, gradients(model, 0)), 0, 0.1, 1, runtime)
+    optimizer.update(buffer_of(master.layout, gradients(model, 0)), 0, 0.1, 1, runtime)
     assert torch.equal(master.params, before)

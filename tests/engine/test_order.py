@@ -85,3 +85,9 @@ def test_mix_is_splitmix64() -> None:
         "0x6e789e6aa1b965f4",
         "0x6c45d188009454f",
     ]
+
+
+def test_a_small_rest_joins_the_batch_before_it() -> None:
+    """16 samples give 8 shards two each, which batch statistics need; 15 do not."""
+    assert [order.Cut(n, 32, 8).steps for n in (20, 32, 64, 79, 80, 95, 96)] == [1, 1, 2, 2, 3, 3, 3]
+    assert [len(order.Cut(79, 32, 8).batch(step)) for step in (0, 1)] == [32, 47]

@@ -73,13 +73,15 @@ def test_convolutions_compute_in_it(
     one = session(config(IMAGES, precision, reduction=reduction))
     trained = watch(one.stepper.replicas[0].model.module, nn.Conv2d)
     evaluated = watch(one.eval_models[0], nn.Conv2d)
-    rows: list[Tensor] = []
+    buffers: list[Tensor] = []
     update = Optimizer.update
-    monkeypatch.setattr(Optimizer, "update", lambda self, row, *args: (rows.append(row), update(self, row, *args)))
+    monkeypatch.setattr(
+        Optimizer, "update", lambda self, buffer, *args: (buffers.append(buffer), update(self, buffer, *args))
+    )
     before = one.master.params.clone()
     *_, done = one.train()
     assert trained == evaluated == {wanted}
-    assert {t.dtype for t in (one.master.params, one.master.stats, *one.optimizer.state.values(), *rows)} == {
+    assert {t.dtype for t in (one.master.params, one.master.stats, *one.optimizer.state.values(), *buffers)} == {
         torch.float32
     }
     assert one.stepper.together == (precision == "fp32")

@@ -47,7 +47,7 @@ class Postbox(WorkerGroup):
         object.__setattr__(self, "shared", shared)
         object.__setattr__(self, "meet", barrier)
 
-    def staged(self, row: Tensor) -> bool:
+    def staged(self, tensor: Tensor) -> bool:
         return False
 
     def wait(self) -> None:
@@ -234,7 +234,7 @@ def test_touched_rows_are_added_over_all_workers_too(world: int) -> None:
         shards = order.share(4, world, group.rank)
         rows: Any = [((0, shard), SimpleNamespace(tensor=leaves[shard].clone())) for shard in shards]
         assembly.held[0] = rows
-        assembly.ended(0)
+        assembly.pass_ended(0)
         return assembly.finish()
 
     for result in on_all(world, work):
@@ -260,3 +260,8 @@ def test_buckets_cover_a_row_and_leave_out_what_they_must() -> None:
         covered = [i for b in buckets for i in range(b.start, b.stop)]
         assert covered == [i for i in range(1024) if not (64 <= i < 128 or 640 <= i < 704)]
         assert all((b.stop - b.start) % unit == 0 for b in buckets)
+
+
+@pytest.mark.parametrize(("shards", "root"), [(1, (0, 0)), (2, (1, 0)), (5, (3, 0)), (8, (3, 0))])
+def test_the_root_is_the_first_node_that_covers_all_shards(shards: int, root: tuple[int, int]) -> None:
+    assert forest_nodes(range(shards), shards) == [root]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rayexp.config import ExperimentConfig
-from rayexp.engine import checkpoint
+from rayexp.engine import checkpoint, replica
 from rayexp.engine.trainer import EpochDone, StepDone, Trainer
 
 Make = Callable[..., ExperimentConfig]
@@ -136,3 +136,56 @@ def test_the_loss_falls(small: Make, session: Open) -> None:
     one = session(small(epochs=8))
     epochs = [e.record for e in one.train() if isinstance(e, EpochDone)]
     assert epochs[-1].train_loss < 0.99 * epochs[0].train_loss
+
+
+TIED = {"name": "lstm", "emsize": 16, "nhid": 16, "nlayers": 1, "tied": True}
+
+
+@pytest.mark.parametrize("small", ["language_model"], indirect=True)
+def test_a_tied_matrix_has_the_same_bits_on_any_number_of_replicas(small: Make, session: Open) -> None:
+    """A pass adds to its gradient twice, so shards must not share a buffer. One replica has pairs, eight none."""
+    found = {tuple(shas(session(small(model=TIED, scaling={"lanes": lanes})), 2)) for lanes in (1, 3, 8)}
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("reduction", ["exact", "ddp"])
+def test_gradient_buffers_are_used_again(
+    small: Make, session: Open, monkeypatch: pytest.MonkeyPatch, reduction: str
+) -> None:
+    made = []
+    true = replica.GradientBuffer
+    monkeypatch.setattr(replica, "GradientBuffer", lambda *args: made.append(1) or true(*args))
+    one = session(small(reduction=reduction, scaling={"lanes": 2}))
+    counts = [len(made) for event in itertools.islice(one.train(), 3) if isinstance(event, StepDone)]
+    assert counts[0] > 0
+    assert counts == [counts[0]] * len(counts)
+
+
+@pytest.mark.parametrize("small", ["language_model"], indirect=True)
+def test_what_an_epochs_first_step_exchanges(small: Make, session: Open) -> None:
+    """All of a buffer, but of an embedding only the rows of the words in the first window."""
+    one = session(small())
+    layout = one.layout
+    (part,) = layout.touched({"encoder.weight": torch.arange(0)})
+    first, second = (len(one.workload.touched_rows(1, step)["encoder.weight"]) for step in (0, 1))
+    assert first != second
+    assert one.stepper.exchange_bytes == 4 * (layout.buffer_size - (part.stop - part.start) + first * part.shape[1])
+
+
+@pytest.mark.parametrize("small", ["language_model"], indirect=True)
+def test_an_epoch_that_lacks_only_its_evaluation(small: Make, session: Open) -> None:
+    """A run that was stopped in an epoch's last step: resumed, it tells the rate of that step."""
+    config = small(epochs=2, lr=1.0, schedule={"name": "cosine"})
+    whole = session(config)
+    rates = [whole.schedule.lr(step) for step in range(2 * whole.steps)]
+    for event in whole.train():
+        if whole.step == whole.steps:
+            saved = checkpoint.encode(whole.state())
+        if isinstance(event, EpochDone):
+            break
+    resumed = session(config)
+    resumed.load(checkpoint.decode(saved))
+    done = next(resumed.train())
+    assert isinstance(done, EpochDone)
+    assert (done.record.epoch, done.record.lr) == (1, rates[whole.steps - 1])
+    assert done.record.train_loss == event.record.train_loss

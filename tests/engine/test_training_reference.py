@@ -234,11 +234,11 @@ def test_the_reduced_gradient_is_the_sum_over_all_samples(
     update = Optimizer.update
 
     def spy(
-        self: Optimizer, row: Tensor, count: float, lr: float, step: int, runtime: Runtime, touched: Any = ()
+        self: Optimizer, buffer: Tensor, count: float, lr: float, step: int, runtime: Runtime, touched: Any = ()
     ) -> None:
-        gradient = self.layout.gradient(row).clone()
+        gradient = self.layout.gradient(buffer).clone()
         told.append(({s.name: s.view(gradient) for s in self.layout.params}, count, lr, step))
-        update(self, row, count, lr, step, runtime, touched)
+        update(self, buffer, count, lr, step, runtime, touched)
 
     monkeypatch.setattr(Optimizer, "update", spy)
     for event in session.train():
@@ -258,11 +258,11 @@ def test_every_step_has_the_schedule_s_rate(monkeypatch: pytest.MonkeyPatch) -> 
     update = Optimizer.update
 
     def spy(
-        self: Optimizer, row: Tensor, count: float, lr: float, step: int, runtime: Runtime, touched: Any = ()
+        self: Optimizer, buffer: Tensor, count: float, lr: float, step: int, runtime: Runtime, touched: Any = ()
     ) -> None:
         told.append(lr)
         assert step == len(told)
-        update(self, row, count, lr, step, runtime, touched)
+        update(self, buffer, count, lr, step, runtime, touched)
 
     monkeypatch.setattr(Optimizer, "update", spy)
     one = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=config.lr)
@@ -343,8 +343,8 @@ def test_an_epoch_trains_on_every_sample_once_and_the_next_in_another_order() ->
 def test_a_wish_is_heard_after_its_step() -> None:
     """To save: that step says so, and the run goes on. To stop: that step is the last."""
     session, _ = opened(configured(epochs=2))
-    wishes = iter([ControlFlags(), ControlFlags(save=True), ControlFlags(), ControlFlags(stop=True)])
-    events = [e for e in session.train(lambda: next(wishes)) if isinstance(e, StepDone)]
+    asked = iter([ControlFlags(), ControlFlags(save=True), ControlFlags(), ControlFlags(stop=True)])
+    events = [e for e in session.train(lambda: next(asked)) if isinstance(e, StepDone)]
     assert [(e.save, e.stopped) for e in events] == [(False, False), (True, False), (False, False), (False, True)]
     assert (session.epoch, session.step) == (1, 1)
 

@@ -103,7 +103,7 @@ def test_a_language_model_that_is_not_finite(tiny: Tiny) -> None:
     assert found.equal
     assert not math.isfinite(found.metrics["ppl"])
     with pytest.raises(RunError, match="not finite"):
-        list(text.generate(text.open_writer(made, 1).net, [0], 3))
+        list(text.generate(text.open_generator(made, 1).net, [0], 3))
 
 
 def picture_folder(root: Path, seed: int) -> Path:

@@ -200,7 +200,7 @@ def test_samples_and_epochs_draw_by_themselves() -> None:
 
 
 def test_images_are_normalised_as_torchvision_s_pipeline_does() -> None:
-    """ToTensor and Normalize with ImageNet's numbers; without augmentation, in training and in judging alike."""
+    """ToTensor and Normalize with ImageNet's numbers; without augmentation, in training and in evaluation alike."""
     work = workload(data={"augment": None})
     pixels = torch.from_numpy(work.data.train.read(np.arange(64))).permute(0, 3, 1, 2).float() / 255
     wanted = true.normalize(pixels, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])

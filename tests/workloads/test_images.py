@@ -1,14 +1,12 @@
-"""Image classification: the crop against torchvision's, the short convolution against the long one, the models."""
+"""Image classification: the crop against torchvision's, the models, the predictions."""
 
 from __future__ import annotations
 
-import copy
 import math
 
 import numpy as np
 import pytest
 import torch
-import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -16,9 +14,6 @@ from torch import nn
 
 from rayexp.config import AugmentConfig, ExperimentConfig, parse
 from rayexp.engine import order
-from rayexp.engine.cpu.matmul import product
-from rayexp.engine.cpu.pool_first import pool_first
-from rayexp.engine.cpu.small_map import shorten
 from rayexp.engine.rng import Draws, adopt
 from rayexp.errors import UserError
 from rayexp.runs.records import Predictions
@@ -85,53 +80,6 @@ def test_padding_shifts_and_fills_with_zero() -> None:
     assert (out[:4] == 0).all()
     assert (out[:, :4] == 0).all()
     assert (out[4:, 4:] == 200).all()
-
-
-@pytest.mark.parametrize(("size", "stride"), [(1, 1), (2, 1), (1, 2), (2, 2), (3, 2), (4, 2)])
-@pytest.mark.parametrize(("n", "cin", "cout"), [(1, 8, 8), (5, 16, 24), (32, 64, 64)])
-def test_the_short_convolution_is_the_convolution(n: int, cin: int, cout: int, size: int, stride: int) -> None:
-    torch.manual_seed(n)
-    long = nn.Conv2d(cin, cout, 3, stride, padding=1, bias=False)
-    short = nn.Sequential(nn.Conv2d(cin, cout, 3, stride, padding=1, bias=False))
-    short[0].weight.data.copy_(long.weight)
-    shorten(short)
-    x = torch.randn(n, cin, size, size, requires_grad=True)
-    x2 = x.detach().clone().requires_grad_()
-    grad = torch.randn_like(long(x))
-    long(x).backward(grad)
-    out = short(x2)
-    out.backward(grad)
-    assert type(out.grad_fn).__name__ == "_SmallMapBackward"
-    assert torch.allclose(out, long(x), atol=1e-4)
-    assert x.grad is not None
-    assert x2.grad is not None
-    assert torch.allclose(x2.grad, x.grad, atol=1e-4)
-    assert torch.allclose(short[0].weight.grad, long.weight.grad, atol=1e-4)
-    with torch.no_grad():
-        short[0].weight.mul_(2)
-    short[0].begin_step()
-    assert torch.allclose(short(x2), 2 * out, atol=1e-3)
-
-
-def test_pooling_first_changes_nothing() -> None:
-    torch.manual_seed(1)
-    plain = torchvision.models.resnet18(num_classes=7)
-    swapped = copy.deepcopy(plain)
-    pool_first(swapped)
-    x = torch.randn(4, 3, 64, 64)
-    x[0, :, :32] = 0  # equal pixels: which of them is the largest must not matter
-    for model in (plain, swapped):
-        model(x).square().sum().backward()
-    for (name, p), q in zip(plain.named_parameters(), swapped.parameters(), strict=True):
-        assert torch.equal(p.grad, q.grad), name
-    assert list(plain.state_dict()) == list(swapped.state_dict())
-
-
-def test_product_is_the_product() -> None:
-    a, b = torch.randn(7, 33), torch.randn(5, 33)
-    assert torch.allclose(product(a, b), a @ b.t(), atol=1e-5)
-    assert torch.allclose(product(a.t().contiguous().t(), b), a @ b.t(), atol=1e-5)
-    assert product(a.double(), b.double()).dtype == torch.float64
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from rayexp.errors import RunError, UserError
 from rayexp.runs.run import Run
 from rayexp.system.disk import write_directory, write_json
 from rayexp.workloads import open_workload
-from rayexp.workloads.language_model.generate import choose, generate, lines, open_writer, read_prompt
+from rayexp.workloads.language_model.generate import choose, generate, lines, open_generator, read_prompt
 
 SMALL = {"emsize": 16, "nhid": 16, "nlayers": 2}
 MODELS: dict[str, dict[str, Any]] = {
@@ -55,7 +55,7 @@ def make_run(tmp_path: Path):
 @pytest.mark.parametrize("name", MODELS)
 def test_every_word_follows_from_all_words_before_it(make_run, name: str) -> None:
     """Against a model that reads the whole text anew for each word."""
-    writer = open_writer(make_run(MODELS[name]), 1)
+    writer = open_generator(make_run(MODELS[name]), 1)
     start = [5, 7, 9]
     found = list(generate(writer.net, start, 7, seed=3))
     seen = list(start)
@@ -71,18 +71,18 @@ def test_every_word_follows_from_all_words_before_it(make_run, name: str) -> Non
 @pytest.mark.parametrize("name", MODELS)
 def test_a_seed_is_a_text(make_run, name: str) -> None:
     run = make_run(MODELS[name])
-    writer = open_writer(run, 1)
+    writer = open_generator(run, 1)
     torch.manual_seed(0)
     first = list(generate(writer.net, [1], 60, seed=1))
     torch.manual_seed(7)
-    assert list(generate(open_writer(run, 1).net, [1], 60, seed=1)) == first
+    assert list(generate(open_generator(run, 1).net, [1], 60, seed=1)) == first
     assert list(generate(writer.net, [1], 30, seed=1)) == first[:30]
     assert list(generate(writer.net, [1], 60, seed=2)) != first
     assert len(set(first)) > 10
 
 
 def test_temperature_and_top_k(make_run) -> None:
-    net = open_writer(make_run(MODELS["lstm"]), 1).net
+    net = open_generator(make_run(MODELS["lstm"]), 1).net
     greedy = list(generate(net, [1], 20, temperature=0))
     assert list(generate(net, [1], 20, temperature=0, seed=9)) == greedy
     assert list(generate(net, [1], 20, top_k=1, seed=4)) == greedy
@@ -94,7 +94,7 @@ def test_temperature_and_top_k(make_run) -> None:
 
 def test_a_model_generates_in_evaluation_mode(make_run) -> None:
     assert not any(
-        module.training for module in open_writer(make_run({**MODELS["lstm"], "dropout": 0.5}), 1).net.modules()
+        module.training for module in open_generator(make_run({**MODELS["lstm"], "dropout": 0.5}), 1).net.modules()
     )
 
 
@@ -116,14 +116,14 @@ def test_words_come_as_often_as_the_model_says() -> None:
 
 
 def test_unknown_words_of_a_prompt_are_told(make_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    writer = open_writer(make_run(MODELS["lstm"]), 1)
+    writer = open_generator(make_run(MODELS["lstm"]), 1)
     numbers, unknown = read_prompt("The zorgle, is", writer)
     assert unknown == ["zorgle"]
     assert [writer.vocabulary[n] for n in numbers] == ["The", "<unk>", ",", "is"]
     for name in ("train", "valid", "test"):
         (tmp_path / f"{name}.txt").write_text("a b , c\n" * 2000)
     monkeypatch.setenv("RAYEXP_CACHE", str(tmp_path / "cache"))
-    writer = open_writer(make_run(MODELS["lstm"], {"name": "text", "root": str(tmp_path)}), 1)
+    writer = open_generator(make_run(MODELS["lstm"], {"name": "text", "root": str(tmp_path)}), 1)
     # Other texts are split at white space only.
     assert read_prompt("a b, c", writer)[1] == ["b,"]
     assert read_prompt("", writer) == ([], [])
@@ -137,14 +137,14 @@ def test_lines() -> None:
 def test_wrong_runs_are_named(make_run, tmp_path: Path) -> None:
     run = make_run(MODELS["lstm"])
     with pytest.raises(UserError, match="no checkpoint"):
-        open_writer(run, 2)
+        open_generator(run, 2)
     state = run.checkpoint(1) / "state.safetensors"
     state.write_bytes(state.read_bytes()[:-5])
     with pytest.raises(RunError, match="damaged"):
-        open_writer(run, 1)
+        open_generator(run, 1)
     images = Run.create(parse({"storage_path": str(tmp_path / "r")}, ExperimentConfig, "test"), argv=[])
     with pytest.raises(UserError, match="needs a language_model"):
-        open_writer(images, 1)
+        open_generator(images, 1)
 
 
 def test_the_command(

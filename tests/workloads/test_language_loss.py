@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rayexp.engine.cpu import blocked_loss
-from rayexp.engine.cpu.blocked_loss import blocked_cross_entropy, embedding
+from rayexp.engine.cpu.blocked_loss import blocked_cross_entropy, blocked_embedding
 
 
 def problem(tokens: int, size: int, words: int, dtype: torch.dtype, seed: int = 0, scale: float = 1.0) -> list[Tensor]:
@@ -211,11 +211,11 @@ def test_threads_side_by_side_give_the_same_bits() -> None:
         torch.set_num_threads(1)
         wanted, found = once(), []
 
-        def lane() -> None:
+        def replica() -> None:
             torch.set_num_threads(1)
             found.extend(once() for _ in range(5))
 
-        threads = [threading.Thread(target=lane) for _ in range(3)]
+        threads = [threading.Thread(target=replica) for _ in range(3)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -234,13 +234,13 @@ def test_the_embedding_equals_pytorchs() -> None:
     tokens = torch.randint(7, (5, 3), generator=g)  # words come more than once
     outer = torch.randn(5, 3, 4, generator=g, dtype=torch.float64)
     weight = torch.randn(7, 4, generator=g, dtype=torch.float64, requires_grad=True)
-    wanted = F.embedding(tokens, weight)
+    wanted = F.blocked_embedding(tokens, weight)
     (true,) = torch.autograd.grad(wanted, weight, outer)
-    found = embedding(tokens, weight)
+    found = blocked_embedding(tokens, weight)
     assert torch.equal(found, wanted)
     torch.testing.assert_close(torch.autograd.grad(found, weight, outer)[0], true)
     weight.grad = held = torch.ones_like(weight)
-    embedding(tokens, weight).backward(outer)
+    blocked_embedding(tokens, weight).backward(outer)
     assert weight.grad is held
     torch.testing.assert_close(held - 1, true)
 
@@ -253,11 +253,11 @@ def test_embeddings_that_share_a_row_leave_the_sum_of_two_to_the_bit(
     g = torch.Generator().manual_seed(seed)
     passes = [(torch.randint(words, (tokens,), generator=g), torch.randn(tokens, 3, generator=g)) for _ in range(2)]
     weight = torch.zeros(words, 3, requires_grad=True)
-    alone = [torch.autograd.grad(embedding(read, weight), weight, outer)[0] for read, outer in passes]
+    alone = [torch.autograd.grad(blocked_embedding(read, weight), weight, outer)[0] for read, outer in passes]
     weight.into = torch.full_like(weight, 0.0 if zeroed else 7.0)
     weight.grad = weight.into if zeroed else None
     for read, outer in passes:
-        embedding(read, weight).backward(outer)
+        blocked_embedding(read, weight).backward(outer)
         assert weight.grad is weight.into
     assert torch.equal(weight.grad, alone[0] + alone[1])
 
@@ -266,9 +266,9 @@ def test_tied_weights_collect_both_gradients() -> None:
     g = torch.Generator().manual_seed(1)
     tokens, targets = torch.randint(50, (2, 12), generator=g)
     true = torch.randn(50, 6, generator=g, dtype=torch.float64, requires_grad=True)
-    F.cross_entropy(F.embedding(tokens, true) @ true.t(), targets, reduction="sum").backward()
+    F.cross_entropy(F.blocked_embedding(tokens, true) @ true.t(), targets, reduction="sum").backward()
     for held in (None, torch.zeros_like(true)):
         weight = true.detach().clone().requires_grad_()
         weight.grad = held
-        blocked_cross_entropy(embedding(tokens, weight), weight, None, targets, 16).sum().backward()
+        blocked_cross_entropy(blocked_embedding(tokens, weight), weight, None, targets, 16).sum().backward()
         torch.testing.assert_close(weight.grad, true.grad)

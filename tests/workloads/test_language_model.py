@@ -16,6 +16,7 @@ from rayexp.engine.rng import Draws, adopt
 from rayexp.errors import UserError
 from rayexp.runs.tensorboard import graph_events
 from rayexp.workloads import open_workload
+from rayexp.workloads.language_model.recurrent import RecurrentOptions
 from rayexp.workloads.language_model.transformer import rotate, rotation
 from rayexp.workloads.language_model.workload import LanguageModel
 
@@ -144,7 +145,7 @@ def test_touched_rows_are_those_with_a_gradient() -> None:
     assert make(MODELS["lstm tied"]).touched_rows(1, 0) == {}
 
 
-# ---------------------------------------------------------------------- judging
+# ---------------------------------------------------------------------- evaluation
 
 
 @pytest.mark.parametrize("name", ["lstm", "gru", "rnn_tanh"])
@@ -390,3 +391,8 @@ def test_wrong_input_is_named_in_one_line(change: dict[str, Any], words: str) ->
         make(**change)
     assert words in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_defaults_are_those_of_pytorch_examples() -> None:
+    """word_language_model/main.py: --emsize 200 --nhid 200 --nlayers 2 --dropout 0.2, not --tied."""
+    assert RecurrentOptions().model_dump() == {"emsize": 200, "nhid": 200, "nlayers": 2, "dropout": 0.2, "tied": False}

@@ -1,16 +1,17 @@
-"""Cross-entropy over a large vocabulary in which the logits are never whole.
+"""Cross-entropy over a large vocabulary, computed in blocks so that the logits never exist as a whole.
 
     loss_t = log sum_v exp(x_tv) - x_t,target(t)        x = hidden @ weight.T + bias
 
-The vocabulary goes by in blocks. A block's logits become e = exp(x - peak), with the block's own largest logit of
-each token as peak, and sum up to the block's share of the partition function; when all blocks have gone by, the
-softmax is p = e * exp(peak - log_sum), a factor per token and block. So the gradient needs no second exponential, and
-the factor is applied to the narrow `hidden` rather than to the wide e. The e of the first blocks are kept for the
-backward pass, up to a fixed number of bytes; the others are computed again, with the same bits.
+The vocabulary is processed in blocks. A block's logits become e = exp(x - peak), where peak is each token's largest
+logit within the block, and their sum is the block's share of the partition function. After the last block the softmax
+is p = e * exp(peak - log_sum), a factor per token and block. So the gradient needs no second exponential, and the
+factor is applied to the narrow `hidden` instead of the wide e. The e of the first blocks are kept for the backward
+pass, up to a fixed number of bytes; the others are computed again, with the same bits.
 
-A parameter's gradient goes straight to where it belongs, block by block (for the embedding: row by row), and no dense
-temporary is made: it is added to the `.grad` that is there, else written into `.into` (see engine.flat.Replica). What
-is added is complete before, as if the gradients of two passes had been added as a whole.
+A parameter's gradient is written straight into its gradient buffer, block by block (of an embedding: row by row),
+without a dense temporary: it is added to `.grad` if there is one, otherwise written into `.into` (see
+engine/gradients.py, ReplicaModel). Each block is complete before it is added, so the result has the same bits as adding
+the gradients of two passes as a whole.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from rayexp.engine.cpu.matmul import product
 
-# Words in a block, and bytes of exponentials kept for the backward pass: what a core's cache and a GPU like best.
+# Words in a block, and bytes of exponentials kept for the backward pass; chosen for a core's cache and for a GPU.
 BLOCK = {"cpu": 2048, "cuda": 8192}
 KEEP = {"cpu": 32 << 20, "cuda": 1 << 30}
 
@@ -66,8 +67,8 @@ def blocked_cross_entropy(
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def embedding(tokens: Tensor, weight: Tensor) -> Tensor:
-    """`F.embedding(tokens, weight)`, whose gradient goes into `weight.grad` row by row where that is there."""
+def blocked_embedding(tokens: Tensor, weight: Tensor) -> Tensor:
+    """`F.embedding(tokens, weight)`, whose gradient is written into its buffer row by row."""
     vectors: Tensor = _Embedding.apply(tokens, weight)
     return vectors
 
@@ -77,7 +78,12 @@ def _blocks(words: int, block: int) -> Iterator[slice]:
 
 
 class _Sink:
-    """Where a parameter's gradient goes: `tensor`, and whether it is added to what is there.
+    """Where a parameter's gradient goes.
+
+    Attributes:
+        tensor: of the parameter's shape.
+        adds: whether the gradient is added to what `tensor` holds; otherwise it overwrites it.
+        shared: whether `tensor` may hold another shard's gradient, which must be added to as a whole.
 
     Args:
         leaf: the parameter.
@@ -96,7 +102,7 @@ class _Sink:
         return _Sink(leaf) if leaf is not None and needed else None
 
     def put(self, part: slice, found: Tensor) -> None:
-        """A part of the gradient, complete."""
+        """Write a part of the gradient, which is complete."""
         if self.adds:
             self.tensor[part].add_(found)
         else:
@@ -104,7 +110,7 @@ class _Sink:
 
     @staticmethod
     def hand_on(sink: _Sink | None) -> Tensor | None:
-        """What autograd still has to add: nothing, where the parameter has the gradient now."""
+        """What is left for autograd to add: None where the parameter has its gradient already."""
         if sink is None:
             return None
         if sink._leaf is None:
@@ -177,7 +183,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 class _ToTargets:
-    """Adds a row of `values` for each token to its target's row, a block of the vocabulary at a time."""
+    """Adds a row of `values` for each token to the row of its target, one block of the vocabulary at a time."""
 
     def __init__(self, values: Tensor, targets: Tensor, words: int, block: int) -> None:
         self.values, self.targets = values, targets
@@ -189,7 +195,7 @@ class _ToTargets:
             self.ordered = list(zip(rows, summands, strict=True))
 
     def add(self, i: int, part: slice, found: Tensor) -> Tensor:
-        """Add what belongs to block i, in which these words lie, to fp[words of the block, features]."""
+        """Add the rows whose targets lie in block i (words `part`) to `found`, fp[words of the block, features]."""
         if self.ordered is not None:
             return found.index_add_(0, *self.ordered[i])
         at = self.targets - part.start
@@ -198,7 +204,7 @@ class _ToTargets:
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, part: slice) -> Tensor:
-    """A block's logits in float32 (or float64)."""
+    """The logits of a block: float32 (or float64) [tokens, words of the block]."""
     if hidden.dtype == weight.dtype:
         return product(hidden, weight[part], None if bias is None else bias[part])
     logits = product(hidden, weight[part].to(hidden.dtype)).float()
@@ -228,7 +234,8 @@ class _Embedding(torch.autograd.Function):
 
 
 def _summed(words: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum of each word's vectors, in their order; what is left of both is filled with a word and zeros."""
+    """The words without repetition, and the sum of each word's vectors in their order. Both keep their length: the rest
+    is filled with one of the words, and zeros."""
     ordered, order = words.sort(stable=True)
     first = torch.ones_like(ordered, dtype=torch.bool)
     first[1:] = ordered[1:] != ordered[:-1]

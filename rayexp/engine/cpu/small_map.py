@@ -1,15 +1,14 @@
-"""3x3 convolutions onto maps of one or two pixels' height and width as matrix products (CPU).
+"""3x3 convolutions whose output map is 1x1 or 2x2 as matrix products (CPU).
 
-On so small a map many taps fall on padding: 20 of 36 from a 2x2 map, 11 of 36 from a 4x4 map with stride 2. One
-product for what is seen at a time, with the taps that see it, wastes nothing. The last stage of a ResNet at 64 px is a
-third of its time otherwise.
+On such small maps many taps of the kernel fall on padding: 20 of 36 on a 2x2 map, 11 of 36 on a 4x4 map with stride 2.
+Here output pixels that see the same part of the input share one matrix product with the taps that meet it, and nothing
+is multiplied by padding. Without this the last stage of a ResNet takes a third of its time at 64 px.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,20 +16,20 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from rayexp.engine.cpu.matmul import onednn
-from rayexp.engine.cpu.taps import out_size, used, weight_gradient
+from rayexp.engine.cpu.taps import count_use, out_size, weight_gradient
 from rayexp.engine.rng import Draws
 
 LARGEST = 2
-"""Height and width of the largest output map that takes the short way."""
+"""Height and width of the largest output map that is computed by products."""
 FEW = 128
-"""Fewer rows than this are the second operand of a product."""
+"""A matrix with fewer rows than this becomes the second operand of a product."""
 Taps = tuple[slice, slice]
 View = tuple[slice, slice, range, list[Taps]]
-"""Rows and columns of the map that are seen, the output pixels that see them, and for each of these its taps."""
+"""Rows and columns of the input map that are seen, the output pixels that see them, and the taps of each of these."""
 
 
 def views(size: int, stride: int) -> list[View]:
-    """What the output pixels, in order, see of a map of `size` x `size`; neighbours that see the same share a view."""
+    """What the output pixels, see of a `size` x `size` input map, in order; those that see the same share a view."""
     spans = []
     for out in range(out_size(size, stride)):
         corner = out * stride - 1
@@ -47,15 +46,15 @@ def views(size: int, stride: int) -> list[View]:
 
 
 def as_matrices(weight: Tensor, seen: Sequence[View]) -> list[Tensor]:
-    """For each view fp32[pixels that see * out, pixels seen * in], from fp32[out, in, 3, 3]."""
+    """The weight fp32[out, in, 3, 3] as a matrix for each view: fp32[output pixels * out, input pixels * in]."""
     taps = weight.detach().permute(0, 2, 3, 1)
-    # Copied even where a view would do: oneDNN is slow on rows with gaps.
+    # Copied even where a view would do: oneDNN is slow on strided rows.
     return [torch.stack([taps[:, up, along] for up, along in view[3]]).flatten(2).flatten(0, 1) for view in seen]
 
 
 def times(rows: Tensor, matrix: Tensor) -> Tensor:
     """rows @ matrix.T for fp32[n, k] and fp32[m, k]."""
-    # oneDNN rearranges its second operand in every call: better few rows than a large matrix.
+    # oneDNN rearranges its second operand in every call, which should be the smaller one.
     return onednn(matrix, rows).t().contiguous() if len(rows) < FEW else onednn(rows, matrix)
 
 
@@ -93,49 +92,59 @@ class _SmallMap(torch.autograd.Function):
         return grad_x.permute(0, 3, 1, 2), of_weight, None, None, None, None
 
 
-class SmallMapConv2d(nn.Conv2d):
-    """`nn.Conv2d` that takes the short way where it is one: fp32 on a CPU, a small output map."""
+class SmallMapConvolution:
+    """The forward of an `nn.Conv2d`: by matrix products where the output map is small, otherwise as before.
 
-    kept: Mapping[int, list[Tensor]] = MappingProxyType({})
-    """The weights as matrices, by the size of the map."""
-    draws: Draws | None = None
-    """Says which shards a pass holds (see engine.shardwise); None: one."""
+    Attributes:
+        kept: the weight as matrices (see `as_matrices`), by the height of the input map.
+
+    Args:
+        conv: 3x3, padding 1, stride 1 or 2, no bias; its forward so far is used for large maps.
+        draws: tells the sizes of the shards in a pass; None: a pass is one shard.
+    """
+
+    def __init__(self, conv: nn.Conv2d, draws: Draws | None) -> None:
+        self.conv, self.draws = conv, draws
+        self.otherwise = conv.forward
+        self.stride = int(conv.stride[0])
+        self.kept: Mapping[int, list[Tensor]] = {}
 
     def begin_step(self) -> None:
-        """The weights have changed: make the same matrices anew (see engine.lane)."""
+        """The weight has changed: compute the same matrices again."""
         self.kept = {size: self._matrices(size) for size in self.kept}
 
     def _matrices(self, size: int) -> list[Tensor]:
-        return as_matrices(self.weight, views(size, self.stride[0]))
+        return as_matrices(self.conv.weight, views(size, self.stride))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The convolution."""
-        size, stride = x.shape[-1], self.stride[0]
-        short = (
+    def __call__(self, x: Tensor) -> Tensor:
+        """The convolution: fp32[n, out, h, w] from fp32[n, in, H, W]."""
+        size, weight = x.shape[-1], self.conv.weight
+        small = (
             x.shape[-2] == size
-            and out_size(size, stride) <= LARGEST
-            and x.device.type == "cpu"
+            and out_size(size, self.stride) <= LARGEST
             and x.dtype == torch.float32
             and torch.is_grad_enabled()
             and not torch.is_autocast_enabled("cpu")
-            and not torch._C._get_tracing_state()
         )
-        if short or self.draws is None:  # else engine.shardwise counts
-            used(self.weight)
-        if short:
-            if size not in self.kept:
-                self.kept = {**self.kept, size: self._matrices(size)}
-            sizes = (len(x),) if self.draws is None else self.draws.sizes
-            out: Tensor = _SmallMap.apply(x, self.weight, stride, views(size, stride), self.kept[size], sizes)
-            return out
-        return super().forward(x)
+        if small or self.draws is None:  # otherwise shardwise counts
+            count_use(weight)
+        if not small:
+            return self.otherwise(x)
+        if size not in self.kept:
+            self.kept = {**self.kept, size: self._matrices(size)}
+        sizes = (len(x),) if self.draws is None else self.draws.sizes
+        out: Tensor = _SmallMap.apply(x, weight, self.stride, views(size, self.stride), self.kept[size], sizes)
+        return out
 
 
-def shorten(model: nn.Module) -> None:
-    """Let every plain 3x3 convolution of a model take the short way."""
+def use_small_map_convolutions(model: nn.Module, draws: Draws | None = None) -> list[SmallMapConvolution]:
+    """Give every plain 3x3 convolution of a replica's module a `SmallMapConvolution` as its forward."""
+    found = []
     for module in model.modules():
         if type(module) is not nn.Conv2d or module.groups != 1 or module.bias is not None:
             continue
         plain = module.kernel_size == (3, 3) and module.dilation == module.padding == (1, 1)
-        if plain and module.stride in ((1, 1), (2, 2)):
-            module.__class__ = SmallMapConv2d
+        if plain and module.padding_mode == "zeros" and module.stride in ((1, 1), (2, 2)):
+            found.append(SmallMapConvolution(module, draws))
+            module.forward = found[-1]  # type: ignore[assignment]
+    return found

@@ -1,8 +1,9 @@
-"""The gradient of a convolution's weight tap by tap, shard by shard, as matrix products (CPU).
+"""The gradient of a 3x3 convolution's weight tap by tap and shard by shard, as matrix products (CPU).
 
-A tap's gradient is one product over the pixels where the tap does not fall on padding, and the cache still holds it
-when the next shard's is added. On small maps with many channels that costs less than oneDNN's own, which pays for every
-shard with a rearrangement of the whole weight.
+A tap is one of the nine positions (i, j) of the kernel; its gradient is a matrix [out, in]. It is one product over the
+pixels where the tap does not fall on padding, and it is still in the cache when the next shard's gradient is added. On
+small maps with many channels that costs less than oneDNN's own weight gradient, which rearranges the whole weight for
+every shard.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ from rayexp.engine.cpu.matmul import product
 from rayexp.engine.reduction import total
 
 LARGEST = 4
-"""Height and width of the largest output map for which taps pay."""
+"""Height and width of the largest output map for which taps are faster."""
 WIDE = 1 << 15
-"""Channels in times channels out from which they pay."""
+"""Input channels times output channels from which they are faster."""
 
 
 def pay(
     weight: Tensor, x: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
 ) -> bool:
-    """Whether taps can be taken for this convolution, and are the faster way."""
+    """Whether this convolution's weight gradient can be computed tap by tap, and is faster so."""
     if weight.shape[2:] != (3, 3) or (*padding, *dilation, groups) != (1, 1, 1, 1, 1) or x.dtype != torch.float32:
         return False
     largest = max(out_size(size, step) for size, step in zip(x.shape[2:], stride, strict=True))
@@ -32,29 +33,31 @@ def pay(
 
 
 def out_size(size: int, stride: int) -> int:
-    """Height or width of the output of a map of that height or width, with padding 1."""
+    """Height or width of the output for an input of height or width `size`, with a 3x3 kernel and padding 1."""
     return (size - 1) // stride + 1
 
 
-def used(weight: Tensor) -> None:
-    """A convolution is about to use this weight in the present pass, at whose end `engine.flat.Replica` counts anew."""
+def count_use(weight: Tensor) -> None:
+    """Count that a convolution uses this weight in the present pass; `ReplicaModel.finish_pass` resets the count."""
     weight.uses = getattr(weight, "uses", 0) + 1  # type: ignore[attr-defined]
 
 
 def weight_gradient(
     weight: nn.Parameter, grad: Tensor, x: Tensor, stride: Sequence[int], sizes: Sequence[int]
 ) -> Tensor | None:
-    """The gradient of a 3x3 convolution's weight, padding 1, each shard's by itself, added in tree order.
+    """The weight gradient of a 3x3 convolution with padding 1, each shard's by itself, added in tree order.
 
     Args:
+        weight: fp32[out, in, 3, 3].
         grad: fp32[n, out, h, w], the output's gradient.
-        x: fp32[n, in, H, W], what was convolved.
+        x: fp32[n, in, H, W], the input.
+        stride: of rows and columns.
         sizes: images of each shard.
 
     Returns:
-        fp32[out, in, 3, 3], or None where `engine.flat.Replica` has said where it belongs, and there it is.
+        fp32[out, in, 3, 3]; or None where it has been written into the gradient buffer (see `ReplicaModel`).
     """
-    # Of a weight that a pass uses several times autograd adds up the shard's own sum, before it comes to another's.
+    # Where a pass uses a weight several times, autograd must add these gradients up before another shard's is added.
     sink: Tensor | None = getattr(weight, "into", None) if getattr(weight, "uses", 1) == 1 else None
     given = sink is None
     if sink is None:
@@ -65,7 +68,7 @@ def weight_gradient(
     down, along = ([_pairs(*dim, tap) for tap in range(3)] for dim in zip(x.shape[2:], stride, strict=True))
     for i, (out_rows, rows) in enumerate(down):
         for j, (out_columns, columns) in enumerate(along):
-            # Copied: oneDNN is slow on rows with gaps.
+            # Copied: oneDNN is slow on strided rows.
             out = outs[:, out_rows, out_columns].clone(memory_format=torch.contiguous_format)
             part = pixels[:, rows, columns].clone(memory_format=torch.contiguous_format)
             tap = _of_tap(out, part, sizes) if out.numel() else torch.zeros(())
@@ -82,7 +85,7 @@ def _of_tap(out: Tensor, part: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 def _pairs(size: int, stride: int, tap: int) -> tuple[slice, slice]:
-    """The output rows that use a row of taps, and the rows of the map that they meet there; perhaps none."""
+    """The output rows for which row `tap` of the kernel is not on padding, and the input rows that it meets."""
     outs = [out for out in range(out_size(size, stride)) if 0 <= out * stride - 1 + tap < size]
     if not outs:
         return slice(0, 0), slice(0, 0)

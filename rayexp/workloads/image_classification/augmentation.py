@@ -1,8 +1,8 @@
 """Random resized crop and flip as batched tensor operations, on any device.
 
-A crop that is resized is a linear map of rows and of columns, so a sample's crop is two small matrices (Rh, Rw) and a
-batch is two batched matrix products: out = Rh @ image @ Rw^T. The matrices are Pillow's antialiased bilinear filter
-(a triangle as wide as the scale), which torchvision's RandomResizedCrop uses on images.
+Cropping and resizing is a linear map of rows and of columns: an image is multiplied by two small matrices, and a batch
+takes two batched products, out = Rh @ image @ Rw^T. The matrices hold Pillow's antialiased bilinear filter (a triangle
+as wide as the scale), which torchvision's RandomResizedCrop uses on images.
 """
 
 from __future__ import annotations
@@ -22,10 +22,16 @@ DRAWS = 2 * TRIES + 3
 
 
 def boxes(config: AugmentConfig, draws: NDArray[np.float64], height: int, width: int) -> NDArray[np.float64]:
-    """Crop boxes float64[n, 4] = top, left, height, width in whole pixels, and `draws` float64[n, DRAWS] in [0, 1).
+    """Crop boxes as torchvision's RandomResizedCrop.get_params draws them: up to ten tries of area and aspect ratio
+    (log-uniform), otherwise the largest centred box with an allowed ratio. With `pad`, a window of the image's own
+    size, shifted by up to `pad` pixels.
 
-    As torchvision's RandomResizedCrop.get_params: up to ten tries of area and aspect ratio (log-uniform), then the
-    largest centred box with an allowed ratio. With `pad`, a window of the image's own size, shifted by up to `pad`.
+    Args:
+        draws: float64[n, DRAWS] in [0, 1).
+        height, width: of the images, in pixels.
+
+    Returns:
+        float64[n, 4]: top, left, height and width in whole pixels.
     """
     n = len(draws)
     u, v = draws[:, 2 * TRIES], draws[:, 2 * TRIES + 1]
@@ -51,11 +57,15 @@ def boxes(config: AugmentConfig, draws: NDArray[np.float64], height: int, width:
 
 
 def resampling(start: Tensor, length: Tensor, size: int, out: int, clip: bool = True) -> Tensor:
-    """Matrices fp32[n, out, size] that cut [start, start + length) out of `size` samples and resize it to `out`.
+    """Matrices that cut [start, start + length) out of `size` pixels and resize it to `out` pixels.
 
     Args:
-        start, length: fp32[n], in samples.
-        clip: weights stop at the cut's edge, as if it had been cut out first; otherwise outside counts as zero.
+        start, length: fp32[n], in pixels.
+        clip: whether weights end at the edge of the cut, as if it had been cut out first; otherwise pixels outside the
+            image count as zero.
+
+    Returns:
+        fp32[n, out, size].
     """
     scale = (length / out)[:, None, None]
     support = scale.clamp(min=1.0)
@@ -70,7 +80,7 @@ def resampling(start: Tensor, length: Tensor, size: int, out: int, clip: bool = 
 
 
 def augment(images: Tensor, config: AugmentConfig, draws: NDArray[np.float64]) -> Tensor:
-    """Augmented images fp32[n, 3, h, w] (0..255) from uint8[n, h, w, 3] and float64[n, DRAWS]."""
+    """Augmented images fp32[n, 3, h, w] (0..255) from `images` uint8[n, h, w, 3] and `draws` float64[n, DRAWS]."""
     n, height, width, _ = images.shape
     box = upload(boxes(config, draws, height, width).astype(np.float32), images.device)
     rows = resampling(box[:, 0], box[:, 2], height, height, clip=not config.pad)
@@ -78,7 +88,7 @@ def augment(images: Tensor, config: AugmentConfig, draws: NDArray[np.float64]) -
     if config.flip:
         mirrored = upload(draws[:, 2 * TRIES + 2] < 0.5, images.device)
         columns = torch.where(mirrored[:, None, None], columns.flip(1), columns)
-    # [n, row, channel, column]: one product an image for all its channels, first over rows, then over columns.
+    # [n, row, channel, column]: one product for all channels of an image, first over rows, then over columns.
     pixels = images.permute(0, 1, 3, 2).to(torch.float32, memory_format=torch.contiguous_format)
     cut = torch.bmm(rows, pixels.flatten(2)).view(n, height * 3, width)
     return torch.bmm(cut, columns.transpose(1, 2)).view(n, height, 3, width).permute(0, 2, 1, 3)

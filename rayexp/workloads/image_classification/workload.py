@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from rayexp.config import IMAGE_DATA, ExperimentConfig, explain
 from rayexp.data import ImageData, open_data
 from rayexp.engine import order
-from rayexp.engine.cpu.pool_first import pool_first
-from rayexp.engine.cpu.small_map import shorten
 from rayexp.engine.runtime import upload
 from rayexp.engine.workload import Batch, RecurrentState
 from rayexp.errors import UserError, nearest
@@ -30,18 +28,18 @@ STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
 
 
 class Options(BaseModel):
-    """What may stand under `model` beside `name`."""
+    """The keys of `model` beside `name`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     stem: Literal["imagenet", "small"] = "imagenet"
-    """small: a 3x3 convolution of stride 1 and no pooling in front (ResNets), for small images."""
+    """small: the first layer is a 3x3 convolution of stride 1 without pooling, for small images (ResNets)."""
     zero_init_residual: bool = False
     """Start every residual branch at zero (ResNets; Goyal et al. 2017)."""
 
 
 class ImageClassification:
-    """See engine.workload.Workload."""
+    """The workload `image_classification` (see engine/workload.py)."""
 
     unit = "images"
     batch_dim = 0
@@ -71,12 +69,10 @@ class ImageClassification:
     # ------------------------------------------------------------------ model
 
     def model(self) -> nn.Module:
-        """The named model with one output a class, in channels_last."""
+        """The named model with one output for each class, in channels_last."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(order.key(self.config.seed, "init"))
             model = build(self.config.model.name, self.options, len(self.data.classes), self.config.data.image_size)
-        shorten(model)
-        pool_first(model)
         return model.to(memory_format=torch.channels_last)
 
     def example(self) -> tuple[Tensor]:
@@ -91,7 +87,7 @@ class ImageClassification:
         return self.cut.steps
 
     def batch(self, epoch: int, step: int, shards: range, device: torch.device) -> Batch:
-        """Permuted, augmented, normalised images of consecutive shards."""
+        """The augmented, normalised images of consecutive shards: fp32[n, 3, size, size] and int64[n]."""
         if self._order[0] != epoch:
             self._order = epoch, order.permutation(self.config.seed, epoch, len(self.data.train))
         positions = self.cut.positions(step, shards)
@@ -111,33 +107,33 @@ class ImageClassification:
         return self.cut.sizes(step, shards)
 
     def initial_state(self, size: int, device: torch.device) -> RecurrentState:
-        """Images carry nothing from step to step."""
+        """Empty: images hand nothing to the next step."""
         return {}
 
     def loss(self, model: nn.Module, batch: Batch, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
-        """Sum of the cross-entropies."""
+        """The sum of the cross-entropies."""
         logits = model(*batch.inputs).float()
         smoothing = self.config.label_smoothing
         return F.cross_entropy(logits, batch.targets, reduction="sum", label_smoothing=smoothing), {}
 
     def touched_rows(self, epoch: int, step: int) -> dict[str, NDArray[np.int64]]:
-        """Every gradient is dense."""
+        """None: every gradient is dense."""
         return {}
 
     def _normalise(self, planes: Tensor) -> Tensor:
         self._shift, self._scale = self._shift.to(planes.device), self._scale.to(planes.device)
         return torch.addcmul(self._shift, planes, self._scale).contiguous(memory_format=torch.channels_last)
 
-    # ------------------------------------------------------------------ judging
+    # ------------------------------------------------------------------ evaluation
 
     def val_streams(self) -> int:
-        """Batches of validation images."""
+        """Number of batches of validation images."""
         return -(-len(self.data.val) // self.config.batch_size)
 
     def predict(self, model: nn.Module, stream: int, device: torch.device) -> Mapping[str, NDArray[Any]]:
-        """The five likeliest classes, the confidence in the first, and the loss.
+        """The five likeliest classes of each image, the confidence in the first, and the loss.
 
-        Logits of which no probabilities follow (one is NaN or infinite) name no class: top5 is -1, the rest NaN.
+        Where the logits give no probabilities (one is NaN or infinite), `top5` is -1, `confidence` and `loss` are NaN.
         """
         size = self.config.batch_size
         samples = np.arange(stream * size, min(len(self.data.val), (stream + 1) * size))
@@ -146,7 +142,7 @@ class ImageClassification:
         with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             logits = model(self._normalise(planes)).float()
         logs = F.log_softmax(logits, 1)
-        # A stable sort: of equal logits the lower class comes first, on every device.
+        # A stable sort, so that of equal logits the lower class comes first on every device.
         top = logs.sort(stable=True, dim=1, descending=True).indices[:, :5]
         broken = logs.isnan().any(1)
         confidence = logs.gather(1, top[:, :1])[:, 0].exp()
@@ -154,19 +150,19 @@ class ImageClassification:
         return {
             "index": samples.astype(np.int64),
             "label": labels.cpu().numpy(),
-            # A sort puts NaN first, and would call it the likeliest class.
+            # A sort puts NaN first, as if it were the likeliest class.
             "top5": top.masked_fill(broken[:, None], -1).to(torch.int32).cpu().numpy(),
             "confidence": confidence.masked_fill(broken, torch.nan).cpu().numpy(),
             "loss": losses.masked_fill(broken, torch.nan).cpu().numpy(),
         }
 
     def predictions(self, parts: Sequence[Mapping[str, NDArray[Any]]]) -> Predictions:
-        """Streams put together; they are in order already."""
+        """Put the streams together, in their order."""
         arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         return Predictions("images", self.data.val.sha, arrays)
 
     def metrics(self, predictions: Predictions) -> dict[str, float]:
-        """Mean loss, and accuracies in percent; an image without a finite output counts as wrong."""
+        """Mean loss, and accuracies in percent. An image without a finite output counts as wrong."""
         hits = predictions["top5"] == predictions["label"][:, None]
         return {
             "val_loss": float(predictions["loss"].mean(dtype=np.float64)),
@@ -175,7 +171,7 @@ class ImageClassification:
         }
 
     def describe(self) -> dict[str, Any]:
-        """Classes with their words, and the validation images' names."""
+        """The classes with their names, and the names of the validation images."""
         return {
             "kind": "images",
             **({"layout": self.data.layout} if self.data.layout else {}),
@@ -189,7 +185,11 @@ class ImageClassification:
 
 
 def check_name(name: str) -> None:
-    """Refuse what is no classification model of torchvision's (UserError)."""
+    """Check that torchvision has a classification model of this name.
+
+    Raises:
+        UserError: it has not.
+    """
     from torchvision import models
 
     names = models.list_models(module=models)
@@ -199,25 +199,29 @@ def check_name(name: str) -> None:
 
 
 def build(name: str, options: Options, classes: int, image_size: int) -> nn.Module:
-    """A freshly initialised torchvision model."""
+    """A freshly initialised torchvision model.
+
+    Raises:
+        UserError: the model does not take the options or the image size.
+    """
     from torchvision import models
 
     builder = models.get_model_builder(name)
     known = inspect.signature(builder).parameters
-    words: dict[str, Any] = {"num_classes": classes}
+    kwargs: dict[str, Any] = {"num_classes": classes}
     if name.startswith("vit_"):
-        words["image_size"] = image_size
+        kwargs["image_size"] = image_size
     if name.startswith("maxvit"):
-        words["input_size"] = (image_size, image_size)
+        kwargs["input_size"] = (image_size, image_size)
     if "aux_logits" in known or name in ("googlenet", "inception_v3"):
-        words |= {"aux_logits": False, "init_weights": True}
+        kwargs |= {"aux_logits": False, "init_weights": True}
     resnet = name.startswith(("resnet", "resnext", "wide_resnet"))
     if not resnet and (options.stem != "imagenet" or options.zero_init_residual):
         raise UserError(f"model.stem, model.zero_init_residual: only ResNets have them, not {name}")
     if resnet:
-        words["zero_init_residual"] = options.zero_init_residual
+        kwargs["zero_init_residual"] = options.zero_init_residual
     try:
-        model: nn.Module = builder(weights=None, **words)
+        model: nn.Module = builder(weights=None, **kwargs)
     except (ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"model.name: {name} cannot be built for {image_size} px images ({error})") from error
     if options.stem == "small":

@@ -1,7 +1,7 @@
-"""Text from a language model, word by word: what was read stays in the hidden state or the key-value cache.
+"""Text from a language model, word by word; the hidden state or the key-value cache holds what the model has read.
 
-Always on the CPU and with keyed draws, so that a seed gives the same text again. Another processor may round a logit
-otherwise in its last bit; a draw that falls just there gives another word, and another text from there on.
+Always on the CPU and with keyed draws, so that a seed gives the same text again. Another processor may round the last
+bit of a logit differently; where a draw falls between the two, the text differs from that word on.
 """
 
 from __future__ import annotations
@@ -26,7 +26,14 @@ READ_AT_ONCE = 256  # words of a prompt
 
 @dataclass(frozen=True, slots=True)
 class TextGenerator:
-    """A trained model and its vocabulary."""
+    """A trained model and its vocabulary.
+
+    Attributes:
+        net: in eval mode, on the CPU.
+        vocabulary: the words by number.
+        config: the run's.
+        weights_sha: hash of the weights.
+    """
 
     net: LanguageNet
     vocabulary: tuple[str, ...]
@@ -34,9 +41,9 @@ class TextGenerator:
     weights_sha: str
 
 
-def open_writer(run: Run, epoch: int) -> TextGenerator:
-    """The model after an epoch of a run. The run directory is enough; the data is not needed. From here on this process
-    computes on one thread: the number of threads may change the last bit of a logit.
+def open_generator(run: Run, epoch: int) -> TextGenerator:
+    """The model after an epoch of a run. Needs the run directory only, not the data. From here on this process computes
+    on one thread, since the number of threads may change the last bit of a logit.
 
     Raises:
         UserError: the run is of another workload, or the epoch has no checkpoint.
@@ -64,13 +71,14 @@ def open_writer(run: Run, epoch: int) -> TextGenerator:
     return TextGenerator(net.eval(), vocabulary, config, str(state.fields["weights_sha"]))
 
 
-def read_prompt(prompt: str, writer: TextGenerator) -> tuple[list[int], list[str]]:
-    """A prompt as word numbers, and the words that the model does not know (read as `<unk>`, else left out)."""
-    if writer.config.data.name == "python_docs":
+def read_prompt(prompt: str, generator: TextGenerator) -> tuple[list[int], list[str]]:
+    """A prompt as word numbers, and the words that the model does not know (read as `<unk>` where the vocabulary has
+    that, otherwise left out)."""
+    if generator.config.data.name == "python_docs":
         from rayexp.data.python_docs import tokenise
 
         prompt = tokenise(prompt)
-    number = {word: n for n, word in enumerate(writer.vocabulary)}
+    number = {word: n for n, word in enumerate(generator.vocabulary)}
     words = prompt.split()
     found = [number.get(word, number.get(UNK)) for word in words]
     return [n for n in found if n is not None], [word for word in words if word not in number]
@@ -85,18 +93,18 @@ def generate(
     top_k: int | None = None,
     seed: int = 0,
 ) -> Iterator[int]:
-    """Word numbers, one after another, each drawn from what the model says after all the words before it.
+    """Word numbers, one after another, each drawn from the model's distribution after all words before it.
 
     Args:
         net: in eval mode, on the CPU.
         start: the words to begin with, at least one.
         words: how many to generate.
         temperature: divides the logits; 0 takes the likeliest word.
-        top_k: only the k likeliest words can come.
+        top_k: only the k likeliest words are drawn.
         seed: word i is drawn with the uniform number of (seed, i).
 
     Raises:
-        UserError: the temperature is no number from 0.
+        UserError: the temperature is not a number from 0.
         RunError: the model's output is not finite.
     """
     if not 0 <= temperature < float("inf"):
@@ -125,12 +133,12 @@ def choose(logits: NDArray[np.float64], draw: float, temperature: float = 1.0, t
         allowed = np.sort(np.argsort(-logits, kind="stable")[:top_k])
     scaled = logits[allowed] / temperature
     sums = np.exp(scaled - scaled.max()).cumsum()
-    place = int(np.searchsorted(sums, draw * sums[-1], side="right"))
-    return int(allowed[min(place, len(allowed) - 1)])
+    chosen = int(np.searchsorted(sums, draw * sums[-1], side="right"))
+    return int(allowed[min(chosen, len(allowed) - 1)])
 
 
 def lines(words: Sequence[str]) -> str:
-    """Words as text: a new line at every `<eos>`, blanks elsewhere."""
+    """Words as text, with a new line at every `<eos>` and blanks elsewhere."""
     text: list[list[str]] = [[]]
     for word in words:
         if word == EOS:

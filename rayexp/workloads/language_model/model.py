@@ -1,4 +1,4 @@
-"""The model of a word-level language model: word vectors, a body (recurrent or transformer), and the output layer."""
+"""A word-level language model: word vectors, a body (recurrent or transformer), and the output layer."""
 
 from __future__ import annotations
 
@@ -8,20 +8,23 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from rayexp.config import ExperimentConfig, explain
-from rayexp.engine import order
-from rayexp.engine.cpu.blocked_loss import blocked_cross_entropy, embedding
+from rayexp.engine import cpu, order
 from rayexp.engine.rng import Dropout
 from rayexp.errors import UserError, nearest
-from rayexp.workloads.language_model.recurrent import LAYERS, Recurrent, RecurrentOptions
-from rayexp.workloads.language_model.transformer import Transformer, TransformerOptions
+from rayexp.workloads.language_model.recurrent import LAYERS, HiddenState, Recurrent, RecurrentOptions
+from rayexp.workloads.language_model.transformer import KeyValueCache, Transformer, TransformerOptions
 
-State = tuple[Tensor, ...]
+BodyState = HiddenState | KeyValueCache
 MODELS = (*LAYERS, "transformer")
 EMBEDDING_RANGE = 0.1  # uniform, as in pytorch/examples word_language_model
 
 
 def options_of(config: ExperimentConfig) -> RecurrentOptions | TransformerOptions:
-    """The checked `model` section (UserError names the key and what is allowed)."""
+    """The checked options of the `model` section.
+
+    Raises:
+        UserError: names the key and what is allowed.
+    """
     name = config.model.name
     if name not in MODELS:
         raise UserError(f"model.name: unknown model {name!r}{nearest(name, MODELS)}; allowed: {', '.join(MODELS)}")
@@ -41,8 +44,8 @@ def options_of(config: ExperimentConfig) -> RecurrentOptions | TransformerOption
 def build(config: ExperimentConfig, words: int) -> LanguageNet:
     """A freshly initialised model on the CPU, a function of the configuration and the vocabulary's size.
 
-    Every parameter has its own draw, from (seed, "init", name). All are uniform: a uniform number is the same on every
-    processor, a normal one goes through a logarithm that is not.
+    Each parameter is drawn by itself, from (seed, "init", name). All are uniform, since uniform numbers are the same on
+    every processor; normal ones go through a logarithm that is not.
     """
     options = options_of(config)
     with torch.device("meta"):  # torch's own initialisation would move the global generator
@@ -62,7 +65,14 @@ def build(config: ExperimentConfig, words: int) -> LanguageNet:
 
 
 class LanguageNet(nn.Module):
-    """Activations are [time, columns, features]."""
+    """The model. Activations are [time, columns, features].
+
+    Attributes:
+        encoder: the word vectors.
+        drop: dropout on the word vectors and on the body's output.
+        body: what reads the words.
+        decoder: the output layer.
+    """
 
     def __init__(self, name: str, options: RecurrentOptions | TransformerOptions, window: int, words: int) -> None:
         super().__init__()
@@ -75,23 +85,23 @@ class LanguageNet(nn.Module):
             self.body = Recurrent(name, options)
         self.decoder = Decoder(self.body.size, words, options.tied)
 
-    def advance(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
-        """Read words, and say what comes after the last: logits [columns, words], and the state (see `body.begin`)."""
+    def advance(self, tokens: Tensor, state: BodyState) -> tuple[Tensor, BodyState]:
+        """Read words and predict the next one: the logits [columns, words], and the state (see `body.begin`)."""
         x, state = self.body(self.encoder(tokens), state)
         logits: Tensor = self.decoder(x[-1], self.encoder.weight)
         return logits, state
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None, state: State = ()) -> tuple[Tensor, State]:
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, state: BodyState = ()) -> tuple[Tensor, BodyState]:
         """Read words, and predict the next one after each of them.
 
         Args:
             tokens: int64[time, columns].
-            targets: int64, the words to predict at the last positions, flattened [time, columns].
+            targets: int64[time * columns], the words to predict at the last positions.
             state: what `body.begin` or an earlier call returned; () starts anew.
 
         Returns:
-            Without targets the logits [time, columns, words]; with them the loss of each target in nats. And the
-            state after the last word.
+            The logits [time, columns, words] without targets, the loss of each target in nats with them; and the state
+            after the last word.
         """
         x = self.drop(self.encoder(tokens))
         x, state = self.body(x, state)
@@ -109,14 +119,11 @@ class Embedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """int64[...] -> [..., size]."""
-        if self.training and torch.is_grad_enabled():
-            vectors: Tensor = embedding(tokens, self.weight)
-            return vectors
-        return F.embedding(tokens, self.weight)
+        return cpu.embedding(tokens, self.weight) if self.training else F.embedding(tokens, self.weight)
 
 
 class Decoder(nn.Module):
-    """The output layer. Tied, it has no weight of its own, so that a weight has one name in checkpoints."""
+    """The output layer. A tied one has no weight of its own, so that the weight has one name in checkpoints."""
 
     def __init__(self, size: int, words: int, tied: bool) -> None:
         super().__init__()
@@ -128,5 +135,4 @@ class Decoder(nn.Module):
         weight = encoder_weight if self.weight is None else self.weight
         if targets is None:
             return F.linear(x, weight, self.bias)
-        losses: Tensor = blocked_cross_entropy(x.flatten(0, 1), weight, self.bias, targets)
-        return losses
+        return cpu.token_losses(x.flatten(0, 1), weight, self.bias, targets)

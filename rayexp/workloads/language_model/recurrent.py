@@ -1,4 +1,4 @@
-"""Stacks of recurrent layers with dropout between them; the hidden state goes in and comes out."""
+"""Stacks of recurrent layers with dropout between them; the hidden state is an argument and a result."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from rayexp.engine.rng import Dropout
 
-# The engine's flat buffer holds the weights, so cuDNN has to gather them; they are few.
+# The weights lie in the engine's flat buffer, so cuDNN has to gather them; they are small.
 warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous chunk")
 
-State = tuple[Tensor, ...]
+HiddenState = tuple[Tensor, ...]
+"""(h,) or of an LSTM (h, c), each [layers, columns, hidden]; () before the first word."""
 LAYERS = {"rnn_tanh": nn.RNN, "rnn_relu": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}
 
 
@@ -35,8 +36,13 @@ class RecurrentOptions(BaseModel):
 
 
 class Recurrent(nn.Module):
-    """Layers of one kind. PyTorch's own dropout inside a stack draws from the global generator, so each layer is a
-    stack of one."""
+    """Layers of one kind. Each is a PyTorch stack of one layer, since the dropout inside a stack draws from the global
+    generator.
+
+    Attributes:
+        size: hidden units of a layer.
+        parts: tensors of the hidden state.
+    """
 
     def __init__(self, name: str, options: RecurrentOptions) -> None:
         super().__init__()
@@ -47,15 +53,15 @@ class Recurrent(nn.Module):
         self.size = options.nhid
         self.parts = 2 if name == "lstm" else 1
 
-    def begin(self, columns: int, device: torch.device) -> State:
-        """The state before the first word: (h,) or (h, c), each zeros [layers, columns, hidden]."""
+    def begin(self, columns: int, device: torch.device) -> HiddenState:
+        """The state before the first word: zeros."""
         return tuple(torch.zeros(len(self.layers), columns, self.size, device=device) for _ in range(self.parts))
 
-    def forward(self, x: Tensor, state: State = ()) -> tuple[Tensor, State]:
+    def forward(self, x: Tensor, state: HiddenState = ()) -> tuple[Tensor, HiddenState]:
         """[time, columns, features] and the state before it (or ()) -> [time, columns, hidden] and the state after."""
         state = state or self.begin(x.shape[1], x.device)
         after = []
-        # Autocast is for the large products of the output layer. Here it would round the state at every word.
+        # Autocast is for the large products of the output layer; here it would round the state at every word.
         with torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False):
             for i, layer in enumerate(self.layers):
                 if i:
@@ -66,5 +72,5 @@ class Recurrent(nn.Module):
         return x, tuple(torch.cat(parts) for parts in zip(*after, strict=True))
 
     def ranges(self) -> dict[str, float]:
-        """Every parameter is drawn uniformly from [-r, r]: PyTorch's own r = 1 / sqrt(hidden)."""
+        """The range r of each parameter, which is drawn uniformly from [-r, r]: 1 / sqrt(hidden), as PyTorch does."""
         return {name: self.size**-0.5 for name, _ in self.named_parameters()}

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from rayexp.engine.rng import Dropout
 
-State = tuple[Tensor, ...]
+KeyValueCache = tuple[Tensor, ...]
+"""Keys and values of every block, each [columns, heads, words read, size of a head]; () where nothing is cached."""
 
 
 class TransformerOptions(BaseModel):
@@ -31,7 +32,7 @@ class TransformerOptions(BaseModel):
     tied: bool = True
     """The word vectors are the output layer's weights too."""
     context: Annotated[int, Field(ge=0)] = 0
-    """Words before a window that its words may look at as well; the loss is taken on the window alone."""
+    """Words before a window that its words attend to as well; the loss is that of the window alone."""
 
     @model_validator(mode="after")
     def _even_heads(self) -> Self:
@@ -41,8 +42,14 @@ class TransformerOptions(BaseModel):
 
 
 class Transformer(nn.Module):
-    """Blocks and a last norm. Without a state every position sees itself and what lies before it in the same call;
-    with one (keys and values, see `begin`) also the last `span` words of earlier calls."""
+    """Blocks and a last norm. A position attends to itself and to the positions before it in the same call; with a
+    cache (see `begin`) also to the last `span` words of earlier calls.
+
+    Attributes:
+        size: width of the model.
+        span: words that the cache holds at most.
+        heads: number of heads, and their size.
+    """
 
     def __init__(self, options: TransformerOptions, span: int) -> None:
         super().__init__()
@@ -51,13 +58,13 @@ class Transformer(nn.Module):
         self.size, self.span = options.emsize, span
         self.heads = (options.nhead, options.emsize // options.nhead)
 
-    def begin(self, columns: int, device: torch.device) -> State:
-        """An empty key-value cache: keys and values [columns, heads, 0, size] of every block."""
+    def begin(self, columns: int, device: torch.device) -> KeyValueCache:
+        """An empty key-value cache."""
         heads, size = self.heads
         return tuple(torch.empty(columns, heads, 0, size, device=device) for _ in range(2 * len(self.blocks)))
 
-    def forward(self, x: Tensor, state: State = ()) -> tuple[Tensor, State]:
-        """[time, columns, features] -> the same shape, and the cache where one was given."""
+    def forward(self, x: Tensor, state: KeyValueCache = ()) -> tuple[Tensor, KeyValueCache]:
+        """[time, columns, features] -> the same shape, and the cache, if one was given."""
         after: list[Tensor] = []
         for i, block in enumerate(self.blocks):
             x, cache = block(x, state[2 * i : 2 * i + 2])
@@ -65,8 +72,8 @@ class Transformer(nn.Module):
         return self.norm(x), tuple(after)
 
     def ranges(self) -> dict[str, float]:
-        """Linear maps are uniform with standard deviation 0.02, those that end a residual branch smaller by
-        sqrt(2 blocks) (Radford et al. 2019); norms start at 1."""
+        """The range r of each matrix, which is drawn uniformly from [-r, r]: a standard deviation of 0.02, smaller by
+        sqrt(2 blocks) at the end of a residual branch (Radford et al. 2019). Norms start at 1."""
         wide = 0.02 * 3**0.5
         narrow = wide / (2 * len(self.blocks)) ** 0.5
         ends = ("attention_out.weight", "down.weight")
@@ -74,7 +81,7 @@ class Transformer(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each on a normalised copy and added to its input."""
+    """Attention and feed-forward, each computed on the normalised input and added to it."""
 
     def __init__(self, options: TransformerOptions) -> None:
         super().__init__()
@@ -88,15 +95,15 @@ class Block(nn.Module):
         self.down = nn.Linear(options.nhid, size, bias=False)
         self.drop = Dropout(options.dropout, dim=1)
 
-    def forward(self, x: Tensor, cache: State) -> tuple[Tensor, State]:
-        """[time, columns, features]; the cache grows by these positions."""
+    def forward(self, x: Tensor, cache: KeyValueCache) -> tuple[Tensor, KeyValueCache]:
+        """[time, columns, features] -> the same shape, and the cache with these positions appended."""
         attended, cache = self.attend(self.attention_norm(x), cache)
         x = x + self.drop(attended)
         gate, up = self.up(self.forward_norm(x)).chunk(2, -1)
         return x + self.drop(self.down(F.silu(gate) * up)), cache
 
-    def attend(self, x: Tensor, cache: State) -> tuple[Tensor, State]:
-        """Causal attention over the cache and x."""
+    def attend(self, x: Tensor, cache: KeyValueCache) -> tuple[Tensor, KeyValueCache]:
+        """Causal attention over the cache and x: [time, columns, features], and the cache."""
         time, columns, size = x.shape
         parts = self.attention_in(x).view(time, columns, 3, self.heads, size // self.heads)
         query, key, value = parts.permute(2, 1, 3, 0, 4)  # each [columns, heads, time, size of a head]
@@ -104,7 +111,7 @@ class Block(nn.Module):
         if cache:
             key, value = torch.cat([cache[0].to(key.dtype), key], 2), torch.cat([cache[1].to(value.dtype), value], 2)
             cache = (key, value)
-        # Keys are cached before they are rotated: positions count from the cache's first word, however old it is.
+        # Keys are cached before they are rotated, since positions count from the cache's first word, whichever it is.
         turn = rotation(key.shape[2], key.shape[3], x.device)
         query, turned = rotate(query, turn[:, -time:]), rotate(key, turn)
         mask = None
@@ -115,14 +122,14 @@ class Block(nn.Module):
 
 
 def rotation(positions: int, size: int, device: torch.device) -> Tensor:
-    """Cosines and sines of the positions' angles: [2, positions, size / 2]."""
+    """Cosines and sines of the angles of all positions: [2, positions, size / 2]."""
     rates = 10_000.0 ** -(torch.arange(0, size, 2, device=device) / size)
     angles = torch.arange(positions, device=device)[:, None] * rates
     return torch.stack([angles.cos(), angles.sin()])
 
 
 def rotate(x: Tensor, turn: Tensor) -> Tensor:
-    """Turn the pairs (x_i, x_i+size/2) of [..., positions, size] by their positions' angles."""
+    """Rotate the pairs (x_i, x_i+size/2) of x [..., positions, size] by the angles of their positions."""
     a, b = x.chunk(2, -1)
     cos, sin = turn.to(x.dtype)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)

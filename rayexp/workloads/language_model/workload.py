@@ -1,7 +1,7 @@
-"""Word-level language modelling: the next word of a running text (after pytorch/examples word_language_model).
+"""Word-level language modelling: predict the next word of a running text (after pytorch/examples word_language_model).
 
-The training text is cut into `batch_size` columns of equal length; a step is a window of `data.bptt` rows, and what
-the model remembers is carried from window to window. A shard is a group of neighbouring columns.
+The training text is cut into `batch_size` columns of equal length. A step is a window of `data.bptt` rows, and the
+recurrent state is handed from window to window. A shard is a group of neighbouring columns.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from rayexp.runs.records import Predictions
 from rayexp.workloads.language_model.model import build, options_of
 from rayexp.workloads.language_model.recurrent import RecurrentOptions
 
-# Judged at once: recurrent models give the same losses whatever the window, and long ones are faster.
+# Tokens evaluated at once: a recurrent model gives the same losses for any window, and long windows are faster.
 EVAL_TOKENS = 512
 
 
@@ -47,7 +47,7 @@ class LanguageModel:
             raise UserError("label_smoothing: language_model has none; set it to 0")
         self.options = options_of(config)
         self.recurrent = isinstance(self.options, RecurrentOptions)
-        # A tied matrix has two gradients, and the second would come after the sum.
+        # A tied matrix gets two gradients in a pass; the second one would be added after the other shard's.
         self.shares_buffer = not self.options.tied
         self.parts = ("h", "c") if config.model.name == "lstm" else ("h",)
         self.data: TextData = open_data(data)
@@ -74,11 +74,12 @@ class LanguageModel:
     # ---------------------------------------------------------------------- training
 
     def steps(self) -> int:
-        """Windows of an epoch; the last may be shorter."""
+        """Number of windows of an epoch; the last may be shorter."""
         return math.ceil((len(self.columns[0]) - 1) / self.config.data.bptt)
 
     def batch(self, epoch: int, step: int, shards: range, device: torch.device) -> Batch:
-        """A window of the columns of consecutive shards: inputs (int64[time, columns],). The same in every epoch."""
+        """A window of the columns of consecutive shards: inputs (int64[time, columns],) and targets int64[time *
+        columns]. The same in every epoch."""
         size = self.config.batch_size // self.config.shards
         start = step * self.config.data.bptt
         rows = self.columns[shards.start * size : shards.stop * size, start : start + self.config.data.bptt + 1]
@@ -87,8 +88,8 @@ class LanguageModel:
         return Batch((inputs,), targets, (size,) * len(shards), targets.numel())
 
     def initial_state(self, size: int, device: torch.device) -> RecurrentState:
-        """Recurrent: the hidden state `h` (and `c`), [layers, columns, hidden], zeros. Transformer: the words before
-        the window, int64[context, columns], at first ends of lines."""
+        """Of a recurrent model the hidden state `h` (and `c`): zeros [layers, columns, hidden]. Of a transformer the
+        `tokens` before the window: int64[context, columns], all ends of lines."""
         if isinstance(self.options, RecurrentOptions):
             shape = (self.options.nlayers, size, self.options.nhid)
             return {
@@ -99,15 +100,12 @@ class LanguageModel:
         return {"tokens": torch.full((self.options.context, size), self._line_end, device=device)}
 
     def loss(self, model: nn.Module, batch: Batch, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
-        """The sum of the window's losses in nats, and the state after it."""
+        """The sum of the window's losses in nats, and the state after the window."""
         losses, after = self._window(model, batch.inputs[0], batch.targets, state)
         return losses.sum(), after
 
     def touched_rows(self, epoch: int, step: int) -> dict[str, NDArray[np.int64]]:
-        """Parameters whose gradient is zero outside some rows, and these rows of the global batch, in order.
-
-        They follow from the configuration, so every worker knows them without being told.
-        """
+        """Of an untied embedding, the words of the global batch's window, sorted."""
         if self.options.tied or not self.recurrent:  # a transformer's context reaches back into earlier windows
             return {}
         start = step * self.config.data.bptt
@@ -117,7 +115,7 @@ class LanguageModel:
     def _window(
         self, model: nn.Module, tokens: Tensor, targets: Tensor, state: RecurrentState
     ) -> tuple[Tensor, RecurrentState]:
-        """The losses of a window, float32[time * columns], and the state handed on."""
+        """The losses of a window, float32[time * columns], and the state after it."""
         if self.recurrent:
             losses, after = model(tokens, targets, tuple(state[name] for name in self.parts))
             return losses, {name: part.detach() for name, part in zip(self.parts, after, strict=True)}
@@ -130,24 +128,24 @@ class LanguageModel:
     def _line_end(self) -> int:
         return self.data.vocabulary.index("<eos>")
 
-    # ---------------------------------------------------------------------- judging
+    # ---------------------------------------------------------------------- evaluation
 
     def val_streams(self) -> int:
-        """Groups of neighbouring columns of the validation text."""
+        """Number of groups of neighbouring columns of the validation text."""
         return min(self.config.shards, self.config.data.eval_columns)
 
     def predict(self, model: nn.Module, stream: int, device: torch.device) -> Mapping[str, NDArray[Any]]:
-        """Offset, token and loss of every predicted token of a group of columns, front to back."""
+        """Offset, word and loss of every predicted token of a group of columns, front to back."""
         return self._predict(model, self.data.valid, stream, device)
 
     def predictions(self, parts: Sequence[Mapping[str, NDArray[Any]]]) -> Predictions:
-        """All groups together, sorted by offset."""
+        """Put all groups together, sorted by offset."""
         arrays = {name: np.concatenate([part[name] for part in parts]) for name in ("offset", "token", "loss")}
         by_offset = np.argsort(arrays["offset"], kind="stable")
         return Predictions("tokens", self.val_sha, {name: array[by_offset] for name, array in arrays.items()})
 
     def metrics(self, predictions: Predictions) -> dict[str, float]:
-        """`val_loss` in nats per token, and perplexity."""
+        """`val_loss` in nats per token, and the perplexity `ppl`."""
         loss = float(np.mean(predictions["loss"], dtype=np.float64))
         return {"val_loss": loss, "ppl": _perplexity(loss)}
 
@@ -184,7 +182,7 @@ class LanguageModel:
     # ---------------------------------------------------------------------- describing
 
     def describe(self) -> dict[str, Any]:
-        """data.json."""
+        """The content of data.json."""
         return {
             "kind": "tokens",
             "train_samples": len(self.data.train),
@@ -202,11 +200,11 @@ class LanguageModel:
 
 
 def _columns(tokens: NDArray[np.int32], count: int) -> NDArray[np.int32]:
-    """The text as `count` rows of equal length, the rest left out: int32[count, length], no copy."""
+    """The text as `count` columns of equal length without the rest: int32[count, length], a view."""
     length = len(tokens) // count
     return tokens[: length * count].reshape(count, length)
 
 
 def _perplexity(loss: float) -> float:
-    """exp(loss); infinite where that is no double, NaN where the loss is."""
+    """exp(loss): infinite where it exceeds a double, NaN where the loss is."""
     return math.inf if loss >= 700 else math.exp(loss)

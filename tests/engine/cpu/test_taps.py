@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from rayexp.engine.cpu import taps
+from rayexp.engine.cpu.shardwise import keep_gradients_apart
 from rayexp.engine.reduction import total
 from rayexp.engine.rng import Draws
-from rayexp.engine.shardwise import shardwise
 
 SIZES = [5, 4, 3]
 
@@ -74,9 +74,22 @@ def test_where_it_pays(monkeypatch: pytest.MonkeyPatch, conv: nn.Conv2d, size: i
     conv.zero_grad()
     x.grad = None
     apart, draws = nn.Sequential(conv), Draws()
-    shardwise(apart, draws)
+    keep_gradients_apart(apart, draws)
     draws.begin([0, 1], [4, 2], x.device)
     apart(x).square().sum().backward()
     assert bool(taken) == pays
     for found, wanted in zip([*[p.grad for p in conv.parameters()], x.grad], [*expected[0], expected[1]], strict=True):
         assert torch.allclose(found, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_through_a_layer_too_it_is_written_into_the_buffer() -> None:
+    """Nothing is left for autograd where a pass uses the weight once; after two uses autograd adds up the gradients."""
+    conv, x, _ = layer()
+    apart, draws = nn.Sequential(conv, nn.Conv2d(256, 128, 1, bias=False), conv), Draws()
+    keep_gradients_apart(apart, draws)
+    draws.begin([0, 1, 2], SIZES, x.device)
+    for uses, model in enumerate((apart[:1], apart), 1):
+        conv.weight.uses, conv.weight.grad, conv.weight.into = 0, None, torch.empty_like(conv.weight)
+        model(x).square().sum().backward()
+        assert conv.weight.uses == uses
+        assert (conv.weight.grad is conv.weight.into) == (uses == 1)

@@ -1,8 +1,8 @@
-"""Several shards in one pass, with each shard's gradients by themselves and added in tree order (CPU, fp32).
+"""Several shards in one pass, each shard's gradients computed by themselves and added in tree order (CPU, fp32).
 
 One pass over four shards costs less than four passes: weights are rearranged once, a layer's gradients are added while
-the cache holds them, and a row is written once. It may be taken where it has the same bits, that is where every kernel
-treats an image alike whatever else is in the batch; engine.step tries that out before it relies on it.
+they are in the cache, and a gradient buffer is written once. It is allowed where it has the same bits, that is, where
+every kernel treats an image alike whatever else is in the batch; engine/step.py tries that before it relies on it.
 """
 
 from __future__ import annotations
@@ -16,28 +16,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from rayexp.engine.batch_norm import NORMS, per_shard
 from rayexp.engine.cpu import taps
 from rayexp.engine.reduction import total
 from rayexp.engine.rng import Draws
 
 
 class _Conv(torch.autograd.Function):
-    """`F.conv2d`; `words` are stride, padding, dilation and groups."""
+    """`F.conv2d`; `options` are stride, padding, dilation and groups, `sizes` the samples of each shard."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, words: tuple[Any, ...], sizes: Sequence[int]
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, options: tuple[Any, ...], sizes: Sequence[int]
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.leaf, ctx.bias, ctx.words, ctx.sizes = weight, bias is not None, words, sizes
-        return F.conv2d(x, weight, bias, *words)
+        ctx.leaf, ctx.bias, ctx.options, ctx.sizes = weight, bias is not None, options, sizes
+        return F.conv2d(x, weight, bias, *options)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        stride, padding, dilation, groups = ctx.words
+        stride, padding, dilation, groups = ctx.options
         extent = [len(weight)] if ctx.bias else None
 
         def gradients(grad: Tensor, x: Tensor, of_x: bool, of_weight: bool) -> tuple[Tensor, ...]:
@@ -48,7 +47,7 @@ class _Conv(torch.autograd.Function):
             return found
 
         need_x = ctx.needs_input_grad[0]
-        by_taps = not ctx.bias and taps.pay(weight, x, *ctx.words)
+        by_taps = not ctx.bias and taps.pay(weight, x, *ctx.options)
         if len(ctx.sizes) == 1 and not by_taps:
             return *gradients(grad, x, need_x, True), None, None
         grad_x = gradients(grad, x, True, False)[0] if need_x else None
@@ -62,7 +61,7 @@ class _Conv(torch.autograd.Function):
 
 
 class _Linear(torch.autograd.Function):
-    """`F.linear`, shard by shard: a product's order of addition may depend on its height."""
+    """`F.linear`, shard by shard: the order of additions in a product may depend on its number of rows."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, sizes: Sequence[int]) -> Tensor:
@@ -88,35 +87,35 @@ def _split(sizes: Sequence[int], *tensors: Tensor) -> Iterator[tuple[Tensor, ...
     return zip(*(torch.split(t, list(sizes)) for t in tensors), strict=True)
 
 
-def can(model: nn.Module) -> bool:
-    """Whether every layer with parameters is one that is known here."""
+def can_keep_apart(model: nn.Module) -> bool:
+    """Whether every layer with parameters is of a kind that `shardwise` keeps apart."""
     owners = [m for m in model.modules() if next(m.parameters(recurse=False), None) is not None]
     return all(
         (isinstance(m, nn.Conv2d) and m.padding_mode == "zeros" and not isinstance(m.padding, str))
         or type(m) is nn.Linear
-        or type(m) in NORMS
+        or type(m) in (nn.BatchNorm1d, nn.BatchNorm2d)
         for m in owners
     )
 
 
-def shardwise(model: nn.Module, draws: Draws) -> None:
-    """Let a training replica, for which `can` holds, keep the shards of a pass apart.
+def keep_gradients_apart(model: nn.Module, draws: Draws) -> None:
+    """Make a replica's module, for which `can_keep_apart` holds, keep the gradients of the shards of a pass apart; for
+    batch norms `per_shard` does so.
 
-    A convolution that goes a way of its own finds the shards in its `draws`.
+    Args:
+        draws: tells the sizes of the shards in a pass.
     """
-    per_shard(model, draws)
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
-            module.draws = draws  # type: ignore[assignment]
-            module._conv_forward = functools.partial(_conv, module, draws)  # type: ignore[method-assign]
+            module.forward = functools.partial(_conv, module, draws)  # type: ignore[method-assign]
         elif isinstance(module, nn.Linear):
             module.forward = functools.partial(_linear, module, draws)  # type: ignore[method-assign]
 
 
-def _conv(module: nn.Conv2d, draws: Draws, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    taps.used(weight)
-    words = module.stride, module.padding, module.dilation, module.groups
-    out: Tensor = _Conv.apply(x, weight, bias, words, draws.sizes)
+def _conv(module: nn.Conv2d, draws: Draws, x: Tensor) -> Tensor:
+    taps.count_use(module.weight)
+    options = module.stride, module.padding, module.dilation, module.groups
+    out: Tensor = _Conv.apply(x, module.weight, module.bias, options, draws.sizes)
     return out
 
 

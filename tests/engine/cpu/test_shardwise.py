@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torchvision import models
 
 from rayexp.config import ExperimentConfig, parse
-from rayexp.engine import checkpoint, shardwise, step
+from rayexp.engine import checkpoint, step
+from rayexp.engine.batch_norm import per_shard
+from rayexp.engine.cpu import shardwise
 from rayexp.engine.reduction import Forest, total
 from rayexp.engine.rng import Draws
 from rayexp.engine.trainer import StepDone, Trainer
@@ -83,8 +85,9 @@ def test_layers_are_what_they_were() -> None:
     for name, parameter in plain.named_parameters():
         assert parameter.grad is not None
         expected[name], parameter.grad = parameter.grad, None
-    assert shardwise.can(apart)
-    shardwise.shardwise(apart, draws)
+    assert shardwise.can_keep_apart(apart)
+    per_shard(apart, draws)
+    shardwise.keep_gradients_apart(apart, draws)
     draws.begin([0, 1], sizes, x.device)
     apart(x).square().sum().backward()
     for name, parameter in apart.named_parameters():
@@ -96,7 +99,7 @@ def test_a_linear_layers_gradients_are_added_shard_by_shard() -> None:
     torch.manual_seed(0)
     layer, draws, sizes = nn.Sequential(nn.Linear(64, 50)), Draws(), (11, 12, 13)
     x, weight = torch.randn(36, 64), torch.randn(36, 50)
-    shardwise.shardwise(layer, draws)
+    shardwise.keep_gradients_apart(layer, draws)
 
     def gradients(x: Tensor, weight: Tensor, *sizes: int) -> tuple[Tensor, ...]:
         draws.begin(range(len(sizes)), sizes, x.device)
@@ -109,11 +112,11 @@ def test_a_linear_layers_gradients_are_added_shard_by_shard() -> None:
 
 
 def test_what_cannot() -> None:
-    assert shardwise.can(models.mobilenet_v3_small())
-    assert not shardwise.can(nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4)))
-    assert not shardwise.can(nn.Sequential(nn.Conv2d(3, 4, 3, padding="same")))
-    assert not shardwise.can(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect")))
-    assert not shardwise.can(nn.TransformerEncoderLayer(8, 2, 16))
+    assert shardwise.can_keep_apart(models.mobilenet_v3_small())
+    assert not shardwise.can_keep_apart(nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4)))
+    assert not shardwise.can_keep_apart(nn.Sequential(nn.Conv2d(3, 4, 3, padding="same")))
+    assert not shardwise.can_keep_apart(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect")))
+    assert not shardwise.can_keep_apart(nn.TransformerEncoderLayer(8, 2, 16))
 
 
 @given(st.integers(1, 40))

@@ -1,0 +1,112 @@
+"""RAYEXP_CPU_KERNELS=off: none of engine/cpu is used, the mathematics and `exact` stay, and the fingerprint tells."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rayexp.config import ExperimentConfig, parse
+from rayexp.engine import checkpoint, cpu
+from rayexp.engine.fingerprint import differences, fingerprint
+from rayexp.engine.runtime import configure
+from rayexp.engine.trainer import StepDone, Trainer
+from rayexp.errors import UserError
+
+Open = Callable[[ExperimentConfig], Trainer]
+PARTS = (
+    "keep_gradients_apart", "use_small_map_convolutions", "pool_before_relu", "blocked_cross_entropy",
+    "blocked_embedding", "keep_freed_memory",
+)  # fmt: skip
+TREES: dict[str, dict[str, Any]] = {
+    "resnet": {  # its last maps are 2x2 and 1x1
+        "data": {"name": "shapes", "max_train_samples": 32, "max_val_samples": 20, "image_size": 32},
+        "model": {"name": "resnet18"},
+        "batch_size": 16,
+        "shards": 4,
+        "lr": 0.01,
+        "optimizer": {"momentum": 0},
+    },
+    "lstm": {
+        "workload": "language_model",
+        "data": {"name": "python_docs", "max_train_tokens": 500, "max_val_tokens": 300, "bptt": 20},
+        "model": {"name": "lstm", "emsize": 16, "nhid": 16, "nlayers": 1},
+        "batch_size": 8,
+        "shards": 4,
+        "lr": 1.0,
+        "optimizer": {"momentum": 0},
+    },
+}
+
+
+def config(name: str, **changes: Any) -> ExperimentConfig:
+    return parse({**TREES[name], **changes}, ExperimentConfig, "test")
+
+
+def one_step(session: Trainer) -> tuple[float, Tensor, str]:
+    """The loss, how far the weights moved, and the hash of the state."""
+    before = session.master.params.clone()
+    event = next(session.train())
+    assert isinstance(event, StepDone)
+    return event.loss, session.master.params - before, checkpoint.sha(session.state().tensors)
+
+
+@pytest.mark.parametrize("name", list(TREES))
+@pytest.mark.parametrize("reduction", ["exact", "ddp"])
+def test_off_is_the_same_mathematics(session: Open, monkeypatch: pytest.MonkeyPatch, name: str, reduction: str) -> None:
+    """After one step of gradients of plain SGD, and with no part of engine/cpu."""
+    used: set[str] = set()
+
+    def counted(part: str, true: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            used.add(part)
+            return true(*args)
+
+        return call
+
+    for part in PARTS:
+        monkeypatch.setattr(cpu, part, counted(part, getattr(cpu, part)))
+    loss, moved, _ = one_step(session(config(name, reduction=reduction)))
+    expected = {"keep_freed_memory", "use_small_map_convolutions", "pool_before_relu"}
+    if name == "lstm":
+        expected |= {"blocked_cross_entropy", "blocked_embedding"}
+    elif reduction == "exact":
+        expected |= {"keep_gradients_apart"}
+    assert used == expected
+    used.clear()
+    monkeypatch.setenv(cpu.SWITCH, "off")
+    plain = session(config(name, reduction=reduction))
+    assert not plain.stepper.together
+    plain_loss, plain_moved, _ = one_step(plain)
+    assert not used
+    assert loss == pytest.approx(plain_loss, rel=1e-5)
+    assert moved.norm() > 0
+    assert (moved - plain_moved).norm() < 1e-3 * plain_moved.norm()
+
+
+@pytest.mark.parametrize("name", list(TREES))
+def test_off_is_exact_too(session: Open, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(cpu.SWITCH, "off")
+    found = {one_step(session(config(name, scaling={"lanes": lanes})))[2] for lanes in (1, 2, 3)}
+    assert len(found) == 1
+
+
+def test_it_is_part_of_the_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = {}
+    for value in (None, "", "on", "off"):
+        monkeypatch.delenv(cpu.SWITCH, raising=False)
+        if value is not None:
+            monkeypatch.setenv(cpu.SWITCH, value)
+        with configure(config("lstm"), torch.device("cpu"), 4) as runtime:
+            taken[value] = fingerprint(runtime)
+    assert taken[None] == taken[""] == taken["on"]
+    assert differences(taken["on"], taken["off"]) == ["environment RAYEXP_CPU_KERNELS=off, not unset"]
+
+
+def test_another_value_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(cpu.SWITCH, "no")
+    with pytest.raises(UserError, match="RAYEXP_CPU_KERNELS: 'no'; allowed: on, off"):
+        configure(config("lstm"), torch.device("cpu"), 4)
