@@ -112,7 +112,7 @@ def evaluate(
     equal = None
     if missing:
         trained = {record.epoch: record.predictions_sha for record in run.records()}.get(epoch)
-        # Another device or other versions round differently, and the epoch's record has the hash of what training stored.
+        # Another device or other versions round differently; the epoch's record hashes what training stored.
         write_atomic(path, data if digest(data) == trained else seal_predictions(data, weights_sha))
     else:
         equal = run.predictions(epoch).same_as(predictions)
