@@ -1,4 +1,4 @@
-"""Downloads into the cache: pooch checks and places the file, requests gets it, with resume.
+"""Downloads into the cache by requests, resumed where they were interrupted, checked and then put in place.
 
 An interrupted download leaves `.tmp-NAME` and goes on there, provided the server named the version of the file
 (ETag or Last-Modified) and still has that version.
@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -44,49 +43,55 @@ def download(url: str, known_hash: str | None = None) -> Path:
     Raises:
         UserError: the server cannot be reached or refuses, the checksum differs, or the disk is full.
     """
-    import pooch
     import requests
 
-    pooch.get_logger().setLevel("ERROR")
+    known = known_hash or KNOWN.get(url)
     folder = cache_dir() / "downloads"
     name = f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{PurePosixPath(unquote(urlsplit(url).path)).name or 'file'}"
     part = folder / f"{TEMPORARY}{name}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder / f"{TEMPORARY}{name}.lock"):  # a second process waits, and then finds the file
-            path = pooch.retrieve(url, known_hash or KNOWN.get(url), name, folder, downloader=_downloader(part))
+            path = folder / name
+            if not (path.exists() and _matches(path, known)):
+                _fetch(url, part)
+                if not _matches(part, known):
+                    part.unlink()
+                    raise UserError(f"{url}: what came is not the published file (checksum differs); nothing is kept")
+                part.replace(path)
     except requests.HTTPError as error:
         raise UserError(f"{url}: the server refuses ({_reason(error)})") from error
     except requests.RequestException as error:
         raise UserError(
             f"{url}: cannot be downloaded ({_reason(error)}); the same command tries again and goes on"
         ) from error
-    except ValueError as error:
-        raise UserError(f"{url}: what came is not the published file (checksum differs); nothing is kept") from error
     except OSError as error:
         if error.errno in FULL:
             part.unlink(missing_ok=True)
         raise UserError(str(WriteError(error.errno, error.strerror or str(error), str(folder)))) from error
-    return Path(path)
+    return path
 
 
-def _downloader(part: Path) -> Callable[[str, str, Any], None]:
-    """pooch's downloader: fetch `url` by way of `part`, which survives interruptions, to `output_file`."""
+def _matches(path: Path, known: str | None) -> bool:
+    """Whether the file has the checksum `algorithm:hex`; without one every file has."""
+    if known is None:
+        return True
+    algorithm, _, wanted = known.rpartition(":")
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, algorithm or "sha256").hexdigest() == wanted.lower()
 
-    def get(url: str, output_file: str, _: Any) -> None:
-        import requests
 
-        for attempt in range(ATTEMPTS):
-            try:
-                _transfer(url, part)
-                break
-            except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError):
-                if attempt == ATTEMPTS - 1:
-                    raise
-                time.sleep(2**attempt / 4)
-        part.replace(output_file)
+def _fetch(url: str, part: Path) -> None:
+    """All of the file into `part`, in several attempts; what an earlier one left there is kept."""
+    import requests
 
-    return get
+    for attempt in range(ATTEMPTS):
+        try:
+            return _transfer(url, part)
+        except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError):
+            if attempt == ATTEMPTS - 1:
+                raise
+            time.sleep(2**attempt / 4)
 
 
 def _transfer(url: str, part: Path) -> None:

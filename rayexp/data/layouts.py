@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rayexp.data.decode import SUFFIXES
+from rayexp.display import printable
 from rayexp.errors import UserError
 
 SPLITS = {
@@ -161,8 +162,7 @@ def _line(parts: list[str], left: Sequence[str]) -> str:
         parts.append(
             f"{len(left):,} image{'s' * (len(left) > 1)} outside the class folders left out: {_some(sorted(left))}"
         )
-    # For people: what a terminal would obey is escaped.
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in "; ".join(parts))
+    return printable("; ".join(parts))
 
 
 def _some(names: Sequence[str]) -> str:

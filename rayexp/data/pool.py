@@ -1,24 +1,26 @@
-"""A function run by several Python processes: JSON arguments in, bytes out, results in order.
+"""A function run by several Python processes, results in order; what crosses goes over connections of multiprocessing.
 
-Why not multiprocessing: its children run the caller's main module again (a script or notebook without a guard would
-start itself over), and a fork copies locks that other threads hold. These children import one function and nothing
-of the caller. They leave when the caller does, however it ends: their input closes.
+Why no ProcessPoolExecutor: one that spawns runs the caller's main module again (a script without a guard would start
+itself over), and one that forks copies locks that other threads hold. loky does neither, but its workers outlive a
+caller that is killed, and its resource tracker imports from the working directory. These children import one function
+and nothing of the caller, and leave when the caller does, however it ends: their connection closes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
-import json
 import os
 import queue
 import signal
-import struct
 import subprocess
 import sys
 from collections import deque
 from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +28,15 @@ import rayexp
 from rayexp.errors import RunError, UserError
 from rayexp.system.cores import cores as cores
 
-HEAD = struct.Struct("<cQ")  # R(esult), U(ser error) or F(ailure); bytes that follow
+
+@dataclass(frozen=True, slots=True)
+class _Child:
+    process: subprocess.Popen[bytes]
+    connection: Connection
 
 
 def ordered(function: str, calls: Iterable[list[Any]], processes: int | None = None) -> Generator[bytes]:
-    """The results of `module:name` for each list of JSON arguments, in the order of the calls.
+    """The results of `module:name` for each list of arguments, in the order of the calls.
 
     At most two calls per process are under way, so memory stays bounded. Closing the iterator ends the processes.
 
@@ -38,8 +44,8 @@ def ordered(function: str, calls: Iterable[list[Any]], processes: int | None = N
         UserError: the function raised it.
         RunError: the function failed otherwise, or a process died.
     """
-    idle: queue.SimpleQueue[subprocess.Popen[bytes]] = queue.SimpleQueue()
-    children: list[subprocess.Popen[bytes]] = []
+    idle: queue.SimpleQueue[_Child] = queue.SimpleQueue()
+    children: list[_Child] = []
     processes = processes or cores()
 
     def call(arguments: list[Any]) -> bytes:
@@ -63,29 +69,30 @@ def ordered(function: str, calls: Iterable[list[Any]], processes: int | None = N
             yield waiting.popleft().result()
     finally:
         for child in children:
-            child.kill()
+            child.process.kill()
         threads.shutdown(cancel_futures=True)
         for child in children:
-            child.wait()
-            for pipe in (child.stdin, child.stdout):
-                if pipe:
-                    with contextlib.suppress(OSError):  # what was still to be sent goes nowhere
-                        pipe.close()
+            child.process.wait()
+            child.connection.close()
 
 
-def _start(function: str) -> subprocess.Popen[bytes]:
+def _start(function: str) -> _Child:
     paths, home = _paths(), str(Path(rayexp.__file__).parents[1])
+    ours, theirs = Pipe()
     code = f"import sys; sys.path[:] = {[home, *paths]!r}; import rayexp; sys.path[:] = {paths!r}; " + (
-        f"from rayexp.data.pool import serve; serve({function!r})"
+        f"from rayexp.data.pool import serve; serve({function!r}, {theirs.fileno()})"
     )
-    # A session of its own: Ctrl-C goes to the parent alone, which then ends its children.
-    return subprocess.Popen(
-        [sys.executable, "-P", "-c", code],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        start_new_session=True,
-    )
+    with theirs:
+        # A session of its own: Ctrl-C goes to the parent alone, which then ends its children.
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-c", code],
+            stdin=subprocess.DEVNULL,
+            stdout=2,  # whatever prints: a command's own stdout may carry JSON
+            pass_fds=[theirs.fileno()],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            start_new_session=True,
+        )
+    return _Child(process, ours)
 
 
 def _paths() -> list[str]:
@@ -99,43 +106,33 @@ def _paths() -> list[str]:
     return [*there, str(here)] if len(there) < len(sys.path) else there
 
 
-def _ask(child: subprocess.Popen[bytes], arguments: list[Any]) -> bytes:
+def _ask(child: _Child, arguments: list[Any]) -> bytes:
     """Send one call and wait for its answer."""
-    if child.stdin is None or child.stdout is None:
-        raise RunError("a helper process has no pipes")
-    with contextlib.suppress(OSError):  # where it died, reading says so
-        child.stdin.write(json.dumps(arguments).encode() + b"\n")
-        child.stdin.flush()
-    head = child.stdout.read(HEAD.size)
-    kind, size = HEAD.unpack(head) if len(head) == HEAD.size else (b"", 0)
-    body = child.stdout.read(size)
-    if not kind or len(body) < size:
-        raise RunError(f"a helper process ended early (exit code {child.wait()}; -9 may mean: out of memory)")
-    if kind == b"U":
-        raise UserError(body.decode())
-    if kind == b"F":
-        raise RunError(f"a helper process failed: {body.decode()}")
-    return body
+    try:
+        child.connection.send(arguments)
+        answer: bytes | Exception = child.connection.recv()
+    except (EOFError, OSError):
+        code = child.process.wait()
+        raise RunError(f"a helper process ended early (exit code {code}; -9 may mean: out of memory)") from None
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
 
 
-def serve(function: str) -> None:
-    """The child: answer calls until the input closes."""
+def serve(function: str, descriptor: int) -> None:
+    """The child: answer calls until the connection closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # Whatever prints goes to stderr: stdout carries the answers.
-    out = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
+    connection = Connection(descriptor)
     module, _, name = function.partition(":")
     target = getattr(importlib.import_module(module), name)
-    for line in sys.stdin.buffer:
-        try:
-            kind, body = b"R", target(*json.loads(line))
-        except UserError as error:
-            kind, body = b"U", str(error).encode("utf-8", "backslashreplace")
-        except Exception as error:
-            kind, body = b"F", f"{type(error).__name__}: {error}".encode("utf-8", "backslashreplace")
-        try:
-            out.write(HEAD.pack(kind, len(body)))
-            out.write(body)
-            out.flush()
-        except BrokenPipeError:  # the caller is gone, and so is everybody who would want to hear of it
-            os._exit(0)
+    with contextlib.suppress(EOFError, ConnectionError):  # the caller is gone
+        while True:
+            arguments = connection.recv()
+            answer: bytes | Exception
+            try:
+                answer = target(*arguments)
+            except UserError as error:
+                answer = UserError(str(error))
+            except Exception as error:
+                answer = RunError(f"a helper process failed: {type(error).__name__}: {error}")
+            connection.send(answer)

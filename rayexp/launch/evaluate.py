@@ -15,6 +15,7 @@ from rayexp.config import ExperimentConfig
 from rayexp.errors import RunError, UserError
 from rayexp.launch import placement
 from rayexp.launch.local import here
+from rayexp.runs.manifest import digest, seal_predictions
 from rayexp.runs.records import Predictions
 from rayexp.runs.run import Run, broken
 from rayexp.system.disk import write_atomic
@@ -114,12 +115,15 @@ def evaluate(
     path = run.predictions_path(epoch)
     data = predictions.to_npz()
     missing = not path.exists()
+    weights_sha = checkpoint.decode(files).fields["weights_sha"]
     equal = None
     if missing:
-        write_atomic(path, data)
+        trained = {record.epoch: record.predictions_sha for record in run.records()}.get(epoch)
+        # Another device or other versions round differently; the epoch's record hashes what training stored.
+        write_atomic(path, data if digest(data) == trained else seal_predictions(data, weights_sha))
     else:
         equal = run.predictions(epoch).same_as(predictions)
-    return Evaluation(predictions, metrics, checkpoint.decode(files).fields["weights_sha"], missing, equal)
+    return Evaluation(predictions, metrics, weights_sha, missing, equal)
 
 
 def _same_data(run: Run, found: Mapping[str, Any], config: ExperimentConfig) -> None:

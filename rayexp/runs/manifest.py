@@ -4,7 +4,8 @@
                  files, the configuration, and the data's hashes)
     run.json     `files`: name -> sha256 of config.yaml and data.json, and once a run has ended of epochs.jsonl and
                  steps.jsonl
-    epochs.jsonl `predictions_sha` of each epoch's predictions
+    epochs.jsonl `predictions_sha` of each epoch's predictions as training stored them
+    predictions  made again by `evaluate` where that gave other bytes: a seal at the file's end (see `seal_predictions`)
 
 Runs of the first edition have none of these; what can be told without a hash is checked there too.
 """
@@ -23,6 +24,7 @@ from rayexp.errors import UserError
 from rayexp.system.disk import inside
 
 SEAL = "sha256"
+_SEAL_BYTES = 2 * 64  # two sha256 in hexadecimal
 # What a resume reads of state.json, beside its files.
 STATE: Mapping[str, type | tuple[type, ...]] = {
     "epoch": int,
@@ -41,6 +43,23 @@ DATA = ("kind", "val_sha")
 def digest(data: bytes) -> str:
     """sha256 in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
+
+
+def seal_predictions(npz: bytes, weights_sha: str) -> bytes:
+    """The archive of predictions that `evaluate` made, with a seal as its ZIP comment: the sha256 of the checkpoint's
+    weights, then that of those weights and all bytes before the seal. numpy reads such a file like any other."""
+    body = npz[:-2] + _SEAL_BYTES.to_bytes(2, "little")  # the comment's length, at the end of an archive without one
+    return body + _predictions_seal(body, weights_sha)
+
+
+def has_valid_seal(npz: bytes, weights_sha: str) -> bool:
+    """Whether the file is as `seal_predictions` made it from the predictions of these weights."""
+    body, seal = npz[:-_SEAL_BYTES], npz[-_SEAL_BYTES:]
+    return seal == _predictions_seal(body, weights_sha)
+
+
+def _predictions_seal(body: bytes, weights_sha: str) -> bytes:
+    return f"{weights_sha}{digest(body + weights_sha.encode())}".encode()
 
 
 def sealed(words: Mapping[str, Any]) -> dict[str, Any]:

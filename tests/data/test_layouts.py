@@ -65,7 +65,7 @@ def test_splits_of_any_known_name(tmp_path, tiny, train, val):
         ([".cache/x.png", "__MACOSX/y.png"], ""),
         (["train/c/9.png"], "; val/ has none of c"),
         (["\x1b[2J.png"], "; 1 image outside the class folders left out: \\x1b[2J.png"),
-        (["caf\udce9.png"], "; 1 image outside the class folders left out: caf\\udce9.png"),
+        (["caf\udce9.png"], "; 1 image outside the class folders left out: caf\\xe9.png"),
     ],
 )
 def test_what_lies_beside_known_splits(tmp_path, tiny, extra, said):

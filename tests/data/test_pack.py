@@ -293,6 +293,25 @@ def test_pool_ends_its_processes_when_it_is_left(helpers):
     assert not psutil.Process().children()
 
 
+def test_pool_s_processes_end_when_their_caller_is_killed(cache):
+    code = (
+        "import psutil, time; from rayexp.data import pool\n"
+        "answers = pool.ordered('base64:b64decode', [['AAAA']] * 50, 2); next(answers)\n"
+        "print(*(child.pid for child in psutil.Process().children()), flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as caller:
+        children = [psutil.Process(int(pid)) for pid in caller.stdout.readline().split()]
+        caller.kill()
+    assert len(children) == 2
+    assert psutil.wait_procs(children, timeout=20)[1] == []
+
+
+def test_what_a_function_prints_is_no_answer(capfd, helpers):
+    assert list(packing.pool.ordered("builtins:print", [["said"]], 1)) == [None]
+    out, err = capfd.readouterr()
+    assert (out, err) == ("", "said\n")
+
+
 @pytest.mark.parametrize(
     ("module", "command"), [("random", "-c"), ("queue", "script"), ("token", "-m"), ("numpy", "-c")]
 )

@@ -15,6 +15,8 @@ from rayexp.config import ExperimentConfig
 from rayexp.errors import RunError, UserError
 from rayexp.launch.driver import run
 from rayexp.launch.evaluate import evaluate, predict
+from rayexp.runs.integrity import faults
+from rayexp.runs.records import Predictions
 from rayexp.workloads.language_model import generate as text
 
 Tiny = Callable[..., ExperimentConfig]
@@ -43,6 +45,32 @@ def test_a_checkpoint_says_again_what_training_stored(tiny: Tiny, changes: dict[
     for name, array in stored.arrays.items():
         np.testing.assert_array_equal(again[name], array)
     assert made.predictions_path(1).exists()
+
+
+def test_predictions_made_on_another_device_are_not_damaged(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = run(tiny(), argv=[])
+    trained = [made.predictions_path(epoch).read_bytes() for epoch in (1, 2)]
+    made.predictions_path(1).unlink()
+    evaluate(made, 1)
+    assert made.predictions_path(1).read_bytes() == trained[0]
+    made.predictions_path(1).unlink()
+    to_npz = Predictions.to_npz
+
+    def rounded_differently(self: Predictions) -> bytes:
+        loss = np.nextafter(self["loss"], np.float32(9))
+        return to_npz(Predictions(self.kind, self.data_sha, {**self.arrays, "loss": loss}))
+
+    monkeypatch.setattr(Predictions, "to_npz", rounded_differently)
+    evaluate(made, 1)
+    later = made.predictions_path(1).read_bytes()
+    assert not made.predictions(1).same_as(Predictions.from_npz(trained[0], "trained"))
+    assert faults(made) == []
+    for at in (100, len(later) // 2, len(later) - 140, len(later) - 1):
+        made.predictions_path(1).write_bytes(later[:at] + bytes([later[at] ^ 1]) + later[at + 1 :])
+        assert [line.partition(":")[0] for line in faults(made)] == ["predictions/epoch_001.npz"]
+    made.predictions_path(1).write_bytes(later)
+    made.predictions_path(2).write_bytes(later)  # of another epoch's weights
+    assert [line.partition(":")[0] for line in faults(made)] == ["predictions/epoch_002.npz"]
 
 
 def test_batches_come_in_their_order(tiny: Tiny) -> None:
