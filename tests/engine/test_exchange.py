@@ -348,12 +348,12 @@ def test_a_bucket_leaves_as_soon_as_all_replicas_have_its_gradients() -> None:
     for replica in (0, 1):
         assembly.held[replica] = [((0, replica), GradientBuffer(layout, CPU))]
     seen = []
-    for parameter in (2, 1, 0):
+    for parameter in (2, 0, 1):
         for replica in (0, 1):
             assembly.gradient_ready(replica, parameter)
             seen.append(list(sent))
-    assert (plan.of, plan.order) == ([[1, 2], [3], [4]], [4, 1, 2, 3, 0])
-    assert seen == [[], [4], [4], [4], [4], [4, 1, 2, 3]]  # 3 is ready before 1, but leaves in the plan's order
+    assert (plan.of, plan.order) == ([[1, 2], [3], [4]], [4, 3, 1, 2, 0])
+    assert seen == [[], [4], [4], [4], [4], [4, 3, 1, 2]]  # 1 and 2 are ready before 3, but leave after it
     for replica in (0, 1):
         assembly.pass_ended(replica)
     assert sent == plan.order
