@@ -1,9 +1,10 @@
-"""cluster.yaml and cluster-onprem.yaml by Ray's own schema; rayjob.yaml by what KubeRay knows; doors locked in all."""
+"""cluster.yaml and cluster-onprem.yaml by Ray's own schema, rayjob.yaml by KubeRay's fields; all ask for the token."""
 
 from __future__ import annotations
 
 import copy
 import re
+import subprocess
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def test_gpu_groups_from_zero_to_a_maximum() -> None:
 
 
 @pytest.mark.parametrize("name", LAUNCHED)
-def test_every_start_wants_the_token_and_no_door_is_open(name: str) -> None:
+def test_every_start_wants_the_token_and_the_dashboard_stays_local(name: str) -> None:
     config = prepared(name)
     starts = [c for kind in ("head", "worker") for c in config[f"{kind}_start_ray_commands"] if "ray start" in c]
     assert len(starts) == 2
@@ -111,3 +112,19 @@ def test_the_ray_jobs_command_is_one_that_rayexp_takes() -> None:
     assert isinstance(config, ExperimentConfig)
     assert config.scaling.num_workers in config.allowed_workers
     assert f"rayexp:{version('rayexp')}" in (ROOT / "rayjob.yaml").read_text()
+
+
+def test_the_batch_script_for_slurm_uses_options_that_ray_has() -> None:
+    from ray.scripts.scripts import start
+    from ray.scripts.symmetric_run import symmetric_run
+
+    page = (ROOT / "docs" / "on-a-cluster.md").read_text()
+    (script,) = re.findall(r"```bash\n(#!/bin/bash\n.*?)```", page, re.DOTALL)
+    checked = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True)
+    assert (checked.returncode, checked.stderr) == (0, "")
+    (line,) = re.findall(r"srun ray symmetric-run (.*) -- python -m rayexp train (.*)", re.sub(r"\\\n *", "", script))
+    options = set(re.findall(r"--[a-z-]+", line[0]))
+    assert options <= {o for command in (symmetric_run, start) for p in command.params for o in p.opts}
+    assert "RAY_AUTH_MODE=token" in script
+    path, *overrides = line[1].split()
+    load(ROOT / path, overrides)
