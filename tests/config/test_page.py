@@ -30,6 +30,10 @@ def test_the_page_is_current(writer: ModuleType) -> None:
     assert found == writer.page(), "run: python docs/configuration.py"
 
 
+def test_every_key_has_a_meaning(writer: ModuleType) -> None:
+    assert [line for line in writer.page().splitlines() if line.endswith("|  |")] == []
+
+
 class Inner(Section):
     """Keys under another."""
 

@@ -29,6 +29,7 @@ class RecurrentOptions(BaseModel):
     nhid: PositiveInt = 200
     """Hidden units of a layer."""
     nlayers: PositiveInt = 2
+    """Recurrent layers, one upon the other."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """On the word vectors, between layers, and on the output."""
     tied: bool = False

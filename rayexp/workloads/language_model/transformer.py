@@ -26,7 +26,9 @@ class TransformerOptions(BaseModel):
     nhid: PositiveInt = 704
     """Units of a feed-forward part."""
     nlayers: PositiveInt = 4
+    """Decoder layers."""
     nhead: PositiveInt = 4
+    """Attention heads of a layer; emsize is an even multiple of it."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """On the word vectors, on every part's output, and on the model's output."""
     tied: bool = True
