@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,10 @@ from hypothesis import strategies as st
 
 from rayexp.config import ExperimentConfig, parse
 from rayexp.errors import UserError
+from rayexp.launch import driver
 from rayexp.launch.job import WorkerJob
+from rayexp.launch.placement import Placement
+from rayexp.runs.run import Run
 from rayexp.system.clock import mark
 
 CONFIG = parse(
@@ -102,3 +106,31 @@ def test_what_is_no_json_is_refused(tmp_path: Path) -> None:
 def test_a_job_does_not_change() -> None:
     with pytest.raises(ValueError, match="frozen"):
         FULL.max_steps = 4  # type: ignore[misc]
+
+
+def test_the_driver_makes_a_job_of_a_plan(
+    tiny: Callable[..., ExperimentConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[WorkerJob] = []
+
+    def supervise(run: Run, config: ExperimentConfig, job: Callable[..., WorkerJob], *_: object) -> str:
+        made.append(job(Placement(2, True, 3.0, 0.5), 2))
+        made.append(job(Placement(0, False, None), 1))
+        made.append(job(Placement(1, True, 1.0, 1.0), 1))
+        return "done"
+
+    monkeypatch.setattr(driver, "_supervise", supervise)
+    run = driver.run(tiny(), argv=[], started=12.5, max_steps=3, trace=True, parent="a comparison")
+    shared, in_process, whole = made
+    assert (shared.device, shared.cpus, shared.shared_gpu, shared.nodes) == ("cuda", 3.0, True, 2)
+    assert (in_process.device, in_process.cpus, in_process.shared_gpu, in_process.nodes) == ("cpu", None, False, 1)
+    assert not whole.shared_gpu
+    assert len({job.nonce for job in made}) == 3, "workers of a lost attempt would pass for those of the next"
+    assert len({job.driver for job in made}) == 1
+    assert shared.driver
+    for job in made:
+        assert (job.run, job.started, job.max_steps, job.trace) == (run.root, mark(12.5), 3, True)
+        assert (job.measure_link, job.timeout_s) == (True, driver.TIMEOUT_S)
+        assert WorkerJob.from_json(job.to_json()) == job
+    driver.run(tiny(), argv=[])
+    assert not made[-1].measure_link
