@@ -13,7 +13,6 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from rayexp.config import ExperimentConfig
@@ -51,14 +50,11 @@ def workers_pids(made: Run, rank: int) -> list[int]:
     return [int(pid) for pid in re.findall(r"pid (\d+)", log.read_text())] if log.exists() else []
 
 
-def test_a_ray_for_one_run_is_quiet(ray_here: None) -> None:
+def test_a_ray_for_one_run_has_no_dashboard(ray_here: None) -> None:
     import ray
 
     context = ray.init(ignore_reinit_error=True)
-    assert not context.address_info["webui_url"]  # no dashboard
-    started = [" ".join(child.cmdline()) for child in psutil.Process().children()]
-    assert any("raylet" in line for line in started)
-    assert not any("log_monitor" in line for line in started)
+    assert not context.address_info["webui_url"]
 
 
 def test_two_workers_do_what_this_process_does(tiny: Tiny, ray_here: None) -> None:
