@@ -15,7 +15,7 @@ ifeq ($(filter $(TORCH),pinned system),)
 $(error TORCH=$(TORCH): allowed are pinned (the versions of constraints.txt) and system (what is there already))
 endif
 
-.PHONY: install quickstart quick test test-slow mutants lint clean
+.PHONY: install quickstart quick test test-slow ray-versions mutants lint clean
 
 install: $(VENV)/.rayexp-$(TORCH)
 
@@ -52,6 +52,12 @@ test: install lint
 # Real data in length, clusters that grow, die and are resumed, and several hosts (as root, in network namespaces).
 test-slow: install
 	$(BIN)/python -m pytest -m "slow or netns"
+
+# `train`, `compare` and `submit` on other versions of Ray, by default the lowest supported and the newest tried; each
+# has an environment of its own beside everything else of this one.
+RAY ?= 2.55.0 2.60.0
+ray-versions: install
+	$(BIN)/python tests/launch/ray_versions.py $(RAY)
 
 # Plants slips, one at a time, in a copy of the package: the tests must notice (tests/mutants). About half an hour on
 # two quiet cores; SINCE=REV tries only those in files that changed since, or whose tests did.

@@ -44,8 +44,8 @@ def publish(run: Run) -> None:
     """Make a run collectable through the Ray node on which this process runs. Ray must be initialised."""
     import ray
 
-    node: Any = ray._private.worker._global_node  # Ray has no public word for a node's log folder
-    shelf = Path(node.get_logs_dir_path()) / LOG_FOLDER
+    context: Any = ray.init(ignore_reinit_error=True, configure_logging=False)  # describes the one there is
+    shelf = Path(context.address_info["session_dir"]) / "logs" / LOG_FOLDER
     job = job_context.job_id()
     for link in (shelf / "runs" / run.id, *((shelf / "jobs" / job / run.id,) if job else ())):
         link.parent.mkdir(parents=True, exist_ok=True)

@@ -52,18 +52,35 @@ class WorkerGroup:
     _calls: list[int] = field(default_factory=lambda: [0, 0])
 
     @classmethod
-    def join(cls, members: int | None = None) -> WorkerGroup:
+    def join(
+        cls,
+        members: int | None = None,
+        backend: str | None = None,
+        timeout: datetime.timedelta | None = None,
+        device: torch.device | None = None,
+    ) -> WorkerGroup:
         """The initialised default process group, or its first `members` ranks.
 
         Every rank of the default group must call this. A rank that is not a member gets `rank` >= `world`.
+
+        Args:
+            backend: what carries gradient buffers; None: the default group's own.
+            timeout: how long a new group waits for a rank that says nothing; None: torch's default.
+            device: of this rank.
         """
+        if device is not None and device.type == "cuda":
+            torch.cuda.set_device(device)  # before NCCL, which otherwise takes the first
         rank, size = dist.get_rank(), dist.get_world_size()
         members = size if members is None else members
-        everyone = members == size
-        nccl = "nccl" in dist.get_backend()
+        default = dist.get_backend()
         ranks = list(range(members))
-        data = dist.group.WORLD if everyone else dist.new_group(ranks)
-        control = dist.new_group(ranks, backend="gloo") if nccl else data
+
+        def group(backend: str) -> Any:
+            same = members == size and backend == default
+            return dist.group.WORLD if same else dist.new_group(ranks, timeout=timeout, backend=backend)
+
+        data = group(backend or default)
+        control = group("gloo") if "nccl" in (backend or default) else data
         return cls(rank, members, data, control)
 
     @property
@@ -175,7 +192,7 @@ def join(
         device: where this worker computes.
     """
     if device is not None and device.type == "cuda":
-        torch.cuda.set_device(device)  # before NCCL, which otherwise takes the first
+        torch.cuda.set_device(device)  # as WorkerGroup.join
     host, _, port = address.rpartition(":")
     store = dist.TCPStore(  # type: ignore[attr-defined]
         host.strip("[]"), int(port), world, rank == 0, PATIENCE, wait_for_workers=True

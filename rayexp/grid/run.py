@@ -193,9 +193,7 @@ def _tune(comparison: Comparison, jobs: list[dict[str, Any]], address: str | Non
             tune.with_resources(trial, held),
             param_space={"job": tune.grid_search(jobs)},
             tune_config=tune.TuneConfig(max_concurrent_trials=1, reuse_actors=False),
-            run_config=tune.RunConfig(
-                name="tune", storage_path=str(state), verbose=0, callbacks=[callback(follower, release)]
-            ),
+            run_config=tune.RunConfig(name="tune", storage_path=str(state), verbose=0, callbacks=[callback(follower)]),
         )
         try:
             with ending() as stop, contextlib.ExitStack() as begun:
@@ -224,22 +222,6 @@ def _record_death(comparison: Comparison, job: Mapping[str, Any], error: Excepti
         if run.status() == "died":
             run.update(status="failed", error=line, finished=now())
     comparison.add(CellResult(cell, repeat, "failed", line, mine[-1].id if mine else None, 0.0, now()), job["session"])
-
-
-def release() -> None:
-    """Free what the workers of a cell still hold when its own process has died.
-
-    Their placement group outlives its owner (Ray Train's cleaner needs the dashboard's API), and would starve every
-    cell after it. An id ends with the id of the job that made it; Tune's own groups have names.
-    """
-    import ray
-    from ray._raylet import PlacementGroupID
-    from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
-
-    job = ray.get_runtime_context().get_job_id()
-    for name, group in placement_group_table().items():
-        if name.endswith(job) and not group["name"] and group["state"] != "REMOVED":
-            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(name))))
 
 
 def resources(cell: Cell, host: str, cores: float) -> dict[str, float]:

@@ -68,8 +68,8 @@ class Follower:
                 screen.close()
 
 
-def callback(follower: Follower, died: Callable[[], None]) -> Any:
-    """The follower as Ray Tune wants it; `died` is called when a trial's process has died."""
+def callback(follower: Follower) -> Any:
+    """The follower as Ray Tune wants it."""
     from ray import tune
 
     def job(trial: Any) -> Mapping[str, Any]:
@@ -90,6 +90,5 @@ def callback(follower: Follower, died: Callable[[], None]) -> Any:
 
         def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
             follower.end("failed: its process died")
-            died()
 
     return TrialWatch()

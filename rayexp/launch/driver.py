@@ -17,7 +17,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rayexp.cluster import discovery
 from rayexp.cluster.job_context import job_id, resolve_paths
 from rayexp.config import ExperimentConfig, passed_over
 from rayexp.data import open_data
@@ -266,12 +265,12 @@ def _supervise(
         with screen(run, console) as shown:
             stopping.say = shown.say
             return attempt(run, job(plan, 1))
-    discovery.named_address(address)  # an address that does not answer is refused before anything is imported
-    importing = _imported("rayexp.launch.on_ray.supervise")
-    with chatter_to(run.logs / "ray.log", console), screen(run, console) as shown, importing as imports:
-        shown.phase("starting Ray")
-        from rayexp.launch.on_ray import session
+    from rayexp.launch.on_ray import session
 
+    session.prepare(address)  # also: where nobody answers, that is said before Ray is imported
+    ray_imported = _imported("rayexp.launch.on_ray.supervise")
+    with chatter_to(run.logs / "ray.log", console), screen(run, console) as shown, ray_imported as imports:
+        shown.phase("starting Ray")
         stopping.say = shown.say
 
         def last(why: str) -> None:
@@ -288,11 +287,11 @@ def _supervise(
                 open_data(config.data)  # what is missing is refused at once, and the data is packed once
             imports.join()
             from rayexp.launch.on_ray.head import watched
-            from rayexp.launch.on_ray.supervise import drive
+            from rayexp.launch.on_ray.supervise import supervise
 
             shown.phase("starting workers")
             with watched(own_ray, run, stopping, last) as watch:
-                return drive(run, config, job, shown, stopping, own_ray, watch)
+                return supervise(run, config, job, shown, stopping, own_ray, watch)
 
 
 @contextlib.contextmanager

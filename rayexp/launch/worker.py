@@ -31,6 +31,7 @@ from rayexp.launch.alike import WorkerInfo, everyone, unlike, unlike_weights
 from rayexp.launch.fence import end_with_parent
 from rayexp.launch.job import WorkerJob
 from rayexp.launch.saver import Saver, step_times
+from rayexp.runs.records import EpochRecord
 from rayexp.runs.writer import RunWriter
 
 PROGRESS_SECONDS = 0.3  # how often rank 0 reports where the epoch stands
@@ -43,6 +44,8 @@ def work(
     device: torch.device,
     world: int = 1,
     world_size: int | None = None,
+    leaving: Callable[[], bool] = lambda: False,
+    epoch_done: Callable[[EpochRecord], object] = lambda record: None,
 ) -> str:
     """Train as one worker of a group; returns `done` or `stopped`.
 
@@ -54,6 +57,8 @@ def work(
         device: where this worker computes.
         world: the group's size.
         world_size: what records say (0: in-process); None: the group's size.
+        leaving: asked before every step, by every worker: whether to save because a machine is about to be taken away.
+        epoch_done: called after every epoch, by every worker; the record has no hashes yet.
 
     Raises:
         UserError: the configuration or the data is wrong, or the workers differ where they must not.
@@ -66,7 +71,7 @@ def work(
             workload = workloads.open_workload(config)
             group = join()
             size = group.world if world_size is None else world_size
-            return _Worker(job, group, writer, configured, workload, size, entered).run()
+            return _Worker(job, group, writer, configured, workload, size, entered, leaving, epoch_done).run()
     except RuntimeError as error:
         operation, found, _ = str(error).partition(" does not have a deterministic implementation")
         if not found:
@@ -87,9 +92,12 @@ class _Worker:
         workload: Workload,
         world_size: int,
         entered: float,
+        leaving: Callable[[], bool],
+        epoch_done: Callable[[EpochRecord], object],
     ) -> None:
         self.job, self.config, self.group, self.writer = job, job.config, group, writer
         self.runtime, self.workload, self.world_size, self.entered = configured, workload, world_size, entered
+        self.leaving, self.epoch_done = leaving, epoch_done
         self.lead = group.rank == 0
         self.dataset = workload.describe()
         self.data_shas = {key: self.dataset[key] for key in ("train_sha", "val_sha")}
@@ -121,6 +129,7 @@ class _Worker:
             for event in self.trainer.train(self._flags):
                 if isinstance(event, EpochDone):
                     self._epoch(event)
+                    self.epoch_done(event.record)
                 else:
                     self._step(event)
                     if event.stopped:
@@ -217,11 +226,12 @@ class _Worker:
         """What this worker asks of the coming step; of all workers' flags, one that is set counts."""
         last = self.job.max_steps
         stop = last is not None and self.trainer.global_step + 1 >= last
+        leaving = self.leaving()
         if not self.lead:
-            return ControlFlags(stop, False)
+            return ControlFlags(stop, leaving)
         now, seconds = time.monotonic(), self.config.checkpoint.every_seconds
         save = seconds is not None and now - self.saved >= seconds and self.saver.idle()
-        return ControlFlags(stop or self.writer.stop_requested(), save)
+        return ControlFlags(stop or self.writer.stop_requested(), save or leaving)
 
     def _step(self, event: StepDone) -> None:
         if event.first and self.lead:

@@ -50,11 +50,11 @@ def workers_pids(made: Run, rank: int) -> list[int]:
     return [int(pid) for pid in re.findall(r"pid (\d+)", log.read_text())] if log.exists() else []
 
 
-def test_a_ray_for_one_run_is_no_more_than_it_needs(ray_here: None) -> None:
+def test_a_ray_for_one_run_has_no_dashboard(ray_here: None) -> None:
     import ray
 
-    node = ray._private.worker._global_node
-    assert {kind for kind, processes in node.all_processes.items() if processes} == {"gcs_server", "raylet"}
+    context = ray.init(ignore_reinit_error=True)
+    assert not context.address_info["webui_url"]
 
 
 def test_two_workers_do_what_this_process_does(tiny: Tiny, ray_here: None) -> None:

@@ -1,4 +1,4 @@
-"""The recorder, held on the driver's host for workers that sit elsewhere: so no storage needs to be shared.
+"""The run writer, held on the driver's host for workers that sit elsewhere: so no storage needs to be shared.
 
 A worker that sees the driver's own run directory (a nonce in it tells) writes there itself, which is cheaper.
 """
@@ -25,28 +25,28 @@ ASK_S = 0.5  # how long an answer to "shall I stop?" is good for
 
 
 class WriterActor:
-    """The actor on the driver's host: a Recorder, one call at a time."""
+    """The actor on the driver's host: a RunWriter, one call at a time."""
 
     def __init__(self, root: str, driver: str) -> None:
-        self.recorder = Fenced(RunWriter(Run(Path(root))), driver)
+        self.writer = Fenced(RunWriter(Run(Path(root))), driver)
 
     def call(self, method: str, *args: Any, **fields: Any) -> Any:
-        """Call a method of the Recorder."""
-        return getattr(self.recorder, method)(*args, **fields)
+        """Call a method of the RunWriter."""
+        return getattr(self.writer, method)(*args, **fields)
 
 
 class RemoteWriter:
-    """A Recorder's methods, carried out by the Keeper."""
+    """A RunWriter's methods, carried out by the WriterActor."""
 
-    def __init__(self, keeper: Any) -> None:
-        self._keeper = keeper
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
         self._stop = False
         self._asked = 0.0
         self._lock = threading.Lock()
 
     def _call(self, method: str, *args: Any, **fields: Any) -> Any:
         try:
-            return ray.get(self._keeper.call.remote(method, *args, **fields))
+            return ray.get(self._actor.call.remote(method, *args, **fields))
         except ray.exceptions.RayTaskError as error:
             raise error.cause if isinstance(error.cause, Exception) else error from None
 
@@ -54,11 +54,11 @@ class RemoteWriter:
         return functools.partial(self._call, method)
 
     def progress(self, fields: Mapping[str, Any]) -> None:
-        """See Recorder; nobody waits for it."""
-        self._keeper.call.remote("progress", dict(fields))
+        """See RunWriter; nobody waits for it."""
+        self._actor.call.remote("progress", dict(fields))
 
     def stop_requested(self) -> bool:
-        """See Recorder; asked in the background, so that no step waits for another host."""
+        """See RunWriter; asked in the background, so that no step waits for another host."""
         now = time.monotonic()
         if now - self._asked >= ASK_S and self._lock.acquire(blocking=False):
             self._asked = now
@@ -72,8 +72,8 @@ class RemoteWriter:
             self._lock.release()
 
 
-def keep(run: Run, nonce: str, node: str, driver: str) -> Any:
-    """Start the Keeper on the driver's node; the driver owns it, because an actor ends with the worker that made it."""
+def start_writer(run: Run, nonce: str, node: str, driver: str) -> Any:
+    """Start the WriterActor on the driver's node. The driver owns it: an actor ends with the process that made it."""
     return (
         ray.remote(num_cpus=0)(WriterActor)
         .options(name=_name(nonce), scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
@@ -81,16 +81,17 @@ def keep(run: Run, nonce: str, node: str, driver: str) -> Any:
     )
 
 
-def take(job: WorkerJob) -> Any:
-    """A worker's pen: a Recorder where the driver's run directory and its lock are in sight, else a RemotePen."""
-    mine = Fenced(RunWriter(Run(job.run)), job.driver)
+def open_writer(job: WorkerJob) -> Any:
+    """A worker's run writer: a RunWriter where the driver's run directory and its lock are in sight, else a
+    RemoteWriter."""
+    writer = Fenced(RunWriter(Run(job.run)), job.driver)
     try:
         seen = (job.run / NONCE).read_text() == job.nonce
     except OSError:
         seen = False
     # Not every shared file system shows another host's locks.
-    if seen and (job.nodes == 1 or mine.driven()):
-        return mine
+    if seen and (job.nodes == 1 or writer.driven()):
+        return writer
     return RemoteWriter(ray.get_actor(_name(job.nonce)))
 
 

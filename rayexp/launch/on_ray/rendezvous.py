@@ -1,35 +1,21 @@
-"""Where the workers of Ray Train meet. Nothing here needs PyTorch."""
+"""What a worker process needs before Ray Train sets up torch.distributed in it."""
 
 from __future__ import annotations
 
 import os
-from typing import Any
 
-from ray.train._internal.utils import get_address_and_port
-from ray.train.backend import Backend, BackendConfig
-
-
-class Meeting(BackendConfig):
-    """Tells the workers where to meet; they join torch.distributed themselves, all at once.
-
-    Ray's own TorchConfig does the same one phase after another: PyTorch is imported in all, then they join.
-    """
-
-    backend = "gloo"  # TorchTrainer asks for it; the workers decide
-
-    @property
-    def backend_cls(self) -> type[Backend]:
-        """The actions that belong to this configuration."""
-        return _Meet
+import psutil
+import ray.util
 
 
-class _Meet(Backend):
-    share_cuda_visible_devices = True  # NCCL's direct paths between GPUs of a node need it
+def choose_interface() -> None:
+    """Name the interface that carries the node's address; gloo would look up the host's name, which may not resolve."""
+    address = node_address()
+    for name, entries in psutil.net_if_addrs().items():
+        if any(entry.address == address for entry in entries):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
-    def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
-        address, port = worker_group.execute_single(0, get_address_and_port)
-        worker_group.execute(_set_address, address, port)
 
-
-def _set_address(address: str, port: int) -> None:
-    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = address, str(port)
+def node_address() -> str:
+    """The address of this process's Ray node."""
+    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]

@@ -1,27 +1,26 @@
-"""Join a running Ray or start one here, quietly, and say what it has."""
+"""Join a running Ray or start one here, quietly, and say what it has.
+
+Ray reads RAY_AUTH_MODE when it is imported, so `prepare` sets it before, and Ray is imported where it is used.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import re
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import psutil
-import ray
-import ray._private.authentication.authentication_token_setup
-import ray._private.node
-import ray._private.state
-import ray._private.worker
 
 from rayexp.cluster import auth, discovery
 from rayexp.config import ExperimentConfig
 from rayexp.errors import Stopped, UserError
-from rayexp.launch.on_ray import head
 from rayexp.launch.placement import Node, Placement, capacity
 from rayexp.system import signals
 from rayexp.system.cores import cores
@@ -30,22 +29,22 @@ from rayexp.system.cores import cores
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",
-    "RAY_prestart_worker_first_driver": "0",
     # glibc's first arena alone can keep freed blocks of more than 64 MiB, and training runs in a thread of a worker,
     # which has another: 66,000 page faults and 6 % of a step with 256 images in a pass.
     "MALLOC_ARENA_MAX": "1",
 }
 
-# A Ray of our own keeps no books that others would read, and does without the Python processes that stream logs to the
-# driver's screen (rayexp reads the files) and ask a cloud for machines; where runs come one after another, also without
-# the one that answers for a dashboard. Each starts beside the workers and then takes from their cores.
-_NO_BOOKS = {
+# A Ray of our own ends with the run: nobody reads its metrics, and no node of it is taken away.
+_OWN = {
     "RAY_task_events_report_interval_ms": "0",
     "RAY_enable_metrics_collection": "0",
-    "REPORTER_UPDATE_INTERVAL_MS": "600000",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    # All of its workers are on this machine, whose name need not resolve.
+    **({"GLOO_SOCKET_IFNAME": "lo"} if Path("/sys/class/net/lo").exists() else {}),
 }
-_NOT_NEEDED = ("start_log_monitor", "start_monitor")
-_DASHBOARD = "start_api_server"
+# Elsewhere each worker finds the interface of its own node.
+_SETUP_HOOK = {"worker_process_setup_hook": "rayexp.launch.on_ray.rendezvous.choose_interface"}
 
 
 @contextlib.contextmanager
@@ -60,18 +59,19 @@ def environment(fields: Mapping[str, str]) -> Iterator[None]:
             os.environ.pop(name, None)
 
 
-@contextlib.contextmanager
-def replaced(owner: Any, **fields: Any) -> Iterator[None]:
-    """Set attributes for as long as the block lasts; one that is not there stays away, so that another Ray is no
-    trouble."""
-    kept = {name: getattr(owner, name) for name in fields if hasattr(owner, name)}
-    for name in kept:
-        setattr(owner, name, fields[name])
-    try:
-        yield
-    finally:
-        for name, value in kept.items():
-            setattr(owner, name, value)
+def prepare(address: str | None) -> None:
+    """Settle, before Ray is imported, whether it wants a token.
+
+    A Ray started here gets one that only its owner can read; one that is joined is shown the token we have, which Ray
+    does by itself only where no address is given.
+
+    Raises:
+        UserError: the token cannot be kept; and see `running`.
+    """
+    if not running(address):
+        auth.make_token()
+    if "ray" not in sys.modules and "RAY_AUTH_MODE" not in os.environ and auth.token():
+        os.environ["RAY_AUTH_MODE"] = "token"
 
 
 @contextlib.contextmanager
@@ -80,62 +80,66 @@ def session(address: str | None, for_tune: bool = False) -> Iterator[bool]:
 
     Args:
         address: of a running Ray; None: RAY_ADDRESS, else the one `ray start` has left here, else a new one.
-        for_tune: whether runs are started by Ray Tune's trials, and so in other processes than this.
+        for_tune: whether runs are started by Ray Tune's trials, and so in other processes than this. Where one of these
+            dies, Ray Train frees what it held, and asks the dashboard whether it lives.
 
     Gives whether this Ray was started here, for this block alone.
 
     Raises:
         UserError: there is no Ray at that address, or none can be started here.
     """
-    if ray.is_initialized():
+    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
         yield False
         return
+    prepare(address)
+    import ray
+
+    from rayexp.launch.on_ray import head
+
     address = running(address)
-    words: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
-    if not address:
-        words |= {"address": "local", "include_dashboard": False, "num_cpus": cores()}
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
+    if address:
+        options |= {"address": address, "runtime_env": _SETUP_HOOK}
     else:
-        words["address"] = address
-    try:
-        without = _NOT_NEEDED if for_tune else (*_NOT_NEEDED, _DASHBOARD)
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(environment(_QUIET))
-            if not address:
-                stack.enter_context(environment(_NO_BOOKS | {"RAY_TMPDIR": str(discovery.temp_folder())}))
-                stack.enter_context(replaced(ray._private.node.Node, **dict.fromkeys(without, _nothing)))
-            _bring_token(address)
-            stack.enter_context(_own_sigterm())
-            _connect(words)
-    except ConnectionError as error:
-        raise UserError(f"{address}: no Ray answers there ({' '.join(str(error).split())[:200]})") from error
-    there = head.Head.joined(own=not address)
-    try:
-        yield not address
-    finally:
-        started = [] if address else _started()
-        if there.gone(patient=False):
-            head.forget()
-        else:
-            with _hurried(started), _own_sigterm():
-                ray.shutdown()
-        # A process of Ray's whose end falls together with Ray's own may wait for ever for what is gone.
-        _kill(started)
+        options |= {"address": "local", "include_dashboard": for_tune, "num_cpus": cores()}
+    own = {} if address else _OWN | {"RAY_TMPDIR": str(discovery.temp_folder())}
+    with environment(own):
+        try:
+            with environment(_QUIET), _own_sigterm():
+                started = _connect(options)
+        except ConnectionError as error:
+            raise UserError(f"{address}: no Ray answers there ({' '.join(str(error).split())[:200]})") from error
+        there = head.Head.joined(own=not address)
+        try:
+            yield not address
+        finally:
+            tree = _tree(started)
+            if there.gone(patient=False):
+                head.forget()
+            else:
+                with _hurried(tree), _own_sigterm():
+                    ray.shutdown()
+            # A process of Ray's whose end falls together with Ray's own may wait for ever for what is gone.
+            _kill(tree)
 
 
-def _connect(words: Mapping[str, Any]) -> None:
-    """ray.init; where a signal ends it, nothing of it is left."""
+def _connect(options: Mapping[str, Any]) -> list[psutil.Process]:
+    """ray.init; returns the processes that it has started here. Where a signal ends it, nothing of it is left."""
+    import ray
+
     others = psutil.Process().children()
+    own = options["address"] == "local"
     try:
-        with signals.shielded() if words["address"] == "local" else contextlib.nullcontext():
-            ray.init(**words)
+        with signals.shielded() if own else contextlib.nullcontext():
+            ray.init(**options)
     except BaseException as error:
-        mine = [child for child in psutil.Process().children() if child not in others]
-        mine += [grandchild for child in mine for grandchild in child.children(recursive=True)]
+        mine = _tree([child for child in psutil.Process().children() if child not in others])
         ray.shutdown()
         _kill(mine)
         if isinstance(error, SystemExit):
             raise Stopped(signal.SIGTERM) from error
         raise
+    return [child for child in psutil.Process().children() if child not in others] if own else []
 
 
 @contextlib.contextmanager
@@ -185,14 +189,12 @@ def _kill(processes: list[psutil.Process]) -> None:
             process.kill()
 
 
-def _started() -> list[psutil.Process]:
-    """The processes of the Ray that was started here; none if it has been shut down meanwhile."""
+def _tree(processes: list[psutil.Process]) -> list[psutil.Process]:
+    """Those of the processes that still run, and all below them."""
     found = []
-    node: Any = ray._private.worker._global_node
-    for kind in node.all_processes.values() if node else ():
-        for entry in kind:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process = psutil.Process(entry.process.pid)
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.is_running():
                 found += [process, *process.children(recursive=True)]
     return found
 
@@ -205,38 +207,37 @@ def running(address: str | None) -> str | None:
     return discovery.named_address(address) or discovery.started_here()
 
 
-def _nothing(node: Any, **words: Any) -> None:
-    """What a Ray of our own does instead of starting a process that it does without."""
-
-
-def _bring_token(address: str | None) -> None:
-    """A Ray started here gets a token that only its owner can read; one that is joined is shown the token we have,
-    which Ray does by itself only where no address is given."""
-    if not address:
-        auth.make_token()
-    elif "RAY_AUTH_MODE" not in os.environ and auth.token():
-        ray._private.authentication.authentication_token_setup._enable_token_auth()
-
-
 def nodes() -> list[Node]:
     """The machines that Ray counts as alive, the driver's first."""
+    import ray
+
     here = ray.get_runtime_context().get_node_id()
     every = ray.nodes()  # type: ignore[no-untyped-call]
     alive = sorted((n for n in every if n["Alive"]), key=lambda n: n["NodeID"] != here)
     return [Node(n["NodeManagerAddress"], *_size(n["Resources"])) for n in alive]
 
 
-def room(plan: Placement, config: ExperimentConfig) -> int:
-    """The largest allowed number of workers that fits: those that `plan` has, and more into what is free now."""
-    free = ray._private.state.available_resources_per_node()  # type: ignore[no-untyped-call]
-    spare = [Node(name, *_size(resources)) for name, resources in free.items()]
-    total = plan.workers + capacity(spare, plan.cpus or 1.0, plan.gpus)
+def room(plan: Placement, config: ExperimentConfig, seconds: float) -> int:
+    """The largest allowed number of workers for which there is room: those that `plan` has, and more where they find
+    places within that time."""
+    import ray
+
     high = config.scaling.num_workers[1] if isinstance(config.scaling.num_workers, tuple) else plan.workers
-    return max(n for n in [*config.allowed_workers, plan.workers] if n <= min(total, high))
+    there = ray.available_resources()  # type: ignore[no-untyped-call]
+    free = Node("the cluster", *_size(there))  # whether it lies together on the nodes, a placement tells
+    high = min(high, plan.workers + capacity([free], plan.cpus or 1.0, plan.gpus))
+    for workers in sorted(config.allowed_workers, reverse=True):
+        if plan.workers < workers <= high:
+            extra = dataclasses.replace(plan, workers=workers - plan.workers)
+            if placeable(extra, seconds):
+                return workers
+    return plan.workers
 
 
 def placeable(plan: Placement, seconds: float) -> bool:
     """Whether the plan's workers find their places within that time; Ray's list of nodes may be some seconds old."""
+    import ray.util
+
     size = {"CPU": plan.cpus or 1.0} | ({"GPU": plan.gpus} if plan.gpu else {})
     group = ray.util.placement_group([size] * plan.workers)
     try:
@@ -247,6 +248,8 @@ def placeable(plan: Placement, seconds: float) -> bool:
 
 def node_id() -> str:
     """The driver's own node."""
+    import ray
+
     return str(ray.get_runtime_context().get_node_id())
 
 

@@ -3,6 +3,7 @@
 fault                                      what follows
 UserError, RunError of a worker            nothing: it would come again
 a worker or a node lost, a hung worker     another attempt, at most `max_failures` times
+a node taken away, as it was announced     the workers save before it goes; another attempt, not counted
 Ray's head lost, or this host's raylet     the workers save and stop after their step; nothing more: Ray ends too
 elastic, and fewer places than before      another attempt with the largest allowed number that can be placed
 elastic, and more places than before       the workers save and stop after their step; another attempt, not counted
@@ -10,7 +11,6 @@ elastic, and more places than before       the workers save and stop after their
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable
 
@@ -23,9 +23,9 @@ from rayexp.launch import placement as planning
 from rayexp.launch.faults import LostError
 from rayexp.launch.job import WorkerJob
 from rayexp.launch.on_ray import autoscale, session
-from rayexp.launch.on_ray.attempt import Attempt
+from rayexp.launch.on_ray.attempt import Attempt, PreemptedError
 from rayexp.launch.on_ray.head import HeadWatch
-from rayexp.launch.on_ray.remote_writer import NONCE, keep
+from rayexp.launch.on_ray.remote_writer import NONCE, start_writer
 from rayexp.launch.placement import Placement
 from rayexp.launch.screen import Screen
 from rayexp.runs.run import Run
@@ -35,7 +35,7 @@ WAIT_S = 120.0  # how long a run waits for lost nodes to come back, or for other
 PLACE_S = 5.0  # how long one plan is given to find its places
 
 
-def drive(
+def supervise(
     run: Run,
     config: ExperimentConfig,
     make_job: Callable[[Placement, int], WorkerJob],
@@ -64,7 +64,7 @@ def drive(
     while True:
         job = make_job(plan, len(session.nodes()))
         (run.root / NONCE).write_text(job.nonce)
-        keeper = keep(run, job.nonce, session.node_id(), job.driver) if job.nodes > 1 else None
+        writer = start_writer(run, job.nonce, session.node_id(), job.driver) if job.nodes > 1 else None
         attempt = Attempt(job, plan)
         attempt.start()
         try:
@@ -74,15 +74,15 @@ def drive(
             attempt.close()
         if attempt.status != "done" and (why := watch.verdict()):
             raise HeadLostError(why)
-        if keeper is not None:
-            ray.kill(keeper)
+        if writer is not None:
+            ray.kill(writer)
         if attempt.error is None:
             if not (growing and attempt.status == "stopped") or stopped():
                 return attempt.status
             run.stop_path.unlink(missing_ok=True)
             shown.say("there is room for more workers: going on with them")
         elif isinstance(attempt.error, LostError):
-            failures += 1
+            failures += not isinstance(attempt.error, PreemptedError)
             if stopped():
                 raise KeyboardInterrupt
             if failures > config.max_failures:
@@ -106,10 +106,7 @@ def _follow(
         elastic = isinstance(config.scaling.num_workers, tuple)
         if elastic and not growing and not stopped() and time.monotonic() - looked >= GROW_S:
             looked = time.monotonic()
-            more = session.room(plan, config) - plan.workers
-            # Ray counts a lost node for some more seconds: only what can be placed is room.
-            extra = dataclasses.replace(plan, workers=more)
-            if more > 0 and run.stepping() and session.placeable(extra, PLACE_S):
+            if run.stepping() and session.room(plan, config, PLACE_S) > plan.workers:
                 growing = True
                 run.stop_path.touch()
     return growing
