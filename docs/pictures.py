@@ -1,6 +1,6 @@
 """Make the pictures of the README from what rayexp wrote, with headless Chromium.
 
-    rayexp verify configs/quickstart.yaml --workers 0,1,2,4 --kill --no-contrast > verify.txt 2>&1
+    rayexp verify configs/quickstart.yaml --workers 0,1,2,4 --kill > verify.txt 2>&1
     python docs/pictures.py --diff runs/RUN/diff.html --compare runs/COMPARE/report.html --verify verify.txt
 
 Writes docs/diff.png, docs/compare.png and docs/verify.png, each at most 200 kB.
@@ -21,7 +21,7 @@ from rich.console import Console
 
 LIMIT = 200_000  # bytes
 WIDTH = 1160  # pixels
-VERIFY = "rayexp verify configs/quickstart.yaml --workers 0,1,2,4 --kill --no-contrast"
+VERIFY = "rayexp verify configs/quickstart.yaml --workers 0,1,2,4 --kill"
 FLAGS = (
     "--headless",
     "--no-sandbox",
