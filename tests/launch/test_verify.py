@@ -16,7 +16,8 @@ import pytest
 
 from rayexp.config import ExperimentConfig
 from rayexp.errors import HeadLostError, RunError, Stopped, UserError
-from rayexp.launch.verify import Trial, _Killer, differences, verify
+from rayexp.launch.killer import Killer
+from rayexp.launch.verify import Trial, differences, verify
 
 Tiny = Callable[..., ExperimentConfig]
 Command = Callable[..., "subprocess.Popen[str]"]
@@ -135,7 +136,7 @@ def test_only_a_process_of_this_host_is_killed(tmp_path: Path) -> None:
     """The worker with the highest rank is on another host, where its process id means another process."""
     bystander, replaced, ours = _sleeping(), _sleeping(), _sleeping()
     try:
-        with _Killer(tmp_path, set(), step=2) as killer:
+        with Killer(tmp_path, set(), step=2) as killer:
             root = tmp_path / "run"
             _log(root, 0, replaced.pid, socket.gethostname())
             _log(root, 1, replaced.pid, socket.gethostname())
@@ -154,7 +155,7 @@ def test_only_a_process_of_this_host_is_killed(tmp_path: Path) -> None:
 def test_where_no_worker_is_here_nobody_is_killed(tmp_path: Path) -> None:
     bystander = _sleeping()
     try:
-        with _Killer(tmp_path, set(), step=1) as killer:
+        with Killer(tmp_path, set(), step=1) as killer:
             _log(tmp_path / "run", 0, bystander.pid, "two")
             _log(tmp_path / "run", 1, bystander.pid, "one")
             (tmp_path / "run" / "trace.jsonl").write_text("{}\n")
