@@ -24,7 +24,7 @@ torch.distributed.destroy_process_group()
 
 
 def test_a_row_takes_as_long_as_its_bytes_need():
-    size = 64 << 20
+    size = 16 << 20
     address = f"127.0.0.1:{free_port()}"
     args = [address, str(size)]
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
@@ -37,6 +37,6 @@ def test_a_row_takes_as_long_as_its_bytes_need():
     said = [json.loads(worker.communicate(timeout=120)[0]) for worker in workers]
     for found in said:
         assert found["bytes"] == size
-        # Waited for, and not only begun: no memory moves 64 MiB at 200 GB/s.
-        assert found["seconds"] > size / 200e9
+        # Waited for, and not only begun: no loopback moves 16 MiB at 50 GB/s.
+        assert found["seconds"] > size / 50e9
         assert found["small_seconds"] < found["seconds"]
