@@ -166,7 +166,7 @@ def show_churn(report: ChurnReport) -> None:
     """The answer, the epochs, and the matrix where it fits."""
     r = report
     tell(r.answer())
-    words = ("forgotten", "learned") if r.kind == "images" else ("halved", "doubled")
+    counts = ("forgotten", "learned") if r.kind == "images" else ("halved", "doubled")
     every = max(1, -(-len(r.epochs) // LISTED_EPOCHS))
     listed = [e for i, e in enumerate(r.epochs) if i % every == 0 or e is r.epochs[-1]]
     broken = any(e.not_finite for e in r.epochs)
@@ -178,8 +178,8 @@ def show_churn(report: ChurnReport) -> None:
                 "changed %": e.changed,
                 "to last %": e.to_last,
                 "settled %": e.settled,
-                words[0]: e.forgotten,
-                words[1]: e.learned,
+                counts[0]: e.forgotten,
+                counts[1]: e.learned,
                 **({NOT_FINITE: e.not_finite} if broken else {}),
             }
             for e in listed

@@ -70,14 +70,14 @@ class Images:
                 t.RandomCrop(size, recipe.pad) if recipe.pad else t.RandomResizedCrop(size, recipe.scale, recipe.ratio)
             )
             head = [cut, *([t.RandomHorizontalFlip()] if recipe.flip else [])]
-        words: dict[str, Any] = {
+        options: dict[str, Any] = {
             "batch_size": config.batch_size,
             "pin_memory": device.type == "cuda",
             "persistent_workers": True,
         }
-        words["num_workers"] = min(LOADERS, cores())
-        self.train = torch.utils.data.DataLoader(Pictures(data.train, t.Compose(head + tail)), shuffle=True, **words)
-        self.val = torch.utils.data.DataLoader(Pictures(data.val, t.Compose(tail)), **words)
+        options["num_workers"] = min(LOADERS, cores())
+        self.train = torch.utils.data.DataLoader(Pictures(data.train, t.Compose(head + tail)), shuffle=True, **options)
+        self.val = torch.utils.data.DataLoader(Pictures(data.val, t.Compose(tail)), **options)
         self.smoothing = config.label_smoothing
         self.model = build(config.model.name, Options(**config.model.options), len(data.classes), size)
 
@@ -89,7 +89,7 @@ class Images:
         """Mean cross-entropy."""
         return F.cross_entropy(self.model(inputs), targets, label_smoothing=self.smoothing)
 
-    def judge(self, device: torch.device) -> dict[str, float]:
+    def evaluate(self, device: torch.device) -> dict[str, float]:
         """Validation loss and accuracies."""
         loss, right1, right5, n = 0.0, 0, 0, 0
         for inputs, labels in self.val:
@@ -160,7 +160,7 @@ class Text:
         self.hidden = tuple(h.detach() for h in hidden) if isinstance(hidden, tuple) else hidden.detach()
         return F.cross_entropy(logits, targets)
 
-    def judge(self, device: torch.device) -> dict[str, float]:
+    def evaluate(self, device: torch.device) -> dict[str, float]:
         """Validation loss and perplexity."""
         total, n = 0.0, 0
         for inputs, targets in self._windows(self.val):
@@ -229,12 +229,12 @@ def main(argv: list[str]) -> int:
         trained = time.perf_counter()
         model.eval()
         with torch.inference_mode(), cast:
-            metrics = work.judge(device)
-        judged = time.perf_counter()
+            metrics = work.evaluate(device)
+        evaluated = time.perf_counter()
         torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, run / "checkpoint.pt")
         total = time.perf_counter() - began
         phases = {k: sum(columns[k]) for k in ("data", "transfer", "compute", "optimizer")}
-        phases |= {"reduce": 0.0, "evaluate": judged - trained, "checkpoint": time.perf_counter() - judged}
+        phases |= {"reduce": 0.0, "evaluate": evaluated - trained, "checkpoint": time.perf_counter() - evaluated}
         phases["other"] = max(0.0, total - sum(phases.values()))
         # As the engine does: a process's first step is left out, unless it is all there is.
         later = slice(1 if epoch == 1 and len(columns["count"]) > 1 else 0, None)

@@ -1,4 +1,4 @@
-"""A comparison on disk: a plan of cells, one row for every cell and repeat that ran, and their run directories.
+"""A comparison on disk: a plan of cells, one result for every cell and repeat that ran, and their run directories.
 
     runs/<utc>-<name>-<4 hex>/
       compare.json   status, the plan, the rows, the environment
@@ -226,7 +226,7 @@ class Comparison:
         write_json(self.meta_path, {**meta, "rows": [*others, asdict(row)]})
 
     def begin(self) -> str:
-        """A driver starts on what is missing; gives the word that its rows must carry."""
+        """A driver starts on what is missing; returns the token that its results must carry."""
         session = secrets.token_hex(8)
         self.update(status="running", error=None, finished=None, pid=os.getpid(), session=session)
         return session

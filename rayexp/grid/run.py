@@ -1,6 +1,6 @@
 """Ray Tune runs a device grid: one cell at a time, each an ordinary run, each row on disk as soon as it is there.
 
-Tune's own books are thrown away: what is done and what is missing is what compare.json says, so a comparison that was
+Tune's own state is thrown away: compare.json says what is done and what is missing, so a comparison that was
 killed goes on without Tune's pickled state.
 """
 
@@ -35,7 +35,7 @@ from rayexp.system.signals import ending, handled
 if TYPE_CHECKING:
     from rich.console import Console
 
-# For the processes that Tune starts from here: no books, no signal handlers of its own, no working directories.
+# For the processes that Tune starts from here: no result files, no signal handlers of its own, no working directories.
 _ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
@@ -141,7 +141,7 @@ def go(comparison: Comparison, *, address: str | None = None, console: Console |
         KeyboardInterrupt: Ctrl-C; what is done stays.
     """
     with only_driver(comparison.root):
-        _bury(comparison)
+        _stop_orphans(comparison)
         session = comparison.begin()
         try:
             jobs = [
@@ -155,12 +155,12 @@ def go(comparison: Comparison, *, address: str | None = None, console: Console |
             stopped = isinstance(error, KeyboardInterrupt)
             line = "interrupted" if stopped else " ".join(str(error).split()) or type(error).__name__
             comparison.update(status="stopped" if stopped else "failed", error=line, finished=now())
-            _bury(comparison)
+            _stop_orphans(comparison)
             raise
         comparison.update(status="done", finished=now())
 
 
-def _bury(comparison: Comparison) -> None:
+def _stop_orphans(comparison: Comparison) -> None:
     """Runs of a killed driver say so; they are measured anew, because half a cell is no measurement.
 
     What a killed driver started ends by itself within seconds; it must not disturb the next cell until then.
@@ -178,10 +178,10 @@ def _tune(comparison: Comparison, jobs: list[dict[str, Any]], address: str | Non
 
     from rayexp.launch.on_ray import session as on_ray
 
-    # Tune warns of the books that it was told not to keep.
+    # Tune warns of the result files that it was told not to write.
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     cells = {cell.id: cell for cell in comparison.cells()}
-    books = comparison.root / "tune"
+    state = comparison.root / "tune"
     with on_ray.environment(_ENVIRONMENT), on_ray.session(address, for_tune=True):
         host = f"node:{on_ray.nodes()[0].name}"
         cores = on_ray.nodes()[0].cpus
@@ -194,7 +194,7 @@ def _tune(comparison: Comparison, jobs: list[dict[str, Any]], address: str | Non
             param_space={"job": tune.grid_search(jobs)},
             tune_config=tune.TuneConfig(max_concurrent_trials=1, reuse_actors=False),
             run_config=tune.RunConfig(
-                name="tune", storage_path=str(books), verbose=0, callbacks=[callback(follower, release)]
+                name="tune", storage_path=str(state), verbose=0, callbacks=[callback(follower, release)]
             ),
         )
         try:
@@ -204,7 +204,7 @@ def _tune(comparison: Comparison, jobs: list[dict[str, Any]], address: str | Non
                 results = tuner.fit()
         finally:
             follower.close()
-            shutil.rmtree(books, ignore_errors=True)
+            shutil.rmtree(state, ignore_errors=True)
     for result in (results[i] for i in range(len(results))):
         _record_death(comparison, (result.config or {})["job"], result.error)
 
@@ -267,13 +267,13 @@ def trial(sample: Mapping[str, Any]) -> dict[str, Any]:
 
 def measure(comparison: Comparison, cell: Cell, repeat: int) -> CellResult:
     """Run one repeat of a cell here, and say what came of it."""
-    words = {"storage_path": str(comparison.cells_path), "name": f"{cell.id}-r{repeat}", "max_failures": 0}
+    fields = {"storage_path": str(comparison.cells_path), "name": f"{cell.id}-r{repeat}", "max_failures": 0}
     before = {run.id for run in Run.all(comparison.cells_path)}
     began = time.monotonic()
     error = None
     try:
         # A worker that is replaced would be timed with its restart, so a lost worker fails the cell.
-        config = parse({**cell.config, **words}, ExperimentConfig, cell.id)
+        config = parse({**cell.config, **fields}, ExperimentConfig, cell.id)
         argv = [*comparison.meta()["argv"], f"# {cell.id}, repeat {repeat}"]
         if cell.reduction == PLAIN:
             plain(config, "cuda" if cell.kind == "gpu" else "cpu", argv, began, comparison.id)
@@ -312,12 +312,12 @@ def _plain(made: Run, config: ExperimentConfig, device: Literal["cpu", "cuda"], 
     with out.open("wb") as file:
         command = spawn.command("rayexp.grid.baseline", str(path))
         code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=inherited, check=False).returncode
-    words = json.loads((made.root / "startup.json").read_text()) if (made.root / "startup.json").is_file() else {}
+    startup = json.loads((made.root / "startup.json").read_text()) if (made.root / "startup.json").is_file() else {}
     if code:
         lines = out.read_text(errors="replace").strip().splitlines() or ["no output"]
         made.update(status="failed", error=lines[-1], finished=now())
         raise RunError(f"the plain script ended with {code}: {lines[-1]} (see {out})")
-    made.update(status="done", finished=now(), world_size=0, device=device, **words)
+    made.update(status="done", finished=now(), world_size=0, device=device, **startup)
     return made
 
 

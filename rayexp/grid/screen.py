@@ -27,7 +27,7 @@ class Follower:
         self._thread: threading.Thread | None = None
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
-        # Tune pickles its callbacks into its books, which nobody reads; a terminal cannot be pickled.
+        # Tune pickles its callbacks into its state, which nobody reads; a terminal cannot be pickled.
         return object, ()
 
     def say(self, text: str) -> None:

@@ -55,6 +55,7 @@ def test_by_hand(makes, arrays):
     # the top five of the fixture are the first and the four classes after it: all but (first - 1) % 6, which is the
     # label of images 4, 5, 6, 7 for A and of images 2 and 6 for B
     assert r.acc5 == pytest.approx((60, 80))
+    assert [r.count(kind) for kind in KINDS] == [0, r.lost, r.other_wrong, r.gained]
     assert r.confidence["lost"] == pytest.approx((0.8, (0.6 + 0.65) / 2))
     assert {(c.label, c.gained, c.lost) for c in r.classes} == {
         (0, 0, 0), (1, 1, 0), (2, 1, 1), (3, 0, 1), (4, 1, 0), (5, 0, 0)
@@ -328,6 +329,9 @@ def test_refused_damage(makes, arrays):
     )
     with pytest.raises(UserError, match="'top5' is missing"):
         diff_images(a, Checkpoint(run, 2, without, ""))
+    beyond = np.array([0, 1, 3])
+    with pytest.raises(UserError, match="lists 3 validation images"):
+        diff_images(damaged(a, index=beyond), damaged(b, index=beyond))
     run.data_path.write_text(json.dumps({"kind": "images"}))
     with pytest.raises(UserError, match=r"data\.json"):
         diff_images(a, b)

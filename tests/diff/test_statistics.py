@@ -11,7 +11,7 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rayexp.diff.statistics import adjust, detectable_difference, difference_interval, mcnemar, power, verdict
+from rayexp.diff.statistics import _root, adjust, detectable_difference, difference_interval, mcnemar, power, verdict
 
 counts = st.integers(0, 400)
 
@@ -216,3 +216,10 @@ def test_equal_judgements_pass_and_what_is_not_finite_never_does(interval):
         assert "1 of the 9 judgements of B are not finite" in broken.why
         assert verdict(interval, 100, equal=equal, n=9, not_finite=(9, 9)).word == "FAIL"
         assert verdict(interval, 100, equal=equal, n=9, not_finite=(9, 0)).word == "INCONCLUSIVE"
+
+
+@pytest.mark.parametrize(
+    ("rising", "root"), [(lambda x: x, 0.0), (lambda x: x + 1, 0.0), (lambda x: x - 2, 1.0), (lambda x: x - 1, 1.0)]
+)
+def test_a_root_at_or_beyond_an_end_is_that_end(rising, root):
+    assert _root(rising, 0.0, 1.0) == root

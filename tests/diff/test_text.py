@@ -38,6 +38,7 @@ def test_by_hand(makes, arrays):
     assert r.ppl == pytest.approx((math.exp(2.5), math.exp(8.9 / 4)))
     assert r.ratio == pytest.approx(math.exp(-1.1 / 4))
     assert (r.lost, r.gained, r.churn) == (1, 1, 2)
+    assert r.to_json()["churn_rate"] == 2 / r.n
     assert [(w.word, w.count, round(w.total, 3)) for w in r.words] == [("cat", 1, 1), ("sat", 2, -0.1), ("dog", 1, -2)]
     assert [(f.offset, f.word, f.kind) for f in r.flips] == [(1, "cat", "lost"), (3, "dog", "gained")]
     assert r.ratio_interval is None
@@ -66,6 +67,15 @@ def test_text_without_articles_is_cut_into_blocks():
     assert (count, unit) == (60, "blocks")
     assert set(np.bincount(belongs).tolist()) == {50}
     assert documents(token[:20], np.arange(20), ("a", "b", "c", "d", "e"))[1:] == (1, "blocks")
+    assert documents(np.tile(token, 5), np.arange(15000), tuple(VOCABULARY))[1:] == (200, "blocks")
+
+
+def test_a_line_that_begins_with_two_signs_is_no_title():
+    text = []
+    for _ in range(12):
+        text += article(CAT, [[IS, IS, SAT, CAT, IS], [CAT, SAT]])
+    count = documents(np.array(text), np.arange(len(text)), tuple(VOCABULARY))[1]
+    assert count == 12
 
 
 def test_report_of_articles(makes, arrays):

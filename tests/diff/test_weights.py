@@ -26,6 +26,7 @@ def test_by_hand(makes, arrays):
         "still": np.ones((2, 2), np.float32),
         "layer.10.w": np.ones(1, np.float32),
         "layer.9.w": np.ones(1, np.float32),
+        "layer.9.0": np.zeros(1, np.float32),
     }
     b = {**a, "conv.weight": np.array([[3.0, 5.0]], np.float32), "fc.bias": np.array([0.0, 2.0], np.float32)}
     b["bn.num_batches_tracked"] = np.array(6, np.int64)
@@ -38,11 +39,17 @@ def test_by_hand(makes, arrays):
     assert [x.name for x in r.layers] == ["fc", "conv", "layer.9", "layer.10", "still"]
     assert r.layers[1].weights == 2
     names = [t.name for t in r.tensors]
-    assert names.index("layer.9.w") < names.index("layer.10.w")
+    assert names.index("layer.9.w") < names.index("layer.9.0") < names.index("layer.10.w")
     # |A|^2 = 25 + 4 + 2, |B - A|^2 = 1 + 4; the counter is no weight
     assert r.relative == pytest.approx(math.sqrt(5 / 31))
     assert not r.equal
-    json.dumps(r.to_json(), allow_nan=False)
+    assert json.loads(json.dumps(r.to_json(), allow_nan=False))["relative"] == r.relative
+
+
+def test_what_is_not_finite_moved_most(makes, arrays):
+    a = {"one.w": np.ones(1, np.float32), "two.w": np.ones(1, np.float32)}
+    b = {"one.w": np.full(1, 9, np.float32), "two.w": np.full(1, np.nan, np.float32)}
+    assert [x.name for x in diff_weights(*pair(makes, arrays, a, b)).layers] == ["two", "one"]
 
 
 def test_zeros_that_stay_zeros_have_not_moved(makes, arrays):

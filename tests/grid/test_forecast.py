@@ -64,6 +64,12 @@ def test_a_given_link_needs_no_measurement():
     assert (words["bandwidth_gbit"]["value"], words["latency_us"]["value"]) == pytest.approx((40, 2))
 
 
+def test_errors_are_relative_so_small_messages_tell_the_latency():
+    large = [(2, 8e6, Estimate.exact(0.010)), (2, 16e6, Estimate.exact(0.024))]  # these two leave less than nothing
+    small = (2, 100.0, Estimate.exact(2e-4))
+    assert forecast.measure_link([*large, small], None, None).latency.value == pytest.approx(1e-4, rel=0.05)
+
+
 def test_no_link_without_anything():
     assert forecast.measure_link([], None, None) is None
     assert forecast.measure_link([], None, 1e-6) is None
@@ -97,6 +103,13 @@ def test_less_hides_behind_a_shorter_backward_pass():
 
 def test_waiting_beyond_the_bare_exchange_stays():
     assert model(workers=2, reduce=0.060).exchange(4).value == pytest.approx(2 * 3 / 4 * 0.045 + 0.015)
+
+
+def test_a_step_is_of_strong_scaling_unless_it_says_so():
+    step = model()
+    assert not StepModel(
+        step.workers, step.parallel, step.fixed, step.reduce, step.volume, step.samples, step.link
+    ).weak
 
 
 def test_forecast_of_a_strong_step():

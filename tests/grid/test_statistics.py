@@ -187,3 +187,21 @@ def test_usl_without_growing_loss_is_refused():
     counts = [n for n in (1, 2, 4, 8, 16) for _ in range(3)]
     fit = statistics.fit_usl(counts, [usl(n, sigma=0.1, kappa=-0.002) for n in counts])
     assert "kappa" in fit.refused
+
+
+def test_a_serial_fraction_that_is_open_to_one_side_only_is_fitted():
+    counts = [1, 2, 4, 8] * 2
+    rates = [amdahl(n, sigma=0.97) * (1.015 if i % 3 else 0.98) for i, n in enumerate(counts)]
+    fit = statistics.fit_amdahl(counts, rates)
+    assert fit.refused is None
+    _, low, high = fit.parameters["sigma"]
+    assert 0 < low < 1 < high
+
+
+def test_the_error_of_a_fit_is_that_of_its_points():
+    counts = [1, 2, 4, 8] * 2
+    rates = [amdahl(n) * (1.02 if i < 4 else 0.98) for i, n in enumerate(counts)]
+    fit = statistics.fit_amdahl(counts, rates)
+    misses = [fit.rate(n) / rate - 1 for n, rate in zip(counts, rates, strict=True)]
+    assert fit.error == pytest.approx(np.sqrt(np.mean(np.square(misses))))
+    assert 0.01 < fit.error < 0.03
