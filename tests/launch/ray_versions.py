@@ -114,8 +114,8 @@ class Trial:
         try:
             until = time.monotonic() + 90
             while not _answers(f"{url}/api/jobs/", token.read_text()):
-                going_on = head.poll() is None and time.monotonic() < until
-                assert going_on, (self.home / "head.log").read_text()
+                waiting = head.poll() is None and time.monotonic() < until
+                assert waiting, (self.home / "head.log").read_text()
                 time.sleep(0.5)
             words = ("base.yaml", f"storage_path={self.home / 'job'}", *TWO)
             self.run("rayexp", "submit", *words, "--address", url, "--wait")

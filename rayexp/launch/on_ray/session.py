@@ -88,7 +88,7 @@ def session(address: str | None, for_tune: bool = False) -> Iterator[bool]:
     Raises:
         UserError: there is no Ray at that address, or none can be started here.
     """
-    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
+    if _connected():
         yield False
         return
     prepare(address)
@@ -121,6 +121,14 @@ def session(address: str | None, for_tune: bool = False) -> Iterator[bool]:
                     ray.shutdown()
             # A process of Ray's whose end falls together with Ray's own may wait for ever for what is gone.
             _kill(tree)
+
+
+def _connected() -> bool:
+    if "ray" not in sys.modules:
+        return False
+    import ray  # which waits where another thread is at it
+
+    return bool(ray.is_initialized())
 
 
 def _connect(options: Mapping[str, Any]) -> list[psutil.Process]:
