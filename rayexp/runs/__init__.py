@@ -1,1 +1,1 @@
-"""A run on disk: its directory, records, manifest, and the one that writes them. No torch, no Ray."""
+"""A run on disk: its directory, its records, its manifest, and the run writer. No torch, no Ray."""

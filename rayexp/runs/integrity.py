@@ -1,6 +1,6 @@
-"""Is a run directory whole? Everything that a resume or a reader relies on, checked against its hashes.
+"""Check a run directory: everything that a resume or a reader relies on is compared with its hashes.
 
-Used by `rayexp runs RUN --check`, by `collect`, and before a resume. Reads only.
+Used by `rayexp runs RUN --check`, by `collect`, and before a resume. Never writes.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from rayexp.runs.manifest import SEAL, digest, has_valid_seal, state_fault
 from rayexp.runs.records import EpochRecord, Predictions, read_lines, step_line
 from rayexp.runs.run import Run, broken, epoch_name
 
-# Keys that say where and how, not what: a resumed run may change them. That data.root holds the same data is checked
-# by its hash; the run keeps its name and its place.
-PLACE = ("storage_path", "name", "data.root")
-FREE = ("scaling", "checkpoint", "max_failures", *PLACE)
+# Keys that say where and how a run is trained, not what is trained: a resume may change them. Whether data.root holds
+# the same data is checked by hash; the run keeps its name and its directory.
+LOCATION = ("storage_path", "name", "data.root")
+FREE = ("scaling", "checkpoint", "max_failures", *LOCATION)
 RECORDS = ("config.yaml", "data.json", "epochs.jsonl", "steps.jsonl")
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What was found of one part of a run.
+    """The result of checking one part of a run.
 
     Attributes:
         what: a path in the run directory.
-        state: `ok`: as it was written, by its hash. `not covered`: readable and consistent, but an older rayexp wrote
-            no hash of it. `damaged`.
-        detail: what is wrong; empty where nothing is.
+        state: `ok`: its hash matches. `not covered`: readable and consistent, but an older rayexp stored no hash of
+            it. `damaged`: anything else.
+        detail: what is wrong; empty unless damaged.
     """
 
     what: str
@@ -48,16 +48,16 @@ def examine(run: Run) -> list[Finding]:
         run.meta()
     except UserError as error:
         return [Finding("run.json", "damaged", str(error))]
-    return [*described(run), *_judged(run), *_checkpoints(run)]
+    return [*described(run), *_predictions(run), *_checkpoints(run)]
 
 
 def faults(run: Run) -> list[str]:
-    """One line for everything in a run directory that is damaged."""
+    """One line for each damaged part of a run directory."""
     return [str(finding) for finding in examine(run) if finding.state == "damaged"]
 
 
 def described(run: Run) -> Iterator[Finding]:
-    """config.yaml, data.json, and the lines of epochs.jsonl and steps.jsonl.
+    """Check config.yaml, data.json, epochs.jsonl and steps.jsonl.
 
     Raises:
         UserError: run.json cannot be read.
@@ -73,7 +73,7 @@ def described(run: Run) -> Iterator[Finding]:
 
 
 def _lines_fault(run: Run, name: str, status: str) -> str | None:
-    """What the lines themselves say: all there, in order, readable."""
+    """What is wrong with the lines of epochs.jsonl or steps.jsonl (unreadable, missing, out of order), or None."""
     try:
         if name == "steps.jsonl":
             read_lines(run.steps_path, step_line)
@@ -88,10 +88,10 @@ def _lines_fault(run: Run, name: str, status: str) -> str | None:
     return None
 
 
-def _judged(run: Run) -> Iterator[Finding]:
-    """The predictions of every epoch that has a line."""
+def _predictions(run: Run) -> Iterator[Finding]:
+    """Check the predictions of every epoch that has a record."""
     for record in _records(run):
-        # The plain script of a comparison leaves lines only.
+        # The baseline script of a comparison writes records only.
         if record.weights_sha:
             path = run.predictions_path(record.epoch)
             yield _finding(f"predictions/{path.name}", predictions_fault(path, record), bool(record.predictions_sha))
@@ -114,13 +114,13 @@ def predictions_fault(path: Path, record: EpochRecord) -> str | None:
 
 
 def _checkpoints(run: Run) -> Iterator[Finding]:
-    """Every checkpoint that is there, by its hashes, and whether it is of this run."""
+    """Check the hashes of every checkpoint, and that it belongs to this run."""
     lines = {record.epoch: record for record in _records(run)}
     data = {} if run.fault("data.json") else run.data()
     for path, state in sorted(run.resumable(), key=lambda found: found[0].name):
         why = broken(path)
         if why and not path.exists():
-            continue  # the run goes on, and this snapshot had its time
+            continue  # the run goes on, and has removed this snapshot
         if not why:
             why = _foreign(run, path, state, lines.get(state.get("epoch", 0)), data)
         yield _finding(f"checkpoints/{path.name}", why, SEAL in state)
@@ -138,7 +138,7 @@ def _foreign(run: Run, path: Path, state: dict[str, Any], line: EpochRecord | No
 
 
 def _records(run: Run) -> list[EpochRecord]:
-    """The lines that can be read."""
+    """The records of the lines that can be read."""
     try:
         return read_lines(run.epochs_path, EpochRecord.from_json, [])
     except UserError:
@@ -158,16 +158,16 @@ def changes(before: ExperimentConfig, after: ExperimentConfig, free: tuple[str, 
     return "; ".join(
         f"{key} {first.get(key)} -> {second.get(key)}"
         for key in sorted({*first, *second})
-        if first.get(key) != second.get(key) and not any(f"{key}.".startswith(f"{word}.") for word in free)
+        if first.get(key) != second.get(key) and not any(f"{key}.".startswith(f"{name}.") for name in free)
     )
 
 
 def check_config(run: Run) -> None:
-    """Make sure that config.yaml is what the run has been trained under so far.
+    """Make sure that config.yaml is the configuration that the run has been trained under so far.
 
     Raises:
-        UserError: it is another file, or another configuration than the newest checkpoint's; the keys are named where
-            the checkpoint tells them.
+        UserError: the file is damaged, or differs from the configuration in the newest checkpoint; the line names the
+            keys where the checkpoint holds them.
     """
     then, where = next(
         ((config, path.name) for path, state in run.resumable() if (config := _then(state, path.name))), (None, "")
@@ -177,7 +177,7 @@ def check_config(run: Run) -> None:
         now = read(run.config_path)
     except UserError as error:
         why = why or str(error)
-    changed = changes(then, now, PLACE if why else FREE) if then and now else ""
+    changed = changes(then, now, LOCATION if why else FREE) if then and now else ""
     if why or changed:
         told = f"; since checkpoints/{where}: {changed}" if changed else ""
         raise UserError(
@@ -187,7 +187,7 @@ def check_config(run: Run) -> None:
 
 
 def _then(state: dict[str, Any], name: str = "") -> ExperimentConfig | None:
-    """The configuration that a checkpoint was trained under; None where it does not say or is damaged."""
+    """The configuration that a checkpoint was trained under; None where it is missing or damaged."""
     try:
         return None if name and state_fault(state, name) else parse(state["config"], ExperimentConfig, "state.json")
     except (KeyError, UserError):

@@ -1,13 +1,13 @@
-"""Hashes over what is read back from a run directory.
+"""Hashes of the files that are read back from a run directory.
 
-    state.json   carries a seal: `sha256` over everything else in it (which holds the hashes of the checkpoint's other
-                 files, the configuration, and the data's hashes)
-    run.json     `files`: name -> sha256 of config.yaml and data.json, and once a run has ended of epochs.jsonl and
-                 steps.jsonl
-    epochs.jsonl `predictions_sha` of each epoch's predictions as training stored them
-    predictions  made again by `evaluate` where that gave other bytes: a seal at the file's end (see `seal_predictions`)
+    state.json   has a seal: `sha256` over everything else in it, which includes the hashes of the checkpoint's other
+                 files, the configuration, and the data's hashes
+    run.json     `files`: name -> sha256 of config.yaml and data.json, and of epochs.jsonl and steps.jsonl once the run
+                 has ended
+    epochs.jsonl `predictions_sha`: the sha256 of each epoch's predictions as training stored them
+    predictions  have a seal at the file's end where `evaluate` made them again with other bytes (`seal_predictions`)
 
-Runs of the first edition have none of these; what can be told without a hash is checked there too.
+Runs of the first version have none of these; what can be checked without a hash is checked there too.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rayexp.system.disk import inside
 
 SEAL = "sha256"
 _SEAL_BYTES = 2 * 64  # two sha256 in hexadecimal
-# What a resume reads of state.json, beside its files.
+# The fields of state.json that a resume reads, and their types.
 STATE: Mapping[str, type | tuple[type, ...]] = {
     "epoch": int,
     "step": int,
@@ -46,14 +46,14 @@ def digest(data: bytes) -> str:
 
 
 def seal_predictions(npz: bytes, weights_sha: str) -> bytes:
-    """The archive of predictions that `evaluate` made, with a seal as its ZIP comment: the sha256 of the checkpoint's
-    weights, then that of those weights and all bytes before the seal. numpy reads such a file like any other."""
+    """Add a seal to the predictions that `evaluate` made, as the comment of their ZIP archive: the sha256 of the
+    checkpoint's weights, then a sha256 over all bytes before the seal and that first hash. numpy reads it as usual."""
     body = npz[:-2] + _SEAL_BYTES.to_bytes(2, "little")  # the comment's length, at the end of an archive without one
     return body + _predictions_seal(body, weights_sha)
 
 
 def has_valid_seal(npz: bytes, weights_sha: str) -> bool:
-    """Whether the file is as `seal_predictions` made it from the predictions of these weights."""
+    """Whether the file ends with the seal that `seal_predictions` adds for these weights."""
     body, seal = npz[:-_SEAL_BYTES], npz[-_SEAL_BYTES:]
     return seal == _predictions_seal(body, weights_sha)
 
@@ -62,9 +62,9 @@ def _predictions_seal(body: bytes, weights_sha: str) -> bytes:
     return f"{weights_sha}{digest(body + weights_sha.encode())}".encode()
 
 
-def sealed(words: Mapping[str, Any]) -> dict[str, Any]:
-    """state.json's content with its seal."""
-    plain = json.loads(json.dumps({k: v for k, v in words.items() if k != SEAL}))
+def sealed(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of state.json with their seal."""
+    plain = json.loads(json.dumps({k: v for k, v in fields.items() if k != SEAL}))
     return {**plain, SEAL: _seal(plain)}
 
 
@@ -81,7 +81,7 @@ def state_fault(state: Any, name: str) -> str | None:
         return "its content has not the hash that it names"
     for key, kind in STATE.items():
         if key not in state:
-            # What is sealed is as it was written, though perhaps not by training: it may hold weights only.
+            # A valid seal means the file is as it was written, but perhaps not by training: it may hold only weights.
             if SEAL in state and key != "files":
                 continue
             return f"{key} is missing"
@@ -102,8 +102,10 @@ def state_fault(state: Any, name: str) -> str | None:
 
 
 def broken(checkpoint: Path) -> str | None:
-    """Why a checkpoint directory cannot be used, or None: state.json is as it was written and belongs to this
-    directory, and every file that it names has the hash that it says."""
+    """Why a checkpoint directory cannot be used, or None.
+
+    A usable one has an intact state.json that belongs to this directory, and every file has the hash named there.
+    """
     try:
         state = json.loads((checkpoint / "state.json").read_bytes())
         if why := state_fault(state, checkpoint.name):
@@ -124,7 +126,7 @@ def file_fault(data: bytes, name: str, files: Mapping[str, str]) -> str | None:
     """What is wrong with config.yaml, data.json, epochs.jsonl or steps.jsonl, or None.
 
     Args:
-        files: the manifest in run.json. A file that it does not name is judged by what must be in it.
+        files: the manifest in run.json. A file that it does not name is checked for the keys that it must have.
     """
     if name in files:
         found, wanted = digest(data), str(files[name])

@@ -1,8 +1,8 @@
-"""The values that flow through rayexp: frozen, plain, and free of torch and Ray.
+"""The values that are passed around in rayexp: frozen, plain, and free of torch and Ray.
 
 EpochRecord    one line of epochs.jsonl
-Predictions    what a checkpoint says of every validation sample: predictions/epoch_007.npz
-RunRef         RUN@7, RUN@best, RUN@last, as typed
+Predictions    a checkpoint's outputs for every validation sample: predictions/epoch_007.npz
+RunRef         RUN@7, RUN@best, RUN@last, as the user types it
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from rayexp.errors import UserError
 
 T = TypeVar("T")
-# The phases of an epoch's wall-clock, in the order in which reports stack them. They add up to `total`.
+# The phases of an epoch's wall-clock time, in the order in which reports stack them. They add up to `total`.
 PHASES = ("data", "transfer", "compute", "reduce", "optimizer", "evaluate", "checkpoint", "other")
 
 
@@ -29,26 +29,26 @@ PHASES = ("data", "transfer", "compute", "reduce", "optimizer", "evaluate", "che
 class EpochRecord:
     """One epoch, as measured by rank 0.
 
-    A loss or metric that is not finite is nan here, and null in JSON, which has no word for it.
+    A loss or metric that is not finite is nan here, and null in JSON, which cannot express it.
 
     Attributes:
-        epoch: counts from 1; this is the state after that epoch.
+        epoch: number of the epoch, from 1; the record describes the state after it.
         step: optimizer steps since the start of the run.
         train_loss: mean loss per sample (images) or per token (language), over the epoch, in nats.
         val_loss: mean validation loss, likewise.
         metrics: `acc1`, `acc5` in percent (images), or `ppl` (language).
         lr: learning rate of the epoch's last step.
         samples_per_second: global training throughput (images/s or tokens/s) without evaluation and checkpointing.
-            A process's first step (compilation, warm-up) is left out, so one after every resume too; where an epoch
-            has no other step, it is that one's.
-        seconds: `total` and the PHASES, in seconds of rank 0's clock, and `first_step` where the epoch held a
-            process's first. After a resume inside the epoch: of the steps since.
-        weights_sha: sha256 over the model's tensors. Two rows with one sha are the same model.
-        state_sha: sha256 over model, optimizer and carried state.
+            The first step of a process (compilation, warm-up) is left out, after a resume too, unless the epoch has
+            no other step.
+        seconds: `total` and the PHASES, by rank 0's clock, and `first_step` where the epoch includes the first step
+            of a process. After a resume inside the epoch: only the steps since then.
+        weights_sha: sha256 over the model's tensors. Two records with the same sha are the same model.
+        state_sha: sha256 over model, optimizer and recurrent state.
         predictions_sha: sha256 of the predictions' file; empty where an older rayexp wrote the record.
         world_size: number of workers (0: in-process).
         peak_memory: bytes of rank 0's process: `host`, and on a GPU `device`.
-        energy_joules: what the workers' GPUs used in the epoch; None where it is not known.
+        energy_joules: energy that the workers' GPUs used in the epoch; None where it is not known.
     """
 
     epoch: int
@@ -67,7 +67,7 @@ class EpochRecord:
     predictions_sha: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """A flat JSON object: the metrics' names stand beside `epoch`, `step`, `train_loss` ..."""
+        """A flat JSON object, with the metrics beside `epoch`, `step`, `train_loss` and so on."""
         head = {
             "epoch": self.epoch,
             "step": self.step,
@@ -89,11 +89,11 @@ class EpochRecord:
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> EpochRecord:
-        """The inverse of `to_json`; every unnamed number, or null, is a metric. Infinity and NaN, which older files may
-        hold, are read as nan.
+        """The inverse of `to_json`: every number (or null) that is no field is a metric. Infinity and NaN, which older
+        files may contain, become nan.
 
         Raises:
-            TypeError, ValueError: a field is missing or of another kind; the line names it.
+            TypeError, ValueError: a field is missing or of the wrong type; the message names it.
         """
         named = {name: row[name] for name in cls.__dataclass_fields__ if name in row and name != "metrics"}
         for name in ("epoch", "step", "world_size"):
@@ -114,13 +114,13 @@ class EpochRecord:
 
     @property
     def finite(self) -> bool:
-        """Whether the epoch can be ranked: its validation loss, and acc1 where it has one, are finite numbers."""
+        """Whether the epoch can be ranked: its validation loss, and its acc1 if it has one, are finite."""
         return math.isfinite(self.val_loss) and math.isfinite(self.metrics.get("acc1", 0.0))
 
 
 def best(records: Iterable[EpochRecord]) -> EpochRecord | None:
-    """The epoch with the highest acc1 (images) or else the smallest validation loss, the earliest of equals, among
-    those that are finite; None where there is none."""
+    """The finite epoch with the highest acc1 (images) or the smallest validation loss (language), the earliest of
+    equals; None where there is none."""
 
     def rank(record: EpochRecord) -> tuple[float, int]:
         return (-record.metrics["acc1"] if "acc1" in record.metrics else record.val_loss, record.epoch)
@@ -129,17 +129,19 @@ def best(records: Iterable[EpochRecord]) -> EpochRecord | None:
 
 
 def step_line(row: Any) -> dict[str, Any]:
-    """A line of steps.jsonl (ValueError where it is none)."""
+    """Check a line of steps.jsonl, and return it (ValueError where it has no epoch)."""
     if not isinstance(row, dict) or not isinstance(row.get("epoch"), int):
         raise ValueError("epoch is missing")
     return row
 
 
 def read_lines(path: Path, make: Callable[[Any], T], damaged: list[str] | None = None) -> list[T]:
-    """One value a line of JSON; a last line that a crash left unfinished is passed over.
+    """Make one value from each line of JSON; a last line that a crash left unfinished is skipped.
 
     Args:
-        damaged: is told of damaged lines, which are then passed over too.
+        path: the file; a missing one has no lines.
+        make: makes the value from a line's JSON.
+        damaged: receives a note for each damaged line, which is then skipped too.
 
     Raises:
         UserError: the file cannot be read, or a line is damaged.
@@ -166,7 +168,7 @@ def read_lines(path: Path, make: Callable[[Any], T], damaged: list[str] | None =
 
 
 def one_line(error: BaseException) -> str:
-    """One line of an error, without the path where the system names it too."""
+    """An error as one line; for an error of the system, without the path."""
     text = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
     return " ".join(text.split())
 
@@ -180,7 +182,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _number(name: str, value: Any) -> float:
-    """A number as JSON has it; null, and infinity of an older file, is nan."""
+    """A number from JSON; null, and infinity in an older file, become nan."""
     if value is None:
         return math.nan
     if not _is_number(value):
@@ -190,19 +192,19 @@ def _number(name: str, value: Any) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Predictions:
-    """Judgements on the validation data, sample by sample; one .npz without pickled objects.
+    """A checkpoint's outputs for the validation data, sample by sample; one .npz without pickled objects.
 
     Arrays of kind `images` (n images): `index` int64[n] position in the validation data, `label` int64[n],
-    `top5` int32[n, k] classes by falling probability (k = min(5, classes)), `confidence` float32[n] the
+    `top5` int32[n, k] classes by decreasing probability (k = min(5, classes)), `confidence` float32[n] the
     probability of the first, `loss` float32[n] cross-entropy in nats (without label smoothing).
     Arrays of kind `tokens` (n tokens): `offset` int64[n] position of the token in the validation text,
     `token` int32[n] its id, `loss` float32[n] in nats.
 
-    Where a model's output is not finite there is no judgement: `loss` (and `confidence`) are not finite either, every
-    class of `top5` is -1, and the sample counts as wrong.
+    Where a model's output is not finite nothing is predicted: `loss` (and `confidence`) are not finite either, every
+    class in `top5` is -1, and the sample counts as wrong.
 
-    Rows are sorted by `index` or `offset`. `data_sha` names the validation data: two Predictions can be compared
-    only where it is equal.
+    Samples are sorted by `index` or `offset`. `data_sha` identifies the validation data: two Predictions can only be
+    compared if theirs are equal.
     """
 
     kind: str
@@ -217,12 +219,13 @@ class Predictions:
 
     @property
     def finite(self) -> NDArray[np.bool_]:
-        """bool[n]: whether the row is a judgement, its numbers being finite."""
+        """bool[n]: whether the sample's loss (and confidence) are finite."""
         columns = [self.arrays[name] for name in ("loss", "confidence") if name in self.arrays]
         return np.asarray(np.isfinite(np.stack(columns)).all(axis=0))
 
     def same_as(self, other: Predictions) -> bool:
-        """Whether both say the same of the same data, bit for bit; rows that are not finite must be so in both."""
+        """Whether both predict the same for the same data, bit for bit; samples that are not finite must be so in
+        both."""
         if self.kind != other.kind or self.data_sha != other.data_sha or self.arrays.keys() != other.arrays.keys():
             return False
         if len(self) != len(other) or not np.array_equal(whole := self.finite, other.finite):
@@ -230,15 +233,15 @@ class Predictions:
         return all(np.array_equal(array[whole], other[name][whole]) for name, array in self.arrays.items())
 
     def to_npz(self) -> bytes:
-        """The file's bytes: the arrays, and `kind` and `data_sha` as strings."""
-        buffer = io.BytesIO()
-        words: Any = {"kind": np.array(self.kind), "data_sha": np.array(self.data_sha), **self.arrays}
-        np.savez(buffer, **words)
-        return buffer.getvalue()
+        """The bytes of the file: the arrays, and `kind` and `data_sha` as strings."""
+        file = io.BytesIO()
+        fields: Any = {"kind": np.array(self.kind), "data_sha": np.array(self.data_sha), **self.arrays}
+        np.savez(file, **fields)
+        return file.getvalue()
 
     @classmethod
     def from_npz(cls, data: bytes, source: str) -> Predictions:
-        """Read `to_npz`'s bytes; `source` names the file in errors.
+        """Read the bytes that `to_npz` gives; `source` names the file in errors.
 
         Raises:
             UserError: the bytes are no predictions (truncated, pickled or another file).
@@ -253,7 +256,7 @@ class Predictions:
 
 @dataclass(frozen=True, slots=True)
 class RunRef:
-    """`RUN@EPOCH` as typed: `epoch` is a number, `best` or `last`."""
+    """`RUN@EPOCH` as the user types it: `epoch` is a number, `best` or `last`."""
 
     run: str
     epoch: int | str

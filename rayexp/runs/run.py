@@ -82,7 +82,7 @@ class Run:
 
     @classmethod
     def find(cls, name: str, storage: Path) -> Run:
-        """The run whose path, directory name, own name, or unambiguous part of the directory's name is `name`.
+        """The run with this path, directory name or run name, or with a directory name that contains `name`.
 
         Raises:
             UserError: none or several match, or the directory is no run or of a newer layout.
@@ -93,12 +93,12 @@ class Run:
 
     @classmethod
     def locate(cls, name: str, storage: Path) -> Run:
-        """As `find`, but the run may be damaged."""
+        """Like `find`, but the run may be damaged."""
         return cls(find_directory(name, storage, "run.json", "run", "`rayexp runs` lists them; "))
 
     @classmethod
     def all(cls, storage: Path) -> builtins.list[Run]:
-        """All runs in a folder, oldest first; those too whose run.json cannot be read."""
+        """All runs in a folder, oldest first, including those whose run.json cannot be read."""
         return [cls(path) for path in directories(storage, "run.json")]
 
     @classmethod
@@ -130,7 +130,7 @@ class Run:
 
     @property
     def data_path(self) -> Path:
-        """data.json: classes with their words and validation names, or the vocabulary."""
+        """data.json: the classes and the names of the validation images, or the vocabulary."""
         return self.root / "data.json"
 
     @property
@@ -140,17 +140,17 @@ class Run:
 
     @property
     def progress_path(self) -> Path:
-        """progress.json: where a running epoch stands; rewritten about twice a second."""
+        """progress.json: how far the current epoch is; rewritten about twice a second."""
         return self.root / "progress.json"
 
     @property
     def steps_path(self) -> Path:
-        """steps.jsonl: for each epoch, what its steps took."""
+        """steps.jsonl: for each epoch, how long its steps took."""
         return self.root / "steps.jsonl"
 
     @property
     def stop_path(self) -> Path:
-        """While this file is there, the workers are asked to save and stop after their current step."""
+        """stop: while this file exists, it asks the workers to save and stop after their current step."""
         return self.root / "stop"
 
     @property
@@ -182,7 +182,7 @@ class Run:
         """run.json, upgraded to this layout.
 
         Raises:
-            UserError: not a run, damaged, or written by a newer rayexp.
+            UserError: it is not a run, is damaged, or was written by a newer rayexp.
         """
         try:
             meta = json.loads(self.meta_path.read_bytes())
@@ -198,19 +198,19 @@ class Run:
         return dict(meta)
 
     def status(self) -> str:
-        """`running`, `done`, `failed` or `stopped`; `died` where run.json says running and no driver holds its lock.
+        """`running`, `done`, `failed` or `stopped`; `died` where run.json says running but no driver holds the lock.
 
-        Of a run on another host only what run.json says is known: not every shared file system shows its locks.
+        For a run on another host this is what run.json says: not every shared file system shows another host's locks.
         """
         meta = self.meta()
-        if meta["status"] == "running" and meta.get("host") == socket.gethostname() and not self._driven(meta):
+        if meta["status"] == "running" and meta.get("host") == socket.gethostname() and not self._has_driver(meta):
             return "died"
         return str(meta["status"])
 
-    def _driven(self, meta: Mapping[str, Any]) -> bool:
+    def _has_driver(self, meta: Mapping[str, Any]) -> bool:
         if (self.root / DRIVER).exists():
             return is_locked(self.root)
-        # Not locked yet, or a copy: then the process is all there is to go by.
+        # Not locked yet, or a copy of a run: only the process can tell.
         return not isinstance(meta.get("pid"), int) or psutil.pid_exists(meta["pid"])
 
     def config(self) -> ExperimentConfig:
@@ -239,7 +239,7 @@ class Run:
             raise UserError(f"{self.root / name}: {why}")
 
     def records(self) -> builtins.list[EpochRecord]:
-        """The finished epochs in order; a line that a crash left unfinished is passed over.
+        """The records of the finished epochs, in order; a line that a crash left unfinished is skipped.
 
         Raises:
             UserError: a line is damaged, or the file cannot be read.
@@ -247,8 +247,9 @@ class Run:
         return read_lines(self.epochs_path, EpochRecord.from_json)
 
     def steps(self) -> builtins.list[dict[str, Any]]:
-        """What the steps of each epoch took, in order: `epoch`, `first` (whether the first of them was its process's
-        first), and lists with one number a step: `count` (samples), `total` and the phases in seconds."""
+        """How long the steps of each epoch took, in order: `epoch`, `first` (whether the epoch's first step was the
+        first one of its process), and lists with one number per step: `count` (samples), `total` and the phases
+        (seconds)."""
         return read_lines(self.steps_path, step_line)
 
     def epochs(self) -> builtins.list[int]:
@@ -258,7 +259,7 @@ class Run:
 
     def best(self) -> int:
         """The epoch with the smallest validation loss (images: the highest acc1), the earliest of equals; epochs whose
-        loss is not finite are passed over.
+        loss is not finite are skipped.
 
         Raises:
             UserError: no epoch is finished, or none has a finite loss.
@@ -273,10 +274,10 @@ class Run:
         return found.epoch
 
     def epoch(self, ref: int | str) -> int:
-        """The number behind `7`, `best` or `last`.
+        """The number of the epoch that `7`, `best` or `last` refers to.
 
         Raises:
-            UserError: there is no such epoch; the line lists those that are.
+            UserError: there is no such epoch; the line lists those that exist.
         """
         if ref == "best":
             return self.best()
@@ -290,7 +291,7 @@ class Run:
         return int(ref)
 
     def predictions(self, epoch: int) -> Predictions:
-        """What the model said after that epoch.
+        """The model's predictions after that epoch.
 
         Raises:
             UserError: the file is missing or damaged.
@@ -303,8 +304,10 @@ class Run:
         return Predictions.from_npz(data, str(path))
 
     def resumable(self) -> Iterator[tuple[Path, dict[str, Any]]]:
-        """Checkpoints (of epochs and of steps) with their state.json, the most advanced first; whole or not. The order
-        is that of the directories' names; where a state.json cannot be read, it is empty here."""
+        """All checkpoints (of epochs and of steps) with the content of their state.json, newest first, damaged or not.
+
+        The order comes from the directories' names; the content is empty where a state.json cannot be read.
+        """
         found = []
         for path in self.checkpoints.glob("[es]*_*"):
             kind, _, digits = path.name.partition("_")
@@ -316,8 +319,8 @@ class Run:
                 state = {}
             found.append((kind == "epoch", int(digits), path, state))
         lengths = [s["steps"] for _, _, _, s in found if isinstance(s.get("steps"), int) and s["steps"] > 0]
-        steps = Counter(lengths).most_common(1)[0][0] if lengths else 1  # of an epoch; one of them may be damaged
-        # After an epoch's last step both may be there; the epoch's own counts as the later.
+        steps = Counter(lengths).most_common(1)[0][0] if lengths else 1  # per epoch; one state.json may be damaged
+        # After an epoch's last step there may be one of each kind; that of the epoch counts as the newer.
         found.sort(key=lambda f: (f[1] * steps if f[0] else f[1], f[0]), reverse=True)
         for _, _, path, state in found:
             yield path, state
@@ -335,21 +338,24 @@ class Run:
             return f"cannot be read ({error.strerror})"
 
     def stepping(self) -> bool:
-        """Whether the present attempt has done a step: progress.json names it (before that it may hold warnings)."""
+        """Whether the current attempt has done a step: progress.json then names it (before, it may hold warnings)."""
         try:
             return "step" in json.loads(self.progress_path.read_bytes())
         except (OSError, ValueError, TypeError):
             return False
 
-    # ------------------------------------------------------------------ the little that drivers write
+    # ------------------------------------------------------------------ writing, for drivers
 
     def update(self, **fields: Any) -> None:
         """Set fields of run.json."""
         write_json(self.meta_path, {**self.meta(), **fields})
 
     def write(self, name: str, data: str) -> None:
-        """Write a file that the manifest covers. While it is replaced the manifest does not name it, so that a crash in
-        between leaves it uncovered, and never one that seems damaged."""
+        """Write a file that the manifest covers.
+
+        The manifest does not name the file while it is replaced, so that a crash in between leaves it uncovered rather
+        than seemingly damaged.
+        """
         files, sha = self.files(), digest(data.encode())
         if files.get(name, sha) != sha:
             self.uncover(name)
@@ -358,14 +364,14 @@ class Run:
             self.update(files={**self.files(), name: sha})
 
     def uncover(self, *names: str) -> None:
-        """Files are about to change: the manifest no longer names them."""
+        """Remove files from the manifest, because they are about to change."""
         files = self.files()
         if files.keys() & set(names):
             self.update(files={name: sha for name, sha in files.items() if name not in names})
 
 
 def resolve(text: str, storage: Path) -> tuple[Run, int]:
-    """`RUN@7`, `RUN@best`, `RUN@last` or `RUN` as a run and the number of an epoch (UserError where there is none)."""
+    """The run and the epoch that `RUN@7`, `RUN@best`, `RUN@last` or `RUN` refers to (UserError where there is none)."""
     ref = RunRef.parse(text)
     run = Run.find(ref.run, storage)
     return run, run.epoch(ref.epoch)

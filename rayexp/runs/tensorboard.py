@@ -1,11 +1,11 @@
-"""TensorBoard's event files of one run, each event written at once: no queue, no thread, and an error is raised where
-it happens.
+"""The TensorBoard event files of a run. Each event is written at once, without a queue or a thread, so that an error is
+raised where it happens.
 
-    tb/events.out.tfevents.<seconds>.<host>    one for each attempt; TensorBoard reads them in the order of their names
+    tb/events.out.tfevents.<seconds>.<host>    one per attempt; TensorBoard reads them in the order of their names
     tb/events.out.tfevents.0.graph             the model's graph (see RunWriter.graph)
     tb/hparams/                                hyperparameters with the result
 
-A later attempt begins with a mark that makes TensorBoard forget what an earlier one wrote of the steps it does again.
+Each attempt begins its file with an event that makes TensorBoard drop the steps that are trained again.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ from tensorboardX.summary import hparams, scalar, text
 
 from rayexp.system.disk import naming
 
-logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)  # its "NaN or Inf found" says neither where nor what
+logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)  # its "NaN or Inf found" names no place and no value
 
 FILE = "events.out.tfevents."
 VERSION = "brain.Event:2"
 
 
 class Board:
-    """One event file. Its steps are epochs."""
+    """One event file, whose steps are epochs."""
 
     def __init__(self, folder: Path, purge: int | None = None, name: str | None = None) -> None:
         """Begin a file.
 
         Args:
-            folder: made where it is missing.
-            purge: forget what earlier files say of this step and of later ones; None: nothing.
-            name: of the file; None: one of its own, after all earlier ones.
+            folder: where the file goes; made if it is missing.
+            purge: make TensorBoard drop this step and later ones of earlier files; None: drop nothing.
+            name: of the file; None: a new name that sorts after those of earlier files.
 
         Raises:
             WriteError: the file cannot be made.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        # TensorBoard goes by the names: a later file has a later one, also in the same second or after a clock change.
+        # TensorBoard sorts by name, so a later file needs a later name, even in the same second or if the clock is set.
         stamps = [path.name.removeprefix(FILE).split(".")[0] for path in folder.glob(f"{FILE}*")]
         earlier = [int(stamp) for stamp in stamps if stamp.isdecimal() and int(stamp)]
         self.attempt = len(earlier)  # counts from 0
@@ -60,26 +60,26 @@ class Board:
             self._write(purge, session_log=SessionLog(status=SessionLog.START))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """One point on each curve, on disk when this returns."""
+        """Add a point to each curve; it is on disk when this returns."""
         for name, value in values.items():
             self.summary(step, scalar(name, value))
         self.flush()
 
     def text(self, tag: str, markdown: str) -> None:
-        """A text in Markdown. Its step is the attempt's number, since TensorBoard never forgets a text."""
+        """Add a text in Markdown. Its step is the number of the attempt, since TensorBoard never drops a text."""
         self.summary(self.attempt, text(tag, markdown))
 
     def summary(self, step: int, summary: Any) -> None:
-        """Any other summary of TensorBoard's."""
+        """Add any TensorBoard summary."""
         self._write(step, summary=summary)
 
     def flush(self) -> None:
-        """Return when all is on disk."""
+        """Return when everything is on disk."""
         with naming(self.path):
             self._file.flush()
 
     def close(self) -> None:
-        """End the file."""
+        """Close the file."""
         with naming(self.path):
             self._file.close()
 
@@ -89,17 +89,17 @@ class Board:
 
 
 def graph_events(model: Any, example: tuple[Any, ...]) -> bytes:
-    """An event file with a model's graph; empty where the model cannot be traced. Imports torch.
+    """The bytes of an event file with a model's graph; empty where the model cannot be traced. Imports torch.
 
     Args:
         model: a torch.nn.Module on the CPU.
-        example: what its forward takes.
+        example: arguments of its `forward`.
     """
     file = _MemoryFile()
     folder = f"memory:{id(file)}"
     _in_memory[folder] = file
     try:
-        # Tracing fails in many ways, and a missing picture must not cost a run.
+        # Tracing fails in many ways, and a missing graph must not fail a run.
         with warnings.catch_warnings(), SummaryWriter(folder) as board:
             warnings.simplefilter("ignore")
             board.add_graph(model, example)
@@ -111,7 +111,7 @@ def graph_events(model: Any, example: tuple[Any, ...]) -> bytes:
 
 
 class _MemoryFile:
-    """What tensorboardX writes to a folder `memory:...`: there is no disk to fill, and nothing to tidy up."""
+    """The file that tensorboardX writes in a folder `memory:...`: it uses no disk and leaves nothing behind."""
 
     def __init__(self) -> None:
         self.data = bytearray()
@@ -141,9 +141,9 @@ register_writer_factory("memory", _MemoryFolders)
 
 
 def write_hyperparameters(folder: Path, values: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
-    """A row of TensorBoard's HPARAMS page; it replaces what the folder holds."""
+    """Write a row of TensorBoard's HPARAMS page; it replaces the content of the folder."""
     shutil.rmtree(folder, ignore_errors=True)
-    board = Board(folder, name=f"{FILE}0.hparams")  # one name, so that a copy of the folder is brought up to date
+    board = Board(folder, name=f"{FILE}0.hparams")  # a fixed name, so that copying the folder again replaces it
     for summary in hparams(dict(values), dict(metrics)):
         board.summary(0, summary)
     board.scalars(0, metrics)

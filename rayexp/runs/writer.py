@@ -1,8 +1,8 @@
-"""The one pen: everything that training writes into a run directory goes through a Recorder.
+"""The run writer: everything that training writes into a run directory goes through a RunWriter.
 
-Its methods take plain values and bytes only, so that the pen can be held by another process than the one that
-trains (on several hosts it is a Ray actor on the driver's host). The order of writing within an epoch is
-predictions, checkpoint, epochs.jsonl: a line in epochs.jsonl means that all of it is there.
+Its methods take only plain values and bytes, so that the writer may live in another process than training (on several
+hosts it is a Ray actor on the driver's host). An epoch's predictions are written first, then its checkpoint, then its
+line in epochs.jsonl: a line there means that the rest of the epoch is on disk.
 """
 
 from __future__ import annotations
@@ -27,22 +27,25 @@ KEEP_SNAPSHOTS = 2
 
 
 class RunWriter:
-    """Writes one run. Use from one process at a time."""
+    """Writes one run. Use it from one process at a time."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
         self._board: Board | None = None
-        self._done = 0  # the epoch after which it began
-        self._ends: dict[Path, int] = {}  # the last epoch of each file that has a line an epoch
+        self._done = 0  # the last epoch that was finished when the board was opened
+        self._ends: dict[Path, int] = {}  # the last epoch in each file that holds one line per epoch
 
     # ------------------------------------------------------------------ reading for a resume
 
     def resume(self) -> tuple[dict[str, bytes] | None, list[str]]:
-        """The files of the most advanced whole checkpoint, and one line for everything damaged that was found: newer
-        checkpoints that were passed over, older ones whose state.json is damaged, and what was mended.
+        """Repair the run and read the checkpoint from which to resume.
 
-        Also mends the run: leftovers of a killed writer go, a record that was lost between checkpoint and
-        epochs.jsonl comes back, records of epochs beyond the checkpoint go.
+        Removes what a killed writer left behind, restores a record that was lost between the checkpoint and
+        epochs.jsonl, and drops the records of epochs after the checkpoint.
+
+        Returns:
+            The files of the newest intact checkpoint by name (None: start from the beginning), and one line for each
+            damage: a newer checkpoint that was skipped, an older one with a damaged state.json, a repaired file.
         """
         sweep(self.run.root)
         sweep(self.run.checkpoints)
@@ -67,7 +70,7 @@ class RunWriter:
         return files, [*notes, *self._mend(done)]
 
     def _mend(self, done: int) -> list[str]:
-        """Bring epochs.jsonl and steps.jsonl to the end of that epoch; one line for everything that was damaged."""
+        """Rewrite epochs.jsonl and steps.jsonl so that they end with epoch `done`; return one line for each damage."""
         notes: list[str] = []
         records = {
             r.epoch: r.to_json()
@@ -78,7 +81,7 @@ class RunWriter:
             if path.name.startswith("epoch_") and state.get("epoch", done + 1) <= done and "record" in state:
                 record = dict(state["record"])
                 if SEAL in state and not state_fault(state, path.name):
-                    records[record["epoch"]] = record  # what a hash covers counts for more than a line
+                    records[record["epoch"]] = record  # a hash covers it, so it is trusted more than the line
                 else:
                     records.setdefault(int(path.name.partition("_")[2]), record)
         notes = [f"{self.run.epochs_path.name}: {note}" for note in notes]
@@ -87,7 +90,7 @@ class RunWriter:
         if records or self.run.epochs_path.exists():
             self._write_lines(self.run.epochs_path, [records[e] for e in sorted(records)])
         damaged: list[str] = []
-        steps = [row for row in read_lines(self.run.steps_path, step_line, damaged) if row["epoch"] <= done]
+        steps = [line for line in read_lines(self.run.steps_path, step_line, damaged) if line["epoch"] <= done]
         if self.run.steps_path.exists():
             self._write_lines(self.run.steps_path, steps)
         notes += [f"{self.run.steps_path.name}: {note}" for note in damaged]
@@ -96,16 +99,18 @@ class RunWriter:
     # ------------------------------------------------------------------ writing
 
     def note(self, fields: Mapping[str, Any]) -> None:
-        """Fields for run.json."""
+        """Set fields of run.json."""
         self.run.update(**fields)
 
     def first_step(self, began: Mapping[str, Any] | None, in_worker: float) -> None:
-        """A process has done its first step: run.json says how long that took after the command.
+        """Note in run.json how long it took from the command to the first step.
+
+        The time is taken here because the writer runs on the driver's host. Nothing is noted where it does not, or
+        where an earlier worker of the same command has noted it already.
 
         Args:
-            began: when the command began (`clock.mark`). Measured here, since this is the driver's host; where it is
-                not, or a lost worker was replaced and the first of them has said it, nothing is said.
-            in_worker: seconds of it since the worker began.
+            began: when the command began (`clock.mark`).
+            in_worker: how many of these seconds passed since the worker began.
         """
         if began is None or self.run.meta().get("began") == began:
             return
@@ -114,7 +119,7 @@ class RunWriter:
         self.run.update(began=dict(began), startup_seconds=parts)
 
     def begin(self, meta: Mapping[str, Any], data: Mapping[str, Any]) -> None:
-        """Training begins: fields for run.json, and the data's description for data.json."""
+        """Begin training: set fields of run.json, and write the description of the data to data.json."""
         self.run.update(**meta)
         self.run.write("data.json", json.dumps(data, indent=2, default=str) + "\n")
         board, _ = self._tensorboard()
@@ -122,19 +127,19 @@ class RunWriter:
         board.flush()
 
     def graph(self, events: bytes) -> None:
-        """An event file that holds the model graph, beside the run's own (empty: there is none)."""
+        """Store an event file that holds the model's graph beside the run's own; empty bytes store nothing."""
         if events:
             write_atomic(self.run.tb / "events.out.tfevents.0.graph", events)
 
     def progress(self, fields: Mapping[str, Any]) -> None:
-        """Where the epoch stands, for the driver's progress bar. Not flushed to disk: it is worthless after a crash."""
+        """Write how far the epoch is, for the driver's progress bar. Not flushed to disk: a crash makes it useless."""
         temporary = self.run.progress_path.with_suffix(".tmp")
         with contextlib.suppress(OSError):
             temporary.write_text(json.dumps(dict(fields)))
             temporary.replace(self.run.progress_path)
 
     def snapshot(self, step: int, files: Mapping[str, bytes]) -> None:
-        """A checkpoint inside an epoch; the newest two are kept."""
+        """Write a checkpoint inside an epoch, and keep the newest two."""
         write_directory(self.run.checkpoints / step_name(step), files)
         for old in sorted(self.run.checkpoints.glob("step_*"))[:-KEEP_SNAPSHOTS]:
             shutil.rmtree(old, ignore_errors=True)
@@ -146,7 +151,7 @@ class RunWriter:
         predictions: bytes,
         steps: Mapping[str, Any] | None = None,
     ) -> None:
-        """A finished epoch: its predictions, its checkpoint, what its steps took (see `Run.steps`), and its line."""
+        """Write a finished epoch: its predictions, its checkpoint, the times of its steps (`Run.steps`), its record."""
         epoch = int(record["epoch"])
         write_atomic(self.run.predictions_path(epoch), predictions)
         write_directory(self.run.checkpoints / epoch_name(epoch), files)
@@ -157,19 +162,19 @@ class RunWriter:
             shutil.rmtree(old, ignore_errors=True)
         self._plot(EpochRecord.from_json(record))
 
-    def trace(self, row: Mapping[str, Any]) -> None:
-        """One step's hashes, for `rayexp verify`: a line of trace.jsonl."""
-        append_line(self.run.root / "trace.jsonl", json.dumps(dict(row)))
+    def trace(self, fields: Mapping[str, Any]) -> None:
+        """Add a step's hashes to trace.jsonl, for `rayexp verify`."""
+        append_line(self.run.root / "trace.jsonl", json.dumps(dict(fields)))
 
     def log(self, rank: int, text: str) -> None:
-        """A line of logs/rank_<rank>.log, where it can be written: what it is about matters more."""
+        """Add a line to logs/rank_<rank>.log. A log that cannot be written does not stop the training."""
         with contextlib.suppress(OSError):
             self.run.logs.mkdir(exist_ok=True)
             with (self.run.logs / f"rank_{rank}.log").open("a") as file:
                 file.write(f"{now()} {text}\n")
 
     def end(self, status: str, error: str | None = None, **fields: Any) -> None:
-        """The last word: `done`, `failed` or `stopped`."""
+        """Close the run with the status `done`, `failed` or `stopped`."""
         if self._board is not None:
             if status == "done":
                 self._hyperparameters()
@@ -187,14 +192,14 @@ class RunWriter:
     # ------------------------------------------------------------------ TensorBoard
 
     def _tensorboard(self) -> tuple[Board, int]:
-        """The open event file, and the epoch after which it began (0: a fresh run)."""
+        """The open event file, and the last epoch that was finished when it was opened (0: a fresh run)."""
         if self._board is None:
             from rayexp.runs.tensorboard import Board
 
             records = self.run.records()
             self._done = records[-1].epoch if records else 0
             self._board = Board(self.run.tb, purge=self._done)
-            if records:  # what was said of it is forgotten, and may not have been said at all
+            if records:  # the purge drops this epoch's points, and a killed attempt may not have written them
                 self._board.scalars(self._done, scalars(records[-1]))
         return self._board, self._done
 
@@ -210,7 +215,7 @@ class RunWriter:
         if not records:
             return
         config = self.run.config()
-        words = {
+        hyperparameters = {
             "model": config.model.name,
             "batch_size": config.batch_size,
             "lr": config.lr,
@@ -226,31 +231,31 @@ class RunWriter:
         }
         last = records[-1]
         metrics = {"hparam/val_loss": last.val_loss, **{f"hparam/{k}": v for k, v in last.metrics.items()}}
-        write_hyperparameters(self.run.tb / "hparams", words, metrics)
+        write_hyperparameters(self.run.tb / "hparams", hyperparameters, metrics)
 
-    # ------------------------------------------------------------------ a line an epoch
+    # ------------------------------------------------------------------ one line per epoch
 
-    def _append(self, path: Path, row: Mapping[str, Any]) -> None:
-        """Add an epoch's line. Lines of it and of later ones, left by an attempt from a later checkpoint, go first."""
-        epoch = int(row["epoch"])
-        self.run.uncover(path.name)  # a driver that gave up may have had its last word already
+    def _append(self, path: Path, line: Mapping[str, Any]) -> None:
+        """Add an epoch's line; lines of this and later epochs, left by an earlier attempt, are removed first."""
+        epoch = int(line["epoch"])
+        self.run.uncover(path.name)  # a driver that gave up may have put its hash into the manifest already
         if path not in self._ends:
-            self._ends[path] = max((r["epoch"] for r in self._rows(path)), default=0)
+            self._ends[path] = max((each["epoch"] for each in self._lines(path)), default=0)
         if epoch <= self._ends[path]:
-            self._write_lines(path, [r for r in self._rows(path) if r["epoch"] < epoch])
-        append_line(path, json.dumps(dict(row)))
+            self._write_lines(path, [each for each in self._lines(path) if each["epoch"] < epoch])
+        append_line(path, json.dumps(dict(line)))
         self._ends[path] = epoch
 
-    def _rows(self, path: Path) -> list[dict[str, Any]]:
+    def _lines(self, path: Path) -> list[dict[str, Any]]:
         return self.run.steps() if path == self.run.steps_path else [r.to_json() for r in self.run.records()]
 
-    def _write_lines(self, path: Path, rows: list[dict[str, Any]]) -> None:
-        write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
-        self._ends[path] = rows[-1]["epoch"] if rows else 0
+    def _write_lines(self, path: Path, lines: list[dict[str, Any]]) -> None:
+        write_atomic(path, "".join(json.dumps(line) + "\n" for line in lines))
+        self._ends[path] = lines[-1]["epoch"] if lines else 0
 
 
 def scalars(record: EpochRecord) -> dict[str, float]:
-    """An epoch's points for TensorBoard, by the names of their curves."""
+    """The values that TensorBoard plots for an epoch, by curve."""
     return {
         "loss/train": record.train_loss,
         "loss/val": record.val_loss,

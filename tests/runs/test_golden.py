@@ -32,12 +32,12 @@ def golden(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def command(golden: Path) -> Callable[..., Any]:
-    """`rayexp WORDS --runs GOLDEN`: what it prints; an error that is not the user's is raised."""
+    """`rayexp ARGS --runs GOLDEN`: what it prints; an error that is not the user's is raised."""
 
-    def run(*words: str, code: int = 0) -> Any:
-        result = CliRunner().invoke(app, [*words, "--runs", str(golden)], catch_exceptions=False)
+    def run(*args: str, code: int = 0) -> Any:
+        result = CliRunner().invoke(app, [*args, "--runs", str(golden)], catch_exceptions=False)
         assert result.exit_code == code, result.output
-        return json.loads(result.stdout) if "--json" in words else result.stdout
+        return json.loads(result.stdout) if "--json" in args else result.stdout
 
     return run
 
@@ -137,7 +137,7 @@ def test_one_damaged_run_of_a_comparison_is_named_and_the_others_are_reported(
     command("report", "grid")
 
 
-def test_the_weights_are_read_and_judge_as_they_did(golden: Path, tmp_path: Path) -> None:
+def test_the_weights_are_read_and_predict_as_they_did(golden: Path, tmp_path: Path) -> None:
     import torch
 
     from rayexp import workloads

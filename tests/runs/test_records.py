@@ -36,8 +36,8 @@ LOSSES = ("train_loss", "val_loss", "lr", "samples_per_second")
 def strict(text: str) -> Any:
     """JSON as the standard has it: no NaN, no Infinity."""
 
-    def refuse(word: str) -> None:
-        raise AssertionError(f"{word} is no JSON")
+    def refuse(literal: str) -> None:
+        raise AssertionError(f"{literal} is no JSON")
 
     return json.loads(text, parse_constant=refuse)
 
@@ -50,7 +50,7 @@ def plain(record: EpochRecord) -> dict[str, Any]:
     return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in flat.items()}
 
 
-def test_a_line_has_the_words_that_scripts_rely_on() -> None:
+def test_a_line_has_the_keys_that_scripts_rely_on() -> None:
     row = strict(json.dumps(RECORD.to_json()))
     wanted = ["epoch", "step", "train_loss", "val_loss", "acc1", "acc5", "lr", "samples_per_second", "seconds"]
     assert list(row)[: len(wanted)] == wanted
@@ -210,14 +210,14 @@ def test_predictions_come_back() -> None:
         assert read[name].dtype == array.dtype
 
 
-def test_a_row_is_a_judgement_where_all_its_numbers_are_finite() -> None:
+def test_a_sample_is_finite_where_all_its_numbers_are() -> None:
     assert predictions().finite.tolist() == [True, False, False, True]
     numbers = {"loss": np.array([1, np.nan, 1, 0], "f4"), "confidence": np.array([0.5, 0.5, np.inf, 1], "f4")}
     images = Predictions("images", "v", {"label": np.arange(4), **numbers})
     assert images.finite.tolist() == [True, False, False, True]
 
 
-def test_the_same_judgements_are_the_same_where_both_are_judgements() -> None:
+def test_the_same_predictions_are_the_same_where_both_are_finite() -> None:
     made = predictions()
 
     def other(*loss: float) -> Predictions:

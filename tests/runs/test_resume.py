@@ -26,14 +26,23 @@ CONFIG = ExperimentConfig(name="made", epochs=4, lr=1.0)
 
 def record(epoch: int) -> dict[str, Any]:
     return EpochRecord(
-        epoch, epoch * STEPS, 1.5, 1.25, {"ppl": 3.5}, 1.0, 9.0, {"total": 1.0}, f"{epoch:064d}", predictions_sha=JUDGED
+        epoch,
+        epoch * STEPS,
+        1.5,
+        1.25,
+        {"ppl": 3.5},
+        1.0,
+        9.0,
+        {"total": 1.0},
+        f"{epoch:064d}",
+        predictions_sha=PREDICTIONS_SHA,
     ).to_json()
 
 
 def state(epoch: int, inner: int = 0, seal: bool = True) -> dict[str, bytes]:
     """The files of a checkpoint as `engine.checkpoint.encode` makes them, with bytes for tensors."""
     tensors = f"tensors {epoch} {inner}".encode()
-    words: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "epoch": epoch,
         "step": epoch * STEPS + inner,
         "step_in_epoch": inner,
@@ -48,26 +57,26 @@ def state(epoch: int, inner: int = 0, seal: bool = True) -> dict[str, bytes]:
         "files": {"state.safetensors": digest(tensors)},
     }
     if not seal:
-        del words["config"]
+        del fields["config"]
     return {
         "state.safetensors": tensors,
-        "state.json": json.dumps(sealed(words) if seal else words, indent=2).encode(),
+        "state.json": json.dumps(sealed(fields) if seal else fields, indent=2).encode(),
     }
 
 
-JUDGED = digest(b"")
+PREDICTIONS_SHA = digest(b"")
 DATA = {"kind": "tokens", "vocabulary": ["a"], "train_sha": "t" * 64, "val_sha": "v" * 64}
 
 
 def interrupted(storage: Path, epochs: int = 2, snapshots: tuple[int, ...] = (3, 6), seal: bool = True) -> Run:
     """A run that was killed in its third epoch, after step 6 of 10."""
     run = Run.create(CONFIG.model_copy(update={"storage_path": storage}), argv=["rayexp"])
-    pen = RunWriter(run)
+    writer = RunWriter(run)
     run.write("data.json", json.dumps(DATA))
     for epoch in range(1, epochs + 1):
-        pen.epoch(record(epoch), state(epoch, seal=seal), b"", {"epoch": epoch, "first": False, "total": [0.1]})
+        writer.epoch(record(epoch), state(epoch, seal=seal), b"", {"epoch": epoch, "first": False, "total": [0.1]})
     for inner in snapshots:
-        pen.snapshot(epochs * STEPS + inner, state(epochs, inner, seal))
+        writer.snapshot(epochs * STEPS + inner, state(epochs, inner, seal))
     if not seal:
         run.update(files={})
     return run
@@ -108,8 +117,8 @@ def test_the_epochs_own_checkpoint_counts_as_later_than_its_last_step(run: Run) 
 
 
 def test_the_order_of_keys_says_nothing(run: Run) -> None:
-    words = json.loads(newest(run).read_text())
-    newest(run).write_text(json.dumps(dict(reversed(words.items()))))
+    fields = json.loads(newest(run).read_text())
+    newest(run).write_text(json.dumps(dict(reversed(fields.items()))))
     assert resumed(run) == (26, [])
 
 
@@ -244,23 +253,23 @@ def test_a_run_of_the_first_edition_is_not_covered_and_goes_on(tmp_path: Path) -
 
 def test_what_a_resume_reads_is_enough_of_a_state(tmp_path: Path) -> None:
     run = interrupted(tmp_path / "runs", seal=False)
-    words = json.loads(newest(run).read_text())
-    newest(run).write_text(json.dumps({key: words[key] for key in STATE}))
+    fields = json.loads(newest(run).read_text())
+    newest(run).write_text(json.dumps({key: fields[key] for key in STATE}))
     assert resumed(run) == (26, [])
 
 
 @pytest.mark.parametrize("key", ["epoch", "step", "step_in_epoch", "steps", "schedule", "loss_sum", "loss_count"])
 @pytest.mark.parametrize("value", [None, "7", [], True])
 def test_a_state_of_other_kinds_is_damaged(key: str, value: Any) -> None:
-    words = json.loads(state(2, 6, seal=False)["state.json"])
-    assert state_fault(words, step_name(26)) is None
-    assert key in str(state_fault({**words, key: value}, step_name(26)))
-    assert key in str(state_fault(sealed({**words, key: value}), step_name(26)))
+    fields = json.loads(state(2, 6, seal=False)["state.json"])
+    assert state_fault(fields, step_name(26)) is None
+    assert key in str(state_fault({**fields, key: value}, step_name(26)))
+    assert key in str(state_fault(sealed({**fields, key: value}), step_name(26)))
 
 
 def test_sealed_weights_are_whole_but_nothing_to_go_on_from(run: Run) -> None:
-    words = json.loads(newest(run).read_text())
-    newest(run).write_text(json.dumps(sealed({"weights_sha": words["weights_sha"], "files": words["files"]})))
+    fields = json.loads(newest(run).read_text())
+    newest(run).write_text(json.dumps(sealed({"weights_sha": fields["weights_sha"], "files": fields["files"]})))
     assert broken(newest(run).parent) is None
     assert faults(run) == []
     step, notes = resumed(run)
@@ -273,14 +282,14 @@ def test_sealed_weights_are_whole_but_nothing_to_go_on_from(run: Run) -> None:
 
 @pytest.mark.parametrize("change", [{"step": 25}, {"step_in_epoch": 11, "step": 31}, {"epoch": -1, "step": -4}])
 def test_a_state_that_cannot_be_is_damaged(change: dict[str, int]) -> None:
-    words = json.loads(state(2, 6, seal=False)["state.json"])
-    assert "is not step" in str(state_fault({**words, **change}, "elsewhere"))
+    fields = json.loads(state(2, 6, seal=False)["state.json"])
+    assert "is not step" in str(state_fault({**fields, **change}, "elsewhere"))
 
 
 @pytest.mark.parametrize("files", [{}, {"state.safetensors": 7}, []])
 def test_a_state_without_its_files_is_damaged(files: Any) -> None:
-    words = json.loads(state(2, 6, seal=False)["state.json"])
-    assert "files" in str(state_fault({**words, "files": files}, step_name(26)))
+    fields = json.loads(state(2, 6, seal=False)["state.json"])
+    assert "files" in str(state_fault({**fields, "files": files}, step_name(26)))
 
 
 # ---------------------------------------------------------------------- the lines
@@ -354,8 +363,8 @@ def test_what_a_killed_writer_left_goes(run: Run) -> None:
 
 
 def ended(run: Run, status: str = "stopped") -> Run:
-    pen = RunWriter(run)
-    pen.end(status)
+    writer = RunWriter(run)
+    writer.end(status)
     return run
 
 
@@ -427,12 +436,12 @@ def test_an_ended_run_that_goes_on_and_is_killed_at_any_write_is_whole(
     def go_on() -> None:
         run.write("config.yaml", run.config_path.read_text() + "# with other workers\n")
         run.update(status="running")
-        pen = RunWriter(run)
-        pen.resume()
-        pen.begin({"status": "running"}, data)
-        pen.epoch(record(3), state(3), b"", {"epoch": 3, "first": False, "total": [0.1]})
-        pen.snapshot(36, state(3, 6))
-        pen.end("stopped")
+        writer = RunWriter(run)
+        writer.resume()
+        writer.begin({"status": "running"}, data)
+        writer.epoch(record(3), state(3), b"", {"epoch": 3, "first": False, "total": [0.1]})
+        writer.snapshot(36, state(3, 6))
+        writer.end("stopped")
 
     writes = []
     real = Path.replace
@@ -473,14 +482,14 @@ def test_an_ended_run_that_goes_on_and_is_killed_at_any_write_is_whole(
 
 
 def test_a_foreign_checkpoint_is_named(run: Run) -> None:
-    words = json.loads(newest(run).read_text())
+    fields = json.loads(newest(run).read_text())
     for key, value, said in (
-        ("config", {**words["config"], "lr": 9.0}, "another configuration than config.yaml: lr 9.0 -> 1.0"),
+        ("config", {**fields["config"], "lr": 9.0}, "another configuration than config.yaml: lr 9.0 -> 1.0"),
         ("data", {"train_sha": "t" * 64, "val_sha": "x" * 64}, "of other data than data.json"),
     ):
-        newest(run).write_text(json.dumps(sealed({**words, key: value})))
+        newest(run).write_text(json.dumps(sealed({**fields, key: value})))
         assert [fault.split(": ", 1)[1] for fault in faults(run)] == [f"it is of {said}".replace("of of", "of")]
-    newest(run).write_text(json.dumps(words))
+    newest(run).write_text(json.dumps(fields))
     second = json.loads((run.checkpoint(2) / "state.json").read_text())
     (run.checkpoint(2) / "state.json").write_text(json.dumps(sealed({**second, "weights_sha": "0" * 64})))
     assert faults(run) == ["checkpoints/epoch_002: its weights are not those of the line in epochs.jsonl"]

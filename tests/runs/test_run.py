@@ -45,10 +45,10 @@ def make(tmp_path: Path) -> Make:
 
 @pytest.fixture
 def command() -> Callable[..., Any]:
-    """`rayexp WORDS`: its result; an error that is not the user's is raised."""
+    """`rayexp ARGS`: its result; an error that is not the user's is raised."""
 
-    def run(*words: str) -> Any:
-        return CliRunner().invoke(app, list(words), catch_exceptions=False)
+    def run(*args: str) -> Any:
+        return CliRunner().invoke(app, list(args), catch_exceptions=False)
 
     return run
 
@@ -141,7 +141,7 @@ DAMAGE: dict[str, Callable[[Run], Any]] = {
     "a byte that is no UTF-8": lambda run: run.epochs_path.write_bytes(b"\xff" + run.epochs_path.read_bytes()[1:]),
     "such a byte in run.json": lambda run: run.meta_path.write_bytes(run.meta_path.read_bytes() + b"\xff"),
     "no status": lambda run: run.meta_path.write_text('{"layout": 1}'),
-    "a status that is no word": lambda run: run.meta_path.write_text('{"layout": 1, "status": null}'),
+    "a status that is no text": lambda run: run.meta_path.write_text('{"layout": 1, "status": null}'),
     "a list": lambda run: run.meta_path.write_text("[]"),
     "a number": lambda run: run.meta_path.write_text("1"),
     "nothing": lambda run: run.meta_path.write_text(""),

@@ -1,4 +1,4 @@
-"""The one writer of a run: its order, what it keeps, what it never removes, and what TensorBoard reads."""
+"""The run writer: its order, what it keeps, what it never removes, and what TensorBoard reads."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ def record(epoch: int, loss: float = 1.0) -> dict[str, Any]:
 
 
 def files(step: int, epoch: int, row: dict[str, Any] | None = None) -> dict[str, bytes]:
-    words = {"step": step, "epoch": epoch, "step_in_epoch": step - 10 * epoch, "steps": 10}
-    words |= {"schedule": {"factor": 1.0, "best": None}, "loss_sum": 1.0, "loss_count": 1}
-    return encode(State(words, {"model.w": torch.full((3,), float(step))}), {"record": row} if row else {})
+    fields = {"step": step, "epoch": epoch, "step_in_epoch": step - 10 * epoch, "steps": 10}
+    fields |= {"schedule": {"factor": 1.0, "best": None}, "loss_sum": 1.0, "loss_count": 1}
+    return encode(State(fields, {"model.w": torch.full((3,), float(step))}), {"record": row} if row else {})
 
 
 def steps(epoch: int) -> dict[str, Any]:
     return {"epoch": epoch, "first": epoch == 1, "count": [1], "total": [0.1]}
 
 
-def add(pen: RunWriter, epoch: int, loss: float = 1.0) -> None:
+def add(writer: RunWriter, epoch: int, loss: float = 1.0) -> None:
     row = record(epoch, loss)
-    pen.epoch(row, files(10 * epoch, epoch, row), PREDICTIONS, steps(epoch))
+    writer.epoch(row, files(10 * epoch, epoch, row), PREDICTIONS, steps(epoch))
 
 
 @pytest.fixture
@@ -56,18 +56,18 @@ def run(tmp_path: Path) -> Run:
 
 
 def begun(run: Run) -> RunWriter:
-    pen = RunWriter(run)
-    pen.resume()
-    pen.begin({"world_size": 0}, DATA)
-    return pen
+    writer = RunWriter(run)
+    writer.resume()
+    writer.begin({"world_size": 0}, DATA)
+    return writer
 
 
 # ---------------------------------------------------------------------- order
 
 
 def test_an_epochs_line_comes_when_all_else_is_there(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    pen = begun(run)
-    pen.snapshot(5, files(5, 0))
+    writer = begun(run)
+    writer.snapshot(5, files(5, 0))
     order = []
 
     def noting(call: Callable[..., None]) -> Callable[..., None]:
@@ -80,7 +80,7 @@ def test_an_epochs_line_comes_when_all_else_is_there(run: Run, monkeypatch: pyte
 
     for name in ("write_atomic", "write_directory", "append_line"):
         monkeypatch.setattr(module, name, noting(getattr(module, name)))
-    add(pen, 1)
+    add(writer, 1)
     assert order == ["predictions/epoch_001.npz", "checkpoints/epoch_001", "steps.jsonl", "epochs.jsonl"]
     assert not list(run.checkpoints.glob("step_*"))
 
@@ -89,18 +89,18 @@ def test_a_fault_at_any_write_loses_nothing_and_the_next_attempt_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def attempt(run: Run, at: int | None) -> int:
-        pen = begun(run)
-        add(pen, 1)
-        pen.snapshot(15, files(15, 1))
+        writer = begun(run)
+        add(writer, 1)
+        writer.snapshot(15, files(15, 1))
         calls = 0
 
         def failing(call: Callable[..., Any]) -> Callable[..., Any]:
-            def faulty(*args: Any, **words: Any) -> Any:
+            def faulty(*args: Any, **kwargs: Any) -> Any:
                 nonlocal calls
                 calls += 1
                 if calls - 1 == at:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                return call(*args, **words)
+                return call(*args, **kwargs)
 
             return faulty
 
@@ -108,10 +108,10 @@ def test_a_fault_at_any_write_loses_nothing_and_the_next_attempt_goes_on(
             for where, name in ((os, "fsync"), (Path, "replace"), (Path, "mkdir"), (os, "pwrite")):
                 patched.setattr(where, name, failing(getattr(where, name)))
             if at is None:
-                add(pen, 2)
+                add(writer, 2)
             else:
                 with pytest.raises(WriteError) as caught:
-                    add(pen, 2)
+                    add(writer, 2)
                 assert ".tmp-" not in str(caught.value)
                 assert str(run.root) in str(caught.value)
         return calls
@@ -130,22 +130,22 @@ def test_a_fault_at_any_write_loses_nothing_and_the_next_attempt_goes_on(
             assert len(run.predictions(epoch)) == 3
         newest = next(path for path, _ in run.resumable() if broken(path) is None)
         assert newest.name in ("step_00000015", "epoch_002"), at
-        pen = begun(run)
+        writer = begun(run)
         done = [r.epoch for r in run.records()]
         assert done == ([1, 2] if newest.name == "epoch_002" else [1])
         assert [row["epoch"] for row in run.steps()] in (done, [1])
         for epoch in range(done[-1] + 1, 4):
-            add(pen, epoch)
-        pen.end("done")
+            add(writer, epoch)
+        writer.end("done")
         assert [r.epoch for r in run.records()] == [1, 2, 3]
         assert not list(run.root.rglob(".tmp-*"))
         assert set(values(run)["loss/val"]) == {1, 2, 3}
 
 
 def test_start_up_is_that_of_the_command(run: Run) -> None:
-    pen = begun(run)
+    writer = begun(run)
     command = clock.mark(time.monotonic() - 30)
-    pen.first_step(command, 10.0)
+    writer.first_step(command, 10.0)
     startup = run.meta()["startup_seconds"]
     assert 30 <= startup["to_first_step"] < 60
     assert startup["to_worker"] == pytest.approx(startup["to_first_step"] - 10)
@@ -159,27 +159,27 @@ def test_start_up_is_that_of_the_command(run: Run) -> None:
 
 
 def test_the_newest_snapshots_are_kept(run: Run) -> None:
-    pen = RunWriter(run)
+    writer = RunWriter(run)
     assert KEEP_SNAPSHOTS == 2
     for step in (8, 9, 10, 11):
-        pen.snapshot(step, files(step, 0))
+        writer.snapshot(step, files(step, 0))
     assert sorted(p.name for p in run.checkpoints.iterdir()) == ["step_00000010", "step_00000011"]
-    pen.snapshot(11, files(11, 0))
+    writer.snapshot(11, files(11, 0))
     assert sorted(p.name for p in run.checkpoints.iterdir()) == ["step_00000010", "step_00000011"]
 
 
 def test_all_epochs_are_kept(run: Run) -> None:
-    pen = begun(run)
+    writer = begun(run)
     for epoch in range(1, 12):
-        add(pen, epoch)
+        add(writer, epoch)
     assert run.epochs() == [r.epoch for r in run.records()] == list(range(1, 12))
     assert [row["epoch"] for row in run.steps()] == list(range(1, 12))
 
 
 def test_resume_removes_only_what_is_half(run: Run) -> None:
-    pen = begun(run)
-    add(pen, 1)
-    pen.snapshot(15, files(15, 1))
+    writer = begun(run)
+    add(writer, 1)
+    writer.snapshot(15, files(15, 1))
     before = {path for path in run.root.rglob("*") if path.parent != run.tb}
     for folder in (run.root, run.checkpoints, run.root / "predictions"):
         (folder / ".tmp-01234567-x").write_text("half")
@@ -194,8 +194,8 @@ def test_resume_removes_only_what_is_half(run: Run) -> None:
 
 
 def test_a_line_is_added_and_nothing_is_written_anew(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    pen = begun(run)
-    add(pen, 1)
+    writer = begun(run)
+    add(writer, 1)
     for path in (run.epochs_path, run.steps_path):
         path.write_bytes(path.read_bytes().replace(b" ", b"  "))  # what would be lost by reading and writing
     inodes = [path.stat().st_ino for path in (run.epochs_path, run.steps_path)]
@@ -207,7 +207,7 @@ def test_a_line_is_added_and_nothing_is_written_anew(run: Run, monkeypatch: pyte
     monkeypatch.setattr(Run, "records", never)
     monkeypatch.setattr(Run, "steps", never)
     for epoch in (2, 3):
-        add(pen, epoch)
+        add(writer, epoch)
     assert [path.stat().st_ino for path in (run.epochs_path, run.steps_path)] == inodes
     for path, old in zip((run.epochs_path, run.steps_path), before, strict=True):
         assert path.read_bytes().startswith(old)
@@ -216,9 +216,9 @@ def test_a_line_is_added_and_nothing_is_written_anew(run: Run, monkeypatch: pyte
 
 @pytest.mark.parametrize("mend", [True, False], ids=["resume", "append"])
 def test_a_torn_line_is_passed_over_and_mended(run: Run, mend: bool) -> None:
-    pen = begun(run)
+    writer = begun(run)
     for epoch in (1, 2):
-        add(pen, epoch)
+        add(writer, epoch)
     for path in (run.epochs_path, run.steps_path):
         path.write_bytes(path.read_bytes()[:-20])
     assert [r.epoch for r in run.records()] == [1]
@@ -233,9 +233,9 @@ def test_a_torn_line_is_passed_over_and_mended(run: Run, mend: bool) -> None:
 
 
 def test_epochs_beyond_the_checkpoint_go(run: Run) -> None:
-    pen = begun(run)
+    writer = begun(run)
     for epoch in (1, 2, 3):
-        add(pen, epoch, loss=float(epoch))
+        add(writer, epoch, loss=float(epoch))
     for epoch in (2, 3):
         (run.checkpoint(epoch) / TENSORS).write_bytes(b"damaged")
     later = begun(run)
@@ -244,17 +244,17 @@ def test_epochs_beyond_the_checkpoint_go(run: Run) -> None:
     later.end("stopped")
     assert [r.val_loss for r in run.records()] == [1.0, 7.0]
     assert values(run)["loss/val"] == {1: [1.0], 2: [7.0]}
-    # A recorder that has not read what lies there does not double a line either.
+    # A writer that has not read what lies there does not double a line either.
     add(RunWriter(run), 2, loss=8.0)
     assert [r.val_loss for r in run.records()] == [1.0, 8.0]
     assert [row["epoch"] for row in run.steps()] == [1, 2]
 
 
-def test_a_line_after_the_last_word_does_not_seem_damaged(run: Run) -> None:
-    pen = begun(run)
-    add(pen, 1)
+def test_a_line_after_the_end_does_not_seem_damaged(run: Run) -> None:
+    writer = begun(run)
+    add(writer, 1)
     RunWriter(run).end("stopped")  # a driver's, which has lost touch with the worker
-    add(pen, 2)
+    add(writer, 2)
     assert {name: run.fault(name) for name in run.files()} == {"config.yaml": None, "data.json": None}
     RunWriter(run).end("stopped")
     assert {name for name in run.files() if not run.fault(name)} >= {"epochs.jsonl", "steps.jsonl"}
@@ -291,17 +291,17 @@ def values(run: Run, folder: str = "") -> dict[str, dict[int, list[float]]]:
 
 
 def test_tensorboard_has_one_value_a_step(run: Run) -> None:
-    pen = begun(run)
+    writer = begun(run)
     for epoch in (1, 2, 3):
-        add(pen, epoch, loss=float(epoch))
-    pen.end("stopped")
+        add(writer, epoch, loss=float(epoch))
+    writer.end("stopped")
     found = values(run)
     assert found["loss/train"] == {1: [1.0], 2: [2.0], 3: [3.0]}
     assert {"lr", "metric/ppl", "seconds/total", "throughput/samples_per_second"} <= set(found)
     for _ in range(2):  # twice from the same epoch, and in the same second
-        pen = begun(run)
-    add(pen, 4, loss=4.0)
-    pen.end("done")
+        writer = begun(run)
+    add(writer, 4, loss=4.0)
+    writer.end("done")
     begun(run).end("done")
     found = values(run)
     assert found["loss/train"] == {1: [1.0], 2: [2.0], 3: [3.0], 4: [4.0]}
@@ -313,33 +313,33 @@ def test_tensorboard_has_one_value_a_step(run: Run) -> None:
 
 
 def test_a_point_that_a_kill_lost_comes_back(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    pen = begun(run)
-    add(pen, 1)
+    writer = begun(run)
+    add(writer, 1)
     monkeypatch.setattr(RunWriter, "_plot", lambda *_: None)  # killed after the line of epoch 2
-    add(pen, 2)
+    add(writer, 2)
     monkeypatch.undo()
     (newest,) = run.tb.glob("events*")
     newest.write_bytes(newest.read_bytes()[:-7])  # and in the middle of a record
-    pen = begun(run)
-    add(pen, 3)
+    writer = begun(run)
+    add(writer, 3)
     assert set(values(run)["loss/val"]) >= {2, 3}
 
 
 def test_a_clock_that_goes_back_does_not_hide_the_later_attempt(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    pen = begun(run)
+    writer = begun(run)
     for epoch in (1, 2):
-        add(pen, epoch)
+        add(writer, epoch)
     (run.checkpoint(2) / TENSORS).write_bytes(b"damaged")
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now - 3600)
-    pen = begun(run)
-    add(pen, 2, loss=5.0)
+    writer = begun(run)
+    add(writer, 2, loss=5.0)
     assert values(run)["loss/val"] == {1: [1.0], 2: [5.0]}
 
 
 def test_a_full_disk_is_said_once_and_by_name(run: Run, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     """TensorBoard's own writers have a thread that prints a traceback, and a queue that then blocks for ever."""
-    pen = begun(run)
+    writer = begun(run)
 
     def full(handle: int) -> None:
         if "/tb/" in str(Path(f"/proc/self/fd/{handle}").readlink()):
@@ -348,15 +348,15 @@ def test_a_full_disk_is_said_once_and_by_name(run: Run, monkeypatch: pytest.Monk
     monkeypatch.setattr(os, "fsync", full)
     for epoch in (1, 2, 3):
         with pytest.raises(WriteError, match=rf"^{run.tb}/events.out.tfevents\S*: cannot be written \(No space left"):
-            add(pen, epoch)
+            add(writer, epoch)
     assert [r.epoch for r in run.records()] == [1, 2, 3]
     assert capfd.readouterr().err == ""
 
 
 def test_a_loss_that_is_not_finite_is_plotted_without_a_word(run: Run, caplog: pytest.LogCaptureFixture) -> None:
-    pen = begun(run)
-    add(pen, 1, math.nan)
-    pen.end("done")
+    writer = begun(run)
+    add(writer, 1, math.nan)
+    writer.end("done")
     assert run.records()[0].val_loss != run.records()[0].val_loss
     assert not caplog.records
 
@@ -365,11 +365,11 @@ def test_the_graph_lies_beside_curves_and_text(run: Run) -> None:
     import torch
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    pen = begun(run)
-    add(pen, 1, loss=2.0)
-    pen.graph(graph_events(torch.nn.Sequential(torch.nn.Linear(2, 3)), (torch.zeros(1, 2),)))
-    pen.graph(b"")  # could not be drawn: what is there stays
-    pen.end("done")
+    writer = begun(run)
+    add(writer, 1, loss=2.0)
+    writer.graph(graph_events(torch.nn.Sequential(torch.nn.Linear(2, 3)), (torch.zeros(1, 2),)))
+    writer.graph(b"")  # could not be drawn: what is there stays
+    writer.end("done")
     board = EventAccumulator(str(run.tb))
     board.Reload()
     assert any("Linear" in node.name for node in board.Graph().node)
