@@ -1,8 +1,8 @@
-"""How values that we did not choose are shown: names from data sets, numbers that are not finite.
+"""Show values that come from outside: names from datasets, numbers that are not finite.
 
-A class, an image or a word of a text may hold anything: escape sequences that a terminal obeys, bytes that are no
-UTF-8 (Python reads them as lone surrogates), a spreadsheet's formula. Everything that is printed or written for people
-passes through here; JSON keeps names as they are.
+The name of a class or an image, or a word of a text, may contain anything: escape sequences for a terminal, bytes that
+are not UTF-8 (Python reads them as lone surrogates), a formula for a spreadsheet. Everything that is printed or written
+for people goes through this module; JSON keeps names as they are.
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ import unicodedata
 from typing import Any
 
 NOT_FINITE = "not finite"
-LARGE = 1e6  # figures from here on are written with an exponent
-# Turn the direction of the text around them (Unicode TR 36, section 2.10).
+LARGE = 1e6  # figures of this size and above are written with an exponent
+# Characters that change the direction of the text around them (Unicode TR 36, section 2.10).
 _TURNING = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 
 
 def printable(text: str, keep: str = "") -> str:
-    """The text with what a terminal would obey, and what is no UTF-8, as backslash escapes: `\\x1b[2J`, `caf\\xe9`.
+    """The text with control characters and bytes that are not UTF-8 as backslash escapes: `\\x1b[2J`, `caf\\xe9`.
 
     Args:
-        keep: control characters that are meant, such as the line ends of a message.
+        text: what to print.
+        keep: control characters to leave as they are, such as the line ends of a message.
     """
     if text.isascii() and text.isprintable():
         return text
@@ -30,7 +31,7 @@ def printable(text: str, keep: str = "") -> str:
 
 
 def _obeyed(character: str) -> bool:
-    """Control characters, lone surrogates, separators of lines, marks of direction."""
+    """Whether it is a control character, a lone surrogate, a line separator or a direction mark."""
     return unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") or character in _TURNING
 
 
@@ -42,16 +43,16 @@ def _escape(character: str) -> str:
 
 
 def csv_cell(text: str) -> str:
-    """A cell that no spreadsheet takes for a formula: an apostrophe stands before `=`, `+`, `-`, `@`, tab and line end.
+    """A CSV cell that no spreadsheet reads as a formula: an apostrophe precedes `=`, `+`, `-`, `@`, tab and line end.
 
-    (OWASP, CSV Injection.) For names and words; numbers of our own need none.
+    (OWASP, CSV Injection.) For text from outside; our own numbers need no apostrophe.
     """
     return ("'" if text.startswith(_FORMULA) else "") + printable(text)
 
 
 def figure(value: float | None, form: str = ".4g") -> str:
-    """A number in this format, `not finite`, or nothing for None; where a fixed one would run to many digits, with an
-    exponent."""
+    """Format a number: `not finite` for nan and infinity, an empty string for None, and an exponent where a fixed-point
+    format would give many digits."""
     if value is None:
         return ""
     if not math.isfinite(value):
@@ -60,19 +61,19 @@ def figure(value: float | None, form: str = ".4g") -> str:
 
 
 def plain(value: Any) -> Any:
-    """A value for strict JSON: arrays become lists, numpy's numbers Python's, NaN and infinity null."""
+    """Convert a value for strict JSON: arrays to lists, numpy's numbers to Python's, NaN and infinity to null."""
     if isinstance(value, dict):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [plain(v) for v in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    # numpy's, without importing it: most commands do without
+    # numpy's arrays and numbers; recognised without an import, since most commands do not need numpy
     return plain(value.tolist()) if hasattr(value, "tolist") else value
 
 
 def seconds(value: float | None) -> str:
-    """`0.412 s`, `38 s`, `12 min 5 s`, `3 h 20 min`."""
+    """Format a duration: `0.412 s`, `38 s`, `12 min 5 s`, `3 h 20 min`."""
     if value is None or math.isnan(value):
         return ""
     if value < 120:

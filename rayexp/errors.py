@@ -1,4 +1,4 @@
-"""The ways in which a command ends badly; the command line turns them into exit codes."""
+"""The errors that end a command; the command line turns them into exit codes."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import errno
 import signal
 from collections.abc import Iterable
 
-FULL = frozenset({errno.ENOSPC, errno.EDQUOT})  # what the system answers where there is no room left
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})  # the system's errors for a disk or a quota that is full
 
 
 class _LineError(Exception):
-    """An error that is told in one line.
+    """An error that is printed as one line.
 
     Attributes:
         fault: what is wrong.
-        advice: how to go on or where more is written, as the line goes on with it (`; --resume X goes on`,
-            ` (see FILE)`). It holds only while the run's directory stays.
+        advice: how to go on, or where to read more; the end of the line (`; --resume X goes on`, ` (see FILE)`). Valid
+            only as long as the run's directory exists.
     """
 
     def __init__(self, fault: object = "", advice: str = "") -> None:
@@ -28,9 +28,9 @@ class _LineError(Exception):
 
 
 class UserError(_LineError):
-    """The input was wrong: one line that names the key, the file or the reference, and what is allowed.
+    """The user's input is wrong: one line that names the key, the file or the reference, and what is allowed.
 
-    The command line prints it in red and exits with 2. Never retried: the same input fails the same way.
+    The command line prints it in red and exits with 2. It is never retried, since the same input fails the same way.
     """
 
 
@@ -39,14 +39,15 @@ class RunError(_LineError):
 
 
 class HeadLostError(RunError):
-    """The Ray of a run is gone, and nothing more can be asked of it."""
+    """The Ray cluster of a run is lost and no longer answers."""
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal has asked to stop. The command line prints the line, if there is one, and exits with 128 + its number.
+    """A signal asked the command to stop. The command line prints the line, if any, and exits with 128 + the signal's
+    number.
 
     Attributes:
-        number: the signal.
+        number: the number of the signal.
     """
 
     def __init__(self, number: int = signal.SIGINT, line: str = "") -> None:
@@ -55,9 +56,9 @@ class Stopped(KeyboardInterrupt):
 
 
 class WriteError(OSError):
-    """The system refuses to write; `filename` is what the user knows of, not a temporary name.
+    """The system refuses to write; `filename` is the path that the user knows, not a temporary one.
 
-    The command line prints it and exits with 2 where the path is wrong, else with 1.
+    The command line prints it and exits with 2 if the path is wrong, else with 1.
     """
 
     WRONG_PATH = frozenset(
@@ -80,11 +81,11 @@ class WriteError(OSError):
 
     @property
     def wrong_path(self) -> bool:
-        """Whether another path, or other rights, would help."""
+        """Whether another path, or other permissions, would help."""
         return self.errno in self.WRONG_PATH
 
 
-def nearest(word: str, allowed: Iterable[str]) -> str:
-    """`' (did you mean X?)'` for the closest allowed word, or an empty string where none is close."""
-    close = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.5)
+def nearest(name: str, allowed: Iterable[str]) -> str:
+    """`' (did you mean X?)'` with the closest allowed name, or an empty string where none is close."""
+    close = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.5)
     return f" (did you mean {close[0]}?)" if close else ""

@@ -1,4 +1,4 @@
-"""What a user may write. Import from here; the modules below are how it is made."""
+"""The configuration: what a user may write in a YAML file. Import from here, not from the modules below."""
 
 from rayexp.config.compare import CompareConfig as CompareConfig
 from rayexp.config.experiment import IMAGE_DATA as IMAGE_DATA

@@ -1,4 +1,4 @@
-"""Parts by name: where a workload of that name is found, as `module:Class`. Names only; nothing is imported here."""
+"""Components by name: the `module:Class` of each workload. Nothing is imported here."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""One training experiment: ExperimentConfig and its sections, frozen, unknown keys refused.
+"""One training experiment: ExperimentConfig and its sections. They are frozen and refuse unknown keys.
 
-Checked without torch and without Ray; what only a workload can know (the keys under `model`) is checked by that
-workload.
+The checks need neither torch nor Ray; the keys under `model`, which only a workload knows, are checked by the workload.
 """
 
 from __future__ import annotations
@@ -48,15 +47,15 @@ Folder = Annotated[Path, BeforeValidator(_no_uri)]
 
 
 class Section(BaseModel):
-    """A part of a configuration: frozen, unknown keys refused. The text under a field is its description
-    (`model_fields[...].description`), from which the configuration document is made."""
+    """A part of a configuration; it is frozen and refuses unknown keys. The text under a field is its description
+    (`model_fields[...].description`), from which docs/configuration.md is made."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     @field_validator("*", mode="before")
     @classmethod
     def _no_switch(cls, value: Any, info: ValidationInfo) -> Any:
-        """pydantic would take true for 1."""
+        """Refuse true and false for numbers; pydantic would read true as 1."""
         field = cls.model_fields[info.field_name].annotation if info.field_name else Any
         if isinstance(value, bool) and not {bool, Any} & set(alternatives(field)):
             raise ValueError("true and false are not allowed here")
@@ -74,7 +73,7 @@ class AugmentConfig(Section):
     """Mirror each image left to right with probability 1/2."""
     pad: Annotated[int, Field(ge=0)] = 0
     """Above 0: instead of a resized crop, pad each side by this many pixels and cut out the original size at a random
-    place. 0: off."""
+    position. 0: off."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -86,27 +85,27 @@ class AugmentConfig(Section):
 
 
 class DataConfig(Section):
-    """Which data, where it lies, and how much of it."""
+    """Which data, where it is, and how much of it."""
 
     name: str = "shapes"
-    """The data set. Images: shapes (drawn by rayexp), tiny_imagenet, folder (your own, one folder a class). Text:
-    python_docs (the documentation inside the Python that runs), wikitext2, text (your own files)."""
+    """The dataset. Images: shapes (drawn by rayexp), tiny_imagenet, folder (your own, one folder per class). Text:
+    python_docs (the documentation that comes with Python), wikitext2, text (your own files)."""
     root: Path | None = None
     """The folder that `rayexp data fetch` filled, or your own; required except for shapes and python_docs."""
     max_train_samples: PositiveInt | None = None
-    """Images: train on this many images only, with the classes kept in balance; null: on all."""
+    """Images: train on only this many images, with the classes kept in balance; null: on all."""
     max_val_samples: PositiveInt | None = None
-    """Images: validate on this many images only, with the classes kept in balance; null: on all."""
+    """Images: validate on only this many images, with the classes kept in balance; null: on all."""
     max_train_tokens: PositiveInt | None = None
-    """Text: train on this many tokens only, the first ones; null: on all."""
+    """Text: train on only the first tokens, this many; null: on all."""
     max_val_tokens: PositiveInt | None = None
-    """Text: validate (and test) on this many tokens only, the first ones; null: on all."""
+    """Text: validate (and test) on only the first tokens, this many; null: on all."""
     image_size: PositiveInt = 64
     """Images: height and width, in pixels, of the packed images."""
     augment: AugmentConfig | None = AugmentConfig()
-    """Images: random changes to the training images; null: train on them as they are."""
+    """Images: random augmentation of the training images; null: train on them as they are."""
     bptt: PositiveInt = 35
-    """Text: tokens in a training window, through which the gradient flows back."""
+    """Text: tokens in a training window, through which the gradient is backpropagated."""
     eval_columns: PositiveInt = 10
     """Text: number of columns of equal length into which the validation text is cut."""
 
@@ -136,25 +135,25 @@ class ModelConfig(BaseModel):
 
     @property
     def options(self) -> dict[str, Any]:
-        """Everything beside the name."""
+        """All keys but the name."""
         return dict(self.model_extra or {})
 
 
 class OptimizerConfig(Section):
-    """SGD or AdamW; `lr` and `weight_decay` stand at the top of the configuration."""
+    """SGD or AdamW; `lr` and `weight_decay` are at the top level of the configuration."""
 
     name: Literal["sgd", "adamw"] = "sgd"
     """The update rule, that of torch.optim.SGD or torch.optim.AdamW."""
     momentum: Fraction = 0.9
-    """sgd: share of the last step's velocity that is kept, from 0 (none) to 1."""
+    """sgd: the momentum factor, from 0 (none) to 1."""
     nesterov: bool = False
     """sgd: use Nesterov's momentum; needs a momentum above 0."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)
-    """adamw: decay rates of the averages of the gradient and of its square; each from 0 to below 1."""
+    """adamw: decay rates of the running averages of the gradient and of its square; each from 0 to below 1."""
     eps: Positive = 1e-8
     """adamw: added to the denominator for numerical stability; above 0."""
     clip: Positive | None = None
-    """Largest global L2 norm of the gradient, above 0; a longer gradient is scaled down to it. null: no clipping."""
+    """Largest global L2 norm of the gradient, above 0; a larger one is scaled down to it. null: no clipping."""
     decay_norm_and_bias: bool = True
     """false: no weight decay on biases and normalisation layers (every one-dimensional parameter)."""
 
@@ -169,9 +168,9 @@ class ScheduleConfig(Section):
     """How the learning rate changes during training."""
 
     name: Literal["constant", "step", "cosine", "onecycle", "plateau"] = "constant"
-    """constant: `lr` throughout. step: times `gamma` every `step_epochs`. cosine: half a cosine from `lr` down to
-    `min_lr`. onecycle: linearly from `lr` / 25 up to `lr`, then down to `min_lr`. plateau: times `gamma` after an epoch
-    whose validation loss is no better than the best."""
+    """constant: `lr` throughout. step: multiplied by `gamma` every `step_epochs`. cosine: half a cosine from `lr` down
+    to `min_lr`. onecycle: linearly from `lr` / 25 up to `lr`, then down to `min_lr`. plateau: multiplied by `gamma`
+    after an epoch whose validation loss is no better than the best."""
     warmup_epochs: NonNegative = 0
     """Rise linearly from 0 to `lr` over this many epochs, which may be a fraction; not with onecycle, which rises by
     itself."""
@@ -186,22 +185,23 @@ class ScheduleConfig(Section):
 
 
 class ScaleConfig(Section):
-    """How many workers, and on what devices; the names are those of Ray Train's ScalingConfig where it has them."""
+    """How many workers, and on what devices. Where Ray Train's ScalingConfig has the same option, the name is the
+    same."""
 
     num_workers: Annotated[int, Field(ge=0)] | tuple[PositiveInt, PositiveInt] = 0
     """0: train in this process, without Ray. N: that many workers of Ray Train; N must divide `shards`. [MIN, MAX]:
-    elastic, as many as the cluster can hold at the time."""
+    elastic, as many as the cluster has room for at the time."""
     use_gpu: Literal["auto"] | bool = "auto"
-    """auto: give every worker a GPU where the machine or the cluster has enough of them, else use CPUs. true: GPUs or
-    an error. false: CPUs."""
+    """auto: give every worker a GPU if the machine or the cluster has enough of them, else use CPUs. true: GPUs, or an
+    error. false: CPUs."""
     cpus_per_worker: Positive | None = None
-    """CPU cores that a worker reserves, above 0, a fraction where workers share a core. null: the cores of all machines
-    divided by the workers, 1 for an elastic run."""
+    """CPU cores that a worker reserves, above 0; a fraction lets workers share a core. null: the cores of all machines
+    divided by the number of workers, or 1 for an elastic run."""
     gpus_per_worker: Positive = 1
-    """GPUs that a worker reserves where workers use GPUs, above 0; a fraction lets workers share a GPU."""
+    """GPUs that a worker reserves if workers use GPUs, above 0; a fraction lets workers share a GPU."""
     lanes: PositiveInt | None = None
-    """On a CPU with `reduction: exact`: model replicas of a worker, which compute shards side by side on a thread each.
-    null: one per core. Never changes a bit."""
+    """On a CPU with `reduction: exact`: model replicas of a worker, which compute shards in parallel, one thread each.
+    null: one per core. Never changes a bit of the result."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -214,55 +214,57 @@ class CheckpointConfig(Section):
     """Every epoch's checkpoint is kept. These keys add snapshots inside the epoch, of which the newest two are kept."""
 
     every_steps: PositiveInt | None = None
-    """Save after every so many optimizer steps; null: not by steps."""
+    """Save a snapshot every this many optimizer steps; null: not by steps."""
     every_seconds: Positive | None = None
-    """Save when the last snapshot is this many seconds old; null: not by time."""
+    """Save a snapshot when the last one is this many seconds old; null: not by time."""
 
 
 class ExperimentConfig(Section):
-    """One training experiment. `rayexp train CONFIG [KEY=VALUE ...]` reads it; the run directory keeps it resolved."""
+    """One training experiment. `rayexp train CONFIG [KEY=VALUE ...]` reads it; the run directory keeps the resolved
+    one."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")] = "run"
-    """Part of the run directory's name: 1 to 64 letters, digits, `_`, `.` or `-`, first a letter or a digit."""
+    """Part of the run directory's name: 1 to 64 letters, digits, `_`, `.` or `-`; the first is a letter or a digit."""
     workload: str = "image_classification"
     """What is trained: image_classification or language_model."""
     data: DataConfig = DataConfig()
-    """Which data, where it lies, and how much of it."""
+    """Which data, where it is, and how much of it."""
     model: ModelConfig = ModelConfig()
     """The model's name and its own options."""
     epochs: PositiveInt = 1
     """Passes over the training data."""
     batch_size: PositiveInt = 256
-    """Samples (text: columns) of one optimizer step over all workers together; a multiple of `shards`."""
+    """Samples (text: columns) of one optimizer step, over all workers; a multiple of `shards`."""
     lr: Positive = 0.1
-    """The learning rate, above 0; the highest one where the schedule changes it."""
+    """The learning rate, above 0; the highest one if the schedule changes it."""
     weight_decay: NonNegative = 1e-4
     """Weight decay, from 0. sgd: added to the gradient (an L2 penalty). adamw: decoupled."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0
-    """Images: share of the target that is spread evenly over all classes, from 0 to below 1; training loss only."""
+    """Images: share of the target that is spread evenly over all classes, from 0 to below 1; only in the training
+    loss."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """The update rule and its settings."""
     schedule: ScheduleConfig = ScheduleConfig()
     """How the learning rate changes during training."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Decides every random draw (initialisation, order, augmentation, dropout); from 0 to below 2**63."""
+    """Determines every random draw (initialisation, order, augmentation, dropout); from 0 to below 2**63."""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
-    """fp32: float32 throughout. tf32: matrix products and convolutions by TF32 on NVIDIA GPUs. bf16: torch.autocast to
-    bfloat16. Parameters, gradients' sums and the optimizer's state are float32 with each."""
+    """fp32: float32 throughout. tf32: matrix products and convolutions in TF32 on NVIDIA GPUs. bf16: torch.autocast to
+    bfloat16. Parameters, summed gradients and the optimizer's state are always float32."""
     reduction: Literal["exact", "ddp"] = "exact"
     """exact: the same bits at any number of workers. ddp: the same mathematics by ordinary all-reduce."""
     shards: PositiveInt = 8
     """Logical shards into which a batch is cut; must divide `batch_size`. The number of workers must divide it."""
     compile: bool = False
-    """Compile the model by torch.compile on a GPU (worth it where training outlasts its start-up)."""
+    """Compile the model with torch.compile on a GPU (worth it if training takes much longer than compiling)."""
     scaling: ScaleConfig = ScaleConfig()
     """How many workers, and on what devices."""
     checkpoint: CheckpointConfig = CheckpointConfig()
-    """Snapshots inside the epoch, beside the checkpoint of every epoch."""
+    """Snapshots inside the epoch, in addition to the checkpoint of every epoch."""
     max_failures: Annotated[int, Field(ge=0)] = 3
-    """How often lost workers are replaced before the run is given up; 0: never."""
+    """How often lost workers are replaced before the run fails; 0: never."""
     storage_path: Folder = Path("runs")
-    """The folder in which run directories are made; local, or a shared one that is mounted."""
+    """The folder in which run directories are made: local, or shared and mounted."""
 
     @field_validator("workload")
     @classmethod
@@ -291,14 +293,14 @@ class ExperimentConfig(Section):
 
     @property
     def allowed_workers(self) -> list[int]:
-        """The worker counts (beside 0) that divide the shards."""
+        """The numbers of workers (besides 0) that divide `shards`."""
         return [n for n in range(1, self.shards + 1) if self.shards % n == 0]
 
     def to_yaml(self) -> str:
-        """The resolved configuration as a YAML file that `load` reads back equal."""
+        """The resolved configuration as YAML; `load` gives an equal one back."""
         return yaml_tree.dump(self.model_dump(mode="json"))
 
     def absolute(self) -> ExperimentConfig:
-        """The same with absolute paths: workers run in other directories."""
+        """The same with absolute paths, because workers run in other directories."""
         data = self.data.model_copy(update={"root": self.data.root and self.data.root.expanduser().resolve()})
         return self.model_copy(update={"data": data, "storage_path": self.storage_path.expanduser().resolve()})

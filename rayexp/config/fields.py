@@ -1,4 +1,4 @@
-"""What the fields of a configuration take, and pydantic's complaints about them as one line."""
+"""The types that the fields of a configuration accept, and pydantic's errors as one line."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from rayexp.errors import nearest
 
 @dataclass(frozen=True, slots=True)
 class KeysOf:
-    """Said of a dict in `Annotated`: its keys are those of another kind, nested or dotted."""
+    """Metadata of a dict in `Annotated`: its keys are those of `kind`, nested or dotted."""
 
     kind: type[BaseModel]
 
 
 def alternatives(field: Any) -> list[Any]:
-    """The alternatives of an annotation, without what is only said of them."""
+    """The alternatives of an annotation (the members of a union), without the metadata of `Annotated`."""
     origin = get_origin(field)
     if origin is Annotated:
         return alternatives(get_args(field)[0])
@@ -32,41 +32,41 @@ def alternatives(field: Any) -> list[Any]:
 
 
 def may_be_null(field: Any) -> bool:
-    """Whether the field takes null."""
+    """Whether the field accepts null."""
     return types.NoneType in alternatives(field)
 
 
 def is_text(field: Any) -> bool:
-    """Whether the field takes text (a path, a word of a list) and nothing else but null."""
+    """Whether the field accepts only text (a path, or one of several literals), or also null."""
     options = [option for option in alternatives(field) if option is not types.NoneType]
     return bool(options) and all(
         option in (str, Path)
-        or (get_origin(option) is Literal and all(isinstance(word, str) for word in get_args(option)))
+        or (get_origin(option) is Literal and all(isinstance(literal, str) for literal in get_args(option)))
         for option in options
     )
 
 
 def item(field: Any) -> Any:
-    """What the items of a list are for; Any where the field takes no list."""
+    """The annotation of a list's items; Any where the field does not accept a list."""
     found = [get_args(option)[0] for option in alternatives(field) if get_origin(option) in (tuple, list)]
     return found[0] if len(found) == 1 else Any
 
 
 def at(field: Any, path: Sequence[str]) -> Any:
-    """The annotation of the field under these keys; Any where none is known."""
+    """The annotation of the field under these keys; Any where there is no such field."""
     for part in path:
         models = models_of(field)
         found = [model.model_fields[part] for model in models if part in model.model_fields]
         if not found:
             return Any
-        # pydantic takes an annotation apart; what is said of it stands in `metadata`.
-        said = tuple(found[0].metadata)
-        field = Annotated[(found[0].annotation, *said)] if said else found[0].annotation
+        # pydantic splits `Annotated` into the annotation and its metadata.
+        metadata = tuple(found[0].metadata)
+        field = Annotated[(found[0].annotation, *metadata)] if metadata else found[0].annotation
     return field
 
 
 def explain(error: ValidationError, kind: type[BaseModel], prefix: str = "") -> str:
-    """The first complaint of pydantic's as one line: key, what is wrong, what is allowed."""
+    """The first error of pydantic's as one line: the key, what is wrong, and what is allowed."""
     errors = error.errors()
     first, parts = errors[0], _key(errors[0]["loc"])
     key = ".".join([prefix, *parts] if prefix else parts)
@@ -76,7 +76,7 @@ def explain(error: ValidationError, kind: type[BaseModel], prefix: str = "") -> 
     if first["type"] == "model_type":
         message = f"expected keys under it ({', '.join(_section(kind, parts).model_fields)})"
     else:
-        # A union complains once for each of its members.
+        # A union gives one error for each of its members.
         same = [e["msg"].removeprefix("Value error, ") for e in errors if _key(e["loc"])[: len(parts)] == parts]
         message = ", or: ".join(dict.fromkeys(same))
     given = first.get("input")
@@ -85,12 +85,12 @@ def explain(error: ValidationError, kind: type[BaseModel], prefix: str = "") -> 
 
 
 def _key(location: Sequence[str | int]) -> list[str]:
-    """The user's key; members of a union are part of pydantic's location but not of it."""
+    """The key as the user knows it: pydantic's location without the members of unions."""
     return [str(part) for part in location if not re.fullmatch(r".*[\[\]()].*|int|bool|constrained-\w+", str(part))]
 
 
 def _section(kind: type[BaseModel], parts: Sequence[str]) -> type[BaseModel]:
-    """The model class under a dotted key (list positions are passed over)."""
+    """The model class under a dotted key (positions in lists are skipped)."""
     for part in parts:
         if part.isdecimal() or part not in kind.model_fields:
             continue
@@ -101,7 +101,7 @@ def _section(kind: type[BaseModel], parts: Sequence[str]) -> type[BaseModel]:
 
 
 def models_of(field: Any) -> list[type[BaseModel]]:
-    """The kinds of configuration whose keys may stand under a field of this annotation."""
+    """The model classes whose keys are allowed under a field with this annotation."""
     if isinstance(field, type) and issubclass(field, BaseModel):
         return [field]
     if isinstance(field, KeysOf):

@@ -1,4 +1,4 @@
-"""From a YAML file and `KEY=VALUE` words with dotted keys (see yaml_tree) to a checked configuration."""
+"""Read a configuration from a YAML file and `KEY=VALUE` overrides with dotted keys (see yaml_tree), and check it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ConfigT = TypeVar("ConfigT", ExperimentConfig, CompareConfig)
 
 
 def load(path: Path | str, overrides: Sequence[str] = (), kind: type[ConfigT] = ExperimentConfig) -> ConfigT:  # type: ignore[assignment]
-    """What a user wrote: `read`, and what contradicts itself is refused too (UserError)."""
+    """Read a configuration that a user wrote: `read`, then refuse settings that contradict each other (UserError)."""
     config = read(path, overrides, kind)
     if isinstance(config, ExperimentConfig):
         refuse_contradictions(config, str(path))
@@ -26,20 +26,24 @@ def load(path: Path | str, overrides: Sequence[str] = (), kind: type[ConfigT] = 
 
 
 def read(path: Path | str, overrides: Sequence[str] = (), kind: type[ConfigT] = ExperimentConfig) -> ConfigT:  # type: ignore[assignment]
-    """Read a YAML file, set `KEY=VALUE` words on top, and check all of it.
+    """Read a YAML file, apply `KEY=VALUE` overrides, and check the result.
 
     Raises:
         UserError: no such file, no YAML mapping, an unknown key, a value that is not allowed; the line names it.
     """
     tree = yaml_tree.read(Path(path), kind)
-    for word in overrides:
-        yaml_tree.set_word(tree, word, kind)
+    for override in overrides:
+        yaml_tree.set_override(tree, override, kind)
     return parse(tree, kind, str(path))
 
 
 def refuse_contradictions(config: ExperimentConfig, source: str) -> None:
-    """Refuse a setting that another one makes meaningless (UserError). Not part of the check that a run's own
-    config.yaml must pass: there it did no harm."""
+    """Raise UserError for settings that contradict each other: text options for images (or the reverse), `min_lr` above
+    `lr`, a warm-up for onecycle.
+
+    Only for what a user writes now. `read` does not call it, so that the config.yaml of a run made before one of these
+    rules still opens.
+    """
     data, schedule = config.data, config.schedule
     images = data.name in IMAGE_DATA
     kind, names = ("text", TEXT_DATA) if images else ("images", IMAGE_DATA)
@@ -55,7 +59,7 @@ def refuse_contradictions(config: ExperimentConfig, source: str) -> None:
         )
 
 
-# Keys that one choice alone reads.
+# Section -> key -> the values of `name` in that section that use the key.
 _READ_BY: dict[str, dict[str, tuple[str, ...]]] = {
     "optimizer": {"momentum": ("sgd",), "nesterov": ("sgd",), "betas": ("adamw",), "eps": ("adamw",)},
     "schedule": {
@@ -68,8 +72,8 @@ _READ_BY: dict[str, dict[str, tuple[str, ...]]] = {
 
 
 def passed_over(config: ExperimentConfig, on_gpu: bool) -> list[str]:
-    """A line for every setting that has no effect in this run: a choice that was left, or one that this kind of device
-    does not have. Warned of and not refused, so that one file serves several devices, optimizers and schedules."""
+    """One line for each setting that has no effect in this run, because another optimizer or schedule was chosen or the
+    device lacks it. The user is warned and not refused, so that one file serves several devices and optimizers."""
     lines = []
     for part, keys in _READ_BY.items():
         section = getattr(config, part)
@@ -84,7 +88,7 @@ def passed_over(config: ExperimentConfig, on_gpu: bool) -> list[str]:
 
 
 def shipped(name: str) -> Path:
-    """The path of a configuration that comes with rayexp: from the checkout, or from the installed package."""
+    """The path of a configuration that is shipped with rayexp: in the checkout, or in the installed package."""
     package = Path(__file__).resolve().parents[1]
     return next(p for p in (package.parent / "configs" / name, package / "configs" / name) if p.exists())
 

@@ -1,8 +1,8 @@
-"""YAML text and `KEY=VALUE` words as one tree of plain values, read by the fields that they are for.
+"""YAML text and `KEY=VALUE` overrides as one tree of plain values; the field's type decides how a value is read.
 
-A value that a field takes as text is text, however it looks: a run may be called 123, 1e3 or 2026-11-23, and a folder
-`null`. What a file may not do: say a key twice, nest deeper than DEPTH, or unfold (through aliases) to more than SIZE
-values.
+If a field takes text, its value is text, whatever it looks like: a run may be called 123, 1e3 or 2026-11-23, and a
+folder `null`. Refused are files that repeat a key, nest deeper than DEPTH levels, or expand (through aliases) to more
+than SIZE values.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ DEPTH = 32
 SIZE = 10_000
 _STR, _NULL, _MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:null", "tag:yaml.org,2002:merge"
 _INT, _FLOAT, _DATE = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp"
-# YAML 1.1 would take 010 for eight, 1:30 for ninety, a date for no text, and 1e-3 for text.
+# YAML 1.1 would read 010 as eight, 1:30 as ninety, a date as no text, and 1e-3 as text.
 _NUMBERS = {
     _INT: r"[-+]?(?:0|[1-9][0-9_]*)|0x[0-9a-fA-F_]+",
     _FLOAT: r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*|[0-9][0-9_]*(?=[eE]))(?:[eE][-+]?[0-9]+)?"
@@ -32,7 +32,7 @@ _NUMBERS = {
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with the numbers above and a limit to how deep it goes."""
+    """SafeLoader with the numbers above and a limit on nesting."""
 
     depth = 0
 
@@ -47,7 +47,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """SafeDumper that puts quotes around what `_Loader` would take for a number."""
+    """SafeDumper that quotes text which `_Loader` would read as a number."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -60,15 +60,15 @@ for _tag, _pattern in _NUMBERS.items():
 
 
 def dump(tree: Mapping[str, Any]) -> str:
-    """The tree as YAML that `read` reads back equal (and any other reader of YAML 1.1 too)."""
+    """The tree as YAML; `read` (and any other reader of YAML 1.1) gives the same tree back."""
     return str(yaml.dump(dict(tree), Dumper=_Dumper, sort_keys=False))
 
 
 def read(path: Path, kind: type[BaseModel]) -> dict[str, Any]:
-    """A file that describes a `kind`.
+    """Read a YAML file that describes a `kind`.
 
     Raises:
-        UserError: it cannot be read, is not YAML, or is no mapping.
+        UserError: the file cannot be read, is not YAML, or is not a mapping.
     """
     try:
         tree = _construct(path.read_text(encoding="utf-8"), kind)
@@ -83,20 +83,21 @@ def read(path: Path, kind: type[BaseModel]) -> dict[str, Any]:
     return tree
 
 
-def set_word(tree: dict[str, Any], word: str, kind: type[BaseModel]) -> None:
+def set_override(tree: dict[str, Any], override: str, kind: type[BaseModel]) -> None:
     """Set `KEY=VALUE` (dotted keys) in the tree of a `kind`.
 
     Raises:
-        UserError: it is no such word, or the key leads through a single value.
+        UserError: it is not of this form, the value is not YAML, or a part of the key before the last is a single
+            value.
     """
-    key, equals, text = word.partition("=")
+    key, equals, text = override.partition("=")
     *path, last = key.split(".")
     if not equals or not all((*path, last)):
-        raise UserError(f"{word!r}: expected KEY=VALUE, for example epochs=2 or data.root=DIR")
+        raise UserError(f"{override!r}: expected KEY=VALUE, for example epochs=2 or data.root=DIR")
     try:
         value = _value(text, fields.at(kind, (*path, last)))
     except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{word!r}: the value is not YAML") from error
+        raise UserError(f"{override!r}: the value is not YAML") from error
     for part in path:
         if tree.get(part) is None:
             tree[part] = {}
@@ -129,7 +130,7 @@ def _construct(text: str, field: Any) -> Any:
 
 
 def _check(root: Node) -> None:
-    """Refuse keys that stand twice, and aliases that unfold to too much or to themselves."""
+    """Refuse repeated keys, and aliases that expand to too many values or to themselves."""
     count, waiting = 0, [(root, 0)]
     while waiting:
         node, depth = waiting.pop()
@@ -156,7 +157,7 @@ def _children(node: Node) -> Iterator[Node]:
 
 
 def _as_text(node: Node, field: Any) -> Node:
-    """The node with everything tagged as text that its fields take as text."""
+    """The node, with every value tagged as text whose field takes text."""
     if isinstance(node, ScalarNode):
         if fields.is_text(field) and not (node.tag == _NULL and fields.may_be_null(field)):
             return ScalarNode(_STR, node.value, node.start_mark, node.end_mark)
@@ -164,7 +165,7 @@ def _as_text(node: Node, field: Any) -> Node:
         items = [_as_text(child, fields.item(field)) for child in node.value]
         return SequenceNode(node.tag, items, node.start_mark, node.end_mark)
     elif isinstance(node, MappingNode):
-        # A new one each time, so that no two keys share a value that `set_word` changes.
+        # A new node each time, so that no two keys share a value that `set_override` changes.
         pairs = []
         for key, value in node.value:
             if isinstance(key, ScalarNode) and key.tag != _MERGE:

@@ -284,7 +284,7 @@ def test_data_from_files_needs_a_root(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    ("tree", "expected"),
     [
         ({"batch_size": 100}, "shards: 8 does not divide batch_size 100; allowed: [1, 2, 4, 5, 10, 20, 25, 50]"),
         ({"batch_size": 4}, "shards: 8 does not divide batch_size 4; allowed: [1, 2, 4]"),
@@ -296,9 +296,9 @@ def test_data_from_files_needs_a_root(name: str) -> None:
         ({"optimizer": {"nesterov": True, "momentum": 0}}, "nesterov needs a momentum above 0"),
     ],
 )
-def test_rules_between_keys(words: dict[str, Any], expected: str) -> None:
+def test_rules_between_keys(tree: dict[str, Any], expected: str) -> None:
     with pytest.raises(UserError) as caught:
-        parse(words, ExperimentConfig, "test")
+        parse(tree, ExperimentConfig, "test")
     assert expected in str(caught.value)
 
 
@@ -307,16 +307,16 @@ def test_the_workers_that_are_allowed(shards: int) -> None:
     config = parse({"shards": shards, "batch_size": shards * 3}, ExperimentConfig, "")
     assert config.allowed_workers == [n for n in range(1, 25) if shards % n == 0]
     for workers in range(1, 25):
-        words = {"shards": shards, "batch_size": shards, "scaling": {"num_workers": workers}}
+        tree = {"shards": shards, "batch_size": shards, "scaling": {"num_workers": workers}}
         if shards % workers:
             with pytest.raises(UserError, match="does not divide shards"):
-                parse(words, ExperimentConfig, "")
+                parse(tree, ExperimentConfig, "")
         else:
-            parse(words, ExperimentConfig, "")
+            parse(tree, ExperimentConfig, "")
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    ("overrides", "expected"),
     [
         (["schedule.name=cosine", "schedule.min_lr=0.2"], r"schedule.min_lr: 0.2 is above lr 0.1; allowed: 0 to lr"),
         (["schedule.name=onecycle", "lr=1e-3", "schedule.min_lr=0.01"], r"schedule.min_lr: 0.01 is above lr 0.001"),
@@ -332,13 +332,13 @@ def test_the_workers_that_are_allowed(shards: int) -> None:
     ],
 )
 def test_a_contradiction_is_refused_where_it_is_written_and_not_where_an_old_run_has_it(
-    tmp_path: Path, words: list[str], expected: str
+    tmp_path: Path, overrides: list[str], expected: str
 ) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("{}")
     with pytest.raises(UserError, match=f"c.yaml: {expected}"):
-        load(path, words)
-    old = read(path, words)
+        load(path, overrides)
+    old = read(path, overrides)
     (tmp_path / "old.yaml").write_text(old.to_yaml())
     assert read(tmp_path / "old.yaml") == old
     with pytest.raises(UserError, match=f"^here: {expected}"):
@@ -348,12 +348,12 @@ def test_a_contradiction_is_refused_where_it_is_written_and_not_where_an_old_run
 @pytest.mark.parametrize("name", ["constant", "step", "cosine", "plateau"])
 def test_other_schedules_warm_up(name: str, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("{}")
-    words = [f"schedule.name={name}", "schedule.warmup_epochs=1"]
-    assert load(tmp_path / "c.yaml", words).schedule.warmup_epochs == 1
+    overrides = [f"schedule.name={name}", "schedule.warmup_epochs=1"]
+    assert load(tmp_path / "c.yaml", overrides).schedule.warmup_epochs == 1
 
 
 @pytest.mark.parametrize(
-    ("words", "on_cpu", "on_gpu"),
+    ("tree", "on_cpu", "on_gpu"),
     [
         ({}, [], []),
         ({"precision": "tf32"}, ["precision: tf32"], []),
@@ -375,8 +375,8 @@ def test_other_schedules_warm_up(name: str, tmp_path: Path) -> None:
         ({"schedule": {"name": "cosine", "peak": 0.1}}, ["schedule.peak is for onecycle"], None),
     ],
 )
-def test_what_a_run_does_not_use_is_listed(words: dict[str, Any], on_cpu: list[str], on_gpu: list[str] | None) -> None:
-    config = parse(words, ExperimentConfig, "")
+def test_what_a_run_does_not_use_is_listed(tree: dict[str, Any], on_cpu: list[str], on_gpu: list[str] | None) -> None:
+    config = parse(tree, ExperimentConfig, "")
     for gpu, expected in ((False, on_cpu), (True, on_cpu if on_gpu is None else on_gpu)):
         lines = passed_over(config, gpu)
         assert len(lines) == len(expected)

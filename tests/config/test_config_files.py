@@ -57,9 +57,9 @@ TREES = st.fixed_dictionaries(
 
 
 @settings(max_examples=150, deadline=None)
-@given(words=TREES)
-def test_to_yaml_reads_back_equal(words: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> None:
-    config = parse(words, ExperimentConfig, "test")
+@given(tree=TREES)
+def test_to_yaml_reads_back_equal(tree: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> None:
+    config = parse(tree, ExperimentConfig, "test")
     text = config.to_yaml()
     path = tmp_path_factory.getbasetemp() / "round.yaml"
     path.write_text(text, encoding="utf-8")

@@ -16,7 +16,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 
 @pytest.fixture(scope="module")
-def writer() -> ModuleType:
+def generator() -> ModuleType:
     spec = importlib.util.spec_from_file_location("configuration", DOCS / "configuration.py")
     assert spec
     assert spec.loader
@@ -25,13 +25,13 @@ def writer() -> ModuleType:
     return module
 
 
-def test_the_page_is_current(writer: ModuleType) -> None:
+def test_the_page_is_current(generator: ModuleType) -> None:
     found = (DOCS / "configuration.md").read_text(encoding="utf-8")
-    assert found == writer.page(), "run: python docs/configuration.py"
+    assert found == generator.page(), "run: python docs/configuration.py"
 
 
-def test_every_key_has_a_meaning(writer: ModuleType) -> None:
-    assert [line for line in writer.page().splitlines() if line.endswith("|  |")] == []
+def test_every_key_has_a_meaning(generator: ModuleType) -> None:
+    assert [line for line in generator.page().splitlines() if line.endswith("|  |")] == []
 
 
 class Inner(Section):
@@ -48,8 +48,8 @@ class Outer(Section):
     needed: str
 
 
-def test_a_field_that_changes_changes_the_page(writer: ModuleType) -> None:
-    assert writer.table(Outer).splitlines()[3:] == [
+def test_a_field_that_changes_changes_the_page(generator: ModuleType) -> None:
+    assert generator.table(Outer).splitlines()[3:] == [
         "| `rate` | number | `0.5` | ≥ 0, < 1 | A share \\| of something. |",
         "| **`inner`** | keys |  |  | Keys under another. |",
         "| `inner.depth` | integer or [integer, integer] | `2` | > 0 or each > 0 | How deep. |",

@@ -1,4 +1,4 @@
-"""YAML text and KEY=VALUE words: what they become, and what is refused in one line."""
+"""YAML text and KEY=VALUE overrides: their values, and what is refused in one line."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "c.yaml"
 
 
-def words(*given: str, kind: Any = ExperimentConfig) -> dict[str, Any]:
+def overridden(*overrides: str, kind: Any = ExperimentConfig) -> dict[str, Any]:
     tree: dict[str, Any] = {}
-    for word in given:
-        yaml_tree.set_word(tree, word, kind)
+    for override in overrides:
+        yaml_tree.set_override(tree, override, kind)
     return tree
 
 
@@ -43,10 +43,10 @@ def refused(file: Path, text: str) -> str:
 
 @pytest.mark.parametrize("text", LOOKS)
 def test_text_is_text_however_it_looks(file: Path, text: str) -> None:
-    assert words(f"name={text}") == {"name": text}
-    assert words(f"model.name={text}") == {"model": {"name": text}}
-    assert words(f"storage_path={text}") == {"storage_path": text}
-    assert words(f"data={{root: {text}}}")["data"]["root"] == (None if text in ("null", "~") else text)
+    assert overridden(f"name={text}") == {"name": text}
+    assert overridden(f"model.name={text}") == {"model": {"name": text}}
+    assert overridden(f"storage_path={text}") == {"storage_path": text}
+    assert overridden(f"data={{root: {text}}}")["data"]["root"] == (None if text in ("null", "~") else text)
     file.write_text(f"name: {text}\nstorage_path: {text}\nmodel: {{name: {text}}}\n")
     assert yaml_tree.read(file, ExperimentConfig) == {"name": text, "storage_path": text, "model": {"name": text}}
 
@@ -54,20 +54,20 @@ def test_text_is_text_however_it_looks(file: Path, text: str) -> None:
 @pytest.mark.parametrize(
     "path", ["a b", "x: y", "[x]", "{a: b}", "a #b", "*x", "&x", "@x", "%x", "x=y", "O'Brien's", "!x"]
 )
-def test_a_path_needs_no_quotes_in_a_word(path: str) -> None:
-    assert words(f"storage_path={path}") == {"storage_path": path}
-    assert words(f"data.root='{path.replace(chr(39), chr(39) * 2)}'") == {"data": {"root": path}}
+def test_a_path_needs_no_quotes_in_an_override(path: str) -> None:
+    assert overridden(f"storage_path={path}") == {"storage_path": path}
+    assert overridden(f"data.root='{path.replace(chr(39), chr(39) * 2)}'") == {"data": {"root": path}}
 
 
 @pytest.mark.parametrize("text", ["", "~", "null", "Null", "NULL"])
 def test_null_where_null_is_allowed(text: str) -> None:
-    assert words(f"data.root={text}", f"data.augment={text}") == {"data": {"root": None, "augment": None}}
-    assert words("data.root='null'") == {"data": {"root": "null"}}
+    assert overridden(f"data.root={text}", f"data.augment={text}") == {"data": {"root": None, "augment": None}}
+    assert overridden("data.root='null'") == {"data": {"root": "null"}}
 
 
 def test_a_grids_overrides_are_keys_of_the_base(file: Path) -> None:
-    word = words("overrides.data.root=2026", "overrides.name=1e3", "overrides.lr=1e-3", kind=CompareConfig)
-    assert word == {"overrides": {"data": {"root": "2026"}, "name": "1e3", "lr": 0.001}}
+    tree = overridden("overrides.data.root=2026", "overrides.name=1e3", "overrides.lr=1e-3", kind=CompareConfig)
+    assert tree == {"overrides": {"data": {"root": "2026"}, "name": "1e3", "lr": 0.001}}
     file.write_text(
         "base: 7\nscaling: [{use_gpu: no}]\noverrides: {data.root: 2026, data: {root: 7}, model.name: 1e3}\n"
     )
@@ -112,7 +112,7 @@ def test_a_grids_overrides_are_keys_of_the_base(file: Path) -> None:
     ],
 )
 def test_values_of_other_keys(text: str, value: Any) -> None:
-    (found,) = words(f"model.option={text}")["model"].values()
+    (found,) = overridden(f"model.option={text}")["model"].values()
     assert found == value
     assert type(found) is type(value)
 
@@ -124,7 +124,7 @@ def test_numbers_are_numbers(file: Path) -> None:
     assert config.model.options == {"rate": 0.001}
 
 
-def test_words_come_on_top_in_order(file: Path) -> None:
+def test_overrides_are_applied_in_order(file: Path) -> None:
     file.write_text("epochs: 1\noptimizer: {clip: 1, momentum: 0.5}\nscaling:\n")
     config = read(
         file, ["epochs=2", "epochs=3", "optimizer.clip=2", "scaling.num_workers=[1,4]", "data.augment={pad: 4}"]
@@ -136,21 +136,21 @@ def test_words_come_on_top_in_order(file: Path) -> None:
     assert config.data.augment.pad == 4
 
 
-@pytest.mark.parametrize("word", ["lr", "=1", ".lr=1", "data.=1", "data..root=1", ""])
-def test_a_word_that_is_none(word: str) -> None:
+@pytest.mark.parametrize("override", ["lr", "=1", ".lr=1", "data.=1", "data..root=1", ""])
+def test_an_override_without_key_or_value(override: str) -> None:
     with pytest.raises(UserError, match=r"expected KEY=VALUE, for example"):
-        words(word)
+        overridden(override)
 
 
 @pytest.mark.parametrize("value", ["{", "[1", "'x", "!!python/name:os.system", "1" * 5000, "[" * 5000, "{a: 1, a: 2}"])
 def test_a_value_that_is_no_yaml(value: str) -> None:
     with pytest.raises(UserError, match="the value is not YAML"):
-        words(f"model.option={value}")
+        overridden(f"model.option={value}")
 
 
 def test_a_key_below_a_single_value() -> None:
     with pytest.raises(UserError, match=r"^lr.x: lr is a single value and has no keys under it"):
-        words("lr=1", "lr.x=2")
+        overridden("lr=1", "lr.x=2")
 
 
 # ---------------------------------------------------------------------- refused files
