@@ -20,6 +20,7 @@ from urllib.parse import urlsplit, urlunsplit
 from rayexp.cluster import dashboard, job_context
 from rayexp.errors import RunError, UserError, nearest
 from rayexp.runs.run import Run
+from rayexp.system import signals
 from rayexp.system.disk import TEMPORARY, matching
 
 LOG_FOLDER = "rayexp"  # folder in a Ray node's logs
@@ -44,7 +45,8 @@ def publish(run: Run) -> None:
     """Make a run collectable through the Ray node on which this process runs. Ray must be initialised."""
     import ray
 
-    context: Any = ray.init(ignore_reinit_error=True, configure_logging=False)  # describes the one there is
+    with signals.own_sigterm():
+        context: Any = ray.init(ignore_reinit_error=True, configure_logging=False)  # describes the one there is
     shelf = Path(context.address_info["session_dir"]) / "logs" / LOG_FOLDER
     job = job_context.job_id()
     for link in (shelf / "runs" / run.id, *((shelf / "jobs" / job / run.id,) if job else ())):

@@ -74,3 +74,18 @@ def shielded() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def own_sigterm() -> Iterator[None]:
+    """The handler of SIGTERM stays what it is, whatever the block makes of it.
+
+    ray.init sets one of its own, which would end the command in the middle of its work, and ray.shutdown goes back to
+    the system's, unseen by Python's getsignal.
+    """
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if before is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)

@@ -1,10 +1,15 @@
-"""What a worker and Ray Train tell each other while it trains: epochs, and nodes that are about to be taken away."""
+"""What a worker and Ray Train tell each other while it trains: epochs, and nodes that are about to be taken away.
+
+Ray Train answers all workers of a run together, and only while its controller lives. So it is spoken to in a thread:
+training waits for no answer, and can still save and stop when Ray is gone.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-import time
+import threading
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,25 +21,79 @@ from rayexp.launch.job import WorkerJob
 from rayexp.runs.records import EpochRecord
 
 LOOK_S = 5.0  # how often the workers ask whether a node is about to be taken away
+CLOSE_S = 10.0  # for the last report; a Ray that is gone takes none
 WATCHED = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
+LOOK, END = -1, -2  # what rank 0 has the others do next; else the epoch to report
 
 
 class Reports:
-    """Reports the epochs to Ray Train, whose callbacks and Result then have their metrics.
+    """Reports epochs to Ray Train, whose callbacks and Result then have their metrics, and asks it about its nodes.
 
-    A Result keeps only metrics that come with a checkpoint. Ours is a pointer: `epoch.json` names the run and the
-    epoch, whose files lie in the run directory.
+    Whatever is asked of Ray Train, every worker must ask in the same order: rank 0 says what comes next. Epochs that
+    end faster than Ray takes reports are passed over, but for the last. A Result keeps only metrics that come with a
+    checkpoint; ours is a pointer, whose `epoch.json` names the run and the epoch.
 
     Args:
         job: the run.
-        rank: this worker's; every worker reports, rank 0 with the checkpoint.
+        rank: this worker's.
     """
 
     def __init__(self, job: WorkerJob, rank: int) -> None:
         self._job, self._rank = job, rank
+        info: Callable[[], Any] | None = getattr(ray.train, "get_preemption_info", None)  # since Ray 2.60
+        self._preemption = None if os.environ.get(WATCHED) == "0" else info
+        self._records: deque[EpochRecord] = deque()
+        self._news = threading.Condition()
+        self._ended = self._leaving = False
+        self._thread: threading.Thread | None = None
+
+    def leaving(self) -> bool:
+        """Whether a node of this run is about to be taken away: True once for every node, on some worker."""
+        if self._thread is None:  # the first step: all workers have joined
+            self._thread = threading.Thread(target=self._run, name="reports", daemon=True)
+            self._thread.start()
+        leaving, self._leaving = self._leaving, False
+        return leaving
 
     def epoch(self, record: EpochRecord) -> None:
-        """Report an epoch; every worker must call it."""
+        """Report an epoch, when Ray takes it; every worker must call it."""
+        with self._news:
+            self._records.append(record)
+            self._news.notify()
+
+    def close(self) -> None:
+        """Wait until the last epoch is reported, for a while; every worker must call it."""
+        with self._news:
+            self._ended = True
+            self._news.notify()
+        if self._thread is not None:
+            self._thread.join(CLOSE_S)
+
+    def _run(self) -> None:
+        known: frozenset[str] = frozenset()
+        while (what := collective.broadcast_from_rank_zero(self._next() if self._rank == 0 else 0)) != END:
+            if what != LOOK:
+                self._report(self._take(what))
+            elif self._preemption is not None and (info := self._preemption()) is not None:
+                self._leaving |= not known.issuperset(info.preempted_node_ids)
+                known |= frozenset(info.preempted_node_ids)
+
+    def _next(self) -> int:
+        """What rank 0 has everyone do; waits for something to do."""
+        with self._news:
+            self._news.wait_for(lambda: self._records or self._ended, LOOK_S if self._preemption else None)
+            return self._records[-1].epoch if self._records else END if self._ended else LOOK
+
+    def _take(self, epoch: int) -> EpochRecord:
+        """This worker's record of that epoch, waited for; those before it are dropped."""
+        with self._news:
+            while True:
+                self._news.wait_for(lambda: self._records)
+                record = self._records.popleft()
+                if record.epoch == epoch:
+                    return record
+
+    def _report(self, record: EpochRecord) -> None:
         metrics = {key: value for key, value in record.to_json().items() if isinstance(value, int | float)}
         checkpoint = self._pointer(record.epoch) if self._rank == 0 else None
         ray.train.report(metrics, checkpoint, checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD)
@@ -46,37 +105,3 @@ class Reports:
             path.mkdir(exist_ok=True)
             (path / "epoch.json").write_text(json.dumps({"run": str(self._job.run), "epoch": epoch}))
         return Checkpoint(path)
-
-
-class Preemption:
-    """Whether a node of this run is about to be taken away: then it is time for a snapshot.
-
-    Ray Train answers all workers together, so every worker must ask before every step, and all of them look at the same
-    steps: rank 0 says how many steps ahead the next look is, so that there is one every LOOK_S seconds. A Ray that has
-    no such answer (before 2.60), or does not watch its nodes, is not asked.
-    """
-
-    def __init__(self) -> None:
-        self._info: Callable[[], Any] | None = getattr(ray.train, "get_preemption_info", None)
-        if os.environ.get(WATCHED) == "0":
-            self._info = None
-        self._step, self._next = 0, 2
-        self._looked = (time.monotonic(), 1)
-        self._known: frozenset[str] = frozenset()
-
-    def __call__(self) -> bool:
-        """Ask; True once for every node."""
-        self._step += 1
-        if self._info is None or self._step < self._next:
-            return False
-        info = self._info()
-        self._next = self._step + collective.broadcast_from_rank_zero(self._ahead())
-        nodes = frozenset(info.preempted_node_ids) if info is not None else frozenset()
-        new = nodes - self._known
-        self._known |= nodes
-        return bool(new)
-
-    def _ahead(self) -> int:
-        now, (then, step) = time.monotonic(), self._looked
-        self._looked = (now, self._step)
-        return max(1, round(LOOK_S * (self._step - step) / max(now - then, 1e-6)))

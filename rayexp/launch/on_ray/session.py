@@ -105,7 +105,7 @@ def session(address: str | None, for_tune: bool = False) -> Iterator[bool]:
     own = {} if address else _OWN | {"RAY_TMPDIR": str(discovery.temp_folder())}
     with environment(own):
         try:
-            with environment(_QUIET), _own_sigterm():
+            with environment(_QUIET), signals.own_sigterm():
                 started = _connect(options)
         except ConnectionError as error:
             raise UserError(f"{address}: no Ray answers there ({' '.join(str(error).split())[:200]})") from error
@@ -117,7 +117,7 @@ def session(address: str | None, for_tune: bool = False) -> Iterator[bool]:
             if there.gone(patient=False):
                 head.forget()
             else:
-                with _hurried(tree), _own_sigterm():
+                with _hurried(tree), signals.own_sigterm():
                     ray.shutdown()
             # A process of Ray's whose end falls together with Ray's own may wait for ever for what is gone.
             _kill(tree)
@@ -148,18 +148,6 @@ def _connect(options: Mapping[str, Any]) -> list[psutil.Process]:
             raise Stopped(signal.SIGTERM) from error
         raise
     return [child for child in psutil.Process().children() if child not in others] if own else []
-
-
-@contextlib.contextmanager
-def _own_sigterm() -> Iterator[None]:
-    """What SIGTERM does here stays: ray.init sets a handler of its own, which would end the command in the middle of
-    its work, and ray.shutdown goes back to the system's, unseen by Python's getsignal."""
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

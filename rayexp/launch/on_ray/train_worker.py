@@ -80,8 +80,9 @@ def _train(job: WorkerJob, rank: int, world: int, writer: Any) -> None:
         )
 
     join_group: Callable[[], WorkerGroup] = join if world > 1 else WorkerGroup
-    tell = reports.Reports(job, rank)
-    work(job, join_group, writer, device, world, leaving=reports.Preemption(), epoch_done=tell.epoch)
+    told = reports.Reports(job, rank)
+    work(job, join_group, writer, device, world, leaving=told.leaving, epoch_done=told.epoch)
+    told.close()
 
 
 def _gpu(there: int) -> int:
