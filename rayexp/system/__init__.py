@@ -1,1 +1,1 @@
-"""The machine beneath: clocks, cores, files, locks, processes, signals. Knows nothing of experiments."""
+"""The operating system: clocks, cores, files, locks, processes, signals. Knows nothing about experiments."""

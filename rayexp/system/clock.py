@@ -1,4 +1,4 @@
-"""The time between two moments of two processes, by a clock that nobody sets: each boot of a host has one."""
+"""Measure the time between two processes of a host with the monotonic clock, which nobody can set."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ STAT = Path("/proc/self/stat")
 
 
 def mark(at: float | None = None) -> dict[str, Any]:
-    """A moment as JSON, for `since` in another process.
+    """A point in time as JSON, for `since` in another process.
 
     Args:
-        at: time.monotonic() then; None: now.
+        at: the value of time.monotonic() at that time; None: now.
     """
     return {"boot": _boot(), "monotonic": time.monotonic() if at is None else at}
 
 
 def since(moment: Mapping[str, Any]) -> float | None:
-    """Seconds since a moment; None where it was another host's, with which this one has no clock in common."""
+    """Seconds since a `mark`; None if it was made on another host or before a reboot: the clocks then differ."""
     seconds = time.monotonic() - float(moment["monotonic"])
     return seconds if moment["boot"] == _boot() and seconds >= 0 else None
 
 
 def process_began() -> float:
-    """time.monotonic() at which this process was started."""
+    """The value of time.monotonic() at which this process was started."""
     try:
-        # Field 22 of proc(5): in ticks since boot, to a hundredth of a second. Fields are counted behind the name.
+        # Field 22 of /proc/self/stat (proc(5)): start time in ticks since boot, usually 1/100 s. Count after the name.
         ticks = int(STAT.read_text().rpartition(")")[2].split()[19])
         age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
     except (OSError, ValueError, IndexError, AttributeError):

@@ -15,13 +15,13 @@ def cores() -> int:
 
 
 def cpu_quota(process: Path = Path("/proc/self"), top: Path = Path("/")) -> float | None:
-    """The tightest CPU quota of this process' control group and those above it, in cores; None where there is none.
+    """The smallest CPU quota of this process's control group and its ancestors, in cores; None where there is none.
 
     Reads both versions of control groups (Linux, Documentation/admin-guide/cgroup-v1 and cgroup-v2).
 
     Args:
-        process: where procfs describes the process.
-        top: the root of the file system that mount points are relative to.
+        process: the procfs directory of the process.
+        top: the directory that mount points are relative to.
     """
     try:
         members = [line.split(":", 2) for line in (process / "cgroup").read_text().splitlines()]
@@ -44,10 +44,10 @@ def cpu_quota(process: Path = Path("/proc/self"), top: Path = Path("/")) -> floa
 
 
 def _upwards(point: Path, root: str, path: str) -> Iterator[Path]:
-    """The folders of a group and of those above it, as far as they can be seen below the mount point."""
+    """The folders of a group and its ancestors, as far as they are visible below the mount point."""
     inside = PurePosixPath(path)
     try:
-        inside = inside.relative_to(root)  # a container may see a part of the tree only
+        inside = inside.relative_to(root)  # a container may see only a part of the tree
     except ValueError:
         inside = PurePosixPath()
     if ".." in inside.parts:
@@ -73,7 +73,7 @@ def _divided(folder: Path) -> float | None:
 
 
 def _unescaped(field: str) -> str:
-    """A field of mountinfo, in which blanks are written in octal."""
+    """A field of mountinfo with its octal escapes (for white space and backslashes) decoded."""
     for code, char in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
         field = field.replace(code, char)
     return field

@@ -1,4 +1,4 @@
-"""Files and directories that are complete or absent, and a directory by part of its name."""
+"""Write files and directories so that they are complete or absent, and find a directory by part of its name."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from rayexp.errors import UserError, WriteError, nearest
 
 TEMPORARY = ".tmp-"  # the prefix of everything that is being written
 MADE = re.compile(r"\d{8}T\d{6}Z-(?P<name>.+)-[0-9a-f]{4}")  # a directory's name as `make_directory` gives it
-OLD = "-old"  # ends the temporary name of a directory while another takes its place
-ATTEMPTS = 100  # to find a directory's name that is free
+OLD = "-old"  # suffix of a directory's temporary name while another directory replaces it
+ATTEMPTS = 100  # to find a free name for a directory
 TAIL = 1 << 16  # bytes read at once from the end of a file
-# What file systems answer that cannot flush a directory by itself; EACCES: it may be written, but not read.
+# Errors of file systems that cannot flush a directory; EACCES: the directory is writable but not readable.
 UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EBADF, errno.EACCES})
 
 
@@ -32,7 +32,7 @@ def now() -> str:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """While something is written under temporary names: an error of the system speaks of `path` (WriteError)."""
+    """While something is written under temporary names: turn a system error into a WriteError that names `path`."""
     try:
         yield
     except WriteError:
@@ -44,7 +44,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
-    """Write a file so that a reader, or a crash, sees the old bytes or the new ones and never a part.
+    """Write a file so that a reader, or a crash, sees either the old bytes or the new ones, never a part.
 
     Raises:
         WriteError: it cannot be written; the old bytes are still there.
@@ -68,10 +68,10 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_directory(path: Path, files: Mapping[str, bytes]) -> None:
-    """Write a directory of files in one step; one that stands there already is replaced.
+    """Write a directory of files in one step; an existing one is replaced.
 
     Raises:
-        WriteError: it cannot be written; what stood there is still there.
+        WriteError: it cannot be written; the existing one is still there.
     """
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,9 +95,9 @@ def write_directory(path: Path, files: Mapping[str, bytes]) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add a line to a file of JSON lines; it is on disk when this returns.
+    """Append a line to a file of JSON lines; it is on disk when this returns.
 
-    A last line that a crash has torn goes first, so that nothing is ever glued to it.
+    A last line that a crash left incomplete is removed first, so that nothing is appended to it.
 
     Raises:
         WriteError: it cannot be written; the file ends as before.
@@ -123,9 +123,9 @@ def append_line(path: Path, line: str) -> None:
 
 
 def _end(handle: int) -> tuple[int, str]:
-    """Where the whole lines of a file end, and what must come before the next one.
+    """The offset at which the complete lines of a file end, and what to write before the next one.
 
-    A last line without its newline stays where it is whole all the same: those who read it take it, too.
+    A last line without a newline stays if it is valid JSON, because readers accept it too.
     """
     end = start = os.fstat(handle).st_size
     tail = b""
@@ -160,7 +160,8 @@ def _write(path: Path, data: bytes | str) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Flush a directory's entries, so that a rename survives a power cut; where a file system cannot, it is left."""
+    """Flush a directory's entries, so that a rename survives a power failure. Does nothing where a file system
+    cannot do that."""
     try:
         handle = os.open(path, os.O_RDONLY)
         try:
@@ -173,7 +174,7 @@ def sync_directory(path: Path) -> None:
 
 
 def sweep(path: Path) -> None:
-    """Remove what a killed writer left under a temporary name; what it was about to replace goes back to its place."""
+    """Remove what a killed writer left under temporary names, and put a directory that it was about to replace back."""
     leftovers = sorted(path.glob(f"{TEMPORARY}*"))
     for leftover in leftovers:
         if leftover.name.endswith(OLD):
@@ -188,8 +189,8 @@ def _put_back(old: Path, path: Path) -> None:
 
 
 def relative(name: str) -> PurePosixPath:
-    """A file's name that came from outside (an archive's entry, a listing, a description), as a path that stays below
-    whatever it is joined to. A leading `./` and a folder's trailing `/` say nothing and are dropped.
+    """A file name from outside (an archive's entry, a listing, a description), as a path that stays below any folder it
+    is joined to. A leading `./` and a trailing `/` are dropped.
 
     Raises:
         UserError: it is empty or absolute, or a part of it is empty, `.` or `..`; backslashes count as slashes.
@@ -202,10 +203,10 @@ def relative(name: str) -> PurePosixPath:
 
 
 def inside(root: Path, name: str) -> Path:
-    """Where a file with a name from outside belongs below `root`: see `relative`, and no link stands on the way.
+    """The path below `root` of a file with a name from outside (see `relative`), without symbolic links on the way.
 
     Raises:
-        UserError: as `relative`, or a part of the path below `root` is a symbolic link.
+        UserError: as for `relative`, or a part of the path below `root` is a symbolic link.
     """
     path = root
     for part in relative(name).parts:
@@ -216,7 +217,7 @@ def inside(root: Path, name: str) -> Path:
 
 
 def make_directory(storage: Path, name: str) -> Path:
-    """A fresh directory `<utc>-<name>-<4 hex>` in a folder.
+    """Make a new directory `<utc>-<name>-<4 hex>` in a folder.
 
     Raises:
         UserError: it cannot be made.
@@ -230,7 +231,7 @@ def make_directory(storage: Path, name: str) -> Path:
         except FileExistsError:
             if not storage.is_dir():
                 raise UserError(f"storage_path: {storage} is not a folder") from None
-            continue  # two runs of one name in one second drew the same digits
+            continue  # two runs with the same name, second and random digits
         except OSError as error:
             raise UserError(f"storage_path: {WriteError(error.errno, error.strerror, str(storage))}") from error
         return made
@@ -238,8 +239,8 @@ def make_directory(storage: Path, name: str) -> Path:
 
 
 def directories(storage: Path, file: str) -> list[Path]:
-    """The directories in a folder that hold such a file, by name (made by `make_directory`: oldest first); those too
-    in which it is there, or may be, but cannot be read.
+    """The directories in a folder that contain `file`, sorted by name (by `make_directory`: oldest first), including
+    those where it cannot be read.
 
     Raises:
         UserError: the folder cannot be read.
@@ -254,14 +255,14 @@ def _has(path: Path, file: str) -> bool:
     try:
         os.lstat(path / file)
     except OSError as error:
-        # A link that leads round in a circle and a folder that may not be entered are for a reader to name.
+        # A reader will report a link loop, or a folder without permission.
         return error.errno not in (errno.ENOENT, errno.ENOTDIR)
     return True
 
 
 def matching(name: str, names: Iterable[str]) -> list[str]:
-    """The names of directories that `name` means: the one that is called so, else those that were made under that name
-    (`txt` of `<utc>-txt-<4 hex>`), else those that contain it."""
+    """The names of directories that `name` refers to: the equal one, else those made under that name (`txt` for
+    `<utc>-txt-<4 hex>`), else those that contain it."""
     names = list(names)
     return (
         [n for n in names if n == name]
@@ -271,17 +272,20 @@ def matching(name: str, names: Iterable[str]) -> list[str]:
 
 
 def find_directory(name: str, storage: Path, file: str, noun: str, hint: str = "") -> Path:
-    """The directory with such a file whose path is `name`, or that `name` means among those in a folder (`matching`).
+    """The directory that contains `file` and has the path `name`, or that `name` refers to in a folder (`matching`).
 
     Args:
-        noun: what such a directory is called (plural with an s).
-        hint: what else may help.
+        name: as the user typed it.
+        storage: the folder.
+        file: the name of a file that such a directory contains.
+        noun: what such a directory is called in errors (its plural ends with s).
+        hint: further help for the error, ending with `; `.
 
     Raises:
         UserError: none or several match.
     """
     path = Path(name).expanduser()
-    with contextlib.suppress(OSError):  # a name longer than any file's
+    with contextlib.suppress(OSError):  # the name is longer than a file name may be
         if path.is_dir() and _has(path, file):
             return path.resolve()
     names = [path.name for path in directories(storage, file)]

@@ -1,8 +1,8 @@
-"""Locks that go when their holder ends, however it ends: one driver of a run, one packing, one download at a time.
+"""Locks that are released when their holder ends, even if it is killed: for a run's driver, a packing, a download.
 
-flock, where the file system has it. Some network mounts have none (they answer ENOSYS, ENOLCK or EOPNOTSUPP); there a
-lease is taken instead: a file beside the locked one that names its owner's host, process and start time, and is touched
-while the owner lives. An owner of this host that is dead blocks nobody, one of another host for LEASE_S at most.
+They use flock if the file system supports it. Some network mounts do not (ENOSYS, ENOLCK or EOPNOTSUPP); there a lease
+is used: a file beside the locked one that names its owner's host, process and start time, and that is touched while the
+owner lives. A dead owner on this host blocks nobody, one on another host at most for LEASE_S.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from filelock import SoftFileLease, Timeout, lock_descriptor
 from rayexp.errors import UserError
 
 DRIVER = "driver.lock"
-LEASE_S = 60.0  # an owner on another host that has not touched its lease for so long is gone
-PATIENCE_S = 1.0  # a look at a lock (`is_locked`) holds it for a moment, which must not read as a second driver
+LEASE_S = 60.0  # an owner on another host that has not touched its lease for this long is considered dead
+PATIENCE_S = 1.0  # `is_locked` holds the lock for a moment, which must not be mistaken for a second driver
 POLL_S = 0.05
 UNSUPPORTED = frozenset({errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP})
 
@@ -36,11 +36,12 @@ class HeldError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Driver:
-    """Who drives a run.
+    """The driver of a run: the process that holds its lock.
 
     Attributes:
-        pid, host: its process.
-        token: of this one hold of the lock; a later driver, on whatever host, has another.
+        pid: the number of the process; 0 if unknown.
+        host: the host it runs on; empty if unknown.
+        token: random, new each time the lock is taken, so that two drivers never have the same.
     """
 
     pid: int
@@ -50,15 +51,15 @@ class Driver:
 
 @contextlib.contextmanager
 def locked(path: Path, patience: float | None = None) -> Iterator[IO[str]]:
-    """Hold the lock of a file, which is made where it is missing, and stays. Gives the file, open to read and write.
+    """Hold the lock of a file. Yields the file, open for reading and writing; it is made if missing, and not removed.
 
     Args:
-        path: what to lock; its folder must be there.
+        path: the file to lock; its folder must exist.
         patience: seconds to wait for another holder; None: for ever.
 
     Raises:
-        HeldError: another process still holds it after that.
-        OSError: the file cannot be made, or not be locked.
+        HeldError: another process still holds the lock after that time.
+        OSError: the file cannot be made or locked.
     """
     until = None if patience is None else time.monotonic() + patience
     with contextlib.ExitStack() as stack:
@@ -67,9 +68,9 @@ def locked(path: Path, patience: float | None = None) -> Iterator[IO[str]]:
             native = _flock(file.fileno(), until)
             if _is_at(file, path):
                 break
-            file.close()  # its holder has removed it in the meantime, and others lock the one that is there now
+            file.close()  # its holder removed it in the meantime; others lock the file that is at this path now
         lease = _lease(path)
-        # Where flock works here, a host on which it does not may hold the lease.
+        # Even if flock works here, a host on which it does not may hold the lease.
         if not native or Path(lease.lock_file).exists():
             try:
                 stack.enter_context(lease.acquire(timeout=_patience(lease, until), poll_interval=POLL_S))
@@ -79,7 +80,7 @@ def locked(path: Path, patience: float | None = None) -> Iterator[IO[str]]:
 
 
 def _flock(handle: int, until: float | None) -> bool:
-    """Lock an open file; False where the file system has no flock (HeldError: the time is over)."""
+    """Lock an open file; False if the file system has no flock (HeldError: it is still held at `until`)."""
     while True:
         try:
             if lock_descriptor(handle, blocking=False):
@@ -105,14 +106,14 @@ def _lease(path: Path) -> SoftFileLease:
 
 
 def _patience(lease: SoftFileLease, until: float | None) -> float:
-    """Seconds to wait for a lease: one that looks deserted is watched for as long as it takes to be sure."""
+    """Seconds to wait for a lease; if it looks deserted, long enough to be sure that it is."""
     if until is None:
         return -1
     return LEASE_S + 5 if _deserted(lease) else max(0.0, until - time.monotonic())
 
 
 def _deserted(lease: SoftFileLease) -> bool:
-    """Whether a lease has not been touched for long; by two hosts' clocks, so it is a guess."""
+    """Whether a lease has not been touched for long. A guess, since it compares the clocks of two hosts."""
     try:
         return time.time() - Path(lease.lock_file).stat().st_mtime > 2 * LEASE_S
     except OSError:
@@ -123,15 +124,15 @@ def _deserted(lease: SoftFileLease) -> bool:
 
 
 def share(handle: int) -> None:
-    """Share the lock of an open file until it is closed, so that `unshared` sees it in use. On a file system without
-    locks there is none."""
+    """Take a shared lock of an open file until it is closed, so that `unshared` sees it in use. Does nothing on a file
+    system without locks."""
     with contextlib.suppress(OSError):
         fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
 
 @contextlib.contextmanager
 def unshared(path: Path) -> Iterator[bool]:
-    """Hold a file's lock, and give whether nobody shares it (True also where there is no such file, or no lock)."""
+    """Hold a file's lock, and yield whether nobody else does (True also if there is no such file, or no flock)."""
     try:
         file = path.open()
     except OSError:
@@ -150,10 +151,10 @@ def unshared(path: Path) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def only_driver(root: Path) -> Iterator[Driver]:
-    """Hold a directory's lock as its one driver.
+    """Hold a directory's lock as its only driver.
 
     Raises:
-        UserError: another process holds it, or it cannot be had.
+        UserError: another process holds it, or it cannot be locked.
     """
     path = root / DRIVER
     with contextlib.ExitStack() as stack:
@@ -173,14 +174,14 @@ def only_driver(root: Path) -> Iterator[Driver]:
 
 
 def is_locked(root: Path) -> bool:
-    """Whether a driver holds a directory's lock, as far as this host can see; True where that cannot be told.
+    """Whether a driver holds a directory's lock, as far as this host can see; True if that cannot be determined.
 
-    It takes no part in it: any number of processes may look at once, and nothing is written where flock works.
+    Any number of processes may ask at once, and if flock works nothing is written.
     """
     try:
         with (root / DRIVER).open() as file:
             try:
-                # Shared, so that those who look are not in each other's way.
+                # A shared lock, so that processes that ask do not block each other.
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except OSError as error:
                 if error.errno not in UNSUPPORTED:
@@ -196,7 +197,7 @@ def _leased(lease: SoftFileLease) -> bool:
     if not Path(lease.lock_file).exists() or _deserted(lease):
         return False
     try:
-        # Whether the owner is alive is the library's to judge: it gives the lease of a dead one.
+        # The library checks whether the owner is alive; the lease of a dead one can be acquired.
         with lease.acquire(blocking=False):
             return False
     except (Timeout, OSError):
@@ -204,7 +205,7 @@ def _leased(lease: SoftFileLease) -> bool:
 
 
 def driver_of(root: Path) -> Driver | None:
-    """Who holds a directory's lock; None where nobody does."""
+    """The driver that holds a directory's lock; None if nobody does."""
     return _read(root / DRIVER) if is_locked(root) else None
 
 

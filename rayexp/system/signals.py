@@ -1,6 +1,7 @@
-"""The signals that ask a command to stop: Ctrl-C, a batch system's SIGTERM and its notice SIGUSR1, a closed terminal.
+"""The signals that ask a command to stop: Ctrl-C, SIGTERM or a warning (SIGUSR1) from a batch system, a closed
+terminal.
 
-A command that one of them has ended exits with 128 + its number: 130 Ctrl-C, 143 SIGTERM, 138 SIGUSR1, 129 SIGHUP.
+A command ended by one of them exits with 128 + its number: 130 Ctrl-C, 143 SIGTERM, 138 SIGUSR1, 129 SIGHUP.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP"
 
 @contextlib.contextmanager
 def handled(handler: Callable[[signal.Signals], None]) -> Iterator[None]:
-    """While this lasts, the signals call the handler. Outside the main thread they are left alone.
+    """Handle the signals with `handler` inside the `with` block. Does nothing outside the main thread.
 
-    SIGHUP stays ignored where it was: that is what `nohup` asks for. A signal whose handler was not set by Python stays
-    with that handler, which could not be put back.
+    A signal that is ignored stays ignored, which is what `nohup` asks for (except SIGINT). A signal with a handler that
+    Python did not set keeps it, because it could not be restored.
     """
 
     def call(number: int, frame: FrameType | None) -> None:
@@ -43,9 +44,9 @@ def handled(handler: Callable[[signal.Signals], None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def ending() -> Iterator[Callable[[signal.Signals], None]]:
-    """For what has nothing to save: while this lasts, the signals raise Stopped. Gives the handler that does it.
+    """Let the signals raise Stopped inside the `with` block, for commands with nothing to save. Yields the handler.
 
-    Ray makes a plain KeyboardInterrupt of it where it comes within a call to Ray; here it is Stopped again.
+    A Stopped that is raised within a call to Ray becomes a plain KeyboardInterrupt there; it is turned back here.
     """
     heard: list[signal.Signals] = []
 
@@ -64,10 +65,10 @@ def ending() -> Iterator[Callable[[signal.Signals], None]]:
 
 @contextlib.contextmanager
 def shielded() -> Iterator[None]:
-    """Processes that are started within do not hear the signals, nor do those that these start.
+    """Block the signals for processes that are started inside the `with` block, and for their children.
 
-    A batch system sends its signal to every process at once. It is this one that answers it: Ray and the workers must
-    live on until the step is saved. (Ray itself does the same with SIGINT.)
+    A batch system sends its signal to every process at once. Only this process responds to it; Ray and the workers must
+    live until the step is saved. (Ray itself does the same with SIGINT.)
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:

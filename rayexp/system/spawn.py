@@ -1,7 +1,7 @@
-"""The command of a Python process that runs a module of this package.
+"""The command line of a Python process that runs a module of this package.
 
-`python -m` would put the working directory first where modules are looked for, and a random.py, queue.py or token.py
-that happens to lie there would be imported in place of Python's own.
+`python -m` would put the working directory first on sys.path, and a random.py, queue.py or token.py there would be
+imported instead of Python's own.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-# -P leaves the working directory out. The package is the one that runs here, wherever it was found; once it is
-# imported, its modules are found through it.
+# -P leaves the working directory out. The first argument is the folder of the package that runs here, so that the new
+# process imports the same one; once the package is imported, its modules are found through it.
 _START = """
 import sys
 sys.path.insert(0, sys.argv.pop(1))
@@ -21,6 +21,6 @@ runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
 """
 
 
-def command(module: str, *words: str) -> list[str]:
-    """`python -m MODULE WORD ...` for a module of rayexp."""
-    return [sys.executable, "-P", "-c", _START, str(Path(__file__).resolve().parents[2]), module, *words]
+def command(module: str, *args: str) -> list[str]:
+    """The command line for `python -m MODULE ARGS...`, where the module is one of rayexp's."""
+    return [sys.executable, "-P", "-c", _START, str(Path(__file__).resolve().parents[2]), module, *args]

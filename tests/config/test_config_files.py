@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from rayexp.config import CompareConfig, ExperimentConfig, load, parse, passed_over, read, shipped
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 NAMES = st.sampled_from(
     ["123", "1e3", "1e-3", "0x1F", "010", "1_000", "null", "true", "no", "2026-11-23", "1.5", "0.", "y", "NaN"]

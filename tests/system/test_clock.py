@@ -1,4 +1,4 @@
-"""Seconds between processes, by a clock that nobody sets."""
+"""Seconds between processes, by the monotonic clock."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def test_another_process_of_this_host_counts_on(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(time, "time", lambda: 0.0)  # set back
     before = time.monotonic()
     code = "import json, sys; from rayexp.system import clock; print(clock.since(json.loads(sys.argv[1])))"
-    words = json.dumps(clock.mark(before - 100))
-    found = float(subprocess.run([sys.executable, "-c", code, words], capture_output=True, check=True).stdout)
+    mark = json.dumps(clock.mark(before - 100))
+    found = float(subprocess.run([sys.executable, "-c", code, mark], capture_output=True, check=True).stdout)
     assert 100 <= found <= 100 + time.monotonic() - before
 
 

@@ -31,10 +31,10 @@ class Faults:
                 monkeypatch.setattr(where, name, self.around(name, getattr(where, name)))
 
     def around(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        def faulty(*args: Any, **words: Any) -> Any:
+        def faulty(*args: Any, **kwargs: Any) -> Any:
             self.hit(name)
-            made = call(*args, **words)
-            if name == "open" and "w" in str(args[1:] + tuple(words.values())):
+            made = call(*args, **kwargs)
+            if name == "open" and "w" in str(args[1:] + tuple(kwargs.values())):
                 return Half(made, self)
             return made
 

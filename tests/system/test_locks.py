@@ -33,7 +33,7 @@ Environment = Callable[..., dict[str, str]]
 
 @contextlib.contextmanager
 def held(root: Path, env: dict[str, str] | None = None) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """Another process that drives a directory, and its token."""
+    """Another process that holds a directory's lock, and its token."""
     with subprocess.Popen([sys.executable, "-c", HOLD, root], stdout=subprocess.PIPE, text=True, env=env) as process:
         assert process.stdout is not None
         try:
@@ -84,10 +84,10 @@ def test_a_driver_on_a_mount_without_flock_is_seen_from_one_with_it(tmp_path: Pa
             pass
 
 
-def test_looking_is_in_nobodys_way(tmp_path: Path) -> None:
+def test_asking_blocks_nobody(tmp_path: Path) -> None:
     (tmp_path / "driver.lock").touch()
     with (tmp_path / "driver.lock").open() as other:
-        fcntl.flock(other, fcntl.LOCK_SH | fcntl.LOCK_NB)  # as one that looks, for longer than one does
+        fcntl.flock(other, fcntl.LOCK_SH | fcntl.LOCK_NB)  # as `is_locked` does, but for longer
         assert not is_locked(tmp_path)
         timer = threading.Timer(0.2, other.close)
         timer.start()
@@ -95,7 +95,7 @@ def test_looking_is_in_nobodys_way(tmp_path: Path) -> None:
             timer.join()
 
 
-def test_what_cannot_be_looked_at_counts_as_driven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_that_cannot_be_read_counts_as_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "driver.lock").touch()
     no_flock(monkeypatch, errno.EIO)
     assert is_locked(tmp_path)
