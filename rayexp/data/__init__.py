@@ -1,6 +1,6 @@
-"""Datasets: fetch, check, pack once, read. One file per dataset; `open_data` is the way in.
+"""Datasets: fetch, check, pack once, read. One file per dataset; the entry point is `open_data`.
 
-What comes out are mapped arrays (shared by all workers of a machine through the page cache), never copies.
+The data are memory-mapped arrays, never copies: all workers of a machine share them through the page cache.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ DATASETS = {
 
 @dataclass(frozen=True, slots=True)
 class ImageSplit:
-    """n images of one split, or of a subset of it; `read` gets the pixels.
+    """n images of one split, or of a subset of it; `read` returns the pixels.
 
     Attributes:
-        images: uint8[packed, height, width, 3], mapped: all that is packed, a subset or not.
-        rows: int64[n], rising: the rows of `images` that belong to the subset; None where all do.
-        labels: int64[n].
-        names: file names, `val_1008.JPEG`; n of them.
-        sha: names labels, names and pixels of exactly these samples. For a whole split see pack.split_sha; for a
-            subset it is made from the whole split's and the subset's size (pack.subset), so no pixel is read again.
+        images: uint8[packed, height, width, 3], mapped: all packed images of the split, also for a subset.
+        labels: int64[n], the number of each image's class.
+        names: n file names, such as `val_1008.JPEG`.
+        sha: identifies the labels, names and pixels of exactly these samples. For a whole split see pack.split_sha; for
+            a subset it is derived from that of the split and the subset's size (packed.subset), without reading pixels.
+        rows: int64[n], increasing: the rows of `images` that belong to the subset; None if all do.
     """
 
     images: NDArray[np.uint8]
@@ -48,9 +48,9 @@ class ImageSplit:
         return len(self.labels)
 
     def read(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Copy of the samples `indices` (int64[m], each 0 .. n-1): uint8[m, height, width, 3].
+        """A copy of the samples `indices` (int64[m], each from 0 to n-1): uint8[m, height, width, 3].
 
-        The interpreter lock is free while numpy copies, so threads may read at the same time.
+        numpy releases the interpreter lock while it copies, so that threads can read in parallel.
         """
         return self.images.take(indices if self.rows is None else self.rows[indices], axis=0)
 
@@ -60,8 +60,9 @@ class ImageData:
     """Training and validation images.
 
     Attributes:
-        classes: (id, words) in label order.
-        layout: what was taken for which split, as a line for people; empty where there was no choice.
+        train, val: the two splits.
+        classes: (id, readable name) of each class, in label order.
+        layout: which folders were used for which split, as a line for people; empty if there was no choice.
     """
 
     train: ImageSplit
@@ -72,10 +73,12 @@ class ImageData:
 
 @dataclass(frozen=True, slots=True)
 class TextData:
-    """Token streams int32[n], mapped; `vocabulary[id]` is the word.
+    """Three token streams.
 
     Attributes:
-        sha: sha256 over the vocabulary and each split's tokens: keys train, valid, test.
+        train, valid, test: int32[n], mapped: the ids of the tokens.
+        vocabulary: the word of each id.
+        sha: split (train, valid, test) -> sha256 over the vocabulary and the split's tokens.
     """
 
     train: NDArray[np.int32]

@@ -1,10 +1,10 @@
-"""Archives: what is in them, one file of them, and a limit to what they may unpack to.
+"""Archives: list their files, read one of them, and limit how much they may unpack to.
 
-A ZIP is read in place; nothing is extracted, so it cannot write anywhere. One that tries to (`..`, absolute paths,
-links) is refused all the same, because what it says is not what it holds. A tar, which can only be read from its
-beginning, becomes a ZIP in the cache first, file by file and under the same rules.
+A ZIP is read directly. Nothing is extracted, so its entries cannot overwrite files; unsafe ones (`..`, absolute paths,
+links) are refused all the same, since such an archive cannot be trusted. A tar can only be read from its beginning, so
+it is converted to a ZIP in the cache first, file by file and under the same rules.
 
-Sizes are checked before anything is unpacked, and counted while it is: what an archive says of itself may be false.
+Sizes are checked before unpacking and counted during it, because the sizes that an archive states may be false.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ from rayexp.errors import UserError
 from rayexp.system.disk import TEMPORARY, relative
 from rayexp.system.locks import share
 
-LARGEST = 1 << 30  # bytes of one file; more is no picture and no text
-ALL = 200 << 30  # bytes of all files together
-TIGHT = 200  # times the archive's size: nothing worth training on packs so well; text comes to ten times
+LARGEST = 1 << 30  # most bytes of one file; no image or text is larger
+ALL = 200 << 30  # most bytes of all files together
+TIGHT = 200  # most bytes of all files, as a multiple of the archive's size; text is compressed about ten times
 PLENTY = 256 << 20  # bytes that any archive may unpack to
-BLOCK = 1 << 20  # bytes unpacked at a time, and the most that a header may have
+BLOCK = 1 << 20  # bytes unpacked at a time, and the most bytes of a header
 BROKEN = (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError)
 TARS: dict[bytes, Callable[[Path], Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 
 
 class BrokenArchiveError(UserError):
-    """A file is no archive, or a truncated or damaged one."""
+    """A file is not an archive, or a truncated or damaged one."""
 
 
 def list_zip(path: Path, shown: Path) -> dict[str, tuple[int, int]]:
-    """The files of a ZIP -> (size, CRC), every entry checked; `shown` is what error lines call it.
+    """The files of a ZIP: name -> (size in bytes, CRC). Every entry is checked; `shown` is its name in errors.
 
     Raises:
-        UserError: it is no ZIP or a truncated one, or an entry is unsafe, too large or stands there twice.
+        UserError: it is not a ZIP or a truncated one, or an entry is unsafe, too large or listed twice.
     """
     files: dict[str, tuple[int, int]] = {}
     total = 0
@@ -74,7 +74,7 @@ def check_name(shown: Path, name: str) -> None:
 
 
 def check_size(shown: Path, name: str, size: int, total: int) -> None:
-    """Refuse an entry of `size` bytes, or what brings all to `total` bytes, where that is too much (UserError)."""
+    """Refuse an entry of `size` bytes, or entries of `total` bytes together, if that is too much (UserError)."""
     if size > LARGEST:
         raise UserError(
             f"{shown}: entry {name!r} claims {size / 1e9:,.1f} GB; refused (at most {LARGEST / 1e9:,.1f} GB a file)"
@@ -90,11 +90,11 @@ def read(path: Path, name: str, where: str, most: int = LARGEST) -> bytes:
 
     Args:
         path, name: the ZIP, and the file in it.
-        where: what error lines call it.
-        most: refuse one that is larger.
+        where: the file's name in errors.
+        most: refuse a file with more bytes.
 
     Raises:
-        UserError: it is missing, damaged or too large, by what the archive says or by what comes.
+        UserError: the file is missing, damaged or too large, as the archive states or as it is unpacked.
     """
     try:
         archive = _archive(path, path)
@@ -103,7 +103,7 @@ def read(path: Path, name: str, where: str, most: int = LARGEST) -> bytes:
             raise UserError(
                 f"{where}: unpacks to {entry.file_size / 1e6:,.0f} MB; refused (at most {most / 1e6:,.0f} MB)"
             )
-        # Only deflate lets itself be unpacked in pieces of a given size; of the others, little is taken in at a time.
+        # Only deflate can be unpacked in pieces of a given size; other methods are fed little input at a time.
         step = BLOCK if entry.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) else 4096
         with archive.open(entry) as file:
             return b"".join(iter(lambda: file.read(step), b""))
@@ -125,13 +125,13 @@ def _open_archive(path: Path, size: int, mtime: int) -> zipfile.ZipFile:
 
 
 def _hold(archive: zipfile.ZipFile) -> None:
-    """Share a lock of its file while it is open, so that nobody prunes the cache's own."""
+    """Take a shared lock of the archive's file while it is open, so that pruning the cache does not remove it."""
     if archive.fp is not None:
         share(archive.fp.fileno())
 
 
 def _archive(path: Path, shown: Path) -> zipfile.ZipFile:
-    """The opened archive, kept open while it does not change."""
+    """The opened archive; it is kept open until the file changes."""
     try:
         info = path.stat()
         return _open_archive(path, info.st_size, info.st_mtime_ns)
@@ -142,7 +142,7 @@ def _archive(path: Path, shown: Path) -> zipfile.ZipFile:
 
 
 def _looks(path: Path) -> str:
-    """That a file which should be an archive is a web page."""
+    """A remark for errors if a file that should be an archive is a web page; else an empty string."""
     with path.open("rb") as file:
         head = file.read(512).lstrip().lower()
     return "; it is a web page: a login, or an error" if head.startswith((b"<!doctype html", b"<html")) else ""
@@ -152,7 +152,7 @@ def _looks(path: Path) -> str:
 
 
 def as_zip(path: Path) -> Path:
-    """The file itself, or for a tar (plain, or packed with gzip, bzip2 or xz) a ZIP of the same files in the cache.
+    """The file itself, or for a tar (plain or compressed by gzip, bzip2 or xz) a ZIP of the same files in the cache.
 
     Raises:
         UserError: the tar is damaged, an entry is unsafe or too large, or the cache cannot be written.
@@ -182,7 +182,7 @@ def as_zip(path: Path) -> Path:
 
 
 def _tar(path: Path) -> Callable[[Path], Any] | None:
-    """How the tar in a file is read; None where there is none."""
+    """The function that opens a tar's uncompressed stream; None if the file is not a tar."""
     try:
         with path.open("rb") as file:
             head = file.read(tarfile.BLOCKSIZE)
@@ -201,7 +201,7 @@ def _convert(path: Path, stream: _Forward, to: Path) -> None:
     ):
         _hold(zipped)
         while (entry := archive.next()) is not None:
-            archive.members.clear()  # type: ignore[attr-defined]  # or it keeps them all
+            archive.members.clear()  # type: ignore[attr-defined]  # else it keeps all of them in memory
             if entry.isdir():
                 continue
             check_name(path, entry.name)
@@ -209,7 +209,7 @@ def _convert(path: Path, stream: _Forward, to: Path) -> None:
                 raise UserError(f"{path}: entry {entry.name!r} is a link, a device or has holes; refused")
             total += entry.size + tarfile.BLOCKSIZE
             check_size(path, entry.name, entry.size, total)
-            # ZIP knows names in UTF-8 only; others are taken for Latin-1.
+            # Names in a ZIP are UTF-8; names that are not are read as Latin-1.
             raw = os.fsencode(entry.name.removeprefix("./"))
             name = entry.name.removeprefix("./") if _is_utf8(raw) else raw.decode("latin-1")
             source = archive.extractfile(entry)
@@ -227,7 +227,7 @@ def _is_utf8(raw: bytes) -> bool:
 
 
 class _Forward:
-    """A stream as tarfile wants it, which only goes forward, and gives no header of megabytes."""
+    """A stream for tarfile that only moves forward and refuses headers of megabytes."""
 
     def __init__(self, path: Path, stream: IO[bytes]) -> None:
         self.path, self.stream = path, stream
@@ -237,13 +237,13 @@ class _Forward:
         return self.at
 
     def seek(self, to: int) -> None:
-        """Forward, by reading."""
+        """Move forward by reading."""
         while self.at < to:
             if not self.read(min(BLOCK, to - self.at)):
                 raise EOFError("it ends within a file")
 
     def read(self, size: int = -1) -> bytes:
-        """At most that many bytes."""
+        """Read at most `size` bytes."""
         if not 0 <= size <= BLOCK:
             raise UserError(f"{self.path}: a header of the tar claims {size / 1e6:,.0f} MB; refused")
         data = self.stream.read(size)

@@ -1,4 +1,4 @@
-"""Image files to pixels, in the processes of the pool."""
+"""Decode image files to pixels, in the processes of the pool."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from rayexp.data.fetch import FileSource, read
 from rayexp.errors import UserError
 
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # not all of Pillow's: some start other programs
-LARGEST = 256 << 20  # bytes of one file in an archive
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # not all of Pillow's: some run other programs
+LARGEST = 256 << 20  # most bytes of one file in an archive
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
 
 
 def decode(path: str, prefix: str, names: list[str], size: int, resize: bool, shown: str = "") -> bytes:
-    """sha256 of the pixels, then the pixels: uint8[len(names), size, size, 3].
+    """Decode images. Returns the sha256 of the pixels, then the pixels: uint8[len(names), size, size, 3].
 
     Args:
-        path, prefix, shown: of the Source that holds the files.
+        path, prefix, shown: those of the FileSource that contains the files.
         names: the files.
         size: height and width in pixels.
-        resize: False: images of another size are refused.
+        resize: True: resize and crop images of another size; False: refuse them.
 
     Raises:
-        UserError: a file is damaged, no image, of a kind whose brightness is not known, or of another size.
+        UserError: a file is damaged, is not an image, has pixels whose range is not known, or has another size.
     """
-    warnings.simplefilter("ignore")  # Pillow's remarks on odd but readable files
+    warnings.simplefilter("ignore")  # Pillow warns of unusual but readable files
     source = FileSource(Path(path), prefix, {}, shown=Path(shown) if shown else None)
     pixels = np.empty((len(names), size, size, 3), np.uint8)
     for row, name in enumerate(names):
         data = read(source.path, prefix + name, source.where(name), LARGEST)
         try:
             image = rgb(data, size if resize else None)
-        except Exception as error:  # Pillow raises nearly anything on broken files
+        except Exception as error:  # Pillow may raise almost any error for a broken file
             why = "no image format that is known here" if isinstance(error, UnidentifiedImageError) else error
             raise UserError(f"{source.where(name)}: cannot be decoded ({why})") from error
         if image.size != (size, size):
@@ -49,21 +49,21 @@ def decode(path: str, prefix: str, names: list[str], size: int, resize: bool, sh
 
 
 def answer(pixels: NDArray[np.uint8]) -> bytes:
-    """What the pool sends back: sha256 of the pixels, then the pixels."""
+    """The bytes that the pool sends back: sha256 of the pixels, then the pixels."""
     return hashlib.sha256(pixels.data).digest() + pixels.tobytes()
 
 
 def rgb(data: bytes, size: int | None) -> Image.Image:
-    """Decode to RGB as torchvision's loader does (grey, palette and CMYK converted, alpha dropped); with `size`,
-    turned upright by its EXIF tag, resized and cropped.
+    """Decode an image to RGB as torchvision's loader does (grey, palette and CMYK are converted, alpha is dropped).
+    With `size`, also rotate it by its EXIF tag, resize and crop it.
 
     Raises:
-        Anything that Pillow raises on a broken file.
-        ValueError: pixels of 32 bits or floats.
+        Exception: any error that Pillow raises for a broken file.
+        ValueError: the pixels are 32-bit integers or floats.
     """
     image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
     if size:
-        # JPEGs far larger than needed are decoded at a half, a quarter or an eighth, never below twice the size.
+        # Decode large JPEGs at a half, a quarter or an eighth of their size, but never below twice the size needed.
         image.draft(None, (2 * size, 2 * size))
     image.load()
     if size:
@@ -74,7 +74,7 @@ def rgb(data: bytes, size: int | None) -> Image.Image:
 
 
 def fit(image: Image.Image, size: int) -> Image.Image:
-    """The shorter side resized to `size` (bilinear, antialiased) and the centre cut out, as torchvision's Resize and
+    """Resize the shorter side to `size` (bilinear, antialiased) and crop the centre, as torchvision's Resize and
     CenterCrop do."""
     short = min(image.size)
     width, height = (size if side == short else int(size * side / short) for side in image.size)
@@ -84,10 +84,10 @@ def fit(image: Image.Image, size: int) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Deeper grey images scaled to 8 bits, which Pillow would clip: nearly all of it comes out white.
+    """Scale grey images of more than 8 bits to 8 bits; Pillow would clip them, which makes nearly all pixels white.
 
-    16 bits (and 12) have a white of their own. Numbers of 32 bits and floats have none: 1.0, 255 or 65,535 may be
-    meant, and scaling each image by its own range would lose their brightness, so they are refused.
+    16-bit (and 12-bit) images have a known white. 32-bit integers and floats have none: white may be 1.0, 255 or
+    65,535. To scale each image by its own range would lose its brightness, so they are refused.
     """
     if image.mode.startswith("I;16"):
         depth = _tiff_bits(image) or 16
@@ -99,6 +99,6 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _tiff_bits(image: Image.Image) -> int | None:
-    """BitsPerSample of a grey TIFF."""
+    """BitsPerSample of a grey TIFF; None for other images."""
     tags = getattr(image, "tag_v2", None)
     return int(tags.get(258, (16,))[0]) if tags else None

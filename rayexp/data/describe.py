@@ -1,4 +1,4 @@
-"""What lies in a dataset or a folder, as plain values: the answer of `rayexp data info`."""
+"""Describe a dataset or a folder as plain values, for `rayexp data info`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from rayexp.errors import UserError, nearest
 def describe(target: str, check: bool = False) -> dict[str, Any]:
     """Counts, classes or vocabulary size, and hashes of a dataset by name or of a folder, packed or not.
 
-    `kind` is `images` or `text`. With `check`, everything packed is read and its hashes compared.
+    `kind` is `images` or `text`. With `check`, all packed data are read and compared with their hashes.
 
     Raises:
-        UserError: there is no such thing, or it is damaged.
+        UserError: there is no such dataset or folder, or it is damaged.
     """
     root = Path(target).expanduser()
     if target == "python_docs":
@@ -38,7 +38,7 @@ def describe(target: str, check: bool = False) -> dict[str, Any]:
             raise UserError(f"{target}: not packed; run `rayexp data fetch tiny_imagenet --from {target} --to DIR`")
         return folder.info(root)
     if (root / "vocabulary.txt").exists():
-        return text.info(root)  # reading it compares the hashes
+        return text.info(root)  # this compares the hashes
     summary = packed.info(root)
     if check:
         packed.check(root)

@@ -1,7 +1,7 @@
-"""Downloads into the cache by requests, resumed where they were interrupted, checked and then put in place.
+"""Download files into the cache with requests: resume an interrupted download, check it, then rename it.
 
-An interrupted download leaves `.tmp-NAME` and goes on there, provided the server named the version of the file
-(ETag or Last-Modified) and still has that version.
+An interrupted download leaves `.tmp-NAME`. The next one continues it if the server named the version of the file (ETag
+or Last-Modified) and still has that version.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rayexp.system.disk import TEMPORARY
 from rayexp.system.locks import locked
 
 TINY_IMAGENET = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
-# Published checksums; a download from anywhere else is checked by its length (and every file in a ZIP by its CRC).
+# Published checksums. Other downloads are checked by their length (and every file in a ZIP by its CRC).
 KNOWN = {TINY_IMAGENET: "md5:90528d7ca1a48142e341f4ef8d21d0de"}
 ATTEMPTS = 5
 BLOCK = 1 << 20
@@ -27,18 +27,21 @@ TIMEOUT = (15, 60)  # seconds to connect, and between two pieces
 
 
 def cache_dir() -> Path:
-    """Where rayexp keeps what it makes or downloads: RAYEXP_CACHE, $XDG_CACHE_HOME/rayexp or ~/.cache/rayexp."""
+    """The folder for downloaded and packed data: RAYEXP_CACHE, $XDG_CACHE_HOME/rayexp or ~/.cache/rayexp."""
     if own := os.environ.get("RAYEXP_CACHE"):
         return Path(own).expanduser().absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "rayexp"
 
 
 def download(url: str, known_hash: str | None = None) -> Path:
-    """The file behind an http(s) URL, in `cache_dir()/downloads`; downloaded once.
+    """Download the file at an http(s) URL to `cache_dir()/downloads`, unless it is there already.
 
     Args:
-        url: where it is.
-        known_hash: `sha256:...` or `md5:...`; None looks in KNOWN.
+        url: the address of the file.
+        known_hash: `sha256:...` or `md5:...`; None: that in KNOWN, if any.
+
+    Returns:
+        The path of the file.
 
     Raises:
         UserError: the server cannot be reached or refuses, the checksum differs, or the disk is full.
@@ -51,7 +54,7 @@ def download(url: str, known_hash: str | None = None) -> Path:
     part = folder / f"{TEMPORARY}{name}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder / f"{TEMPORARY}{name}.lock"):  # a second process waits, and then finds the file
+        with locked(folder / f"{TEMPORARY}{name}.lock"):  # a second process waits and then finds the file
             path = folder / name
             if not (path.exists() and _matches(path, known)):
                 _fetch(url, part)
@@ -73,7 +76,7 @@ def download(url: str, known_hash: str | None = None) -> Path:
 
 
 def _matches(path: Path, known: str | None) -> bool:
-    """Whether the file has the checksum `algorithm:hex`; without one every file has."""
+    """Whether the file has the checksum `algorithm:hex`; True without a checksum."""
     if known is None:
         return True
     algorithm, _, wanted = known.rpartition(":")
@@ -82,7 +85,7 @@ def _matches(path: Path, known: str | None) -> bool:
 
 
 def _fetch(url: str, part: Path) -> None:
-    """All of the file into `part`, in several attempts; what an earlier one left there is kept."""
+    """Download the file to `part` in up to ATTEMPTS attempts; each continues where the one before ended."""
     import requests
 
     for attempt in range(ATTEMPTS):
@@ -95,7 +98,7 @@ def _fetch(url: str, part: Path) -> None:
 
 
 def _transfer(url: str, part: Path) -> None:
-    """One request; what `part` holds already is not asked for again."""
+    """Make one request, only for the bytes that `part` does not have yet."""
     import requests
 
     version = part.with_name(part.name + ".version")
@@ -104,7 +107,7 @@ def _transfer(url: str, part: Path) -> None:
     if have:
         headers |= {"Range": f"bytes={have}-", "If-Range": version.read_text()}
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as answer:
-        if answer.status_code == 416:  # all of it is here already, or more than there should be
+        if answer.status_code == 416:  # the whole file is here already, or too many bytes
             version.unlink()
             return _transfer(url, part)
         answer.raise_for_status()
@@ -131,7 +134,7 @@ def _transfer(url: str, part: Path) -> None:
 
 @contextlib.contextmanager
 def _bar(name: str, total: int | None, have: int) -> Any:
-    """A progress bar on stderr (nothing where that is no terminal)."""
+    """A progress bar on stderr (nothing if that is not a terminal)."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
@@ -143,7 +146,7 @@ def _bar(name: str, total: int | None, have: int) -> Any:
 
 
 def _reason(error: BaseException) -> str:
-    """The innermost cause, which is the one that says something."""
+    """The message of the innermost cause, which is the most specific one."""
     while error.args and isinstance(error.args[-1], BaseException):
         error = error.args[-1]
     return str(getattr(error, "reason", None) or error) or type(error).__name__

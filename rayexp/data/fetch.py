@@ -1,4 +1,4 @@
-"""Where raw data comes from: an archive (see archive.py), a folder or a URL (see download.py), read in place."""
+"""Read raw data from an archive (see archive.py), a folder, or a URL (see download.py)."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ class FileSource:
 
     Attributes:
         path: the ZIP (for a tar, the one that archive.as_zip made of it) or the folder.
-        prefix: what stands before every name inside (`tiny-imagenet-200/`, or nothing).
-        files: name without the prefix -> something that changes when the file does (size and CRC, or size and mtime).
-        url: where the archive was downloaded from, if it was.
-        shown: what error lines call it, if not `path`.
+        prefix: the part before every name (`tiny-imagenet-200/`, or empty).
+        files: name without the prefix -> two numbers that change with the file: its size in bytes, and its CRC (ZIP) or
+            mtime in ns (folder).
+        url: where the archive was downloaded from; None if it was not.
+        shown: the path to show in errors, if not `path`.
     """
 
     path: Path
@@ -44,57 +45,61 @@ class FileSource:
         return self.url or str((self.shown or self.path).absolute())
 
     def where(self, name: str) -> str:
-        """The file as error lines name it: `a.zip:train/x.JPEG` or `folder/train/x.JPEG`."""
+        """The file's name in errors: `a.zip:train/x.JPEG` or `folder/train/x.JPEG`."""
         at = self.shown or self.path
         return f"{at / self.prefix / name}" if self.path.is_dir() else f"{at}:{self.prefix}{name}"
 
     def read(self, name: str) -> bytes:
-        """One file's bytes.
+        """The bytes of one file.
 
         Raises:
-            UserError: it is missing or damaged (CRC); the line names it.
+            UserError: the file is missing or damaged (CRC); the line names it.
         """
         if name not in self.files:
             raise UserError(f"{self.where(name)}: missing")
         return read(self.path, self.prefix + name, self.where(name))
 
     def release(self) -> None:
-        """All has been read, or is not to be: the ZIP that was made of a tar goes."""
+        """Remove the ZIP that was made of a tar, once it is no longer needed."""
         if self.shown is not None:
             self.path.unlink(missing_ok=True)
 
     def text(self, name: str) -> str:
-        """One file as UTF-8 text (UserError where it is not)."""
+        """One file as UTF-8 text (UserError if it is not)."""
         try:
             return self.read(name).decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise UserError(f"{self.where(name)}: not UTF-8 text ({error.reason} at byte {error.start})") from error
 
     def key(self) -> str:
-        """sha256 over the listing: another archive, or a changed file, gives another key. No content is read."""
+        """sha256 over the listing; it differs for another archive or a changed file. No content is read."""
         listing = "\n".join(f"{name!r} {size} {mark}" for name, (size, mark) in sorted(self.files.items()))
         return hashlib.sha256(listing.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def is_url(source: str | Path) -> bool:
-    """http and https."""
+    """Whether the source is an http or https URL."""
     return re.match("https?://", str(source), re.IGNORECASE) is not None
 
 
 def open_source(source: str | Path, *markers: str, layout: str = "") -> FileSource:
-    """List an archive (ZIP or tar) or a folder (download a URL first). A marker is a file name that shows where the
-    data begins: at the top, or in a folder below it (in a folder: at most two deep). The first that is there counts.
+    """List the files of an archive (ZIP or tar) or a folder; download a URL first.
+
+    Args:
+        source: a path or a URL.
+        markers: file names that show where the data begin: at the top level or in a folder below it (if the source is a
+            folder, at most two levels down). The first marker that is found counts.
+        layout: what was expected, for the error if there is no marker.
 
     Raises:
-        UserError: there is no such file, it is no archive or a truncated one, an entry is unsafe, too large or stands
-            there twice, or no marker is in it (`layout` then says what was expected). A downloaded file that is no
-            archive is not kept.
+        UserError: there is no such file, it is not an archive or a truncated one, an entry is unsafe, too large or
+            listed twice, or there is no marker. A downloaded file that is not an archive is removed.
     """
     url = str(source) if is_url(source) else None
     path = download(url) if url else Path(source).expanduser()
     if path.is_dir():
-        places = (f"{above}{marker}" for marker in markers for above in ("", "*/", "*/*/"))
-        depths = (sorted(path.glob(place)) for place in places)
+        patterns = (f"{above}{marker}" for marker in markers for above in ("", "*/", "*/*/"))
+        depths = (sorted(path.glob(pattern)) for pattern in patterns)
         if found := next((files[0].parent for files in depths if files), None):
             return FileSource(found, "", list_folder(found))
     elif path.is_file():
@@ -125,7 +130,7 @@ def _open_archive(path: Path, url: str | None, markers: Sequence[str], layout: s
 
 
 def _prefix(files: Iterable[str], marker: str) -> str | None:
-    """What stands before the marker that is the least deep."""
+    """The path before the marker, for the one at the highest level; None if there is none."""
     at = [name for name in files if f"/{name}".endswith(f"/{marker}") and not name.startswith("__MACOSX/")]
     return min(at, key=lambda name: (name.count("/"), name)).removesuffix(marker) if at else None
 
@@ -139,11 +144,11 @@ def read(path: Path, name: str, where: str, most: int = archive.LARGEST) -> byte
 
     Args:
         path, name: the ZIP or folder, and the file in it.
-        where: what error lines call it.
-        most: refuse an archive's file that is larger.
+        where: the file's name in errors.
+        most: refuse a file in an archive with more bytes.
 
     Raises:
-        UserError: it is missing, damaged or too large.
+        UserError: the file is missing, damaged or too large.
     """
     try:
         if path.is_dir():
@@ -155,7 +160,8 @@ def read(path: Path, name: str, where: str, most: int = archive.LARGEST) -> byte
 
 
 def list_folder(root: Path) -> dict[str, tuple[int, int]]:
-    """All files below a folder: relative name with `/` -> (size, mtime in ns). Links are followed, once."""
+    """All files below a folder: relative name with `/` -> (size in bytes, mtime in ns). Each linked folder is listed
+    once."""
     files: dict[str, tuple[int, int]] = {}
     seen = set()
     for folder, below, names in os.walk(root, followlinks=True):
@@ -167,7 +173,7 @@ def list_folder(root: Path) -> dict[str, tuple[int, int]]:
         start = Path(folder).relative_to(root).as_posix() + "/"
         start = "" if start == "./" else start
         for name in names:
-            with contextlib.suppress(FileNotFoundError):  # a dangling link: who needs the file hears that it is missing
+            with contextlib.suppress(FileNotFoundError):  # a dangling link; a reader of the file will report it
                 info = Path(folder, name).stat()
                 files[start + name] = (info.st_size, info.st_mtime_ns)
     return files

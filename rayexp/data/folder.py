@@ -1,8 +1,8 @@
 """Any folder of images: root/train/<class>/... and root/val/<class>/..., or root/<class>/... alone (see layouts.py).
 
-Without a val folder every fifth image of each class, chosen by the hash of its name, is kept for validation. Images of
-any size are resized and cropped to `data.image_size` and packed into the cache; a folder in which a file came, went
-or changed is packed anew. A file that was only touched, or a copy of the folder, changes nothing: the pixels decide.
+Without a val folder a fifth of the images of each class, chosen by the hash of their names, is held out for validation.
+Images of any size are resized and cropped to `data.image_size` and packed into the cache. If a file is added, removed
+or changed, the folder is packed again; not if a file is only touched or the folder is copied, since the pixels decide.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ __all__ = ["info", "make_plan", "open_data"]
 
 
 def open_data(config: DataConfig) -> ImageData:
-    """The images below `config.root` (or what is packed there), packed into the cache on first use.
+    """The images below `config.root`, packed into the cache on first use; or the packed images in `config.root`.
 
     Raises:
-        UserError: the folder does not exist or has no such layout, or an image cannot be decoded; the line names it.
+        UserError: the folder does not exist or has another layout, or an image cannot be decoded; the line names it.
     """
     root = (config.root or Path()).expanduser().absolute()
     if done(root):
@@ -45,7 +45,7 @@ def open_data(config: DataConfig) -> ImageData:
 
 
 def info(root: Path) -> dict[str, Any]:
-    """Counts and classes of a folder that is not packed (UserError: see `make_plan`)."""
+    """Counts and classes of a folder that is not packed (UserError as for `make_plan`)."""
     plan = make_plan(root, DataConfig().image_size)
     labels = {split: [label for _, _, label in items] for split, items in plan.splits.items()}
     counts = {split: len(items) for split, items in plan.splits.items()}
@@ -61,11 +61,12 @@ def info(root: Path) -> dict[str, Any]:
 
 
 def make_plan(root: Path, size: int) -> PackPlan:
-    """Classes in alphabetical order (as torchvision's ImageFolder), images by class and number.
+    """Plan how to pack a folder: classes in alphabetical order (as in torchvision's ImageFolder), images by class and
+    number.
 
     Raises:
-        UserError: an unknown layout (see layouts.py), no classes, only one, an empty one, or a class of val that train
-            does not have.
+        UserError: the layout is unknown (see layouts.py), there are no classes or only one, a class is empty, or val
+            has a class that train does not have.
     """
     source = FileSource(root, "", list_folder(root))
     layout = find_layout(root, source.files)
@@ -96,13 +97,13 @@ def _in_order(classes: Classes) -> Classes:
 
 
 def _held_out(names: list[str]) -> list[str]:
-    """A fifth of a class, at least one where there are two. By hash: a new file moves few others across."""
+    """A fifth of a class, at least one image if there are two; chosen by hash, so that a new file moves few others."""
     by_hash = sorted(names, key=lambda name: hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest())
     return sorted(by_hash[: max(len(names) // 5, int(len(names) > 1))], key=natural)
 
 
 def _items(classes: Classes, label: dict[str, int], prefixes: tuple[str, str]) -> list[Item]:
-    """Known by their path from the class folder's parent on: file names alone repeat from class to class."""
+    """Name each image by its path from the class folder on, since file names may repeat in different classes."""
     train, val = prefixes
     return [
         (file, file.removeprefix(train).removeprefix(val), number)

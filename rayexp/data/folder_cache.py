@@ -1,9 +1,9 @@
-"""Image folders packed in the cache, found again by their listing or, where that has changed, by their pixels.
+"""Image folders packed in the cache. They are found again by their listing or, if that has changed, by their pixels.
 
 folders/<name>-<key>/       packed arrays, see pack.py; the key is made of names, sizes and times of the files
         files.json          size and time of every file when it was packed
         used.json           see uses.py
-folders/<name>-<other key>  a link to the above: another listing that has the same pixels
+folders/<name>-<other key>  a link to the above: another listing with the same pixels
 """
 
 from __future__ import annotations
@@ -28,29 +28,29 @@ FILES = "files.json"
 
 
 def home() -> Path:
-    """Where packed folders are."""
+    """The folder that contains the packed ones."""
     return cache_dir() / "folders"
 
 
-def place(plan: PackPlan, root: Path) -> Path:
-    """Where the folder `root` is or will be packed, as its files are listed now."""
+def location(plan: PackPlan, root: Path) -> Path:
+    """Where the folder `root`, with its present listing, is or will be packed."""
     return home() / f"{root.name}-{plan.key()[:16]}"
 
 
 def packed_for(plan: PackPlan, root: Path) -> Path:
-    """The packed folder of a plan for `root`, packed where there is none with the same pixels.
+    """The packed folder for `root`; it is packed unless there is one with the same pixels.
 
     Raises:
-        UserError: see pack; also where a file that was touched cannot be decoded.
+        UserError: as for pack, or a file that was touched cannot be decoded.
     """
-    at = place(plan, root)
+    at = location(plan, root)
     if not done(at):
         if at.is_symlink():
-            at.unlink(missing_ok=True)  # what it led to is gone
+            at.unlink(missing_ok=True)  # a dangling link
         same = None if at.exists() else _same(plan)
         if same is None:
             pack(at, lambda: plan)
-            with contextlib.suppress(OSError):  # then all files count as touched
+            with contextlib.suppress(OSError):  # without it, all files count as touched
                 write_atomic(at / FILES, json.dumps({split: _marks(plan, split) for split in SPLITS}))
         else:
             at = _link(at, same)
@@ -59,8 +59,8 @@ def packed_for(plan: PackPlan, root: Path) -> Path:
 
 
 def matches(plan: PackPlan, meta: dict[str, Any]) -> bool:
-    """Whether packed data are of the same names (and with them labels), classes and size as a plan; the pixels are
-    another matter."""
+    """Whether packed data have the same names (and so labels), classes and image size as a plan. The pixels are not
+    compared."""
     return (
         (meta["dataset"], meta["image_size"]) == (plan.dataset, plan.size)
         and [tuple(one) for one in meta["classes"]] == list(plan.classes)
@@ -73,8 +73,8 @@ def _marks(plan: PackPlan, split: str) -> list[list[int]]:
 
 
 def _same(plan: PackPlan) -> Path | None:
-    """A packed folder with the pixels that packing the plan would give. Only files with another size or time
-    than when it was packed are decoded."""
+    """A packed folder with the same pixels as the plan; None if there is none. Only files whose size or mtime has
+    changed since it was packed are decoded."""
     for candidate in sorted(home().glob("*")):
         if candidate.is_symlink() or candidate.name.startswith(TEMPORARY) or not done(candidate):
             continue
@@ -113,7 +113,8 @@ def _decode_equal(plan: PackPlan, items: Sequence[Item], packed: ImageSplit, par
 
 
 def _link(at: Path, to: Path) -> Path:
-    """Make `at` another name of `to`; without links, `to` itself is the answer and is found by its pixels next time."""
+    """Make `at` a link to `to` and return it. If links are not possible, return `to`, which will be found by its pixels
+    again."""
     temporary = at.with_name(f"{TEMPORARY}{secrets.token_hex(4)}")
     try:
         temporary.symlink_to(to.name)

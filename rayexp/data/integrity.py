@@ -1,9 +1,9 @@
-"""Whether packed pixels are still those that were packed: each array is hashed before its first use, and once more
-whenever its file is another one or was written to.
+"""Check that packed pixels are still those that were packed: each array is hashed before its first use, and again
+whenever its file is replaced or written to.
 
-What was found is remembered in `cache_dir()/verified`, for this user and machine, under the file's identity: device,
-inode, size, and the times at which content (mtime) and anything at all (ctime, which no program can set back) last
-changed. So the workers of a machine hash 1.2 GB once, not eight times, and an edit that restores the mtime is seen.
+A good result is remembered in `cache_dir()/verified`, for this user and machine, together with the file's identity:
+device, inode, size, mtime, and ctime (which no program can set back). So the workers of a machine hash 1.2 GB once, not
+eight times, and an edit that restores the mtime is noticed.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from rayexp.system.disk import write_atomic
 from rayexp.system.locks import locked
 
 Identity = list[int]
-COARSE_S, FINE_S = 2.0, 0.05  # the longest step of file times kept in whole seconds, and of finer ones
+COARSE_S, FINE_S = 2.0, 0.05  # largest resolution of file times: of those in whole seconds, and of finer ones
 
 
 def identity(path: Path) -> Identity:
-    """What changes when a file is written to or replaced: device, inode, size, mtime and ctime in ns."""
+    """Numbers that change if a file is written to or replaced: device, inode, size in bytes, mtime and ctime in ns."""
     info = path.stat()
     return [info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns]
 
@@ -41,18 +41,18 @@ def identity(path: Path) -> Identity:
 def check_images(
     path: Path, images: NDArray[np.uint8], opened: Identity, rows: int, chunks: Sequence[str], *, anew: bool = False
 ) -> None:
-    """Compare the mapped file `path` with the sha256 of its chunks of `rows` images, unless this very file was found
-    to be good before.
+    """Compare a mapped array with the sha256 of its chunks, unless this file is remembered as good.
 
     Args:
-        path: of the array.
-        images: uint8[n, height, width, 3], the file mapped.
-        opened: the file's identity just before it was mapped.
-        rows, chunks: how it was hashed when it was packed.
-        anew: hash it whatever is remembered.
+        path: the file.
+        images: uint8[n, height, width, 3], the mapped file.
+        opened: the identity of the file just before it was mapped.
+        rows: the number of images in a chunk.
+        chunks: the sha256 of each chunk when it was packed.
+        anew: hash the file in any case.
 
     Raises:
-        UserError: it differs; the line names the file and the images.
+        UserError: a chunk differs; the line names the file and the images.
     """
     digest = hashlib.sha256(f"{rows} {' '.join(chunks)}".encode()).hexdigest()
     note = _note(path)
@@ -61,9 +61,9 @@ def check_images(
             if _remembered(note, path, opened, digest):
                 return
             stack.enter_context(_alone(note))
-            if _remembered(note, path, opened, digest):  # another worker has hashed it while this one waited
+            if _remembered(note, path, opened, digest):  # another worker hashed it while this one waited
                 return
-        settled = _let_settle(opened)
+        times_tell = _wait_for_next_file_time(opened)
         bad = _first_difference(images, rows, chunks)
         if bad is not None:
             last = min(bad + rows, len(images)) - 1
@@ -71,13 +71,14 @@ def check_images(
                 f"{path}: damaged (images {bad} to {last} are not those that were packed); remove {path.parent}, "
                 f"and the same command (or `rayexp data fetch`) packs it again"
             )
-        if note and settled:
-            with contextlib.suppress(OSError):  # a memory that cannot be written only costs time
+        if note and times_tell:
+            with contextlib.suppress(OSError):  # without the note, the file is only hashed again
                 write_atomic(note, json.dumps({"path": str(path), "identity": opened, "chunks": digest}))
 
 
 def _first_difference(images: NDArray[np.uint8], rows: int, chunks: Sequence[str]) -> int | None:
-    """The first image of the first chunk with another hash; all cores hash (numpy and hashlib let the lock go)."""
+    """The first image of the first chunk with another hash, or None. Threads use all cores, since hashlib releases the
+    interpreter lock."""
     starts = range(0, len(images), rows)
     if len(starts) != len(chunks):
         return 0
@@ -93,8 +94,9 @@ def _first_difference(images: NDArray[np.uint8], rows: int, chunks: Sequence[str
     return None
 
 
-def _let_settle(opened: Identity) -> bool:
-    """Wait until a later write must show in the file's times, which go in steps; False where the clocks disagree."""
+def _wait_for_next_file_time(opened: Identity) -> bool:
+    """Wait until any later write must change the file's times, which have a limited resolution. False if the clocks of
+    this host and the file system disagree."""
     changed = opened[-1]
     step = COARSE_S if changed % 1_000_000_000 == 0 else FINE_S
     age = time.time() - changed / 1e9
@@ -103,11 +105,11 @@ def _let_settle(opened: Identity) -> bool:
     return age >= 0
 
 
-# ---------------------------------------------------------------------- the memory
+# ---------------------------------------------------------------------- remembered results
 
 
 def _note(path: Path) -> Path | None:
-    """Where it is remembered of a file; None where others could write there, or nobody can."""
+    """The note that remembers the result for a file; None if other users could write there, or nobody can."""
     folder = cache_dir() / "verified"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -117,7 +119,7 @@ def _note(path: Path) -> Path | None:
         return None
     if info.st_uid != os.geteuid() or info.st_mode & 0o022:
         return None
-    # By machine: a cache may be shared between hosts that see the file through different page caches.
+    # One note per machine: hosts that share a cache see the file through different page caches.
     name = f"{platform.node()}\0{real}".encode("utf-8", "surrogateescape")
     return folder / hashlib.sha256(name).hexdigest()[:32]
 
@@ -138,7 +140,7 @@ def _remembered(note: Path | None, path: Path, opened: Identity, digest: str) ->
 
 @contextlib.contextmanager
 def _alone(note: Path | None) -> Iterator[None]:
-    """Others who are to hash the same file wait. Where there is no lock to be had, each hashes for itself."""
+    """Let other processes wait that are about to hash the same file. Without locks, each hashes it."""
     with contextlib.ExitStack() as stack:
         if note is not None:
             with contextlib.suppress(OSError):

@@ -1,10 +1,10 @@
-"""Which folders of an image folder are splits and which are classes: a table of known layouts, and nothing guessed.
+"""Which folders of an image folder are splits and which are classes, by a table of known layouts; nothing is guessed.
 
-    train/<class>/...  and  val/<class>/...      val may be called valid, validation or dev, in any case
-    train/<class>/...  alone                     a share of each class is held out for validation
-    <class>/...                                  the same; only where no folder's name looks like a split's
+    train/<class>/...  and  val/<class>/...      val may be called valid, validation or dev, in upper or lower case
+    train/<class>/...  alone                     a part of each class is held out for validation
+    <class>/...                                  the same; only if no folder's name looks like that of a split
 
-`test/` beside train/ is set aside. Images outside class folders are left out, and said. Anything else is refused.
+`test/` beside train/ is ignored. Images outside class folders are left out and reported. Anything else is refused.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SPLITS = {
     "test": ("test", "testing"),
 }
 ROLE = {name: role for role, names in SPLITS.items() for name in names}
-# Such names are hardly classes, and not what the table knows.
+# Names that look like a split rather than a class.
 SPLIT_LIKE = re.compile(r"(train|val|valid|test|eval|dev)(ing|idation|uation)?[-_ ]?(sets?|images?|imgs|data|\d{4})?")
 ACCEPTED = (
     "accepted: train/<class>/ with val|valid|validation/<class>/ (test/ is set aside), train/<class>/, or <class>/"
@@ -35,14 +35,15 @@ Classes = dict[str, list[str]]
 
 @dataclass(frozen=True, slots=True)
 class FolderLayout:
-    """What lies where.
+    """The layout of an image folder.
 
     Attributes:
-        train, val: class -> its files, relative to the folder, in no order; `val` is empty where a share of `train` is
-            to be held out.
-        prefixes: what stands before the classes in `train` and `val`; images are known by what follows. For lack of
-            others `train/` and `val/`, even where a class is called so: old runs' hashes depend on it.
-        said: what was taken, in a line.
+        train, val: class -> its files, relative to the folder, in no order; `val` is empty if a part of `train` is to
+            be held out.
+        prefixes: the path before the classes in `train` and in `val`; an image is named by the rest of its path.
+            Without split folders they are `train/` and `val/`, even if a class has that name: hashes of old runs depend
+            on it.
+        said: which folders were used for which split, in a line.
     """
 
     train: Classes
@@ -52,10 +53,10 @@ class FolderLayout:
 
 
 def find_layout(root: Path, files: Iterable[str]) -> FolderLayout:
-    """The layout of the folder `root` with these files (relative names; those that are no images do not count).
+    """The layout of the folder `root` with these files (relative names; files that are not images are ignored).
 
     Raises:
-        UserError: it is none of the known ones; the line names what was found and what is accepted.
+        UserError: the layout is unknown; the line names what was found and what is accepted.
     """
     images = [name for name in files if is_image(name)]
     folders = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith((".", "__")))
@@ -120,7 +121,7 @@ def _classes(root: Path, images: list[str], loose: list[str], folders: list[str]
 
 
 def by_class(images: Iterable[str], below: str) -> Classes:
-    """class -> its files, those in deeper folders too."""
+    """class -> its files, including those in deeper folders."""
     classes: Classes = defaultdict(list)
     for name in images:
         inside = name.removeprefix(below)
@@ -130,7 +131,7 @@ def by_class(images: Iterable[str], below: str) -> Classes:
 
 
 def is_image(name: str) -> bool:
-    """Whether a relative file name is that of an image, and nothing in it is hidden."""
+    """Whether a relative file name is that of an image, and no part of it is hidden."""
     return name.lower().endswith(SUFFIXES) and not any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
 
 

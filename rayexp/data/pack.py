@@ -1,11 +1,12 @@
-"""Images packed once: every file decoded to uint8[size, size, 3], all of a split in one array that workers map.
+"""Pack images once: decode every file to uint8[size, size, 3], into one array per split that workers map.
 
     DIR/train_images.npy  uint8[n, size, size, 3]    DIR/train_labels.npy  int64[n]    (and val_...)
-    DIR/meta.json         format, classes, counts, sha256 by split, names; it is written last: no meta.json, no data
-    DIR/.tmp-pack/        while packing: chunks in order with their hashes; the next call checks them and goes on.
-                          All files, meta.json too, are complete in there before the first is moved to its place
+    DIR/meta.json         format, classes, counts, sha256 of each split, names; moved last: without it there is no data
+    DIR/.tmp-pack/        unfinished work: chunks in order with their hashes, which the next call checks and continues.
+                          All files, meta.json too, are complete in there before the first one is moved to DIR
 
-The source decides the order: the same files give the same arrays and hashes on any machine, with any number of cores.
+The order depends only on the source: the same files give the same arrays and hashes on any machine, with any number of
+cores.
 """
 
 from __future__ import annotations
@@ -33,26 +34,28 @@ FORMAT = 1
 SPLITS = ("train", "val")
 ARRAYS = tuple(f"{split}_{part}.npy" for split in SPLITS for part in ("images", "labels"))
 PARTIAL = f"{TEMPORARY}pack"
-MOVING = "moving"  # stands in there while files are moved to their places
+MOVING = "moving"  # a file in PARTIAL that exists while files are moved out of it
 LOCK = "lock"
-CHUNK_BYTES = 4 << 20  # pixels decoded in one call and hashed together
+CHUNK_BYTES = 4 << 20  # bytes of pixels that are decoded in one call and hashed together
 
 Item = tuple[str, str, int]
-"""A file of the source, the name it is known by (`val_1008.JPEG`), and its label."""
+"""A file of the source, its name in the packed data (`val_1008.JPEG`), and its label."""
 
 
 @dataclass(frozen=True, slots=True)
 class PackPlan:
-    """What is to be packed, fully checked but for the pixels.
+    """What is to be packed; everything is checked but the pixels.
 
     Attributes:
-        classes: (id, words) in label order.
-        splits: train and val, each in the order in which it is stored.
+        dataset: name of the dataset.
+        source: the files.
+        classes: (id, readable name) of each class, in label order.
+        splits: `train` and `val` -> their items in the order in which they are stored.
         size: height and width in pixels.
-        resize: False: images of another size are refused. True: the shorter side is resized to `size`
-            (bilinear, antialiased) and the centre cut out, as torchvision's Resize and CenterCrop do.
-        layout: what was taken for which split, in a line.
-        decoder: `module:name` of the pool's function, see decode.decode.
+        resize: False: images of another size are refused. True: the shorter side is resized to `size` (bilinear,
+            antialiased) and the centre cropped, as torchvision's Resize and CenterCrop do.
+        layout: which folders were used for which split, in a line.
+        decoder: `module:name` of the function that the pool runs, see decode.decode.
     """
 
     dataset: str
@@ -65,32 +68,32 @@ class PackPlan:
     decoder: str = "rayexp.data.decode:decode"
 
     def key(self) -> str:
-        """sha256 over all that decides the result; an unfinished packing goes on only under the same key."""
+        """sha256 over everything that the result depends on; unfinished work is continued only under the same key."""
         parts = [FORMAT, self.source.key(), self.classes, {k: list(v) for k, v in self.splits.items()}]
         return hashlib.sha256(json.dumps([*parts, self.size, self.resize]).encode()).hexdigest()
 
     def bytes(self) -> int:
-        """About how many bytes are packed: pixels, labels and names."""
+        """The approximate size of the packed data in bytes: pixels, labels and names."""
         items = [item for split in self.splits.values() for item in split]
         return sum(self.size * self.size * 3 + 8 + len(json.dumps(name)) + 8 for _, name, _ in items)
 
     def call(self, part: Sequence[Item]) -> list[Any]:
-        """The arguments with which the decoder gives these images."""
+        """The decoder's arguments for these images."""
         source = self.source
         files = [file for file, _, _ in part]
         return [str(source.path), source.prefix, files, self.size, self.resize, str(source.shown or "")]
 
 
 def done(to: Path) -> bool:
-    """Whether a folder holds finished data."""
+    """Whether a folder contains finished data."""
     return (to / "meta.json").is_file()
 
 
 def pack(to: Path, make_plan: Callable[[], PackPlan]) -> bool:
-    """Pack into a folder; False where that was done before. Several processes may call it at once: one packs, the
-    others wait for it. `make_plan` is called under that lock.
+    """Pack into a folder; return False if that was done before.
 
-    Ctrl-C and lost power leave `.tmp-pack`, with which the next call goes on. After a refusal nothing is left.
+    Several processes may call this at once: one packs, the others wait for it. `make_plan` is called under the lock.
+    Ctrl-C or a power failure leaves `.tmp-pack`, which the next call continues; an error leaves nothing.
 
     Raises:
         UserError: a file cannot be decoded or has the wrong size, the folder cannot be written, the disk is full.
@@ -103,7 +106,7 @@ def pack(to: Path, make_plan: Callable[[], PackPlan]) -> bool:
         with _alone(to) as partial:
             try:
                 if done(to):
-                    shutil.rmtree(partial, ignore_errors=True)  # one that waits may have begun in it
+                    shutil.rmtree(partial, ignore_errors=True)  # a waiting process may have put its lock there
                     return False
                 _pack(make_plan(), to, partial)
             except (UserError, OSError):
@@ -113,7 +116,7 @@ def pack(to: Path, make_plan: Callable[[], PackPlan]) -> bool:
     except (UserError, OSError) as error:
         for folder in made:
             with contextlib.suppress(OSError):
-                folder.rmdir()  # fails, as it should, where something else is in it
+                folder.rmdir()  # fails, as it should, if it contains anything else
         if isinstance(error, UserError):
             raise
         full = error.errno in FULL
@@ -124,7 +127,7 @@ def pack(to: Path, make_plan: Callable[[], PackPlan]) -> bool:
 
 @contextlib.contextmanager
 def _alone(to: Path) -> Iterator[Path]:
-    """The folder of unfinished work, locked against other processes (the lock goes when its holder dies)."""
+    """The folder for unfinished work, locked against other processes (the lock is released if its holder dies)."""
     partial = to / PARTIAL
     while True:
         partial.mkdir(parents=True, exist_ok=True)
@@ -132,13 +135,13 @@ def _alone(to: Path) -> Iterator[Path]:
             try:
                 stack.enter_context(locked(partial / LOCK))
             except FileNotFoundError:
-                continue  # the one before us has just finished and swept up
+                continue  # another process has just finished and removed it
             yield partial
             return
 
 
 def _pack(plan: PackPlan, to: Path, partial: Path) -> None:
-    """Write all files into `partial`, then move them to their places."""
+    """Write all files into `partial`, then move them to `to`."""
     _begin(plan, to, partial)
     splits: dict[str, dict[str, Any]] = {}
     with _progress(sum(map(len, plan.splits.values()))) as advance:
@@ -173,14 +176,14 @@ def _pack(plan: PackPlan, to: Path, partial: Path) -> None:
         if name == ARRAYS[-1]:
             sync_directory(to)
     sync_directory(to)
-    shutil.rmtree(partial, ignore_errors=True)  # one that waits may have begun in it
+    shutil.rmtree(partial, ignore_errors=True)  # a waiting process may have put its lock there
 
 
 def _begin(plan: PackPlan, to: Path, partial: Path) -> None:
-    """See to it that `partial` holds nothing but the beginning of this plan, and that there is room for the rest.
+    """Make sure that `partial` contains only unfinished work for this plan, and that there is room for the rest.
 
     Raises:
-        UserError: files of the arrays' names stand there that no packing left, or the disk is too full.
+        UserError: `to` contains files with the arrays' names that are not from packing, or the disk is too full.
     """
     _take_back(to, partial)
     state = partial / "key"
@@ -203,7 +206,7 @@ def _begin(plan: PackPlan, to: Path, partial: Path) -> None:
 
 
 def _take_back(to: Path, partial: Path) -> None:
-    """Undo the moving of a packing that did not end: its files go back to where it can go on with them."""
+    """Move the files of an unfinished packing back into `partial`, so that it can be continued."""
     if (partial / MOVING).exists() and not done(to):
         for name in ARRAYS:
             with contextlib.suppress(FileNotFoundError):
@@ -212,19 +215,19 @@ def _take_back(to: Path, partial: Path) -> None:
 
 
 def meta_sha(meta: Mapping[str, Any]) -> str:
-    """sha256 over the JSON text of all that meta.json holds beside this."""
+    """sha256 over the JSON text of everything else in meta.json."""
     return hashlib.sha256(json.dumps({k: v for k, v in meta.items() if k != "meta_sha"}).encode()).hexdigest()
 
 
 def chunk_rows(size: int) -> int:
-    """Images of one chunk."""
+    """The number of images in a chunk."""
     return max(1, CHUNK_BYTES // (size * size * 3))
 
 
 def split_sha(names: Sequence[str], labels: Sequence[int], chunks: Sequence[str]) -> str:
-    """A split's sha256: over the JSON text of [format, names, labels, the sha256 of each chunk's pixels].
+    """The sha256 of a split: over the JSON text of [format, names, labels, the sha256 of each chunk's pixels].
 
-    Hashing by chunk lets all cores share the work; every pixel counts all the same.
+    Hashing by chunk lets all cores share the work, and still covers every pixel.
     """
     return hashlib.sha256(json.dumps([FORMAT, list(names), list(labels), list(chunks)]).encode()).hexdigest()
 
@@ -232,7 +235,7 @@ def split_sha(names: Sequence[str], labels: Sequence[int], chunks: Sequence[str]
 def _images(
     plan: PackPlan, items: Sequence[Item], path: Path, journal: Path, advance: Callable[[int], None]
 ) -> list[str]:
-    """Append what is missing of one split's images; the hashes of all chunks."""
+    """Append the missing images of a split, and return the sha256 of all its chunks."""
     rows = chunk_rows(plan.size)
     starts = range(0, len(items), rows)
     header = _header((len(items), plan.size, plan.size, 3), np.dtype(np.uint8))
@@ -257,10 +260,10 @@ def _images(
 
 
 def _whole(file: BinaryIO, header: bytes, shas: list[str], size: int, most: int) -> list[str]:
-    """The leading chunks of an unfinished file that are as they should be; the file is cut after them."""
+    """The hashes of the intact chunks at the beginning of an unfinished file; the file is truncated after them."""
     good: list[str] = []
     if file.read(len(header)) == header:
-        for sha in shas[: most - 1]:  # the last one is decoded again rather than special
+        for sha in shas[: most - 1]:  # the last chunk may be shorter; it is always decoded again
             pixels = file.read(size)
             if len(pixels) < size or hashlib.sha256(pixels).hexdigest() != sha:
                 break
@@ -273,7 +276,7 @@ def _whole(file: BinaryIO, header: bytes, shas: list[str], size: int, most: int)
 
 
 def _header(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bytes:
-    """The head of an .npy file."""
+    """The header of an .npy file."""
     head = io.BytesIO()
     description = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(head, description)
@@ -289,7 +292,7 @@ def _write_array(path: Path, array: np.ndarray[Any, Any]) -> None:
 
 @contextlib.contextmanager
 def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr (nothing where that is no terminal)."""
+    """A progress bar on stderr (nothing if that is not a terminal)."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -1,5 +1,5 @@
-"""Reading what `pack` has packed: mapped arrays, checked against the hashes in meta.json, and balanced subsets of
-them. Labels and names are checked whenever they are opened, pixels once (see integrity.py)."""
+"""Read packed images: mapped arrays, checked against the hashes in meta.json, and balanced subsets of them. Labels and
+names are checked whenever they are opened, pixels once (see integrity.py)."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from rayexp.errors import UserError
 
 
 def open_packed(root: Path, config: DataConfig) -> ImageData:
-    """The images in a packed folder, cut to `max_train_samples` and `max_val_samples`.
+    """The images in a packed folder, limited to `max_train_samples` and `max_val_samples`.
 
     Raises:
-        UserError: nothing is packed there, an array is not what was packed, it is of a newer format, or its images
+        UserError: nothing is packed there, an array differs from what was packed, the format is newer, or the images
             have another size than `image_size`.
     """
     meta = read_meta(root)
@@ -35,12 +35,12 @@ def open_packed(root: Path, config: DataConfig) -> ImageData:
     for split, most in zip(SPLITS, (config.max_train_samples, config.max_val_samples), strict=True):
         whole = _open_split(root, meta, split)
         splits[split] = whole if most is None else subset(whole, most)
-    classes = tuple((id, words) for id, words in meta["classes"])
+    classes = tuple((id, name) for id, name in meta["classes"])
     return ImageData(splits["train"], splits["val"], classes, str(meta.get("layout", "")))
 
 
 def read_meta(root: Path) -> dict[str, Any]:
-    """meta.json of a packed folder (UserError where there is none, or a damaged or newer one)."""
+    """meta.json of a packed folder (UserError if it is missing, damaged or newer)."""
     path = root / "meta.json"
     try:
         meta = json.loads(path.read_bytes())
@@ -61,7 +61,7 @@ def read_meta(root: Path) -> dict[str, Any]:
             raise ValueError("names and counts differ")
         if not {"sha", "classes", "image_size", "source_key", "chunk", "chunks"} <= meta.keys():
             raise KeyError("sha, classes, image_size, source_key, chunk or chunks")
-        if meta_sha(meta) != meta.get("meta_sha", meta_sha(meta)):  # packed by an older rayexp, it has none
+        if meta_sha(meta) != meta.get("meta_sha", meta_sha(meta)):  # an older rayexp wrote no meta_sha
             raise ValueError("its text is not what was written")
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: damaged ({type(error).__name__}: {error}); remove {root} and fetch again") from error
@@ -69,10 +69,10 @@ def read_meta(root: Path) -> dict[str, Any]:
 
 
 def subset(split: ImageSplit, most: int) -> ImageSplit:
-    """The first images of each class, taken in turn from class to class until `most` are together; stored order.
+    """A balanced subset of `most` images, in stored order: the first image of each class, then the second, and so on.
 
-    The pixels are not copied. `sha` is the sha256 of `<the whole split's sha> balanced <most>`: the rule is fixed, so
-    these two name exactly these samples. A `most` that leaves nothing out gives the split itself.
+    The pixels are not copied. `sha` is the sha256 of `<the whole split's sha> balanced <most>`: since the rule is
+    fixed, this identifies exactly these samples. If nothing is left out, the split itself is returned.
     """
     if most >= len(split):
         return split
@@ -82,16 +82,22 @@ def subset(split: ImageSplit, most: int) -> ImageSplit:
 
 
 def balanced_rows(labels: NDArray[np.int64], most: int) -> NDArray[np.int64]:
-    """Rising int64[min(most, n)]: the first of each class, then the second of each class, and so on."""
+    """The rows of a balanced subset, int64[min(most, n)], increasing: the first of each class, then the second of each,
+    and so on.
+
+    Args:
+        labels: int64[n].
+        most: the size of the subset.
+    """
     order = np.argsort(labels, kind="stable")
     counts = np.bincount(labels)
-    turn = np.empty(len(labels), np.int64)  # how many of its class stand before it
+    turn = np.empty(len(labels), np.int64)  # the number of earlier rows with the same label
     turn[order] = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
     return np.sort(np.lexsort((labels, turn))[:most])
 
 
 def info(root: Path) -> dict[str, Any]:
-    """What `rayexp data info` prints of a packed folder: counts, classes, hashes, bytes (UserError: see read_meta)."""
+    """A packed folder as `rayexp data info` prints it: counts, classes, hashes, bytes (UserError as for read_meta)."""
     meta = read_meta(root)
     labels = {split: _labels(root, meta, split) for split in SPLITS}
     return {
@@ -110,16 +116,16 @@ def info(root: Path) -> dict[str, Any]:
 
 
 def class_table(classes: Sequence[Sequence[str]], labels: Mapping[str, ArrayLike]) -> list[dict[str, Any]]:
-    """A row for each class: label, id, words, and its number of images in each split."""
+    """A row for each class: `label`, `id`, `words` (its readable name), and its number of images in each split."""
     counts = {split: np.bincount(np.asarray(of, np.int64), minlength=len(classes)) for split, of in labels.items()}
     return [
-        {"label": label, "id": id, "words": words, **{split: int(of[label]) for split, of in counts.items()}}
-        for label, (id, words) in enumerate(classes)
+        {"label": label, "id": id, "words": name, **{split: int(of[label]) for split, of in counts.items()}}
+        for label, (id, name) in enumerate(classes)
     ]
 
 
 def check(root: Path) -> None:
-    """Read and hash everything, whatever is remembered (UserError names the array that is not what was packed)."""
+    """Read and hash everything, even what is remembered as good (UserError names an array that differs)."""
     meta = read_meta(root)
     for split in SPLITS:
         _open_split(root, meta, split, anew=True)
@@ -135,7 +141,7 @@ def _open_split(root: Path, meta: dict[str, Any], split: str, *, anew: bool = Fa
 
 
 def _labels(root: Path, meta: dict[str, Any], split: str) -> NDArray[np.int64]:
-    """The labels of a split, which with the names and the pixels' hashes must give the split's hash."""
+    """The labels of a split. Together with the names and the hashes of the pixels they must give the split's hash."""
     path = root / f"{split}_labels.npy"
     labels = np.array(_map(path, (meta["counts"][split],), np.int64))
     if split_sha(meta["names"][split], labels.tolist(), meta["chunks"][split]) != meta["sha"][split]:
@@ -158,7 +164,7 @@ def _identity(path: Path) -> integrity.Identity:
 
 
 def _map(path: Path, shape: tuple[int, ...], dtype: type[Any]) -> NDArray[Any]:
-    """An array on disk, mapped, as a plain ndarray."""
+    """An array on disk, memory-mapped, as a plain ndarray."""
     try:
         array = np.load(path, mmap_mode="r")
     except (OSError, ValueError, EOFError) as error:

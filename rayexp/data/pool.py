@@ -1,9 +1,10 @@
-"""A function run by several Python processes, results in order; what crosses goes over connections of multiprocessing.
+"""Run a function in several Python processes, with results in order. Calls and results are sent over connections of
+multiprocessing.
 
-Why no ProcessPoolExecutor: one that spawns runs the caller's main module again (a script without a guard would start
-itself over), and one that forks copies locks that other threads hold. loky does neither, but its workers outlive a
-caller that is killed, and its resource tracker imports from the working directory. These children import one function
-and nothing of the caller, and leave when the caller does, however it ends: their connection closes.
+Why not ProcessPoolExecutor: with spawn it runs the caller's main module again (a script without a guard would start
+itself again), and with fork it copies locks that other threads hold. loky does neither, but its workers survive if the
+caller is killed, and its resource tracker imports from the working directory. The children here import the function and
+nothing from the caller. They end when the caller ends, even if it is killed, because their connection is closed.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ class _Child:
 
 
 def ordered(function: str, calls: Iterable[list[Any]], processes: int | None = None) -> Generator[bytes]:
-    """The results of `module:name` for each list of arguments, in the order of the calls.
+    """The results of the function `module:name` for each list of arguments, in the order of the calls.
 
-    At most two calls per process are under way, so memory stays bounded. Closing the iterator ends the processes.
+    At most two calls per process are pending, so that memory is bounded. Closing the iterator ends the processes.
 
     Raises:
         UserError: the function raised it.
@@ -83,11 +84,11 @@ def _start(function: str) -> _Child:
         f"from rayexp.data.pool import serve; serve({function!r}, {theirs.fileno()})"
     )
     with theirs:
-        # A session of its own: Ctrl-C goes to the parent alone, which then ends its children.
+        # In its own session, so that Ctrl-C goes only to the parent, which then ends its children.
         process = subprocess.Popen(
             [sys.executable, "-P", "-c", code],
             stdin=subprocess.DEVNULL,
-            stdout=2,  # whatever prints: a command's own stdout may carry JSON
+            stdout=2,  # prints go to stderr, because the command's stdout may be JSON
             pass_fds=[theirs.fileno()],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             start_new_session=True,
@@ -96,8 +97,8 @@ def _start(function: str) -> _Child:
 
 
 def _paths() -> list[str]:
-    """The caller's sys.path, the working directory last: it must not stand before the standard library (with a
-    random.py or a queue.py in it). While a child starts, `-P` leaves it out."""
+    """The caller's sys.path with the working directory last: it must not precede the standard library, since it may
+    contain a random.py or a queue.py. While a child starts, `-P` leaves it out."""
     try:
         here = Path.cwd()
     except FileNotFoundError:
@@ -107,7 +108,7 @@ def _paths() -> list[str]:
 
 
 def _ask(child: _Child, arguments: list[Any]) -> bytes:
-    """Send one call and wait for its answer."""
+    """Send one call and wait for its result."""
     try:
         child.connection.send(arguments)
         answer: bytes | Exception = child.connection.recv()
@@ -120,7 +121,7 @@ def _ask(child: _Child, arguments: list[Any]) -> bytes:
 
 
 def serve(function: str, descriptor: int) -> None:
-    """The child: answer calls until the connection closes."""
+    """The main function of a child: answer calls until the connection is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     connection = Connection(descriptor)
     module, _, name = function.partition(":")

@@ -1,4 +1,4 @@
-"""What is in the cache, what of it is still of use, and removing the rest."""
+"""List the entries of the cache, decide which are still of use, and remove the others."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ IN_USE = "in use by a running process"
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One thing in the cache.
+    """One file or folder in the cache.
 
     Attributes:
         path: the file or folder.
         what: its kind.
-        of: the folder or archive it was made of; empty where that is not known.
+        of: the folder or archive it was made from; empty if that is not known.
         bytes: its size on disk.
-        state: why it stays or may go.
-        stale: whether nothing that still stands leads to it.
+        state: why it is kept or may be removed.
+        stale: whether it may be removed, because nothing uses it any more.
     """
 
     path: Path
@@ -66,7 +66,7 @@ def entries() -> list[Entry]:
 
 
 def prune() -> Iterator[Entry]:
-    """Remove what is stale, and give each as it goes (UserError: it cannot be removed)."""
+    """Remove stale entries, and yield each one after it is removed (UserError if it cannot be)."""
     for entry in entries():
         if entry.stale and _remove(entry):
             yield entry
@@ -85,7 +85,7 @@ def _bytes(path: Path) -> int:
 
 
 def _lock(path: Path) -> Path:
-    """The file by whose lock an entry is in use: of a packing, of a download, or of those who read."""
+    """The file that is locked while an entry is in use: by packing it, by downloading it, or by reading it."""
     if path.is_dir():
         return path / "meta.json" if (path / "meta.json").exists() else path / PARTIAL / "lock"
     beside = path.with_name(f"{path.name}.lock")
@@ -93,21 +93,21 @@ def _lock(path: Path) -> Path:
 
 
 def _entry(path: Path, what: str, of: str, stale: str | None, kept: str = "") -> Entry:
-    """`stale` says why it may go, `kept` why it stays; whatever a process holds stays."""
+    """`stale` says why an entry may be removed, `kept` why it is kept; one that a process uses is kept in any case."""
     with unshared(_lock(path)) as free:
         state = (stale or kept) if free else IN_USE
         return Entry(path, what, of, _bytes(path), state, free and stale is not None)
 
 
 def _remove(entry: Entry) -> bool:
-    """Under its lock, so that nobody takes it into use meanwhile; False where somebody has."""
+    """Remove an entry under its lock, so that nobody begins to use it meanwhile; False if a process uses it."""
     with unshared(_lock(entry.path)) as free:
         if not free:
             return False
         try:
             if entry.path.is_dir():
                 gone = entry.path.with_name(f"{TEMPORARY}gone-{entry.path.name}")
-                entry.path.rename(gone)  # in one step: never half a folder under its name
+                entry.path.rename(gone)  # so that there is never half a folder under its name
                 shutil.rmtree(gone)
             else:
                 entry.path.unlink()
@@ -121,7 +121,7 @@ def _remove(entry: Entry) -> bool:
 
 
 def _leftover(path: Path, what: str) -> Entry | None:
-    """What no process finished."""
+    """The entry of an unfinished file or folder; None if it is finished."""
     if path.name.startswith(TEMPORARY):
         return _entry(path, what, "", "left by a process that was stopped")
     if not done(path):
@@ -144,7 +144,7 @@ def _images(path: Path) -> Entry | None:
 
 
 def _state(path: Path, meta: dict[str, Any], root: Path) -> tuple[bool, str]:
-    """Whether a folder leads no longer to what is packed in `path`, and why."""
+    """Whether the data packed in `path` are no longer those of the folder `root`, and why."""
     if not root.is_dir():
         return True, f"{root} is gone"
     changed = True, f"{root} has changed since"
@@ -155,10 +155,10 @@ def _state(path: Path, meta: dict[str, Any], root: Path) -> tuple[bool, str]:
         plan = folder.make_plan(root, meta["image_size"])
     except UserError as error:
         return False, f"kept: {error}"
-    now = folder_cache.place(plan, root)
+    now = folder_cache.location(plan, root)
     if done(now):
         return (False, f"for {root}") if now.resolve() == path.resolve() else changed
-    # Files were touched or replaced since; only their pixels could tell.
+    # Files were touched or replaced since then; only their pixels would show whether they have changed.
     return (False, f"for {root}, perhaps") if folder_cache.matches(plan, meta) else changed
 
 

@@ -1,8 +1,8 @@
-"""The English of Python's own language reference (`pydoc_data.topics`): a small text that needs no file.
+"""Python's own language reference (`pydoc_data.topics`): a small English text that needs no file.
 
 A line is a paragraph; a token is a word, or one punctuation mark with its repetitions (`...`, `>>>`). The topics are
 split by the hash of their names, about 8 : 1 : 1. Words that occur only once in the training text become `<unk>`.
-Another version of Python has another text, and with it another data hash.
+Another version of Python has another text, and therefore another data hash.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ UNDERLINE = re.compile(r"^\s*[*=~^#\-]{3,}\s*$", re.MULTILINE)
 
 
 def open_data(config: DataConfig) -> TextData:
-    """The reference, as much of it as the configuration says.
+    """The reference, limited to the configured number of tokens.
 
     Raises:
         UserError: this Python was installed without its documentation topics.
@@ -37,7 +37,7 @@ def split_of(topic: str) -> str:
 
 
 def tokenise(topic: str) -> str:
-    """A topic as lines of tokens with blanks between them: one paragraph a line, titles without their underlines."""
+    """A topic as lines of tokens separated by blanks: one paragraph per line, titles without their underlines."""
     paragraphs = re.split(r"\n\s*\n", UNDERLINE.sub("", topic))
     lines = (" ".join(match[0] for match in TOKEN.finditer(paragraph)) for paragraph in paragraphs)
     return "".join(f"{line}\n" for line in lines if line)

@@ -1,4 +1,4 @@
-"""Packed images at another size: a copy in the cache, made from the packed pixels (no archive is needed)."""
+"""Packed images at another size: a copy in the cache, made from the packed pixels without the archive."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from rayexp.data.fetch import FileSource, cache_dir
 from rayexp.data.pack import SPLITS, Item, PackPlan, pack
 from rayexp.data.packed import open_packed, read_meta
 
-WHOLE = ("tiny_imagenet", "shapes")  # packed as they are; of others, what was cut off would be missing
+WHOLE = ("tiny_imagenet", "shapes")  # packed without cropping; other images have lost what was cropped
 
 
 def open_resized(root: Path, config: DataConfig) -> ImageData:
-    """The packed folder `root` at `config.image_size`; where it is packed at another size, a copy in the cache.
+    """The packed images in `root` at `config.image_size`; if they are packed at another size, a copy in the cache.
 
     Raises:
-        UserError: see open_packed; the cache cannot be written or its disk is full.
+        UserError: as for open_packed, or the cache cannot be written or its disk is full.
     """
     meta = read_meta(root)
     if meta["image_size"] == config.image_size or meta["dataset"] not in WHOLE:
@@ -50,7 +50,7 @@ def open_resized(root: Path, config: DataConfig) -> ImageData:
 
 
 def source_of(root: Path, meta: dict[str, Any]) -> FileSource:
-    """A packed folder as what is to be packed; its key changes with the images, not with the place."""
+    """A packed folder as a source for packing; its key depends on the images, not on the path."""
     return FileSource(root, "", {split: (meta["counts"][split], int(meta["sha"][split], 16)) for split in SPLITS})
 
 
@@ -60,7 +60,8 @@ def _items(split: str, images: ImageSplit) -> list[Item]:
 
 
 def resize(path: str, prefix: str, names: list[str], size: int, resize: bool, shown: str) -> bytes:
-    """For the pool, as decode.decode; names are `train/<row>` and `val/<row>` of the packed folder `path`."""
+    """Resize packed images in the pool, like decode.decode; names are `train/<row>` and `val/<row>` of the packed
+    folder `path`."""
     pixels = np.empty((len(names), size, size, 3), np.uint8)
     for row, name in enumerate(names):
         split, _, at = name.partition("/")

@@ -1,9 +1,9 @@
-"""shapes: the default images, drawn by rayexp itself as JPEGs in Tiny-ImageNet's layout, then packed like it.
+"""shapes: the default images, drawn by rayexp as JPEGs in the layout of Tiny-ImageNet, then packed in the same way.
 
-Twenty classes: {bar, circle, ring, star, triangle} x {plain, striped} x {warm, cold}. What tells nothing about the
-class: place, size, angle, exact colours, background, smaller shapes lying about (under and over), noise, JPEG quality.
-Every image comes from (seed, split, class, number) alone. Only draws that Python keeps the same in all versions
-(`Random.random`, `randbytes`) and whole-pixel drawing are used, so every machine draws the same.
+Twenty classes: {bar, circle, ring, star, triangle} x {plain, striped} x {warm, cold}. Independent of the class are
+position, size, angle, exact colours, background, smaller stray shapes (below and above), noise and JPEG quality. An
+image depends only on (seed, split, class, number). Only random functions that are the same in all versions of Python
+(`Random.random`, `randbytes`) and drawing in whole pixels are used, so that every machine draws the same images.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from rayexp.system.disk import TEMPORARY
 
 __all__ = ["draw", "draw_archive", "fetch", "home", "info", "open_data"]
 
-VERSION = 1  # of the drawing; a change gives the cached folder another name
+VERSION = 1  # of the images; part of the cached folder's name
 FORMS = ("bar", "circle", "ring", "star", "triangle")
 CLASSES = {
     f"{tone}_{fill}_{form}": f"{form}, {fill}, {tone}"
@@ -40,13 +40,13 @@ CLASSES = {
     for fill in ("plain", "striped")
     for form in FORMS
 }
-FINE = 3  # pixels are drawn as FINE x FINE and averaged
+FINE = 3  # each pixel is the average of FINE x FINE drawn ones
 Colour = tuple[int, int, int]
 
 
 def open_data(config: DataConfig) -> ImageData:
-    """The embedded images at `config.image_size` (drawn at 64, resized for others), made on first use in `cache_dir`;
-    or those that `fetch` put into `config.root`, likewise.
+    """The images at `config.image_size` (drawn at 64, else resized): made in `cache_dir` on first use, or those that
+    `fetch` put into `config.root`.
 
     Raises:
         UserError: the cache cannot be written or its disk is full.
@@ -57,15 +57,15 @@ def open_data(config: DataConfig) -> ImageData:
 
 
 def home(size: int = SIZE, train: int = 200, val: int = 50, seed: int = 0) -> Path:
-    """The packed folder, made where it is missing: `train` and `val` images of each class. Beside the arrays lies
-    shapes.zip, the JPEGs themselves."""
+    """The packed folder with `train` and `val` images of each class; made if it is missing. It also contains the JPEGs,
+    in shapes.zip."""
     to = cache_dir() / f"shapes-v{VERSION}-{train}x{val}-seed{seed}-{size}px"
     fetch(None, to, size=size, train=train, val=val, seed=seed)
     return to
 
 
 def fetch(source: str | None, to: Path, *, size: int = SIZE, train: int = 200, val: int = 50, seed: int = 0) -> bool:
-    """Draw and pack into `to`; False where that was done before. `source` is not used: there is none."""
+    """Draw and pack into `to`; return False if that was done before. `source` is ignored: there is none."""
 
     archive = to.absolute() / "shapes.zip"
     drawn = []
@@ -91,7 +91,7 @@ def fetch(source: str | None, to: Path, *, size: int = SIZE, train: int = 200, v
 
 
 def draw_archive(path: Path, train: int, val: int, seed: int) -> None:
-    """Write a ZIP in Tiny-ImageNet's layout; the same bytes for the same arguments (and the same JPEG library)."""
+    """Write a ZIP in the layout of Tiny-ImageNet: the same bytes for the same arguments (and the same JPEG library)."""
     top = "tiny-imagenet-200/"
     parts = [(split, name, count) for split, count in (("train", train), ("val", val)) for name in CLASSES]
     calls = ([split, name, count, seed] for split, name, count in parts)
@@ -101,13 +101,13 @@ def draw_archive(path: Path, train: int, val: int, seed: int) -> None:
         contextlib.closing(pool.ordered("rayexp.data.shapes:draw_class", calls)) as answers,
     ):
         archive.writestr(zipfile.ZipInfo(top + "wnids.txt"), "".join(f"{name}\n" for name in CLASSES))
-        words = "".join(f"{name}\t{text}\n" for name, text in CLASSES.items())
-        archive.writestr(zipfile.ZipInfo(top + "words.txt"), words)
+        readable = "".join(f"{name}\t{text}\n" for name, text in CLASSES.items())
+        archive.writestr(zipfile.ZipInfo(top + "words.txt"), readable)
         for (split, name, _), answer in zip(parts, answers, strict=True):
             for number, jpeg in enumerate(_unjoin(answer)):
                 file = f"train/{name}/images/{name}_{number}.JPEG"
                 if split == "val":
-                    # Numbered so that neighbours are of different classes, as in the official data.
+                    # Neighbouring numbers belong to different classes, as in the official data.
                     position = number * len(CLASSES) + list(CLASSES).index(name)
                     file = f"val/images/val_{position}.JPEG"
                     annotations.append((position, f"val_{position}.JPEG\t{name}\t0\t0\t{SIZE - 1}\t{SIZE - 1}\n"))
@@ -116,7 +116,7 @@ def draw_archive(path: Path, train: int, val: int, seed: int) -> None:
 
 
 def draw_class(split: str, name: str, count: int, seed: int) -> bytes:
-    """`count` JPEGs, each after its length (for the pool, which takes bytes)."""
+    """Draw `count` JPEGs, and return them as bytes for the pool: each after its length."""
     out = io.BytesIO()
     for number in range(count):
         jpeg = io.BytesIO()
@@ -136,7 +136,7 @@ def _unjoin(data: bytes) -> Iterator[bytes]:
 
 
 def draw(split: str, name: str, number: int, seed: int = 0) -> Image.Image:
-    """One image, RGB, 64x64, before JPEG."""
+    """Draw one image: RGB, 64x64 pixels, before JPEG compression."""
     tone, fill, form = name.split("_")
     rng = Random(f"{seed} {split} {name} {number}")
     side = SIZE * FINE
@@ -152,7 +152,7 @@ def draw(split: str, name: str, number: int, seed: int = 0) -> Image.Image:
     for _ in range(int(2 * rng.random())):
         _stray(canvas, rng)
     pixels = np.asarray(canvas.reduce(FINE)).astype(np.int16)
-    # Two bytes added make a triangular distribution; its width is drawn too.
+    # The sum of two random bytes has a triangular distribution; its width is random too.
     noise = np.frombuffer(rng.randbytes(2 * SIZE * SIZE * 3), np.uint8).reshape(2, SIZE, SIZE, 3).astype(np.int16)
     strength = 2 + int(10 * rng.random())
     pixels += (noise.sum(0, dtype=np.int16) - 255) * strength // 128
@@ -177,7 +177,7 @@ def outline(form: str, centre: tuple[float, float], radius: float, angle: float)
 
 
 def _surface(tone: str, fill: str, radius: float, rng: Random) -> Image.Image:
-    """A canvas full of the object's colour, with stripes or without."""
+    """A canvas filled with the object's colour, with or without stripes."""
     side = SIZE * FINE
     colour = _colour(tone, rng)
     surface = Image.new("RGB", (side, side), colour)
@@ -186,25 +186,25 @@ def _surface(tone: str, fill: str, radius: float, rng: Random) -> Image.Image:
     if fill == "striped":
         shade = 255 if sum(colour) < 380 else 0
         other = tuple(round(c + (shade - c) * lighter) for c in colour)
-        pen, dx, dy = ImageDraw.Draw(surface), math.cos(angle), math.sin(angle)
+        drawing, dx, dy = ImageDraw.Draw(surface), math.cos(angle), math.sin(angle)
         for k in range(-int(side / width), int(side / width) + 1):
             x, y = side / 2 + 2 * k * width * dx, side / 2 + 2 * k * width * dy
             ends = [
                 (round(x + s * width * dx / 2 + t * side * dy), round(y + s * width * dy / 2 - t * side * dx))
                 for s, t in ((-1, -2), (1, -2), (1, 2), (-1, 2))
             ]
-            pen.polygon(ends, fill=other)
+            drawing.polygon(ends, fill=other)
     return surface
 
 
 def _colour(tone: str, rng: Random) -> Colour:
-    """Warm: from magenta over red to yellow. Cold: from green over cyan to blue."""
+    """A random colour. Warm: from magenta through red to yellow. Cold: from green through cyan to blue."""
     hue = (-0.08 + 0.24 * rng.random()) % 1 if tone == "warm" else 0.36 + 0.32 * rng.random()
     return _rgb(hue, 0.35 + 0.6 * rng.random(), 0.45 + 0.5 * rng.random())
 
 
 def _rgb(hue: float, saturation: float, value: float) -> Colour:
-    """HSV in 0..1 to whole RGB."""
+    """Convert HSV (each from 0 to 1) to RGB (each from 0 to 255)."""
 
     def channel(n: int) -> int:
         k = (n + hue * 6) % 6
@@ -214,7 +214,7 @@ def _rgb(hue: float, saturation: float, value: float) -> Colour:
 
 
 def _stray(canvas: Image.Image, rng: Random) -> None:
-    """A small shape of any form, colour and place."""
+    """Draw a small shape of random form, colour and position."""
     side = SIZE * FINE
     form = FORMS[int(len(FORMS) * rng.random())]
     centre = (side * rng.random(), side * rng.random())

@@ -1,7 +1,7 @@
-"""Word-level text: any folder with train.txt, valid.txt and test.txt; and how every text dataset is packed and read.
+"""Word-level text: a folder with train.txt, valid.txt and test.txt; and how every text dataset is packed and read.
 
-A word is what stands between white space; every line ends with `<eos>`. Packed, a text is a folder with train.npy,
-valid.npy and test.npy (int32 word numbers), vocabulary.txt (one word a line, in number order) and meta.json.
+Words are separated by white space, and every line ends with `<eos>`. A packed text is a folder with train.npy,
+valid.npy and test.npy (int32 ids of words), vocabulary.txt (one word per line, in the order of the ids) and meta.json.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SPLITS = ("train", "valid", "test")
 
 
 def open_data(config: DataConfig) -> TextData:
-    """The text folder `config.root`, packed on first use into the cache under the hash of its content.
+    """The text in the folder `config.root`, packed on first use into the cache under the hash of its content.
 
     Raises:
         UserError: a file is missing, not UTF-8 or empty; the line names it.
@@ -42,7 +42,7 @@ def open_data(config: DataConfig) -> TextData:
 
 
 def info(root: Path) -> dict[str, Any]:
-    """Tokens of each split, vocabulary and hashes of a text folder, packed or plain."""
+    """The numbers of tokens, the size of the vocabulary, and the hashes of a text folder, packed or plain."""
     data = open_data(DataConfig(name="text", root=root))
     tokens = {name: len(getattr(data, name)) for name in SPLITS}
     return {"kind": "text", "root": str(root), "tokens": tokens, "vocabulary": len(data.vocabulary), "sha": data.sha}
@@ -52,7 +52,7 @@ def info(root: Path) -> dict[str, Any]:
 
 
 def decode(data: bytes, source: str) -> str:
-    """UTF-8 text with `\\n` line ends; UserError names the file and the offset of the first wrong byte."""
+    """Decode UTF-8 text with line ends as `\\n`; a UserError names the file and the offset of the first wrong byte."""
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -62,10 +62,10 @@ def decode(data: bytes, source: str) -> str:
 
 
 def words(text: str, source: str) -> list[str]:
-    """The words of a text, `<eos>` after every line.
+    """The words of a text, with `<eos>` after every line.
 
     Raises:
-        UserError: there is no word in it.
+        UserError: the text has no words.
     """
     lines = text.removesuffix("\n").split("\n")
     found = [word for line in lines for word in (*line.split(), EOS)]
@@ -81,8 +81,11 @@ def encode(
 
     Args:
         splits: the words of each split.
-        known: the splits whose words make the vocabulary; any other word becomes `<unk>`.
-        min_count: rarer words of these splits become `<unk>` too.
+        known: the splits whose words form the vocabulary; other words become `<unk>`.
+        min_count: words that occur less often in these splits become `<unk>` too.
+
+    Returns:
+        The vocabulary (the word of each id), and the tokens of each split: int32[n].
     """
     known = tuple(known)
     counts: Counter[str] = Counter()  # keeps the order of first appearance
@@ -107,7 +110,7 @@ def _pack_folder(folder: Path) -> tuple[tuple[str, ...], dict[str, NDArray[np.in
     try:
         found = _load(cached)
     except UserError:
-        pass  # not there yet, or damaged: made anew
+        pass  # not packed yet, or damaged
     else:
         uses.note(cached, folder.absolute())
         return found
@@ -121,16 +124,16 @@ def _pack_folder(folder: Path) -> tuple[tuple[str, ...], dict[str, NDArray[np.in
         uses.note(cached, folder.absolute())
         return _load(cached)
     except OSError:
-        return vocabulary, tokens  # a cache that cannot be written only costs time
+        return vocabulary, tokens  # the cache cannot be written: the text will only be packed again
 
 
 def raw_files(folder: Path) -> dict[str, bytes]:
-    """The three files of a plain folder by name (UserError where one cannot be read)."""
+    """The three files of a plain folder by name (UserError if one cannot be read)."""
     return {f"{name}.txt": read_file(folder / f"{name}.txt") for name in SPLITS}
 
 
 def key(raw: Mapping[str, bytes]) -> str:
-    """The name of a plain folder in the cache: a hash of its content."""
+    """The name under which a plain folder is cached: a hash of its content."""
     found = hashlib.sha256(f"text {LAYOUT}".encode())
     for data in raw.values():
         found.update(hashlib.sha256(data).digest())
@@ -138,7 +141,7 @@ def key(raw: Mapping[str, bytes]) -> str:
 
 
 def read_file(path: Path) -> bytes:
-    """A file's bytes (UserError where it cannot be read)."""
+    """The bytes of a file (UserError if it cannot be read)."""
     try:
         return path.read_bytes()
     except OSError as error:
@@ -171,7 +174,7 @@ def packed_files(
 
 
 def check_target(folder: Path) -> None:
-    """Refuse to pack into a folder that holds anything but a packed text, for packing replaces it (UserError)."""
+    """Refuse to pack into a folder with anything but a packed text in it, because packing replaces it (UserError)."""
     own = {"vocabulary.txt", "meta.json", *(f"{name}.npy" for name in SPLITS)}
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--to: {folder} is a file; give a folder")
@@ -181,16 +184,16 @@ def check_target(folder: Path) -> None:
 
 
 def read_packed(folder: Path, config: DataConfig) -> TextData:
-    """A packed text, as much of it as the configuration says.
+    """A packed text, limited to the configured number of tokens.
 
     Raises:
-        UserError: missing, damaged, or packed by a newer rayexp.
+        UserError: it is missing, damaged, or packed by another version of rayexp.
     """
     return capped(*_load(folder), config)
 
 
 def capped(vocabulary: Sequence[str], tokens: Mapping[str, NDArray[np.int32]], config: DataConfig) -> TextData:
-    """The first tokens of each split, as many as the configuration allows; the hashes cover exactly these."""
+    """The first tokens of each split, limited to the configured number; the hashes cover exactly these."""
     caps = {"train": config.max_train_tokens, "valid": config.max_val_tokens, "test": config.max_val_tokens}
     cut = {name: tokens[name][: caps[name]] for name in SPLITS}
     return TextData(cut["train"], cut["valid"], cut["test"], tuple(vocabulary), hashes(vocabulary, cut))
@@ -208,7 +211,7 @@ def hashes(vocabulary: Sequence[str], tokens: Mapping[str, NDArray[np.int32]]) -
 
 
 def _folder(config: DataConfig) -> Path:
-    if config.root is None:  # the configuration sees to it
+    if config.root is None:  # DataConfig does not allow this
         raise UserError(f"data.root: {config.name} needs a folder")
     if not config.root.is_dir():
         raise UserError(f"data.root: {config.root} is no folder")
@@ -216,7 +219,7 @@ def _folder(config: DataConfig) -> Path:
 
 
 def _load(folder: Path) -> tuple[tuple[str, ...], dict[str, NDArray[np.int32]]]:
-    """The vocabulary and the mapped tokens of a packed text, checked against its hashes."""
+    """The vocabulary and the memory-mapped tokens of a packed text, checked against its hashes."""
     try:
         meta = json.loads((folder / "meta.json").read_bytes())
         layout, sha = meta["layout"], meta["sha"]

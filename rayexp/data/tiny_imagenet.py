@@ -2,11 +2,11 @@
 
     wnids.txt  words.txt  train/<wnid>/images/*.JPEG  val/images/*.JPEG  val/val_annotations.txt   (test/ is ignored)
 
-or with the validation images sorted by class, as many keep them: val/<wnid>/images/*.JPEG or val/<wnid>/*.JPEG.
+or, as many people keep it, with the validation images sorted by class: val/<wnid>/images/*.JPEG or val/<wnid>/*.JPEG.
 
-Label l is the l-th class of wnids.txt in alphabetical order: torchvision's ImageFolder counts like that, and so do
-the files people keep (`val_1008.JPEG 107`); the line numbers of wnids.txt themselves are another order.
-Images are stored by class and number (train) and by number (val).
+Label l is the l-th class in alphabetical order, as in torchvision's ImageFolder and in label files that people keep
+(`val_1008.JPEG 107`). The order of the lines of wnids.txt is another one.
+Images are stored by class and number (train) or by number (val).
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ LAYOUT = (
 
 
 def open_data(config: DataConfig) -> ImageData:
-    """The packed folder `config.root`; for another `image_size`, a copy of it at that size, made on first use.
+    """The packed images in `config.root`; for another `image_size`, a copy at that size, made on first use.
 
     Raises:
-        UserError: see `open_packed`; for an unpacked folder or archive, the line says how to pack it.
+        UserError: as for `open_packed`; for an unpacked folder or archive, the line says how to pack it.
     """
     root = (config.root or Path("data/tiny_imagenet")).expanduser()
     if not done(root) and (root.is_file() or is_unpacked(root)):
@@ -49,15 +49,15 @@ def open_data(config: DataConfig) -> ImageData:
 
 
 def is_unpacked(root: Path) -> bool:
-    """Whether a folder holds the official files, as `open_source` finds them."""
+    """Whether a folder contains the official files where `open_source` finds them."""
     return any(next(root.glob(f"{above}wnids.txt"), None) for above in ("", "*/", "*/*/"))
 
 
 def fetch(source: str | Path | None, to: Path) -> bool:
-    """Pack an archive, a folder or a URL (None: the official one) into `to`; False where that was done before.
+    """Pack an archive, a folder or a URL (None: the official one) into `to`; return False if that was done before.
 
     Raises:
-        UserError: the source breaks the layout (the line names the file), or `to` holds other data.
+        UserError: the source has another layout (the line names the file), or `to` contains other data.
     """
     if done(to):
         meta = read_meta(to)
@@ -77,12 +77,12 @@ def fetch(source: str | Path | None, to: Path) -> bool:
     except UserError:
         found.release()
         raise
-    found.release()  # not where it was interrupted: the next call goes on with it
+    found.release()  # not after an interruption: the next call continues with it
     return packed
 
 
 def make_plan(source: FileSource, dataset: str, size: int = SIZE) -> PackPlan:
-    """Read the lists, match them with the files, and settle labels and order (UserError names what does not fit)."""
+    """Read the lists, compare them with the files, and determine labels and order (UserError names any mismatch)."""
     wnids = [line.strip() for line in source.text("wnids.txt").splitlines() if line.strip()]
     if not wnids:
         raise UserError(f"{source.where('wnids.txt')}: names no class")
@@ -150,10 +150,10 @@ def _val(source: FileSource, label: dict[str, int]) -> list[Item]:
 
 
 def _sorted_val(source: FileSource, label: dict[str, int]) -> list[Item]:
-    """The validation images of class folders, by number; empty where there are none.
+    """The validation images in class folders, by number; empty if there are none.
 
-    The same images give the same data as in the official layout. Where their names repeat from class to class, they
-    are known by class and name.
+    The same images give the same data as in the official layout. If file names repeat in different classes, images are
+    named by class and file name.
     """
     found: list[tuple[str, str, str]] = []
     for path in source.files:
@@ -177,7 +177,7 @@ def _sorted_val(source: FileSource, label: dict[str, int]) -> list[Item]:
 
 
 def _agree(source: FileSource, wnids: dict[str, str]) -> None:
-    """Compare class folders with the annotations that were left beside them (UserError names what differs)."""
+    """Compare the class folders with the annotations beside them (UserError names any difference)."""
     listed = "val/val_annotations.txt"
     for number, line in enumerate(source.text(listed).splitlines(), 1):
         name, wnid = (*line.split("\t"), "")[:2]

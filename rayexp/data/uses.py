@@ -1,4 +1,4 @@
-"""Who uses a packed folder of the cache: the folders it was opened for, and the processes that have it mapped."""
+"""Keep track of what uses a packed folder in the cache: the folders it was opened for, and processes that map it."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ USED = "used.json"
 
 
 def note(packed: Path, root: Path) -> None:
-    """Remember that `root`, a user's folder, is read by way of `packed`."""
+    """Remember that the user's folder `root` is read from `packed`."""
     known = users(packed)
     if str(root) not in known:
-        with contextlib.suppress(OSError):  # then pruning knows less
+        with contextlib.suppress(OSError):  # only pruning reads it
             write_atomic(packed / USED, json.dumps([*known, str(root)]))
 
 
 def users(packed: Path) -> list[str]:
-    """The folders that were read by way of `packed`; none where an older rayexp packed it."""
+    """The folders that were read from `packed`; none if an older rayexp packed it."""
     try:
         found = json.loads((packed / USED).read_bytes())
     except (OSError, ValueError):
@@ -36,8 +36,8 @@ def users(packed: Path) -> list[str]:
 
 
 def hold(packed: Path, array: NDArray[Any]) -> None:
-    """Share the lock of `packed` for as long as its mapped array lives, so that nobody prunes it meanwhile. On a file
-    system without locks there is none."""
+    """Take a shared lock of `packed` for as long as its mapped array lives, so that pruning does not remove it. Does
+    nothing on a file system without locks."""
     mapping: Any = array
     while mapping is not None and not isinstance(mapping, mmap.mmap):
         mapping = getattr(mapping, "base", None)

@@ -11,22 +11,23 @@ from rayexp.data.fetch import open_source
 from rayexp.errors import UserError
 from rayexp.system.disk import write_directory
 
-# The published text, with one <eos> a line.
+# Counts of the published text, with one <eos> per line.
 TOKENS = {"train": 2_088_628, "valid": 217_646, "test": 245_569}
 WORDS = 33_278
 LAYOUT = "wiki.train.tokens, wiki.valid.tokens and wiki.test.tokens, or train.txt, valid.txt and test.txt"
 
 
 def fetch(source: str | Path, to: Path) -> dict[str, Any]:
-    """Read the three splits from a ZIP or a folder, number their words, and pack them into the folder `to`.
+    """Read the three splits from an archive, a folder or a URL, number their words, and pack them into the folder `to`.
 
-    The vocabulary is that of all three splits together, as in the published data: no word is unknown.
+    The vocabulary is that of all three splits together, as in the published data, so that no word is unknown.
 
     Returns:
-        What `meta.json` holds; `notes` lists every count that differs from the published text.
+        `name`, `root`, `tokens` (counts, and the size of the vocabulary), and `notes`: every count that differs from
+        the published text.
 
     Raises:
-        UserError: a file is missing, damaged, empty or not UTF-8, or `to` holds something else; the line names it.
+        UserError: a file is missing, damaged, empty or not UTF-8, or `to` contains something else; the line names it.
             Nothing is written then.
     """
     text.check_target(to)
@@ -51,7 +52,7 @@ def fetch(source: str | Path, to: Path) -> dict[str, Any]:
 
 
 def open_data(config: DataConfig) -> TextData:
-    """The packed text in `config.root`, as much of it as the configuration says.
+    """The packed text in `config.root`, limited to the configured number of tokens.
 
     Raises:
         UserError: it has not been fetched, or is damaged.
@@ -66,5 +67,5 @@ def open_data(config: DataConfig) -> TextData:
 
 
 def info(root: Path) -> dict[str, Any]:
-    """Tokens of each split, vocabulary and hashes of the packed text."""
+    """The numbers of tokens, the size of the vocabulary, and the hashes of the packed text."""
     return text.info(root)

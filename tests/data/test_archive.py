@@ -230,10 +230,10 @@ def test_truncated_tars(tmp_path, tiny, cache, kind, share):
 
 def test_sizes_that_are_whole_blocks(tmp_path, cache):
     """Behind such a file there is nothing to skip."""
-    words = {name: "".join(f"{name}{k:07d}\n" for k in range(512)) for name in ("train", "valid", "test")}
+    texts = {name: "".join(f"{name}{k:07d}\n" for k in range(512)) for name in ("train", "valid", "test")}
     path = tmp_path / "w.tgz"
     with tarfile.open(path, "w:gz") as target:
-        for name, lines in words.items():
+        for name, lines in texts.items():
             entry = tarfile.TarInfo(f"w/wiki.{name}.tokens")
             data = (lines + "x " * 4096)[:4096].encode()
             entry.size = len(data)

@@ -245,19 +245,19 @@ def test_text(tmp_path, cache):
     folder.mkdir()
     for name in text.SPLITS:
         (folder / f"{name}.txt").write_text("a b\n")
-    words = DataConfig(name="text", root=folder)
-    open_data(words)
+    config = DataConfig(name="text", root=folder)
+    open_data(config)
     ((state, stale),) = states(cache).values()
     assert (state, stale) == (f"for {folder}", False)
     (folder / "train.txt").write_text("c d\n")
     assert list(states(cache).values()) == [(f"{folder} has changed since", True)]
-    open_data(words)
+    open_data(config)
     assert len(list(prune.prune())) == 1
-    assert open_data(words).vocabulary == ("c", "d", "<eos>", "<unk>")
+    assert open_data(config).vocabulary == ("c", "d", "<eos>", "<unk>")
     ((path, _),) = states(cache).items()
     (cache / path / "used.json").unlink()  # of an older rayexp
     assert list(states(cache).values()) == [("kept: it is not known of what folder", False)]
-    open_data(words)
+    open_data(config)
     shutil.rmtree(folder)
     assert [one.state for one in prune.prune()] == [f"{folder} is gone"]
 
@@ -307,8 +307,8 @@ def test_what_became_of_a_tar(cache, tiny, tmp_path):
 
 
 def test_the_command(root, cache, tiny, tmp_path):
-    def rayexp(*words: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "rayexp", "data", "cache", *words]
+    def rayexp(*args: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "rayexp", "data", "cache", *args]
         return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
 
     assert rayexp().stdout == f"stale: 0 of 0, 0.0 MB, in {cache}\n"

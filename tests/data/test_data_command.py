@@ -12,8 +12,8 @@ import pytest
 def rayexp(tmp_path, cache):
     """Run the command in an empty folder."""
 
-    def run(*words):
-        command = [sys.executable, "-m", "rayexp", "data", *map(str, words)]
+    def run(*args):
+        command = [sys.executable, "-m", "rayexp", "data", *map(str, args)]
         return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
 
     return run
@@ -56,7 +56,7 @@ def test_info_of_text_and_of_a_plain_folder(rayexp, tmp_path, tiny):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("args", "message"),
     [
         (("fetch", "tiny_imagnet"), "unknown dataset 'tiny_imagnet' (did you mean tiny_imagenet?); allowed: shapes,"),
         (("fetch", "tiny_imagenet", "--from", "none.zip"), "none.zip: no such file or folder"),
@@ -67,8 +67,8 @@ def test_info_of_text_and_of_a_plain_folder(rayexp, tmp_path, tiny):
         (("info", "."), "no images in class folders"),
     ],
 )
-def test_wrong_input(rayexp, tmp_path, listing, words, message):
-    answer = rayexp(*words)
+def test_wrong_input(rayexp, tmp_path, listing, args, message):
+    answer = rayexp(*args)
     assert answer.returncode == 2
     assert message in answer.stderr
     assert len(answer.stderr.splitlines()) == 1

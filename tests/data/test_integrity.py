@@ -107,10 +107,10 @@ def test_every_pixel_counts(folder):
     open_(folder)
 
 
-@pytest.mark.parametrize("change", ["class word", "class more", "chunk gone", "chunk rows"])
+@pytest.mark.parametrize("change", ["class name", "class more", "chunk gone", "chunk rows"])
 def test_meta_that_was_edited(folder, change):
     meta = json.loads((folder / "meta.json").read_text())
-    if change == "class word":
+    if change == "class name":
         meta["classes"][1][1] = "wasp"
     elif change == "class more":
         meta["classes"].append(["n09", "nine"])
@@ -184,24 +184,24 @@ def test_a_write_just_after_packing_shows(folder, monkeypatch):
     waited: list[float] = []
     monkeypatch.setattr(integrity.time, "sleep", waited.append)
     monkeypatch.setattr(integrity.time, "time", lambda: 1_000.01)
-    assert integrity._let_settle([0, 0, 0, 0, 1_000_000_000_001])
+    assert integrity._wait_for_next_file_time([0, 0, 0, 0, 1_000_000_000_001])
     assert waited == [pytest.approx(integrity.FINE_S - 0.01, abs=1e-6)]
-    assert integrity._let_settle([0, 0, 0, 0, 999_000_000_000])  # whole seconds: a coarse file system
+    assert integrity._wait_for_next_file_time([0, 0, 0, 0, 999_000_000_000])  # whole seconds: a coarse file system
     assert waited[1:] == [pytest.approx(integrity.COARSE_S - 1.01)]
-    assert integrity._let_settle([0, 0, 0, 0, 990_000_000_001])
+    assert integrity._wait_for_next_file_time([0, 0, 0, 0, 990_000_000_001])
     assert len(waited) == 2
-    assert not integrity._let_settle([0, 0, 0, 0, 1_001_000_000_001])  # from the future: another clock
+    assert not integrity._wait_for_next_file_time([0, 0, 0, 0, 1_001_000_000_001])  # from the future: another clock
     assert path.exists()
 
 
-def test_hashing_begins_when_the_times_have_settled(folder, hashed, monkeypatch):
+def test_hashing_waits_for_the_next_file_time(folder, hashed, monkeypatch):
     seen: list[int] = []
 
-    def settle(opened):
+    def wait(opened):
         seen.append(len(hashed))
         return False  # the clocks disagree
 
-    monkeypatch.setattr(integrity, "_let_settle", settle)
+    monkeypatch.setattr(integrity, "_wait_for_next_file_time", wait)
     open_(folder)
     open_(folder)
     assert seen == [0, 1, 2, 3]

@@ -324,10 +324,10 @@ def test_helpers_import_nothing_from_the_working_directory(tmp_path, module, com
     code = f"import random, queue, token, json, numpy; import rayexp.data.pool; {code}"
     script = tmp_path.parent / f"{tmp_path.name}-script.py"
     script.write_text(code)
-    words = {"-c": ["-c", code], "script": [script], "-m": ["-m", script.stem]}[command]
+    args = {"-c": ["-c", code], "script": [script], "-m": ["-m", script.stem]}[command]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HOUSE), str(script.parent)])}
     done = subprocess.run(
-        [sys.executable, *words], capture_output=True, text=True, timeout=60, cwd=script.parent, env=environment
+        [sys.executable, *args], capture_output=True, text=True, timeout=60, cwd=script.parent, env=environment
     )
     assert done.stdout == "[b'\\x00\\x00\\x00']\n", done.stderr
     assert not (tmp_path / "ran").exists()

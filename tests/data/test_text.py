@@ -1,4 +1,4 @@
-"""Word-level text: numbering, packing, caps, and what is said of bad input."""
+"""Word-level text: numbering, packing, limits, and errors for bad input."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_the_hash_covers_the_vocabulary() -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "content", "words"),
+    ("file", "content", "message"),
     [
         ("valid.txt", None, "valid.txt: cannot be read"),
         ("test.txt", b"abc\ndef\xe9g\n", "test.txt: not UTF-8 (byte 0xe9 at offset 7)"),
@@ -110,11 +110,11 @@ def test_the_hash_covers_the_vocabulary() -> None:
         ("valid.txt", b"\n \n", "valid.txt: the text is empty"),
     ],
 )
-def test_bad_files_are_named(folder: Path, cache: Path, file: str, content: bytes | None, words: str) -> None:
+def test_bad_files_are_named(folder: Path, cache: Path, file: str, content: bytes | None, message: str) -> None:
     (folder / file).unlink() if content is None else (folder / file).write_bytes(content)
     with pytest.raises(UserError) as error:
         open_data(DataConfig(name="text", root=folder))
-    assert words in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
     assert not list(cache.iterdir())
 

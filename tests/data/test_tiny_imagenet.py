@@ -439,7 +439,7 @@ def test_real_archive(tmp_path, real_data, helpers):
     assert (len(data.train), len(data.val), len(data.classes)) == (16_000, 10_000, 200)
     assert np.bincount(data.train.labels).tolist() == [80] * 200
     assert np.bincount(data.val.labels).tolist() == [50] * 200
-    # The labels of the lab's own list of judgements.
+    # The labels of the lab's own list.
     known = {"val_1005.JPEG": 88, "val_1006.JPEG": 63, "val_1007.JPEG": 107, "val_1008.JPEG": 107, "val_101.JPEG": 42}
     assert {name: int(data.val.labels[data.val.names.index(name)]) for name in known} == known
     assert data.classes[107][0] == "n03444034"
