@@ -88,7 +88,7 @@ def make_plan(root: Path, size: int) -> PackPlan:
         splits={"train": _items(train, label, layout.prefixes), "val": _items(val, label, layout.prefixes)},
         size=size,
         resize=True,
-        layout=f"{len(label):,} classes; {layout.said}",
+        layout=f"{len(label):,} classes; {layout.summary}",
     )
 
 

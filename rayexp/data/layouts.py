@@ -43,13 +43,13 @@ class FolderLayout:
         prefixes: the path before the classes in `train` and in `val`; an image is named by the rest of its path.
             Without split folders they are `train/` and `val/`, even if a class has that name: hashes of old runs depend
             on it.
-        said: which folders were used for which split, in a line.
+        summary: which folders were used for which split, in a line.
     """
 
     train: Classes
     val: Classes
     prefixes: tuple[str, str]
-    said: str
+    summary: str
 
 
 def find_layout(root: Path, files: Iterable[str]) -> FolderLayout:
@@ -116,8 +116,8 @@ def _classes(root: Path, images: list[str], loose: list[str], folders: list[str]
         inside = sorted({image.split("/")[1] for image in classes[name] if image.count("/") > 1})
         if any(part.lower() in ROLE for part in inside):
             raise _refused(root, f"{_some(inside)} lie in {name}/; name that folder: data.root={root / name}")
-    said = _line(["train from the class folders", "val: a fifth of each class, held out"], loose)
-    return FolderLayout(classes, {}, ("train/", "val/"), said)
+    summary = _line(["train from the class folders", "val: a fifth of each class, held out"], loose)
+    return FolderLayout(classes, {}, ("train/", "val/"), summary)
 
 
 def by_class(images: Iterable[str], below: str) -> Classes:

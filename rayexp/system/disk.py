@@ -38,7 +38,7 @@ def naming(path: Path) -> Iterator[None]:
     except WriteError:
         raise
     except OSError as error:
-        # A file stands where a folder is to be made.
+        # A file is where a folder should be made.
         number = errno.ENOTDIR if error.errno == errno.EEXIST else error.errno or errno.EIO
         raise WriteError(number, os.strerror(number), str(path)) from error
 

@@ -79,10 +79,10 @@ def shielded() -> Iterator[None]:
 
 @contextlib.contextmanager
 def own_sigterm() -> Iterator[None]:
-    """The handler of SIGTERM stays what it is, whatever the block makes of it.
+    """Restore the handler of SIGTERM after the `with` block.
 
-    ray.init sets one of its own, which would end the command in the middle of its work, and ray.shutdown goes back to
-    the system's, unseen by Python's getsignal.
+    ray.init installs a handler that would end the command in the middle of its work, and ray.shutdown restores the
+    system's default, which Python's getsignal does not show.
     """
     before = signal.getsignal(signal.SIGTERM)
     try:
