@@ -2,7 +2,7 @@
 
     python benchmarks/clock.py COMPARE [--cells cpu-inprocess-exact cpu-x2-ddp] [--repeats 3]
 
-Each cell's training loop runs again without Tune, Recorder or checkpoints: in a process of its own, or, where the cell
+Each cell's training loop runs again without Tune, RunWriter or checkpoints: in a process of its own, or, where the cell
 has workers, in a plain Ray Train script (`ray.init`, `TorchTrainer`). Nothing that the engine measured is read: one
 time.perf_counter is taken when a step's event arrives, from the end of the first step to the end of the epoch's last
 one. The table sets steps per second times the batch beside what the comparison says; `agree` is their ratio, in which

@@ -10,7 +10,7 @@ two. The table gives medians over rounds and ratios of medians.
     bare       the engine's mathematics as a plain loop: packed data, batched augmentation, channels_last, short
                convolutions, batch norm over each shard, fused SGD, the allocator's settings; one batch on all threads
     ddp        rayexp, in-process, reduction: ddp
-    exact      rayexp, in-process, reduction: exact (a lane a core)
+    exact      rayexp, in-process, reduction: exact (one replica per core)
     ray1       rayexp, one Ray worker, exact
 """
 

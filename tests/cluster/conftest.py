@@ -31,12 +31,12 @@ def write_run(storage: Path, epochs: int, run: Run | None = None) -> Run:
     """A run directory as training leaves it, without training; with `run`, more epochs of that one."""
     rng = np.random.default_rng(7)
     run = run or Run.create(ExperimentConfig(name="made", storage_path=storage), argv=["rayexp", "train"])
-    pen = RunWriter(run)
-    pen.begin({"status": "running"}, {"kind": "images", "val_sha": "v", "classes": [], "val_names": []})
+    writer = RunWriter(run)
+    writer.begin({"status": "running"}, {"kind": "images", "val_sha": "v", "classes": [], "val_names": []})
     for epoch in range(1, epochs + 1):
         tensors = rng.bytes(300_000)
         sha = hashlib.sha256(tensors).hexdigest()
-        words = {
+        state = {
             "epoch": epoch, "step": epoch * 3, "step_in_epoch": 0, "steps": 3,
             "schedule": {"factor": 1.0, "best": None}, "loss_sum": 0.0, "loss_count": 0,
             "weights_sha": sha, "files": {"state.safetensors": sha},
@@ -51,14 +51,14 @@ def write_run(storage: Path, epochs: int, run: Run | None = None) -> Run:
             "confidence": rng.random(n, dtype=np.float32),
             "loss": rng.random(n, dtype=np.float32),
         }
-        judged = Predictions("images", "v", arrays).to_npz()
-        shas = {"weights_sha": sha, "predictions_sha": hashlib.sha256(judged).hexdigest()}
+        predictions = Predictions("images", "v", arrays).to_npz()
+        shas = {"weights_sha": sha, "predictions_sha": hashlib.sha256(predictions).hexdigest()}
         record = EpochRecord(epoch, epoch * 3, 1.0, 1.0, {"acc1": 50.0}, 0.1, 10.0, {"total": 1.0}, **shas).to_json()
-        files = {"state.safetensors": tensors, "state.json": json.dumps(words | {"record": record}).encode()}
+        files = {"state.safetensors": tensors, "state.json": json.dumps(state | {"record": record}).encode()}
         steps = {"epoch": epoch, "first": epoch == 1, "count": [32] * 3, "total": [0.1] * 3}
-        pen.epoch(record, files, judged, steps)
-    pen.log(0, "a line")
-    pen.end("done")
+        writer.epoch(record, files, predictions, steps)
+    writer.log(0, "a line")
+    writer.end("done")
     return run
 
 
@@ -120,17 +120,17 @@ class Head:
         )  # fmt: skip
 
     def run(
-        self, *words: str, check: bool = True, timeout: float = 200, cwd: Path | None = None, **env: str
+        self, *args: str, check: bool = True, timeout: float = 200, cwd: Path | None = None, **env: str
     ) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
-            words, env=self.env | env, cwd=cwd or self.home, text=True, capture_output=True, timeout=timeout
+            args, env=self.env | env, cwd=cwd or self.home, text=True, capture_output=True, timeout=timeout
         )
         if check and done.returncode:
-            raise AssertionError(f"{' '.join(words)} gave {done.returncode}\n{done.stdout}\n{done.stderr}")
+            raise AssertionError(f"{' '.join(args)} gave {done.returncode}\n{done.stdout}\n{done.stderr}")
         return done
 
-    def rayexp(self, *words: str, **more: Any) -> subprocess.CompletedProcess[str]:
-        return self.run(sys.executable, "-m", "rayexp", *words, "--address", self.url, **more)
+    def rayexp(self, *args: str, **more: Any) -> subprocess.CompletedProcess[str]:
+        return self.run(sys.executable, "-m", "rayexp", *args, "--address", self.url, **more)
 
     def stop(self) -> None:
         """End what was started here: every process that mentions this head's temporary folder."""
@@ -203,8 +203,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def undisturbed(tiny: Path) -> list[str]:
     """The weights after each of twelve epochs in one process of this machine."""
-    words = [sys.executable, "-m", "rayexp", "train", str(tiny), "epochs=12", "--runs", str(tiny.parent / "here")]
-    done = subprocess.run(words, text=True, capture_output=True, cwd=tiny.parent)
+    args = [sys.executable, "-m", "rayexp", "train", str(tiny), "epochs=12", "--runs", str(tiny.parent / "here")]
+    done = subprocess.run(args, text=True, capture_output=True, cwd=tiny.parent)
     assert done.returncode == 0, done.stderr
     return [record.weights_sha for record in Run(Path(done.stdout.strip())).records()]
 

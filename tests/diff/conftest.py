@@ -56,8 +56,8 @@ class Makes:
             **(config or {}),
         }
         run = Run.create(parse(tree, ExperimentConfig, "test"), argv=[])
-        pen = RunWriter(run)
-        pen.begin({}, data)
+        writer = RunWriter(run)
+        writer.begin({}, data)
         for epoch, arrays in enumerate(epochs, 1):
             predictions = Predictions(kind, data_sha, arrays)
             tensors = weights[epoch - 1] if weights else {"fc.weight": np.full((2, 2), epoch, dtype=np.float32)}
@@ -80,10 +80,10 @@ class Makes:
                 "record": record,
                 "files": {"state.safetensors": sha},
             }
-            pen.epoch(
+            writer.epoch(
                 record, {"state.safetensors": state, "state.json": json.dumps(words).encode()}, predictions.to_npz()
             )
-        pen.end("done")
+        writer.end("done")
         return run
 
     def images(

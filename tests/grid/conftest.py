@@ -95,7 +95,7 @@ class Grids:
             }  # fmt: skip
             if kind == "tokens":
                 arrays = {"offset": np.arange(8), "token": np.zeros(8, np.int32), "loss": np.array(mine, np.float32)}
-            # Written as a Recorder would, without its flushes to disk and its TensorBoard.
+            # Written as a RunWriter would, but without flushing to disk and without TensorBoard.
             run.predictions_path(epoch).write_bytes(Predictions(kind, "v", arrays).to_npz())
             records.append(record)
             steps.append({"epoch": epoch, "first": epoch == 1, "count": [256] * self.steps, "total": totals, **phases})

@@ -23,14 +23,14 @@ from rayexp.system.disk import now
 
 def test_a_recorder_keeps_the_steps_of_every_epoch(tmp_path):
     run = Run.create(parse({"storage_path": str(tmp_path)}, ExperimentConfig, "x"), argv=[])
-    pen = RunWriter(run)
+    writer = RunWriter(run)
     for epoch in (1, 2, 2):  # the second epoch comes twice: it was resumed
         record = {
             "epoch": epoch, "step": epoch, "train_loss": 1.0, "val_loss": 1.0, "acc1": 1.0, "lr": 0.1,
             "samples_per_second": 1.0, "seconds": {"total": 1.0}, "weights_sha": "a",
         }  # fmt: skip
         files = {"state.json": json.dumps({"epoch": epoch, "step": epoch, "files": {}}).encode()}
-        pen.epoch(record, files, b"", {"epoch": epoch, "first": epoch == 1, "count": [4], "total": [0.5]})
+        writer.epoch(record, files, b"", {"epoch": epoch, "first": epoch == 1, "count": [4], "total": [0.5]})
     assert [line["epoch"] for line in run.steps()] == [1, 2]
     with run.steps_path.open("a") as file:
         file.write('{"epoch": 3, "cou')  # a crash in the middle of a line
