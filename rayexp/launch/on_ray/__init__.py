@@ -1,20 +1,23 @@
-"""The only rooms that import Ray.
+"""What knows Ray Train, by public names only.
 
-head       whether that Ray still lives
-drive      attempts, one after another, until the run is done
-session    join a running Ray or start one here, quietly
-autoscale  machines that an autoscaler may add
-fit        one attempt: a TorchTrainer from start to end
-meeting    where its workers meet
-member     what a worker of Ray Train does (imported by the workers)
-pen        the recorder, held on the driver's host for workers that sit elsewhere
+session        join a running Ray or start one here, quietly
+supervise      attempts, one after another, until the run is done
+attempt        one attempt: a stock TorchTrainer from start to end
+train_worker   what its workers do (imported by them)
+worker_fault   how a worker's error reaches the driver
+reports        epochs and preemptions, between workers and Ray Train
+rendezvous     the network interface that a worker process uses
+remote_writer  the run writer on the driver's host, for workers that sit elsewhere
+autoscale      machines that an autoscaler may add
+head           whether that Ray still lives
 
-Where the start goes (two workers on a cold local Ray, seconds of a core; on two cores half of it can be seen):
-    driver 2.7 (PyTorch and Ray Train are imported while Ray starts)
-    Ray itself 1.5 (GCS, raylet and its agents)
-    workers 2 x 4.3 (Ray 0.3, Ray Train 0.7, PyTorch 1.0, torchvision 1.0, which imports torch._dynamo; model and step)
-What Ray would do besides, and does not here: start monitors and a dashboard for one run (session); start processes for
-the controller, the workers' agreement on reports, Ray Data's datasets, a cleaner and a coordinator (fit: 3.5 s of a
-core); import PyTorch in one worker phase after another (meeting), prestart processes that no worker can use because of
-its environment (session), wait up to two seconds for every poll (fit).
+Where the start goes, two workers on a cold local Ray: Python imports, in some ten processes. Ray starts a monitor, an
+API server and a log monitor beside its GCS and raylet; each run has a controller, an actor through which its workers
+agree, one that frees their places should the controller die, and the workers, each of which imports Ray Train, PyTorch
+(in one phase: Ray sets up torch.distributed before training begins) and torchvision. run.json's `startup_seconds` has a
+run's own figures. What can be left out by documented means is: the dashboard, metrics, task events, the preemption
+watcher (session), and a poll of two seconds (attempt); the driver imports PyTorch and Ray Train while Ray starts.
+
+Given up, because only private names reach it: the controller in the driver's own thread, no actors but the workers, no
+monitors at all, workers that import PyTorch while they wait for each other.
 """

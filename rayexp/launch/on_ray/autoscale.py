@@ -41,18 +41,18 @@ def provide(config: ExperimentConfig, say: Callable[[str], None], stopped: Calla
     import ray.util
 
     say(f"waiting for machines: {plan}")
-    # Other than request_resources, this wish ends with its driver, however that ends.
+    # Other than request_resources, a placement group ends with its driver, however that ends.
     size = {"CPU": plan.cpus or 1.0} | ({"GPU": plan.gpus} if plan.gpu else {})
-    wish = ray.util.placement_group([size] * plan.workers)
+    group = ray.util.placement_group([size] * plan.workers)
     until = time.monotonic() + WAIT_S
     try:
-        while not wish.wait(1):
+        while not group.wait(1):
             if stopped():
                 raise KeyboardInterrupt
             if time.monotonic() > until:
                 raise RunError(f"waited {WAIT_S / 60:.0f} min for the autoscaler; `ray status` on the head says why")
     finally:
-        ray.util.remove_placement_group(wish)
+        ray.util.remove_placement_group(group)
     return plan
 
 

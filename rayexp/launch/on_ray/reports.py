@@ -6,6 +6,7 @@ training waits for no answer, and can still save and stop when Ray is gone.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
@@ -36,10 +37,11 @@ class Reports:
     Args:
         job: the run.
         rank: this worker's.
+        log: is told, in a line, where Ray Train can be told no more; training goes on.
     """
 
-    def __init__(self, job: WorkerJob, rank: int) -> None:
-        self._job, self._rank = job, rank
+    def __init__(self, job: WorkerJob, rank: int, log: Callable[[str], object]) -> None:
+        self._job, self._rank, self._log = job, rank, log
         info: Callable[[], Any] | None = getattr(ray.train, "get_preemption_info", None)  # since Ray 2.60
         self._preemption = None if os.environ.get(WATCHED) == "0" else info
         self._records: deque[EpochRecord] = deque()
@@ -70,6 +72,12 @@ class Reports:
             self._thread.join(CLOSE_S)
 
     def _run(self) -> None:
+        try:
+            self._converse()
+        except Exception as error:  # whatever it is, the run directory has all that Ray would have been told
+            self._log(f"Ray Train is told no more: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+
+    def _converse(self) -> None:
         known: frozenset[str] = frozenset()
         while (what := collective.broadcast_from_rank_zero(self._next() if self._rank == 0 else 0)) != END:
             if what != LOOK:
@@ -102,6 +110,7 @@ class Reports:
         folder = Path(ray.train.get_context().get_storage().experiment_fs_path)
         path = folder / f"epoch_{epoch:03d}"
         if folder.is_dir():  # the driver's temporary folder, which a worker on another host does not see
-            path.mkdir(exist_ok=True)
-            (path / "epoch.json").write_text(json.dumps({"run": str(self._job.run), "epoch": epoch}))
+            with contextlib.suppress(OSError):  # a full disk
+                path.mkdir(exist_ok=True)
+                (path / "epoch.json").write_text(json.dumps({"run": str(self._job.run), "epoch": epoch}))
         return Checkpoint(path)

@@ -80,7 +80,7 @@ def _train(job: WorkerJob, rank: int, world: int, writer: Any) -> None:
         )
 
     join_group: Callable[[], WorkerGroup] = join if world > 1 else WorkerGroup
-    told = reports.Reports(job, rank)
+    told = reports.Reports(job, rank, lambda line: writer.log(rank, line))
     work(job, join_group, writer, device, world, leaving=told.leaving, epoch_done=told.epoch)
     told.close()
 
