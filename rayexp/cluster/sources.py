@@ -47,9 +47,9 @@ def publish(run: Run) -> None:
 
     with signals.own_sigterm():
         context: Any = ray.init(ignore_reinit_error=True, configure_logging=False)  # describes the one there is
-    shelf = Path(context.address_info["session_dir"]) / "logs" / LOG_FOLDER
+    folder = Path(context.address_info["session_dir"]) / "logs" / LOG_FOLDER
     job = job_context.job_id()
-    for link in (shelf / "runs" / run.id, *((shelf / "jobs" / job / run.id,) if job else ())):
+    for link in (folder / "runs" / run.id, *((folder / "jobs" / job / run.id,) if job else ())):
         link.parent.mkdir(parents=True, exist_ok=True)
         temporary = link.with_name(f"{TEMPORARY}{os.getpid()}")
         temporary.symlink_to(run.root)

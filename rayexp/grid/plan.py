@@ -49,9 +49,9 @@ def with_overrides(base: ExperimentConfig, overrides: Mapping[str, Any]) -> Expe
                 inner[key] = {}
             inner = inner[key]
         inner[keys[-1]] = value
-    settled = parse(tree, ExperimentConfig, "overrides")
-    refuse_contradictions(settled, "overrides")
-    return settled
+    experiment = parse(tree, ExperimentConfig, "overrides")
+    refuse_contradictions(experiment, "overrides")
+    return experiment
 
 
 def _leaves(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[list[str], Any]]:
