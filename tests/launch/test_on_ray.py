@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import threading
 import traceback
@@ -57,9 +58,19 @@ def test_a_ray_for_one_run_has_no_dashboard(ray_here: None) -> None:
     assert not context.address_info["webui_url"]
 
 
-def test_two_workers_do_what_this_process_does(tiny: Tiny, ray_here: None) -> None:
+def test_two_workers_do_what_this_process_does(tiny: Tiny, ray_here: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.train import Result
+
+    from rayexp.launch.on_ray.attempt import Attempt
+
+    kept: list[str] = []
+    monkeypatch.setattr(Attempt, "close", lambda attempt: kept.append(attempt.storage))
     alone = run(tiny(), argv=[])
     made = run(tiny(scaling={"num_workers": 2}), argv=[])
+    told = Result.from_path(f"{kept[0]}/attempt")
+    shutil.rmtree(kept[0])
+    assert told.metrics is not None
+    assert (told.metrics["epoch"], told.metrics["val_loss"]) == (2, made.records()[-1].val_loss)
     assert shas(made) == shas(alone)
     assert made.meta()["status"] == "done"
     assert made.meta()["world_size"] == 2
