@@ -3,7 +3,7 @@
 #   PYTHON=python3.12                the Python that makes the environment
 #   VENV=DIR                         the environment (.venv); one that exists is installed into
 #   TORCH=system                     take the torch that is there already and change nothing that is installed
-#   PIP_ARGS="--index-url URL"       further options for pip
+#   PIP_ARGS="--no-cache-dir ..."    further options for pip
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= $(if $(wildcard $(VENV)/.rayexp-system),system,pinned)

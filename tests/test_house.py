@@ -103,6 +103,17 @@ def trespasses(house: Path) -> list[str]:
     return found
 
 
+def copied(folder: Path) -> Path:
+    """A copy of the package, to plant trespasses in."""
+    return Path(shutil.copytree(HOUSE, folder / "rayexp"))
+
+
+def plant(path: Path, lines: str) -> None:
+    """Add lines at the end of a file."""
+    with path.open("a") as file:
+        file.write(f"\n{lines}\n")
+
+
 def test_nobody_trespasses() -> None:
     assert trespasses(HOUSE) == []
 
@@ -127,10 +138,8 @@ def test_nobody_trespasses() -> None:
     ],
 )
 def test_a_planted_trespass_is_found(tmp_path: Path, where: str, line: str) -> None:
-    house = tmp_path / "rayexp"
-    shutil.copytree(HOUSE, house)
-    with (house / where).open("a") as file:
-        file.write(f"\n{line}\n")
+    house = copied(tmp_path)
+    plant(house / where, line)
     assert any(found.startswith(where) for found in trespasses(house))
 
 
@@ -168,13 +177,10 @@ def test_no_modules_import_each_other() -> None:
     ],
 )
 def test_a_planted_circle_is_found(tmp_path: Path, where: str, line: str) -> None:
-    house = tmp_path / "rayexp"
-    shutil.copytree(HOUSE, house)
-    with (house / where).open("a") as file:
-        file.write(f"\nif TYPE_CHECKING:\n    {line.splitlines()[-1].strip()}\n")
+    house = copied(tmp_path)
+    plant(house / where, f"if TYPE_CHECKING:\n    {line.splitlines()[-1].strip()}")
     assert circle(house) == []
-    with (house / where).open("a") as file:
-        file.write(f"\n{line}\n")
+    plant(house / where, line)
     assert "rayexp." + where.removesuffix(".py").replace("/", ".") in circle(house)
 
 

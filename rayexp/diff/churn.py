@@ -1,7 +1,7 @@
 """When did the model stop changing its mind? Churn between the epochs of a run.
 
 Images: the share of validation images with another top-1 prediction. Language: the share of tokens whose probability
-more than doubled or halved (see `text_diff`). A sample without a finite output is judged differently from every other.
+more than doubled or halved (see `text`). A sample without a finite output is judged differently from every other.
 """
 
 from __future__ import annotations

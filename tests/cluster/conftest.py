@@ -26,6 +26,30 @@ from rayexp.runs.records import EpochRecord, Predictions
 from rayexp.runs.run import Run
 from rayexp.runs.writer import RunWriter
 
+# What decides where a home, a token and a Ray are found.
+AROUND = ("HOME", "RAY_ADDRESS", "RAY_TMPDIR", "TMPDIR", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE")
+
+
+@pytest.fixture
+def own_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of the user's own environment: no Ray, no token, and a home and temporary folder of the test's."""
+    for name in (*AROUND, "XDG_CACHE_HOME", "XDG_CONFIG_HOME"):
+        monkeypatch.setenv(name, "")  # so that what is set meanwhile goes with the test
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+
+@pytest.fixture
+def empty_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home without a token, and no Ray named in the environment."""
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    return home
+
 
 def write_run(storage: Path, epochs: int, run: Run | None = None) -> Run:
     """A run directory as training leaves it, without training; with `run`, more epochs of that one."""

@@ -9,15 +9,7 @@ import pytest
 
 from rayexp.cluster import auth
 
-
-@pytest.fixture(autouse=True)
-def empty_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
-        monkeypatch.delenv(name, raising=False)
-    home = tmp_path / "home"
-    home.mkdir()
-    monkeypatch.setenv("HOME", str(home))
-    return home
+pytestmark = pytest.mark.usefixtures("empty_home")
 
 
 def test_where_the_token_is_looked_for(empty_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,16 +15,7 @@ from rayexp.cluster import discovery, ports
 from rayexp.errors import UserError
 from rayexp.launch import doctor
 
-NAMES = ("HOME", "RAY_ADDRESS", "RAY_TMPDIR", "TMPDIR", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE")
-
-
-@pytest.fixture(autouse=True)
-def own_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*NAMES, "XDG_CACHE_HOME", "XDG_CONFIG_HOME"):
-        monkeypatch.setenv(name, "")  # so that what is set meanwhile goes with the test
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+pytestmark = pytest.mark.usefixtures("own_environment")
 
 
 # ---------------------------------------------------------------------- Ray's folder

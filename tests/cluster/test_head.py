@@ -42,7 +42,7 @@ def test_a_job_goes_there_and_its_run_comes_home(
 ) -> None:
     job, shown = finished
     assert "kB" in shown  # the size of the package
-    assert "warning" not in shown  # the doors are locked
+    assert "warning" not in shown  # the head wants the token
     assert "epoch 2" in shown
     remote = Run.all(head.home / "runs")[0]  # relative to home, not to the job's own working directory
     assert remote.meta()["job"] == job
@@ -184,7 +184,7 @@ def test_following_survives_a_lost_connection(head: Any, tmp_path: Path) -> None
     assert following.returncode == 0
 
 
-# ---------------------------------------------------------------------- locked doors
+# ---------------------------------------------------------------------- without the token
 
 
 def test_without_the_token_nothing_is_let_in(head: Any, tiny: Path) -> None:
