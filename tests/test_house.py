@@ -199,10 +199,8 @@ def test_no_two_classes_share_a_name() -> None:
 
 
 def test_a_planted_namesake_is_found(tmp_path: Path) -> None:
-    house = tmp_path / "rayexp"
-    shutil.copytree(HOUSE, house)
-    with (house / "diff" / "pair.py").open("a") as file:
-        file.write("\nclass Cell:\n    pass\n")
+    house = copied(tmp_path)
+    plant(house / "diff" / "pair.py", "class Cell:\n    pass")
     assert namesakes(house)["Cell"] == ["diff/pair.py", "grid/comparison.py"]
 
 
