@@ -100,6 +100,7 @@ def test_ray_job_submit_from_a_plain_checkout(head: Any, tiny: Path, tmp_path: P
     assert runs[0].status() == "done"
 
 
+@pytest.mark.slow
 def test_stop_saves_the_present_step_and_resume_goes_on(
     head: Any, tiny: Path, undisturbed: list[str], wait: Callable[..., Any]
 ) -> None:
@@ -230,6 +231,7 @@ def test_the_dashboard_listens_on_the_loopback_only(head: Any) -> None:
 # ---------------------------------------------------------------------- a head that is lost
 
 
+@pytest.mark.slow
 def test_a_job_whose_node_is_gone_has_failed_for_everyone(
     bare_head: Any, tmp_path: Path, wait: Callable[..., Any]
 ) -> None:

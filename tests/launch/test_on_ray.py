@@ -80,6 +80,7 @@ def test_two_workers_do_what_this_process_does(tiny: Tiny, ray_here: None, monke
     assert {path.name for path in made.root.iterdir()} == {path.name for path in alone.root.iterdir()}
 
 
+@pytest.mark.slow
 def test_a_killed_worker_costs_no_bit(tiny: Tiny, ray_here: None, until: Until, tmp_path: Path) -> None:
     config = tiny(epochs=30, checkpoint={"every_steps": 3}, scaling={"num_workers": 2})
 

@@ -46,6 +46,7 @@ def saved(made: Run) -> int:
     return int(state["step"])
 
 
+@pytest.mark.slow
 def test_a_signal_to_every_process_saves(
     cold: subprocess.Popen[str], tmp_path: Path, until: Callable[..., None], members: Members
 ) -> None:
@@ -79,6 +80,7 @@ def test_a_death_in_ray_is_said_and_ends_the_run_saved(
     assert not made.stop_path.exists()
 
 
+@pytest.mark.slow
 def test_a_signal_while_ray_starts(
     cold: subprocess.Popen[str], tmp_path: Path, until: Callable[..., None], members: Members
 ) -> None:

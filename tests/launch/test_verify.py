@@ -113,7 +113,7 @@ def test_the_first_step_and_tensor_that_differ_are_named() -> None:
     assert (found.label, found.step, found.tensor) == ("2", 2, "b")
 
 
-@pytest.mark.parametrize(("asked", "done"), [(8, 8), (100, 10)])  # the run has ten
+@pytest.mark.parametrize(("asked", "done"), [(8, 8), pytest.param(100, 10, marks=pytest.mark.slow)])  # the run has ten
 def test_equal_in_this_process_and_in_two_one_of_them_killed(tiny: Tiny, asked: int, done: int) -> None:
     verdict = verify(tiny(epochs=1), [0, 2], steps=asked, kill=True, launcher="processes", contrast=False)
     assert verdict.ok
@@ -221,6 +221,7 @@ def test_counts_that_cannot_be_compared_are_refused(tiny: Tiny) -> None:
         verify(tiny(), [0, 2], steps=1, kill=True, launcher="processes")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [None, *FAULTS])
 def test_a_planted_fault_is_found(
     tiny: Tiny, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch, fault: str | None
