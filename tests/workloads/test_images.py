@@ -21,15 +21,15 @@ from rayexp.workloads.image_classification.augmentation import DRAWS, augment, b
 from rayexp.workloads.image_classification.workload import ImageClassification, Options, build
 
 
-def draws(n: int, key: int = 1) -> np.ndarray:
-    return order.uniform(key, np.arange(n), DRAWS)
+def draws(n: int, key: int = 1) -> torch.Tensor:
+    return torch.from_numpy(order.uniform(key, np.arange(n), DRAWS))
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10**6), st.integers(16, 80), st.integers(16, 80))
 def test_boxes_lie_in_the_image_and_keep_their_promises(key: int, height: int, width: int) -> None:
     recipe = AugmentConfig(scale=(0.2, 0.9), ratio=(0.8, 1.25))
-    box = boxes(recipe, draws(64, key), height, width)
+    box = boxes(recipe, draws(64, key), height, width).numpy()
     top, left, h, w = box.T
     assert (h >= 1).all()
     assert (w >= 1).all()
@@ -40,7 +40,7 @@ def test_boxes_lie_in_the_image_and_keep_their_promises(key: int, height: int, w
 def test_crops_have_the_distribution_of_torchvision() -> None:
     from torchvision.transforms import RandomResizedCrop
 
-    box = boxes(AugmentConfig(), draws(20_000), 64, 64)
+    box = boxes(AugmentConfig(), draws(20_000), 64, 64).numpy()
     torch.manual_seed(0)
     blank = torch.zeros(3, 64, 64)
     theirs = np.array([RandomResizedCrop.get_params(blank, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(20_000)])

@@ -97,7 +97,8 @@ class ImageClassification:
         if recipe is None:
             planes = images.permute(0, 3, 1, 2).float()
         else:
-            draws = order.uniform(order.key(self.config.seed, "augment", epoch), samples, DRAWS)
+            key = upload(np.array(order.key(self.config.seed, "augment", epoch)), device)
+            draws = order.uniform_on(key, upload(samples, device), DRAWS)
             planes = augment(images, recipe, draws)
         targets = upload(self.data.train.labels[samples], device)
         return Batch((self._normalise(planes),), targets, self.sizes(step, shards), len(samples))
