@@ -107,7 +107,7 @@ def evaluate(
         if begin is not None:
             begin(workload.val_streams())
         models = [copy.deepcopy(model) for _ in range(configured.replicas)]
-        ordered = _InOrder(seen) if seen is not None else lambda stream, part: None
+        ordered = _InOrder(seen) if seen is not None else None
         predictions = evaluate.predict(workload, models, WorkerGroup(), configured, ordered)
         metrics = workload.metrics(predictions)
         if (test := getattr(workload, "test_metrics", None)) is not None:

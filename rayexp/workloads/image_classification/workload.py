@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
 from rayexp.config import IMAGE_DATA, ExperimentConfig, explain
-from rayexp.data import ImageData, open_data
+from rayexp.data import ImageData, ImageSplit, open_data
 from rayexp.engine import order
 from rayexp.engine.runtime import upload
 from rayexp.engine.workload import Batch, RecurrentState
@@ -25,6 +26,8 @@ from rayexp.workloads.image_classification.augmentation import DRAWS, augment
 # Channel means and standard deviations of ImageNet, as in pytorch/examples imagenet/main.py, here for 0..255.
 MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
 STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
+
+PIECE = 4096  # images that are copied to the device at once
 
 
 class Options(BaseModel):
@@ -63,8 +66,8 @@ class ImageClassification:
             )
         self.cut = order.Cut(len(self.data.train), config.batch_size, config.shards)
         self._order: tuple[int, NDArray[np.int64]] = (0, np.empty(0, np.int64))
-        self._scale = torch.tensor([1 / s for s in STD])[:, None, None]
-        self._shift = torch.tensor([-m / s for m, s in zip(MEAN, STD, strict=True)])[:, None, None]
+        self._resident: dict[str, Tensor] = {}  # the pixels of a split, by its name
+        self._normal: dict[torch.device, tuple[Tensor, Tensor]] = {}  # shift and scale, by device
 
     # ------------------------------------------------------------------ model
 
@@ -88,20 +91,47 @@ class ImageClassification:
 
     def batch(self, epoch: int, step: int, shards: range, device: torch.device) -> Batch:
         """The augmented, normalised images of consecutive shards: fp32[n, 3, size, size] and int64[n]."""
-        if self._order[0] != epoch:
-            self._order = epoch, order.permutation(self.config.seed, epoch, len(self.data.train))
+        fed = {name: upload(array, device) for name, array in self.feed(epoch, step, shards).items()}
+        return self.assemble(fed, self.sizes(step, shards))
+
+    def feed(self, epoch: int, step: int, shards: range) -> dict[str, NDArray[Any]]:
+        """`samples` int64[n], their `labels` int64[n], the `key` int64[] of the epoch's augmentation, and, unless they
+        are resident, the pixels: `images` uint8[n, size, size, 3]."""
         positions = self.cut.positions(step, shards)
-        samples = self._order[1][positions.start : positions.stop]
-        images = upload(self.data.train.read(samples), device)
+        samples = self._permutation(epoch)[positions.start : positions.stop]
+        fed: dict[str, NDArray[Any]] = {
+            "samples": samples,
+            "labels": self.data.train.labels[samples],
+            "key": np.array(order.key(self.config.seed, "augment", epoch)),
+        }
+        return fed if self._resident else fed | {"images": self.data.train.read(samples)}
+
+    def assemble(self, fed: Mapping[str, Tensor], sizes: Sequence[int]) -> Batch:
+        """Pixels gathered, augmented and normalised: fp32[n, 3, size, size], and their labels int64[n]."""
+        samples = fed["samples"]
+        images = fed["images"] if "images" in fed else self._resident["train"].index_select(0, samples)
         recipe = self.config.data.augment
         if recipe is None:
             planes = images.permute(0, 3, 1, 2).float()
         else:
-            key = upload(np.array(order.key(self.config.seed, "augment", epoch)), device)
-            draws = order.uniform_on(key, upload(samples, device), DRAWS)
-            planes = augment(images, recipe, draws)
-        targets = upload(self.data.train.labels[samples], device)
-        return Batch((self._normalise(planes),), targets, self.sizes(step, shards), len(samples))
+            planes = augment(images, recipe, order.uniform_on(fed["key"], samples, DRAWS))
+        return Batch((self._normalise(planes),), fed["labels"], tuple(sizes), sum(sizes))
+
+    def resident_bytes(self) -> int:
+        """A byte for each value of every pixel of both splits."""
+        return sum(len(split) * math.prod(split.images.shape[1:]) for split in (self.data.train, self.data.val))
+
+    def resident(self, device: torch.device) -> None:
+        """Keep the pixels of both splits on the device: uint8[n, size, size, 3]."""
+        self._resident = {"train": _load(self.data.train, device), "val": _load(self.data.val, device)}
+
+    def _permutation(self, epoch: int) -> NDArray[np.int64]:
+        """The order of the samples in an epoch. Of the epochs that threads ask for, the latest is remembered."""
+        known, samples = self._order
+        if known != epoch:
+            samples = order.permutation(self.config.seed, epoch, len(self.data.train))
+            self._order = epoch, samples
+        return samples
 
     def sizes(self, step: int, shards: range) -> tuple[int, ...]:
         """Images of each shard."""
@@ -122,8 +152,13 @@ class ImageClassification:
         return {}
 
     def _normalise(self, planes: Tensor) -> Tensor:
-        self._shift, self._scale = self._shift.to(planes.device), self._scale.to(planes.device)
-        return torch.addcmul(self._shift, planes, self._scale).contiguous(memory_format=torch.channels_last)
+        if planes.device not in self._normal:
+            with torch.inference_mode(False):  # the first call may be an evaluation, the next one training
+                shift = torch.tensor([-m / s for m, s in zip(MEAN, STD, strict=True)], device=planes.device)
+                scale = torch.tensor([1 / s for s in STD], device=planes.device)
+            self._normal[planes.device] = shift[:, None, None], scale[:, None, None]
+        shift, scale = self._normal[planes.device]
+        return torch.addcmul(shift, planes, scale).contiguous(memory_format=torch.channels_last)
 
     # ------------------------------------------------------------------ evaluation
 
@@ -131,15 +166,19 @@ class ImageClassification:
         """Number of batches of validation images."""
         return -(-len(self.data.val) // self.config.batch_size)
 
-    def predict(self, model: nn.Module, stream: int, device: torch.device) -> Mapping[str, NDArray[Any]]:
+    def predict(self, model: nn.Module, stream: int, device: torch.device) -> Mapping[str, NDArray[Any] | Tensor]:
         """The five likeliest classes of each image, the confidence in the first, and the loss.
 
         Where the logits give no probabilities (one is NaN or infinite), `top5` is -1, `confidence` and `loss` are NaN.
         """
         size = self.config.batch_size
-        samples = np.arange(stream * size, min(len(self.data.val), (stream + 1) * size))
-        labels = upload(self.data.val.labels[samples], device)
-        planes = upload(self.data.val.read(samples), device).permute(0, 3, 1, 2).float()
+        samples = np.arange(stream * size, min(len(self.data.val), (stream + 1) * size), dtype=np.int64)
+        labels = self.data.val.labels[samples]
+        if self._resident:
+            images = self._resident["val"][stream * size : (stream + 1) * size]
+        else:
+            images = upload(self.data.val.read(samples), device)
+        planes = images.permute(0, 3, 1, 2).float()
         with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             logits = model(self._normalise(planes)).float()
         logs = F.log_softmax(logits, 1)
@@ -147,14 +186,14 @@ class ImageClassification:
         top = logs.sort(stable=True, dim=1, descending=True).indices[:, :5]
         broken = logs.isnan().any(1)
         confidence = logs.gather(1, top[:, :1])[:, 0].exp()
-        losses = F.nll_loss(logs, labels, reduction="none")
+        losses = F.nll_loss(logs, upload(labels, device), reduction="none")
         return {
-            "index": samples.astype(np.int64),
-            "label": labels.cpu().numpy(),
+            "index": samples,
+            "label": labels,
             # A sort puts NaN first, as if it were the likeliest class.
-            "top5": top.masked_fill(broken[:, None], -1).to(torch.int32).cpu().numpy(),
-            "confidence": confidence.masked_fill(broken, torch.nan).cpu().numpy(),
-            "loss": losses.masked_fill(broken, torch.nan).cpu().numpy(),
+            "top5": top.masked_fill(broken[:, None], -1).to(torch.int32),
+            "confidence": confidence.masked_fill(broken, torch.nan),
+            "loss": losses.masked_fill(broken, torch.nan),
         }
 
     def predictions(self, parts: Sequence[Mapping[str, NDArray[Any]]]) -> Predictions:
@@ -183,6 +222,16 @@ class ImageClassification:
             "train_sha": self.data.train.sha,
             "val_sha": self.data.val.sha,
         }
+
+
+def _load(split: ImageSplit, device: torch.device) -> Tensor:
+    """The pixels of a split on the device: uint8[n, height, width, 3]. Copied by pieces, since a mapped file may be
+    larger than the host's memory."""
+    pixels = torch.empty(len(split), *split.images.shape[1:], dtype=torch.uint8, device=device)
+    for start in range(0, len(split), PIECE):
+        rows = np.arange(start, min(len(split), start + PIECE))
+        pixels[start : start + PIECE].copy_(torch.from_numpy(split.read(rows)))
+    return pixels
 
 
 def check_name(name: str) -> None:
