@@ -108,6 +108,8 @@ def config(**changes: object) -> ExperimentConfig:
         ({"model": {"name": "resnet19"}}, ["model.name", "resnet18"]),
         ({"model": {"name": "resnet18", "stemm": "small"}}, ["model.stemm", "stem"]),
         ({"model": {"name": "vgg11", "stem": "small"}}, ["ResNets"]),
+        ({"model": {"name": "vgg11", "stem": "stride2"}}, ["ResNets"]),
+        ({"model": {"name": "resnet18", "stem": "stride3"}}, ["model.stem", "imagenet", "stride2", "small"]),
         ({"data": {"name": "python_docs"}}, ["data.name", "tiny_imagenet"]),
     ],
 )

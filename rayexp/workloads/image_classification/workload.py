@@ -35,8 +35,9 @@ class Options(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    stem: Literal["imagenet", "small"] = "imagenet"
-    """small: the first layer is a 3x3 convolution of stride 1 without pooling, for small images (ResNets)."""
+    stem: Literal["imagenet", "stride2", "small"] = "imagenet"
+    """The first layer of a ResNet. imagenet: 7x7 of stride 2, then pooling by 2, as torchvision has it. For small
+    images, 3x3 without pooling: stride2 halves the side, small keeps it (and takes four times the arithmetic)."""
     zero_init_residual: bool = False
     """Start every residual branch at zero (ResNets; Goyal et al. 2017)."""
 
@@ -274,8 +275,8 @@ def build(name: str, options: Options, classes: int, image_size: int) -> nn.Modu
         model: nn.Module = builder(weights=None, **kwargs)
     except (ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"model.name: {name} cannot be built for {image_size} px images ({error})") from error
-    if options.stem == "small":
-        model.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=1, bias=False)
+    if options.stem != "imagenet":
+        model.conv1 = nn.Conv2d(3, 64, 3, stride=1 if options.stem == "small" else 2, padding=1, bias=False)
         nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
         model.maxpool = nn.Identity()
     return model
