@@ -256,7 +256,8 @@ class ExperimentConfig(Section):
     shards: PositiveInt = 8
     """Logical shards into which a batch is cut; must divide `batch_size`. The number of workers must divide it."""
     compile: bool = False
-    """Compile the model with torch.compile on a GPU (worth it if training takes much longer than compiling)."""
+    """Compile the model with torch.compile on a GPU (worth it if training takes much longer than compiling); only with
+    `reduction: ddp`, since kernels that are tuned in each process may round differently."""
     scaling: ScaleConfig = ScaleConfig()
     """How many workers, and on what devices."""
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -39,7 +39,7 @@ def read(path: Path | str, overrides: Sequence[str] = (), kind: type[ConfigT] = 
 
 def refuse_contradictions(config: ExperimentConfig, source: str) -> None:
     """Raise UserError for settings that contradict each other: text options for images (or the reverse), `min_lr` above
-    `lr`, a warm-up for onecycle.
+    `lr`, a warm-up for onecycle, a compiled model with `exact`.
 
     Only for what a user writes now. `read` does not call it, so that the config.yaml of a run made before one of these
     rules still opens.
@@ -56,6 +56,11 @@ def refuse_contradictions(config: ExperimentConfig, source: str) -> None:
         raise UserError(
             f"{source}: schedule.warmup_epochs: onecycle rises by itself, for the share schedule.peak of the run; "
             "allowed with it: 0"
+        )
+    if config.compile and config.reduction == "exact":
+        raise UserError(
+            f"{source}: compile: true is for reduction ddp; exact refuses it, because kernels that are tuned in each "
+            "process may round differently; allowed with exact: false"
         )
 
 

@@ -119,6 +119,7 @@ def _cell(
     try:
         if skip is None:
             cell = parse(tree, ExperimentConfig, "")
+            refuse_contradictions(cell, "")
             placed = planning.make(cell, nodes[:1] if workers == 0 else nodes)
             kind = "gpu" if placed.gpu else "cpu"
             if kind == "cpu" and placed.cpus:

@@ -329,6 +329,7 @@ def test_the_workers_that_are_allowed(shards: int) -> None:
         (["data.name=python_docs", "data.max_val_samples=9"], r"data.max_val_samples is for images"),
         (["data.name=python_docs", "data.image_size=32"], r"data.image_size is for images"),
         (["data.name=python_docs", "data.augment=null"], r"data.augment is for images .*; data.name is python_docs"),
+        (["compile=true"], r"compile: true is for reduction ddp; exact refuses it, .*; allowed with exact: false"),
     ],
 )
 def test_a_contradiction_is_refused_where_it_is_written_and_not_where_an_old_run_has_it(

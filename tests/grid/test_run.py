@@ -70,6 +70,12 @@ def test_workers_that_do_not_divide_the_shards_are_skipped():
     assert "3 does not divide shards 8" in cells["cpu-x3-exact"].skip
 
 
+def test_a_compiled_model_is_not_run_exactly():
+    cells = by_id(grid_of(cpu(1), reduction=["exact", "ddp"], baseline=False), compile=True, reduction="ddp")
+    assert cells["cpu-x1-exact"].skip.startswith("compile: true is for reduction ddp; exact refuses it")
+    assert cells["cpu-x1-ddp"].skip is None
+
+
 def test_auto_is_a_gpu_where_there_are_enough():
     config = grid_of({"num_workers": 8}, baseline=False)
     assert set(by_id(config, CLUSTER)) == {"gpu-x8-exact"}

@@ -28,7 +28,7 @@ def shown(text: io.StringIO) -> list[str]:
         ({"precision": "tf32"}, ["precision: tf32 is a format of NVIDIA GPUs: on this CPU it is fp32"]),
         ({"compile": True, "reduction": "ddp"}, ["compile: on a CPU nothing is compiled"]),
         (
-            {"compile": True, "schedule": {"gamma": 0.5}},
+            {"compile": True, "reduction": "ddp", "schedule": {"gamma": 0.5}},
             [
                 "schedule.gamma is for step and plateau, schedule.name is constant: not used",
                 "compile: on a CPU nothing is compiled",
