@@ -248,9 +248,10 @@ class ExperimentConfig(Section):
     """How the learning rate changes during training."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Determines every random draw (initialisation, order, augmentation, dropout); from 0 to below 2**63."""
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    precision: Literal["fp32", "tf32", "bf16", "auto"] = "fp32"
     """fp32: float32 throughout. tf32: matrix products and convolutions in TF32 on NVIDIA GPUs. bf16: torch.autocast to
-    bfloat16. Parameters, summed gradients and the optimizer's state are always float32."""
+    bfloat16. auto: bf16 if the workers have GPUs with bfloat16, else fp32; decided before a run's first step, from when
+    on its config.yaml names it. Parameters, summed gradients and the optimizer's state are always float32."""
     reduction: Literal["exact", "ddp"] = "exact"
     """exact: the same bits at any number of workers. ddp: the same mathematics by ordinary all-reduce."""
     shards: PositiveInt = 8

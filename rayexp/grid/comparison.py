@@ -37,7 +37,7 @@ class Cell:
         kind: `cpu` or `gpu`.
         workers: 0 is in-process.
         devices: GPUs, or CPU cores, over all workers; what speed-up is counted against.
-        precision: fp32, tf32 or bf16.
+        precision: fp32, tf32 or bf16; auto on GPUs only, where the run decides.
         reduction: exact, ddp, or `plain`: the single-process PyTorch script, without rayexp's engine.
         skip: why it does not run, or None.
         config: the cell's whole ExperimentConfig as plain values (empty where it could not be made).

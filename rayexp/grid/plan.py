@@ -83,12 +83,15 @@ def plan(config: CompareConfig, base: ExperimentConfig, nodes: Sequence[Node]) -
             f"target: {base.workload} has no metric {unknown[0]!r}{nearest(unknown[0], known)}; "
             f"allowed: {', '.join(known)}"
         )
-    cells = [
-        _cell(config, base, scaling, precision, reduction, nodes)
+    asked = [
+        (precision, _cell(config, base, scaling, precision, reduction, nodes))
         for scaling, precision, reduction in itertools.product(
             config.scaling, config.precision or (base.precision,), config.reduction or (base.reduction,)
         )
     ]
+    # On a CPU, auto is fp32, which the grid may hold already.
+    explicit = [cell for precision, cell in asked if precision == cell.precision]
+    cells = [cell for precision, cell in asked if precision == cell.precision or cell not in explicit]
     if config.baseline:
         kinds = dict.fromkeys((cell.kind, cell.precision) for cell in cells)
         cells = [_plain(base, kind, precision, nodes) for kind, precision in kinds] + cells
@@ -128,6 +131,8 @@ def _cell(
                 tree["scaling"] |= {"cpus_per_worker": placed.cpus, "use_gpu": False}
     except UserError as error:
         skip = str(error).removeprefix(": ")
+    if kind == "cpu" and precision == "auto":
+        precision = tree["precision"] = "fp32"
     return Cell("", kind, workers, float(devices), precision, reduction, skip, tree)
 
 

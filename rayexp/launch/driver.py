@@ -73,6 +73,8 @@ def run(
     began = mark(started)
     config = resolve_paths(config).absolute()
     if resume is not None:
+        if config.precision == "auto":  # it was decided when the run began
+            config = config.model_copy(update={"precision": resume.config().precision})
         check_unchanged(resume, config)
     made = resume or Run.create(config, argv=list(argv), parent=parent)
     with _driving(made, fresh=resume is None) as driver, stoppable(made) as stopping:

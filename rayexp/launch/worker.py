@@ -30,6 +30,7 @@ from rayexp.errors import UserError
 from rayexp.launch.alike import WorkerInfo, everyone, unlike, unlike_weights
 from rayexp.launch.fence import end_with_parent
 from rayexp.launch.job import WorkerJob
+from rayexp.launch.precision import decided
 from rayexp.launch.saver import Saver, step_times
 from rayexp.runs.records import EpochRecord
 from rayexp.runs.writer import RunWriter
@@ -70,6 +71,8 @@ def work(
         with runtime.configure(config, device, config.shards // world, job.cpus) as configured:
             workload = workloads.open_workload(config)
             group = join()
+            if (job := decided(job, group, writer, configured)).config != config:
+                workload = workloads.open_workload(job.config)
             size = group.world if world_size is None else world_size
             return _Worker(job, group, writer, configured, workload, size, entered, leaving, epoch_done).run()
     except RuntimeError as error:
@@ -112,7 +115,7 @@ class _Worker:
 
     def run(self) -> str:
         where = f"{self.runtime.device}, {self.runtime.replicas} lanes, pid {os.getpid()} on {socket.gethostname()}"
-        self._log(f"rank {self.group.rank} of {self.group.world}: {where}")
+        self._log(f"rank {self.group.rank} of {self.group.world}: {where}, {self.config.precision}")
         if self.lead:
             for warning in self._config_warnings():
                 self._warn(warning)

@@ -98,6 +98,18 @@ class RunWriter:
 
     # ------------------------------------------------------------------ writing
 
+    def decide_precision(self, precision: str) -> str:
+        """Put the precision that `auto` comes to into config.yaml, unless an earlier attempt has decided it.
+
+        Returns:
+            The precision that the run has from now on.
+        """
+        config = self.run.config()
+        if config.precision == "auto":
+            config = config.model_copy(update={"precision": precision})
+            self.run.write(self.run.config_path.name, config.to_yaml())
+        return config.precision
+
     def note(self, fields: Mapping[str, Any]) -> None:
         """Set fields of run.json."""
         self.run.update(**fields)

@@ -70,6 +70,20 @@ def test_workers_that_do_not_divide_the_shards_are_skipped():
     assert "3 does not divide shards 8" in cells["cpu-x3-exact"].skip
 
 
+@pytest.mark.parametrize("asked", [["auto"], ["fp32", "auto"], ["auto", "fp32"]])
+def test_on_a_cpu_auto_is_fp32_and_no_second_cell(asked):
+    cells = by_id(grid_of(cpu(1), precision=asked))
+    assert {(cell.precision, cell.config["precision"]) for cell in cells.values()} == {("fp32", "fp32")}
+    assert len(cells) == 2  # the plain script and the one worker
+    assert {cell.skip for cell in cells.values()} == {None}
+
+
+def test_on_a_gpu_the_run_decides():
+    cells = by_id(grid_of(gpu(1), precision=["fp32", "auto"]), CLUSTER)
+    assert sorted(cell.precision for cell in cells.values()) == ["auto", "auto", "fp32", "fp32"]
+    assert by_id(grid_of(cpu(1), baseline=False), precision="auto")["cpu-x1-exact"].precision == "fp32"
+
+
 def test_a_compiled_model_is_not_run_exactly():
     cells = by_id(grid_of(cpu(1), reduction=["exact", "ddp"], baseline=False), compile=True, reduction="ddp")
     assert cells["cpu-x1-exact"].skip.startswith("compile: true is for reduction ddp; exact refuses it")
