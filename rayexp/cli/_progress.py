@@ -40,10 +40,10 @@ class Meter:
 
 
 class Progress:
-    """Prints a line for every `every`-th batch and the first."""
+    """Prints a line, which begins with `head`, for every `every`-th batch and the first."""
 
-    def __init__(self, every: int) -> None:
-        self.every, self.batches = every, 0
+    def __init__(self, every: int, head: str = "Test") -> None:
+        self.every, self.head, self.batches = every, head, 0
         self.time = Meter("Time", "6.3f")
         self.loss = Meter("Loss", ".4e")
         self.acc1, self.acc5 = Meter("Acc@1", "6.2f"), Meter("Acc@5", "6.2f")
@@ -70,7 +70,7 @@ class Progress:
             meters.append(f"ppl {_perplexity(self.loss.last)} ({_perplexity(self.loss.mean)})")
         if batch % self.every == 0:
             digits = len(str(self.batches))
-            print("\t".join([f"Test: [{batch + 1:{digits}d}/{self.batches}]", *meters]), flush=True)
+            print("\t".join([f"{self.head}: [{batch + 1:{digits}d}/{self.batches}]", *meters]), flush=True)
 
 
 def summary(metrics: Mapping[str, float]) -> str:

@@ -18,6 +18,10 @@ def evaluate(
         list[str] | None,
         typer.Argument(metavar="[data.root=DIR]", help="Where the run's data lies now.", show_default=False),
     ] = None,
+    mirror: Annotated[
+        bool,
+        typer.Option("--mirror", help="Average over each image and its mirror image; the result is not stored."),
+    ] = False,
     print_freq: Annotated[int, typer.Option("--print-freq", metavar="N", min=1, help="A line every N batches.")] = 10,
     runs: RunsOption = RUNS,
     as_json: JsonOption = False,
@@ -25,7 +29,8 @@ def evaluate(
     """Judge the validation data with a checkpoint, in the words of pytorch/examples' imagenet/main.py.
 
     Predictions that the run lacks are stored; those that it has are compared. Data that has moved is the run's own
-    where its hash is.
+    where its hash is. With --mirror the probabilities are the mean over an image and its mirror image, the output says
+    so, and nothing is stored.
     """
     from rayexp.cli._progress import Progress, summary
     from rayexp.runs.run import resolve
@@ -35,8 +40,8 @@ def evaluate(
 
     from rayexp.launch.evaluate import evaluate
 
-    progress = Progress(print_freq)
-    found = evaluate(run, epoch, progress.begin, None if as_json else progress.seen, root)
+    progress = Progress(print_freq, "Test mirrored" if mirror else "Test")
+    found = evaluate(run, epoch, progress.begin, None if as_json else progress.seen, root, mirror)
     if as_json:
         print_json(
             {
@@ -45,19 +50,20 @@ def evaluate(
                 "n": len(found.predictions),
                 "not_finite": found.not_finite,
                 **found.metrics,
+                "mirrored": found.mirrored,
                 "weights_sha": found.weights_sha,
-                "predictions": str(run.predictions_path(epoch)),
+                "predictions": None if found.mirrored else str(run.predictions_path(epoch)),
                 "stored": found.stored,
                 "equal": found.equal,
             }
         )
         return
-    tell(summary(found.metrics))
+    tell(summary(found.metrics) + " (mirrored)" * found.mirrored)
     if found.not_finite:
         say(f"NOT FINITE: the model's output for {found.not_finite:,} of {len(found.predictions):,} samples")
     if found.stored:
         say(f"predictions: {run.predictions_path(epoch)}")
-    elif not found.equal:
+    elif found.equal is False:
         say(
             "these differ from the predictions that training stored: another device or other versions round differently"
         )

@@ -197,6 +197,10 @@ class ImageClassification:
             "loss": losses.masked_fill(broken, torch.nan),
         }
 
+    def mirrored(self, model: nn.Module) -> nn.Module:
+        """The model for mirrored evaluation: probabilities averaged over an image and its mirror image."""
+        return Mirrored(model)
+
     def predictions(self, parts: Sequence[Mapping[str, NDArray[Any]]]) -> Predictions:
         """Put the streams together, in their order."""
         arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -223,6 +227,23 @@ class ImageClassification:
             "train_sha": self.data.train.sha,
             "val_sha": self.data.val.sha,
         }
+
+
+class Mirrored(nn.Module):
+    """The logarithm of the mean of a classifier's probabilities for an image and for its mirror image.
+
+    Computed from log-probabilities, so that none that is tiny becomes zero.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        """fp32[n, classes] from images [n, 3, height, width] in channels_last."""
+        mirrored = images.flip(3).contiguous(memory_format=torch.channels_last)
+        logs = (F.log_softmax(self.model(each).float(), 1) for each in (images, mirrored))
+        return torch.logaddexp(*logs) - math.log(2)
 
 
 def _load(split: ImageSplit, device: torch.device) -> Tensor:
