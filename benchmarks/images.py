@@ -128,9 +128,6 @@ def bare_loop(packed: Path, images: int, batch: int) -> list[float]:
         samples = permutation[start : start + batch].astype(np.int64)
         x = augment(torch.from_numpy(split.read(samples)), recipe, order.uniform(1, samples, DRAWS))
         x = ((x - mean) / std).contiguous(memory_format=torch.channels_last)
-        for module in model.modules():
-            if hasattr(module, "begin_step"):
-                module.begin_step()
         loss = F.cross_entropy(model(x), torch.from_numpy(split.labels[samples]))
         optimizer.zero_grad()
         loss.backward()

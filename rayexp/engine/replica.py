@@ -3,7 +3,8 @@ shards."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -25,7 +26,7 @@ class Replica:
         forward: what computes the outputs: the model's module, or its compiled form.
         on_gradient: called with a parameter's index as soon as a backward pass has completed its gradient; None: nobody
             is told.
-        caches: parts of the module that keep values computed from the weights (see `begin_step`).
+        caches: parts of the module that keep values computed from the weights (see `fixed_weights`).
 
     Args:
         apart: whether the batch norms of a pass over several shards normalise each shard by itself.
@@ -76,9 +77,11 @@ class Replica:
         return len(self._spare)
 
 
-def begin_step(replicas: Sequence[Replica], runtime: Runtime) -> None:
-    """The weights have changed: renew what the replicas' modules have computed from them. Each cache is renewed once,
-    and its counterparts in the other replicas share the result."""
+@contextlib.contextmanager
+def fixed_weights(replicas: Sequence[Replica], runtime: Runtime) -> Iterator[None]:
+    """While no weight changes: the replicas' modules keep what they compute from the weights. Each cache computes it
+    once, and its counterparts in the other replicas share the result. Outside of this block nothing is kept, so a
+    module never computes with weights of before."""
     counterparts = list(zip(*(replica.caches for replica in replicas), strict=True))
 
     def work(number: int) -> None:
@@ -87,5 +90,10 @@ def begin_step(replicas: Sequence[Replica], runtime: Runtime) -> None:
             for other in others:
                 other.kept = first.kept
 
-    if counterparts:
-        runtime.each(work)
+    try:
+        if counterparts:
+            runtime.each(work)
+        yield
+    finally:
+        for cache in (cache for replica in replicas for cache in replica.caches):
+            cache.end_step()

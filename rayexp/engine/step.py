@@ -24,7 +24,7 @@ from rayexp.engine.gradients import GradientBuffer, Master, ParameterLayout, Tou
 from rayexp.engine.group import WorkerGroup
 from rayexp.engine.optimizer import Optimizer
 from rayexp.engine.reduction import Forest, Node, total
-from rayexp.engine.replica import Replica, begin_step
+from rayexp.engine.replica import Replica, fixed_weights
 from rayexp.engine.runtime import Runtime, upload
 from rayexp.engine.workload import Batch, RecurrentState, Workload
 
@@ -127,10 +127,10 @@ class Stepper:
         if step == 0:
             self.recurrent_states = {}
         seconds = _Seconds()
-        begin_step(self.replicas, self.runtime)
         touched = self._touched(epoch, step)
         watched = self._watch()
-        buffer = (self._exact if self.exact else self._ddp)(epoch, step, touched, flags, seconds, clock)
+        with fixed_weights(self.replicas, self.runtime):
+            buffer = (self._exact if self.exact else self._ddp)(epoch, step, touched, flags, seconds, clock)
         if watched is not None:
             self._check_first_step(*watched, epoch, step)
         self.runtime.synchronize()

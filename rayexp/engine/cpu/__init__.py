@@ -66,7 +66,7 @@ def accelerate(model: nn.Module, draws: Draws, together: bool, device: torch.dev
         device: where the module computes.
 
     Returns:
-        What must be told when a step begins, since it keeps values that follow from the weights.
+        What must be told when a step begins and ends, since it keeps values that follow from the weights meanwhile.
     """
     if not enabled():
         return []

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rayexp.config import ExperimentConfig, parse
 from rayexp.engine import checkpoint, cpu
 from rayexp.engine.fingerprint import differences, fingerprint
+from rayexp.engine.replica import fixed_weights
 from rayexp.engine.runtime import configure
 from rayexp.engine.trainer import StepDone, Trainer
 from rayexp.errors import UserError
@@ -92,6 +95,30 @@ def test_off_is_exact_too(session: Open, monkeypatch: pytest.MonkeyPatch, name: 
     monkeypatch.setenv(cpu.SWITCH, "off")
     found = {one_step(session(config(name, scaling={"lanes": lanes})))[2] for lanes in (1, 2, 3)}
     assert len(found) == 1
+
+
+def test_a_replicas_module_is_right_outside_of_the_engine_too(session: Open) -> None:
+    """What follows from the weights is kept while they stay, and neither after a step nor after one that failed."""
+    trainer = session(config("resnet"))
+    conv = trainer.stepper.replicas[0].model.module.layer4[1].conv1
+    x = torch.randn(2, 512, 1, 1)
+
+    def right() -> bool:
+        conv.forward.draws.begin([0], [2], x.device)
+        out = conv(x)
+        assert type(out.grad_fn).__name__ == "_SmallMapBackward"
+        return torch.allclose(out, F.conv2d(x, conv.weight, padding=1), atol=1e-5)
+
+    for _ in zip(range(2), trainer.train(), strict=False):
+        assert right()
+    for error in (None, RuntimeError):
+        with contextlib.suppress(RuntimeError), fixed_weights(trainer.stepper.replicas, trainer.runtime):
+            assert right()
+            trainer.master.params.mul_(2)
+            assert not right()
+            if error:
+                raise error
+        assert right()
 
 
 def test_it_is_part_of_the_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,6 +119,22 @@ def test_what_cannot() -> None:
     assert not shardwise.can_keep_apart(nn.TransformerEncoderLayer(8, 2, 16))
 
 
+class Doubled(nn.Conv2d):
+    """A layer that is more than its base."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def test_a_subclass_keeps_its_own_forward() -> None:
+    model, draws, x = nn.Sequential(Doubled(3, 4, 3)), Draws(), torch.randn(2, 3, 8, 8)
+    wanted = model(x)
+    assert not shardwise.can_keep_apart(model)
+    shardwise.keep_gradients_apart(model, draws)
+    draws.begin([0], [2], x.device)
+    assert torch.equal(model(x), wanted)
+
+
 @given(st.integers(1, 40))
 @settings(deadline=None)
 def test_total_is_the_tree(count: int) -> None:
