@@ -255,6 +255,9 @@ class ExperimentConfig(Section):
     """exact: the same bits at any number of workers. ddp: the same mathematics by ordinary all-reduce."""
     shards: PositiveInt = 8
     """Logical shards into which a batch is cut; must divide `batch_size`. The number of workers must divide it."""
+    cpu_kernels: bool = True
+    """true: on a CPU, rayexp's own kernels where they are faster. false: PyTorch's operations alone, which is the same
+    mathematics with other rounding."""
     compile: bool = False
     """Compile the model with torch.compile on a GPU (worth it if training takes much longer than compiling)."""
     scaling: ScaleConfig = ScaleConfig()

@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rayexp.engine import cpu as kernels
 from rayexp.engine.runtime import Runtime, cpu_capability
 
 # Instructions that change what a kernel adds in which order, or rounds.
@@ -39,8 +38,6 @@ def fingerprint(runtime: Runtime) -> dict[str, Any]:
     cuda = runtime.device.type == "cuda"
     choices = (*_CHOICES, _GPU_CHOICES) if cuda else _CHOICES
     variables = {k: v for k, v in sorted(os.environ.items()) if any(choice.fullmatch(k) for choice in choices)}
-    if not cuda and not kernels.enabled():
-        variables[kernels.SWITCH] = "off"
     return {
         "device": _gpu(runtime.device) if cuda else f"cpu {platform.machine()} {cpu_capability()}",
         # A GPU computes the same whatever processor feeds it.

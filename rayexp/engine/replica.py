@@ -32,6 +32,7 @@ class Replica:
         apart: whether the batch norms of a pass over several shards normalise each shard by itself.
         together: whether the module also keeps the gradients of the shards of a pass apart (`cpu.together`).
         compiled: whether the forward goes through torch.compile.
+        kernels: the configuration's `cpu_kernels`.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Replica:
         apart: bool,
         together: bool,
         compiled: bool,
+        kernels: bool,
     ) -> None:
         self.master, self.shares_buffer = master, workload.shares_buffer
         self.draws = Draws()
@@ -50,7 +52,7 @@ class Replica:
         adopt(module, self.draws, workload.batch_dim)
         if apart:
             per_shard(module, self.draws)
-        self.caches = cpu.accelerate(module, self.draws, together, master.device)
+        self.caches = cpu.accelerate(module, self.draws, together, master.device, kernels)
         self.forward: nn.Module = torch.compile(module, dynamic=False) if compiled else module  # type: ignore[assignment]
         self.on_gradient: Callable[[int], None] | None = None
         self.model.watch(lambda parameter: self.on_gradient(parameter) if self.on_gradient else None)

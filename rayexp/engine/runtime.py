@@ -139,18 +139,15 @@ def configure(config: ExperimentConfig, device: torch.device, shards: int, cpus:
     (the allocator goes on keeping freed memory).
 
     Args:
-        config: precision and reduction decide what is pinned.
+        config: precision, reduction and cpu_kernels decide what is pinned.
         device: where this worker computes.
         shards: shards that this worker computes in a step.
         cpus: cores that this worker may use; None: all of the process's.
-
-    Raises:
-        UserError: RAYEXP_CPU_KERNELS is neither on nor off.
     """
     before = _Settings.now()
     # Makes cuBLAS deterministic; set over what is there, since another workspace may mean other kernels.
     os.environ[_WORKSPACE] = ":4096:8"
-    cpu.save_page_faults()
+    cpu.save_page_faults(config.cpu_kernels)
     torch.use_deterministic_algorithms(config.reduction == "exact" or device.type == "cpu", warn_only=False)
     torch.backends.cudnn.benchmark = device.type == "cuda" and config.reduction == "ddp"
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = config.precision == "tf32"

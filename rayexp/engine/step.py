@@ -98,11 +98,12 @@ class Stepper:
         self.shards = order.share(config.shards, group.world, group.rank)
         on_cpu = runtime.device.type == "cpu"
         fp32 = on_cpu and config.precision == "fp32"
-        self.together = self.exact and fp32 and workload.together and cpu.together(master.model)
+        kernels = config.cpu_kernels
+        self.together = self.exact and fp32 and workload.together and cpu.together(master.model, kernels)
         compiled = config.compile and not on_cpu
         apart = self.together or not self.exact
         self.replicas = [
-            Replica(master, workload, apart=apart, together=self.together, compiled=compiled)
+            Replica(master, workload, apart=apart, together=self.together, compiled=compiled, kernels=kernels)
             for _ in range(runtime.replicas)
         ]
         self.tried: dict[tuple[int, ...], bool] = {}
