@@ -211,6 +211,7 @@ class _Bench:
     def __init__(self, folder: Path, steps: int, launcher: Launcher, say: Callable[[str], None]) -> None:
         self.folder, self.steps, self.launcher, self.say = folder, steps, launcher, say
         self.unit = "samples"
+        self.killer: Killer | None = None
 
     @contextlib.contextmanager
     def session(self, console: Console | None, needed: bool) -> Iterator[None]:
@@ -251,6 +252,7 @@ class _Bench:
         config = config.model_copy(update={"checkpoint": checkpoint, "max_failures": failures})
         known = set(self.folder.iterdir())
         with Killer(self.folder, known, steps // 2) as killer:
+            self.killer = killer
             trial = self.run(config, label, workers)
         if killer.elsewhere:
             raise RunError(
@@ -276,11 +278,14 @@ class _Bench:
             trace=True,
         )
         for left in reversed(range(config.max_failures + 1)):
+            started = processes.start(job, workers)
             try:
-                processes.wait(job.run, processes.start(job, workers))
+                processes.wait(job.run, started)
                 return made
             except processes.WorkersFailedError as error:
-                if not left or not error.killed:
+                # Of a worker that the killer chose, the end may be seen later than what it brings about in the others.
+                chosen = self.killer is not None and self.killer.pid in {worker.pid for worker in started}
+                if not left or not (error.killed or chosen):
                     raise
         return made
 
