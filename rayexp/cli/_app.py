@@ -78,7 +78,10 @@ def main() -> None:
     from rayexp.cluster.home import ensure_home
     from rayexp.errors import FULL, RunError, Stopped, UserError, WriteError
     from rayexp.system import signals
+    from rayexp.system.threads import PATIENT
 
+    for variable, value in PATIENT.items():
+        os.environ.setdefault(variable, value)
     try:
         ensure_home(say)
         with signals.ending():

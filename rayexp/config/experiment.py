@@ -200,8 +200,8 @@ class ScaleConfig(Section):
     gpus_per_worker: Positive = 1
     """GPUs that a worker reserves if workers use GPUs, above 0; a fraction lets workers share a GPU."""
     lanes: PositiveInt | None = None
-    """On a CPU with `reduction: exact`: model replicas of a worker, which compute shards in parallel, one thread each.
-    null: one per core. Never changes a bit of the result."""
+    """On a CPU with `reduction: exact`: model replicas of a worker, which compute shards in parallel. null: as many as
+    its cores hold, with `threads_per_shard` threads each. Never changes a bit of the result."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -255,6 +255,9 @@ class ExperimentConfig(Section):
     """exact: the same bits at any number of workers. ddp: the same mathematics by ordinary all-reduce."""
     shards: PositiveInt = 8
     """Logical shards into which a batch is cut; must divide `batch_size`. The number of workers must divide it."""
+    threads_per_shard: PositiveInt | None = None
+    """On a CPU: threads that compute a shard. null: decided when a run starts, the cores of all its workers divided by
+    `shards`, at least 1; the run keeps it. The bits depend on it, and not on who has how many cores."""
     cpu_kernels: bool = True
     """true: on a CPU, rayexp's own kernels where they are faster. false: PyTorch's operations alone, which is the same
     mathematics with other rounding."""

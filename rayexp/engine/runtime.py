@@ -19,16 +19,17 @@ from numpy.typing import NDArray
 
 from rayexp.config import ExperimentConfig
 from rayexp.engine import cpu
+from rayexp.system import threads as sharing
 from rayexp.system.cores import cores
 
-THREADS_PER_REPLICA = 1
 _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where this worker computes. On a CPU, replicas compute shards side by side, each in a thread.
+    """Where this worker computes. On a CPU, replicas compute shards side by side, each in a thread that has `threads`
+    intra-op threads. What rounds is computed by `run` and `each`: beside replicas the calling thread has one thread.
 
     Attributes:
         device: cpu, or cuda:N.
@@ -155,11 +156,11 @@ def configure(config: ExperimentConfig, device: torch.device, shards: int, cpus:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.cuda.reset_peak_memory_stats(device)
-        torch.set_num_threads(THREADS_PER_REPLICA)
-        return Runtime(device, 1, THREADS_PER_REPLICA, None, before)
+        torch.set_num_threads(1)
+        return Runtime(device, 1, 1, None, before)
     replicas = replicas_of(config, shards, cpus)
-    threads = _budget(cpus) if config.reduction == "ddp" else THREADS_PER_REPLICA
-    set_threads(threads)
+    threads = _budget(cpus) if config.reduction == "ddp" else config.threads_per_shard or 1
+    set_threads(threads if replicas == 1 else 1)
     pool = (
         ThreadPoolExecutor(replicas, "replica", initializer=set_threads, initargs=(threads,)) if replicas > 1 else None
     )
@@ -168,7 +169,10 @@ def configure(config: ExperimentConfig, device: torch.device, shards: int, cpus:
 
 def replicas_of(config: ExperimentConfig, shards: int, cpus: float | None = None) -> int:
     """Number of replicas of a worker on the CPU (arguments as for `configure`)."""
-    return 1 if config.reduction == "ddp" else min(config.scaling.lanes or _budget(cpus), shards)
+    if config.reduction == "ddp":
+        return 1
+    fitting = sharing.replicas(_budget(cpus), config.threads_per_shard or 1, shards)
+    return min(config.scaling.lanes or fitting, shards)
 
 
 def _budget(cpus: float | None) -> int:

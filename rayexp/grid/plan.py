@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from rayexp.errors import UserError, nearest
 from rayexp.grid.comparison import PLAIN, Cell
 from rayexp.launch import placement as planning
 from rayexp.launch.placement import Node
+from rayexp.system.threads import threads_per_shard
 
 METRICS = {
     "image_classification": ("acc1", "acc5", "val_loss", "train_loss"),
@@ -89,6 +91,7 @@ def plan(config: CompareConfig, base: ExperimentConfig, nodes: Sequence[Node]) -
             config.scaling, config.precision or (base.precision,), config.reduction or (base.reduction,)
         )
     ]
+    cells = _with_threads(cells, base)
     if config.baseline:
         kinds = dict.fromkeys((cell.kind, cell.precision) for cell in cells)
         cells = [_plain(base, kind, precision, nodes) for kind, precision in kinds] + cells
@@ -130,6 +133,15 @@ def _cell(
     return Cell("", kind, workers, float(devices), precision, reduction, skip, tree)
 
 
+def _with_threads(cells: Sequence[Cell], base: ExperimentConfig) -> list[Cell]:
+    """The cells with `threads_per_shard` decided: one number for all that compute on CPUs, since their bits are
+    compared, and no more than the smallest of them has cores for."""
+    cpu = [cell for cell in cells if cell.kind == "cpu" and cell.skip is None]
+    fitting = [threads_per_shard(cell.devices, cell.config["shards"]) for cell in cpu]
+    decided = {"threads_per_shard": base.threads_per_shard or min(fitting, default=1)}
+    return [replace(cell, config={**cell.config, **decided}) if cell in cpu else cell for cell in cells]
+
+
 def _devices(scaling: ScaleConfig, workers: int, reduction: str, nodes: Sequence[Node]) -> tuple[str, float]:
     """What kind of device is asked for, and how many."""
     gpus = sum(node.gpus for node in nodes)
@@ -167,8 +179,6 @@ def _plain(base: ExperimentConfig, kind: str, precision: str, nodes: Sequence[No
 
 def _named(cells: Sequence[Cell], config: CompareConfig) -> tuple[Cell, ...]:
     """Give every cell a name of its own."""
-    import dataclasses
-
     named: dict[str, Cell] = {}
     several = len(config.precision) > 1
     for cell in cells:
@@ -184,5 +194,5 @@ def _named(cells: Sequence[Cell], config: CompareConfig) -> tuple[Cell, ...]:
         if name in named:
             name += f"-{len(named)}"
         tree = {**cell.config, "name": name}
-        named[name] = dataclasses.replace(cell, id=name, config=tree)
+        named[name] = replace(cell, id=name, config=tree)
     return tuple(named.values())

@@ -31,6 +31,7 @@ from rayexp.runs.manifest import state_fault
 from rayexp.runs.run import Run
 from rayexp.runs.writer import RunWriter
 from rayexp.system.clock import mark
+from rayexp.system.cores import cores
 from rayexp.system.locks import Driver, only_driver
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ def run(
     began = mark(started)
     config = resolve_paths(config).absolute()
     if resume is not None:
+        config = _as_begun(resume, config)
         check_unchanged(resume, config)
     made = resume or Run.create(config, argv=list(argv), parent=parent)
     with _driving(made, fresh=resume is None) as driver, stoppable(made) as stopping:
@@ -81,6 +83,8 @@ def run(
 
         def job(plan: Placement, nodes: int) -> WorkerJob:
             """The job of one attempt."""
+            nonlocal config
+            config = _decided(made, config, plan)
             return WorkerJob(
                 run=made.root,
                 config=config,
@@ -136,6 +140,25 @@ def check_unchanged(run: Run, config: ExperimentConfig) -> None:
     check_config(run)
     if changed := changes(run.config(), config):
         raise UserError(f"--resume {run.id}: the configuration has changed: {changed}; allowed: {', '.join(FREE)}")
+
+
+def _as_begun(run: Run, config: ExperimentConfig) -> ExperimentConfig:
+    """The configuration of a resume, with the run's `threads_per_shard` where none is asked for. A run that has trained
+    without it, on a GPU or before there was this key, had one."""
+    if config.threads_per_shard is not None:
+        return config
+    check_config(run)
+    threads = run.config().threads_per_shard or (1 if _holds_work(run) else None)
+    return config.model_copy(update={"threads_per_shard": threads})
+
+
+def _decided(run: Run, config: ExperimentConfig, plan: Placement) -> ExperimentConfig:
+    """The configuration with what its first attempt decides; config.yaml has it, too."""
+    decided = planning.with_threads(config, plan, cores())
+    if decided is not config:
+        kept = run.config().model_copy(update={"threads_per_shard": decided.threads_per_shard})
+        run.write(run.config_path.name, kept.to_yaml())
+    return decided
 
 
 def _reopen(run: Run, config: ExperimentConfig, argv: Sequence[str]) -> None:
@@ -224,6 +247,7 @@ def outline(config: ExperimentConfig, address: str | None = None) -> dict[str, A
         with session.session(address):
             nodes = session.nodes()
     plan = planning.make(config, nodes)
+    config = planning.with_threads(config, plan, cores())
     workload = workloads.open_workload(config)
     steps, workers = workload.steps(), max(1, plan.workers)
     return {
@@ -232,6 +256,7 @@ def outline(config: ExperimentConfig, address: str | None = None) -> dict[str, A
         "device": "gpu" if plan.gpu else "cpu",
         "cpus_per_worker": plan.cpus,
         "gpus_per_worker": plan.gpus,
+        "threads_per_shard": None if plan.gpu else config.threads_per_shard,
         "lanes_per_worker": 1 if plan.gpu else replicas_of(config, config.shards // workers, plan.cpus),
         "shards_per_worker": config.shards // workers,
         f"{workload.unit if workload.unit == 'images' else 'columns'}_per_worker": config.batch_size // workers,

@@ -111,7 +111,7 @@ def evaluate(
         predictions = evaluate.predict(workload, models, WorkerGroup(), configured, ordered)
         metrics = workload.metrics(predictions)
         if (test := getattr(workload, "test_metrics", None)) is not None:
-            metrics |= test(model, configured.device)
+            metrics |= configured.run([lambda: test(model, configured.device)])[0]
     path = run.predictions_path(epoch)
     data = predictions.to_npz()
     missing = not path.exists()

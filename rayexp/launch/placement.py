@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from rayexp.config import ExperimentConfig
 from rayexp.errors import UserError
+from rayexp.system.threads import threads_per_shard
 
 _ROUNDING = 1e-6  # resources are floats: eight times 0.25 must fit into 2
 
@@ -47,6 +48,20 @@ class Placement:
         where = "in this process" if not self.workers else f"{self.workers} worker{'s' * (self.workers > 1)} on Ray"
         cores = "" if self.cpus is None else f", {self.cpus:g} CPU each"
         return f"{where}, {'GPU' if self.gpu else 'CPU'}{cores}"
+
+
+def with_threads(config: ExperimentConfig, plan: Placement, cores: float) -> ExperimentConfig:
+    """The configuration with `threads_per_shard` decided, where it leaves that open and the workers compute on CPUs.
+
+    Args:
+        config: of a run that begins.
+        plan: of its first attempt.
+        cores: of this process, for a run in it.
+    """
+    if config.threads_per_shard is not None or plan.gpu:
+        return config
+    together = cores if plan.cpus is None else plan.workers * plan.cpus
+    return config.model_copy(update={"threads_per_shard": threads_per_shard(together, config.shards)})
 
 
 def capacity(nodes: Sequence[Node], cpus: float, gpus: float) -> int:

@@ -25,6 +25,7 @@ from rayexp.launch.driver import run as train
 from rayexp.launch.job import WorkerJob
 from rayexp.launch.killer import Killer
 from rayexp.launch.local import here
+from rayexp.launch.placement import Placement, with_threads
 from rayexp.launch.screen import chatter_to
 from rayexp.runs.run import Run
 
@@ -212,6 +213,7 @@ class _Bench:
         self.folder, self.steps, self.launcher, self.say = folder, steps, launcher, say
         self.unit = "samples"
         self.killer: Killer | None = None
+        self.threads: int | None = None  # of a shard, as the first trial decides it
 
     @contextlib.contextmanager
     def session(self, console: Console | None, needed: bool) -> Iterator[None]:
@@ -228,7 +230,8 @@ class _Bench:
     def run(self, config: ExperimentConfig, label: str, workers: int) -> Trial:
         """One trial from start to end."""
         self.say(f"workers {label} ...")
-        config = config.model_copy(update={"storage_path": self.folder})
+        threads = config.threads_per_shard or self.threads
+        config = config.model_copy(update={"storage_path": self.folder, "threads_per_shard": threads})
         try:
             if workers and self.launcher == "processes":
                 made = self._processes(config, workers)
@@ -241,6 +244,7 @@ class _Bench:
             raise UserError(error.fault) from error
         except RunError as error:
             raise RunError(error.fault) from error
+        self.threads = made.config().threads_per_shard
         return self._read(made, label, workers)
 
     def run_killed(self, config: ExperimentConfig, label: str, workers: int, steps: int) -> Trial:
@@ -267,13 +271,16 @@ class _Bench:
         return trial
 
     def _processes(self, config: ExperimentConfig, workers: int) -> Run:
-        made = Run.create(config, argv=["verify"])
         node = here()
+        gpu = node.gpus > 0 and config.scaling.use_gpu is not False
+        plan = Placement(workers, gpu, max(1, node.cpus // workers))
+        config = with_threads(config, plan, node.cpus)
+        made = Run.create(config, argv=["verify"])
         job = WorkerJob(
             run=made.root.absolute(),
             config=config.absolute(),
-            device="cuda" if node.gpus and config.scaling.use_gpu is not False else "cpu",
-            cpus=max(1, node.cpus // workers),
+            device="cuda" if gpu else "cpu",
+            cpus=plan.cpus,
             max_steps=self.steps,
             trace=True,
         )

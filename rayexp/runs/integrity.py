@@ -154,7 +154,11 @@ def _finding(what: str, why: str | None, covered: bool) -> Finding:
 
 def changes(before: ExperimentConfig, after: ExperimentConfig, free: tuple[str, ...] = FREE) -> str:
     """`lr 1.0 -> 9.0; epochs 2 -> 3`: the keys outside `free` that differ; empty where none does."""
-    first, second = (_flat(config.model_dump(mode="json")) for config in (before, after))
+    # A run without this key has trained with one: see launch.driver.
+    first, second = (
+        _flat(config.model_dump(mode="json") | {"threads_per_shard": config.threads_per_shard or 1})
+        for config in (before, after)
+    )
     return "; ".join(
         f"{key} {first.get(key)} -> {second.get(key)}"
         for key in sorted({*first, *second})

@@ -57,6 +57,7 @@ DEFAULTS: dict[str, Any] = {
     "precision": "fp32",
     "reduction": "exact",
     "shards": 8,
+    "threads_per_shard": None,
     "cpu_kernels": True,
     "compile": False,
     "scaling": {
@@ -131,6 +132,7 @@ LIMITS: dict[str, tuple[list[Any], list[Any]]] = {
     "precision": (["fp32", "tf32", "bf16"], ["fp16", 32]),
     "reduction": (["exact", "ddp"], ["fsdp"]),
     "shards": ([1, 2, 256], [0, 3, 512]),
+    "threads_per_shard": OPTIONAL_COUNT,
     "cpu_kernels": SWITCH,
     "compile": SWITCH,
     "scaling.num_workers": ([0, 1, 8, [1, 8], [3, 4]], [-1, 3, 16, [8, 1], [0, 2], [3, 3], [1, 2, 4], True]),

@@ -83,6 +83,24 @@ def test_in_process_counts_the_cores_that_it_uses():
     assert cells["cpu-plain"].devices == 2
 
 
+@pytest.mark.parametrize(
+    ("cells", "threads"),
+    [
+        ([cpu(0), cpu(2), cpu(8)], 2),  # each has all 16 cores
+        ([cpu(0), cpu(1, cpus_per_worker=8)], 1),
+        ([cpu(0), cpu(0, lanes=4)], 1),
+        ([cpu(0), cpu(3, cpus_per_worker=0.5)], 2),  # three workers do not divide the shards
+    ],
+)
+def test_all_cells_on_cpus_have_one_number_of_threads(cells, threads):
+    """As many as the smallest that runs has cores for: no cell uses more cores than it says."""
+    planned = by_id(grid_of(*cells, baseline=False), [Node("here", 16, 0)]).values()
+    found = {cell.config["threads_per_shard"] for cell in planned if not cell.skip}
+    assert found == {threads}
+    planned = by_id(grid_of(*cells, baseline=False), [Node("here", 16, 0)], threads_per_shard=5).values()
+    assert {cell.config["threads_per_shard"] for cell in planned} == {5}
+
+
 def test_cores_are_settled_in_the_plan():
     cells = by_id(grid_of(cpu(2)), [Node("here", 8, 0)])
     assert cells["cpu-x2-exact"].config["scaling"]["cpus_per_worker"] == 4
