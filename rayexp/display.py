@@ -60,6 +60,17 @@ def figure(value: float | None, form: str = ".4g") -> str:
     return f"{value:.3g}" if form.endswith("f") and abs(value) >= LARGE else f"{value:{form}}"
 
 
+def counted(number: float, noun: str, plural: str = "") -> str:
+    """A number with its noun: `1 worker`, `1,200 images`, `0.5 cores`, and with a `plural` `2 classes`."""
+    shown = f"{number:,}" if isinstance(number, int) else f"{number:g}"
+    return f"{shown} {noun if number == 1 else plural or noun + 's'}"
+
+
+def short(sha: str) -> str:
+    """The beginning of a hash, as people compare it; JSON and files hold it whole."""
+    return sha[:8]
+
+
 def plain(value: Any) -> Any:
     """Convert a value for strict JSON: arrays to lists, numpy's numbers to Python's, NaN and infinity to null."""
     if isinstance(value, dict):

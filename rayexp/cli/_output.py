@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 import sys
+from collections.abc import Sequence
 from typing import Any
 
-from rayexp.display import NOT_FINITE, figure, plain, printable
-
-NUMBER = rf"([-+]?[\d.,]+(e[-+]?\d+)?( ?%)?|{NOT_FINITE})?"  # what a column of numbers holds
+from rayexp.display import plain, printable
 
 
 def say(text: str = "") -> None:
@@ -29,30 +27,22 @@ def print_json(value: Any) -> None:
     print(json.dumps(plain(value), indent=2, default=str, allow_nan=False))
 
 
-def print_table(rows: list[dict[str, Any]], title: str = "") -> None:
-    """A table on stdout; the first row's keys are the columns; numbers are set right."""
-    from rich import box
+def print_table(rows: list[dict[str, Any]], title: str = "", drop: Sequence[str] = ()) -> None:
+    """A table on stdout; the first row's keys are the columns; numbers are set right.
+
+    A terminal that is too narrow does not get the columns of `drop`, the first to go first; stderr names them.
+    """
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in rows[0] if rows else ():
-        right = all(isinstance(r[name], int | float) or re.fullmatch(NUMBER, str(r[name] or "")) for r in rows)
-        table.add_column(printable(name), justify="right" if right else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*map(_cell, row.values()))
-    width = None if sys.stdout.isatty() else 200
-    # Cells hold file names and words of a text: nothing in them is markup.
-    console = Console(width=width, highlight=False, markup=False, emoji=False)
+    from rayexp.cli._table import table, terminal_width
+
+    width = terminal_width()
+    text, dropped = table(rows, drop, width)
     if title:
-        console.print(printable(title), style="italic")
-    console.print(table)
-
-
-def _cell(value: Any) -> str:
-    if value is None or isinstance(value, float):
-        return figure(value, ",.4g")
-    return printable(str(value))
+        Console(highlight=False, markup=False, emoji=False).print(printable(title), style="italic", soft_wrap=True)
+    print(text, flush=True)
+    if dropped:
+        say(f" left out at {width} columns (--json has all): {', '.join(dropped)}")
 
 
 def error_line(text: str) -> None:

@@ -11,6 +11,7 @@ import typer
 
 from rayexp.cli._app import JsonOption, OverridesArgument, app
 from rayexp.cli._output import print_json, print_table, say, tell
+from rayexp.display import counted
 
 Address = Annotated[
     str | None,
@@ -65,7 +66,7 @@ def jobs_command(address: Address = None, as_json: JsonOption = False) -> None:
     if as_json:
         print_json(rows)
     elif rows:
-        print_table(rows)
+        print_table(rows, drop=("code", "started", "seconds", "name"))
     else:
         say("no jobs")
 
@@ -131,7 +132,10 @@ def collect(
         print_json({"run": place, "epochs": got.epochs, "fetched": got.fetched, "bytes": got.size, "status": status})
         return
     tell(str(place))
-    say(f"{status}; {records} epochs, checkpoints of {kept}; {got.size / 1e6:,.1f} MB fetched from {source.name}")
+    say(
+        f"{status}; {counted(records, 'epoch')}, checkpoints of {kept}; "
+        f"{got.size / 1e6:,.1f} MB fetched from {source.name}"
+    )
 
 
 def _follow(address: str | None, job: str, to: TextIO) -> None:

@@ -10,6 +10,7 @@ import typer
 
 from rayexp.cli._app import RUNS, JsonOption, OverridesArgument, RayOption, RunsOption, app
 from rayexp.cli._output import print_json, say, tell
+from rayexp.display import counted
 
 if TYPE_CHECKING:
     from rayexp.grid.comparison import Comparison
@@ -75,7 +76,7 @@ def compare(
     for cell in cells:
         if cell.skip:
             say(f"skipped {cell.id}: {cell.skip}")
-    say(f"{len(running)} of {len(cells)} cells, {len(made.missing())} runs to go, in {made.root}")
+    say(f"{len(running)} of {counted(len(cells), 'cell')}, {counted(len(made.missing()), 'run')} to go, in {made.root}")
     if dry_run:
         return
     try:

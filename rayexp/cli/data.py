@@ -9,6 +9,7 @@ import typer
 
 from rayexp.cli._app import JsonOption, app
 from rayexp.cli._output import print_json, print_table, say, tell
+from rayexp.display import counted
 
 data = typer.Typer(no_args_is_help=True, help="Fetch, check and pack datasets; show what is packed.")
 app.add_typer(data, name="data")
@@ -79,7 +80,7 @@ def info(
         tell()
         print_table(classes[:SHOWN])
         if len(classes) > SHOWN:
-            tell(f"... and {len(classes) - SHOWN} more classes (--json lists all)")
+            tell(f"... and {counted(len(classes) - SHOWN, 'more class', 'more classes')} (--json lists all)")
 
 
 @data.command()
@@ -118,9 +119,10 @@ def cache(
 def _line(summary: dict[str, Any]) -> str:
     """`16,000 train and 10,000 val images of 200 classes`."""
     if summary["kind"] == "images":
-        return f"{summary['train']:,} train and {summary['val']:,} val images of {len(summary['classes']):,} classes"
+        classes = counted(len(summary["classes"]), "class", "classes")
+        return f"{summary['train']:,} train and {counted(summary['val'], 'val image')} of {classes}"
     tokens = ", ".join(f"{count:,} {split}" for split, count in summary["tokens"].items())
-    return f"{tokens} tokens; {summary['vocabulary']:,} words"
+    return f"{tokens} tokens; {counted(summary['vocabulary'], 'word')}"
 
 
 def _number(value: Any) -> str:

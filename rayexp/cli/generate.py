@@ -25,7 +25,7 @@ def generate(
     """Write text with a trained language model."""
     import time
 
-    from rayexp.display import printable
+    from rayexp.display import counted, printable, short
     from rayexp.runs.run import resolve
     from rayexp.system.disk import write_atomic
 
@@ -54,5 +54,5 @@ def generate(
         write_atomic(out, text.lines(said))
     else:
         print(printable(text.lines(said), keep="\n"), end="")
-    where = f" -> {out}" if out else ""
-    say(f"{words} words in {took:.1f} s, {run.id}@{epoch}, weights {writer.weights_sha[:12]}, seed {seed}{where}")
+    where, weights = f" -> {out}" if out else "", short(writer.weights_sha)
+    say(f"{counted(words, 'word')} in {took:.1f} s, {run.id}@{epoch}, weights {weights}, seed {seed}{where}")

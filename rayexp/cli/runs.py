@@ -8,7 +8,7 @@ import typer
 
 from rayexp.cli._app import RUNS, JsonOption, RunsOption, app
 from rayexp.cli._output import print_json, print_table, tell
-from rayexp.display import NOT_FINITE, figure
+from rayexp.display import NOT_FINITE, counted, figure, short
 
 if TYPE_CHECKING:
     from rayexp.runs.run import Run
@@ -38,7 +38,7 @@ def runs_command(
     if as_json:
         print_json(found)
     elif found:
-        print_table(found)
+        print_table([_row(one) for one in found], drop=("workload", "device", "also", "workers", "best", "epochs"))
     else:
         tell(f"no runs in {runs}")
 
@@ -99,6 +99,14 @@ def _fields(run: Run) -> dict[str, Any]:
     return fields
 
 
+def _row(fields: dict[str, Any]) -> dict[str, Any]:
+    """The same for the table: of several metrics the first has a column of its own, and hashes are short."""
+    damaged, metric = fields["status"] == "damaged", str(fields["metric"] or "")
+    first, _, others = (metric, "", "") if damaged else metric.partition(", ")
+    row = {name: value for name, value in fields.items() if name != "last weights"}
+    return row | {"metric": first, "also": others, "weights": short(fields["last weights"] or "")}
+
+
 def _show(run: Run, as_json: bool) -> None:
     from rayexp.runs.records import best
 
@@ -112,7 +120,7 @@ def _show(run: Run, as_json: bool) -> None:
         "status": run.status(),
         "error": meta.get("error"),
         "workload": f"{meta.get('workload')}, {run.config().model.name}, data {run.config().data.name}",
-        "where": f"{meta.get('world_size')} workers, {meta.get('device')}, {meta.get('lanes')} lanes",
+        "where": _where(meta),
         "created": meta.get("created"),
         "finished": meta.get("finished"),
     }
@@ -135,8 +143,17 @@ def _show(run: Run, as_json: bool) -> None:
                 "samples/s": figure(r.samples_per_second, ",.1f"),
                 "seconds": figure(r.seconds.get("total"), ",.1f"),
                 "workers": r.world_size,
-                "weights": r.weights_sha[:12],
+                "weights": short(r.weights_sha),
             }
             for r in records
-        ]
+        ],
+        drop=("workers", "samples/s", "lr", "step", "seconds", *list(names)[:0:-1]),
     )
+
+
+def _where(meta: dict[str, Any]) -> str | None:
+    """`2 workers, cpu, 1 lane each`; None for a run that has not begun."""
+    if (workers := meta.get("world_size")) is None:
+        return None
+    place = counted(workers, "worker") if workers else "in one process"
+    return ", ".join([place, str(meta.get("device")), *([counted(meta["lanes"], "lane")] if meta.get("lanes") else [])])

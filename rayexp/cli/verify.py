@@ -9,6 +9,7 @@ import typer
 
 from rayexp.cli._app import JsonOption, OverridesArgument, app
 from rayexp.cli._output import print_json, print_table, tell
+from rayexp.display import counted, short
 
 
 @app.command()
@@ -56,9 +57,13 @@ def verify(
     if as_json:
         print_json(verdict.to_json())
     else:
-        print_table(verdict.rows())
+        hashes = ("weights", "ddp weights")
+        print_table(
+            [{k: short(v or "") if k in hashes else v for k, v in row.items()} for row in verdict.rows()],
+            drop=("ddp weights", f"ddp {verdict.unit}/s"),
+        )
         if verdict.contrast:
             different = len({trial.weights for trial in verdict.contrast})
-            tell(f"ddp: {different} different weights at {len(verdict.contrast)} counts")
+            tell(f"ddp: {different} different weights at {counted(len(verdict.contrast), 'count')}")
         tell(verdict.sentence())
     raise typer.Exit(0 if verdict.ok else 1)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rayexp.data.decode import SUFFIXES
-from rayexp.display import printable
+from rayexp.display import counted, printable
 from rayexp.errors import UserError
 
 SPLITS = {
@@ -84,13 +84,13 @@ def _splits(
     known = {train, *val, *test}
     if other := next((name for name in folders if name not in known and _below(images, name)), None):
         count = len(_below(images, other))
-        raise _refused(root, f"beside {train}/ there is {other}/ with {count:,} image{'s' * (count > 1)}; move it away")
+        raise _refused(root, f"beside {train}/ there is {other}/ with {counted(count, 'image')}; move it away")
     found = {name: by_class(images, f"{name}/") for name in (train, *val)}
     _no_empty_class(root / train, found[train])
     left = [*loose, *(image for name in found for image in _below(images, name) if image.count("/") == 1)]
     if val and not found[val[0]]:
         count = len(_below(images, val[0]))
-        what = f"holds {count:,} images and no class folders" if count else "holds no images"
+        what = f"holds {counted(count, 'image')} and no class folders" if count else "holds no images"
         hint = (
             f"; this is Tiny-ImageNet: `rayexp data fetch tiny_imagenet --from {root}`"
             if (root / "wnids.txt").exists()
@@ -160,9 +160,7 @@ def _refused(root: Path, found: str) -> UserError:
 
 def _line(parts: list[str], left: Sequence[str]) -> str:
     if left:
-        parts.append(
-            f"{len(left):,} image{'s' * (len(left) > 1)} outside the class folders left out: {_some(sorted(left))}"
-        )
+        parts.append(f"{counted(len(left), 'image')} outside the class folders left out: {_some(sorted(left))}")
     return printable("; ".join(parts))
 
 

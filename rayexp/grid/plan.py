@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rayexp.config import CompareConfig, ExperimentConfig, ScaleConfig, load, parse, refuse_contradictions
+from rayexp.display import counted
 from rayexp.errors import UserError, nearest
 from rayexp.grid.comparison import PLAIN, Cell
 from rayexp.launch import placement as planning
@@ -146,11 +147,11 @@ def _reason(kind: str, workers: int, devices: float, precision: str, nodes: Sequ
     gpus, cores = sum(node.gpus for node in nodes), sum(node.cpus for node in nodes)
     there = "this machine has" if len(nodes) == 1 else f"the {len(nodes)} machines have"
     if kind == "gpu" and devices > gpus + 1e-6:
-        return f"{devices:g} GPU{'s' * (devices != 1)} asked, {there} {gpus:g}"
+        return f"{counted(devices, 'GPU')} asked, {there} {gpus:g}"
     if kind == "cpu" and precision == "tf32":
         return "tf32 is a format of NVIDIA GPUs"
     if kind == "cpu" and workers and devices > cores + 1e-6:
-        return f"{devices:g} CPU cores asked, {there} {cores:g}"
+        return f"{counted(devices, 'CPU core')} asked, {there} {cores:g}"
     return None
 
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from rayexp.cluster.job_context import job_id, resolve_paths
 from rayexp.config import ExperimentConfig, passed_over
 from rayexp.data import open_data
+from rayexp.display import counted
 from rayexp.errors import HeadLostError, RunError, Stopped, UserError
 from rayexp.launch import placement as planning
 from rayexp.launch.job import WorkerJob
@@ -227,7 +228,7 @@ def outline(config: ExperimentConfig, address: str | None = None) -> dict[str, A
     workload = workloads.open_workload(config)
     steps, workers = workload.steps(), max(1, plan.workers)
     return {
-        "where": "this process" if not plan.workers else f"Ray, {len(nodes)} node{'s' * (len(nodes) > 1)}",
+        "where": "this process" if not plan.workers else f"Ray, {counted(len(nodes), 'node')}",
         "workers": plan.workers,
         "device": "gpu" if plan.gpu else "cpu",
         "cpus_per_worker": plan.cpus,

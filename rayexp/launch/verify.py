@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rayexp.config import ExperimentConfig, parse
+from rayexp.display import counted
 from rayexp.errors import RunError, Stopped, UserError
 from rayexp.launch import processes
 from rayexp.launch.driver import run as train
@@ -124,7 +125,8 @@ class Verdict:
         if self.ok:
             counts = ", ".join(trial.label for trial in self.trials)
             return (
-                f"equal: weights and optimizer state have the same bits after each of {steps} steps (workers: {counts})"
+                "equal: weights and optimizer state have the same bits after each of "
+                f"{counted(steps, 'step')} (workers: {counts})"
             )
         first = self.differences[0]
         return f"DIFFERENT: workers {first.label}, first at step {first.step}, tensor {first.tensor}"
@@ -259,7 +261,8 @@ class _Bench:
             )
         if not killer.pid:
             raise RunError(
-                f"no worker could be killed within {steps} steps; more of them (--steps, epochs, data) give more time"
+                f"no worker could be killed within {counted(steps, 'step')}; "
+                "more of them (--steps, epochs, data) give more time"
             )
         self.say(f"  (worker {killer.rank}, pid {killer.pid}, was killed after step {killer.step})")
         return trial

@@ -18,6 +18,7 @@ import torch
 
 from rayexp import workloads
 from rayexp.config import passed_over
+from rayexp.display import counted
 from rayexp.engine import checkpoint, link, runtime
 from rayexp.engine.checkpoint import FIELDS, TENSORS
 from rayexp.engine.fingerprint import differences, fingerprint
@@ -111,7 +112,8 @@ class _Worker:
         self.saved = self.reported = time.monotonic()
 
     def run(self) -> str:
-        where = f"{self.runtime.device}, {self.runtime.replicas} lanes, pid {os.getpid()} on {socket.gethostname()}"
+        lanes = counted(self.runtime.replicas, "lane")
+        where = f"{self.runtime.device}, {lanes}, pid {os.getpid()} on {socket.gethostname()}"
         self._log(f"rank {self.group.rank} of {self.group.world}: {where}")
         if self.lead:
             for warning in self._config_warnings():

@@ -18,6 +18,7 @@ import ray
 
 from rayexp.cluster import sources
 from rayexp.config import ExperimentConfig
+from rayexp.display import counted
 from rayexp.errors import HeadLostError, RunError, UserError
 from rayexp.launch import placement as planning
 from rayexp.launch.faults import LostError
@@ -87,7 +88,8 @@ def supervise(
                 raise KeyboardInterrupt
             if failures > config.max_failures:
                 raise RunError(
-                    f"workers were lost {failures} times (max_failures: {config.max_failures}); last: {attempt.error}",
+                    f"workers were lost {counted(failures, 'time')} (max_failures: {config.max_failures}); "
+                    f"last: {attempt.error}",
                     f"; --resume {run.id} goes on from the newest checkpoint",
                 )
             shown.say(f"workers lost ({attempt.error}); attempt {failures + 1} of {config.max_failures + 1}")
