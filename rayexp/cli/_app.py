@@ -17,7 +17,7 @@ from rayexp.cli._output import error_line, say
 class _Commands(typer.core.TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """See click; typer itself ends every interruption as Ctrl-C."""
-        from rayexp.errors import Stopped
+        from rayexp.errors import Stopped, last_words
         from rayexp.system import signals
 
         try:
@@ -25,7 +25,7 @@ class _Commands(typer.core.TyperGroup):
                 return super().invoke(ctx)
         except Stopped as stopped:
             if str(stopped):
-                say(str(stopped))
+                say("\n".join(last_words(str(stopped))))
             raise typer.Exit(128 + stopped.number) from stopped
 
 
@@ -126,5 +126,10 @@ def _fail(error: BaseException, code: int) -> int:
         import traceback
 
         traceback.print_exception(error)
-    error_line(str(error))
+    from rayexp.errors import last_words
+
+    fault, *command = last_words(str(error))
+    error_line(fault)
+    for line in command:
+        say(line)
     return code

@@ -49,8 +49,9 @@ def compare(
     from rayexp.cli import _grid_tables as view
     from rayexp.cluster.job_context import resolve_path
     from rayexp.config import CompareConfig, load
-    from rayexp.errors import UserError
+    from rayexp.errors import UserError, last_words
     from rayexp.grid.comparison import Comparison
+    from rayexp.launch.resuming import go_on
 
     overrides = [*(overrides or []), *([f"storage_path={runs}"] if runs else [])]
     if resume is None:
@@ -84,7 +85,7 @@ def compare(
 
         go(made, address=address, console=Console(stderr=True))
     except KeyboardInterrupt:
-        say(f"interrupted: `rayexp compare --resume {made.root}` goes on with what is missing")
+        say("\n".join(last_words(f"interrupted{go_on(made.root, 'compare')}")))
         raise
     _show(made, made.root / "report.html", markdown or made.root / "report.md", as_json, strict=True)
 
@@ -147,6 +148,7 @@ def _show(made: Comparison, page: Path, markdown: Path | None, as_json: bool, st
     from rayexp.grid.page import write_compare_page
     from rayexp.grid.report import read_report
     from rayexp.grid.tables import markdown as to_markdown
+    from rayexp.launch.resuming import go_on
     from rayexp.system.disk import write_atomic
 
     found = read_report(made)
@@ -168,4 +170,4 @@ def _show(made: Comparison, page: Path, markdown: Path | None, as_json: bool, st
         raise RunError("; ".join(group.sentence() for group in found.groups if not group.equal))
     if found.failed:
         cells = ", ".join(dict.fromkeys(cell for cell, _, _ in found.failed))
-        raise RunError(f"{len(found.failed)} of the runs failed ({cells}); `--resume {made.id}` tries them again")
+        raise RunError(f"{len(found.failed)} of the runs failed ({cells})", go_on(made.root, "compare"))

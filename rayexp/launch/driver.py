@@ -21,10 +21,11 @@ from rayexp.cluster.job_context import job_id, resolve_paths
 from rayexp.config import ExperimentConfig, passed_over
 from rayexp.data import open_data
 from rayexp.display import counted
-from rayexp.errors import HeadLostError, RunError, Stopped, UserError
+from rayexp.errors import HeadLostError, RunError, Stopped, UserError, last_words
 from rayexp.launch import placement as planning
 from rayexp.launch.job import WorkerJob
 from rayexp.launch.placement import Placement
+from rayexp.launch.resuming import go_on
 from rayexp.launch.screen import chatter_to, screen
 from rayexp.launch.stopping import Stopping, stoppable
 from rayexp.runs.integrity import FREE, changes, check_config
@@ -196,7 +197,7 @@ def _stopped(run: Run, number: int, fault: str = "") -> Stopped:
 
 def _saved(run: Run) -> str:
     step = _steps_done(run)
-    return f"saved up to step {step}: --resume {run.id} goes on" if step else f"nothing is saved yet in {run.id}"
+    return (f"saved up to step {step}" if step else f"nothing is saved yet in {run.id}") + go_on(run.root)
 
 
 def _steps_done(run: Run) -> int:
@@ -280,7 +281,7 @@ def _supervise(
             if status != "done":
                 _fail(run, HeadLostError(why), stopping, fresh=False)
             shown.close()
-            shown.say(f"{'stopped' if stopping() else f'error: {why}'}; {_saved(run)}")
+            shown.say("\n".join(last_words(f"{'stopped' if stopping() else f'error: {why}'}; {_saved(run)}")))
             os._exit(0 if status == "done" else 128 + stopping.number if stopping.number else 1)
 
         with session.session(address) as own_ray:

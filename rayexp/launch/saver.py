@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rayexp.engine import checkpoint
@@ -79,17 +79,27 @@ class Saver:
 
         self._background.submit(write)
 
-    def graph(self, model: Any, example: tuple[Any, ...]) -> None:
+    def graph(self, model: Any, example: tuple[Any, ...], failed: Callable[[str], None]) -> None:
         """Draw a model for TensorBoard.
 
         Args:
             model: a torch.nn.Module; it is copied.
             example: what its forward takes, on the CPU.
+            failed: called in the background with a line that says why the model cannot be drawn.
         """
         from rayexp.runs.tensorboard import graph_events
 
-        drawn = copy.deepcopy(model).cpu().eval()
-        self._background.submit(lambda: self.writer.graph(graph_events(drawn, example)))
+        # Tracing runs the model twice, with gradients and without, and refuses one that takes another way each time, as
+        # torch.nn.MultiheadAttention does (of ViT and Swin). Without parameters to train it takes the same.
+        drawn = copy.deepcopy(model).cpu().eval().requires_grad_(False)
+
+        def draw() -> None:
+            events, why = graph_events(drawn, example)
+            self.writer.graph(events)
+            if why:
+                failed(f"TensorBoard has no graph of this model: it cannot be traced ({why})")
+
+        self._background.submit(draw)
 
 
 def step_times(steps: Sequence[StepDone]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from rayexp.config import passed_over
 from rayexp.display import counted
 from rayexp.engine import checkpoint, link, runtime
 from rayexp.engine.checkpoint import FIELDS, TENSORS
+from rayexp.engine.diagnosis import absurd_loss
 from rayexp.engine.fingerprint import differences, fingerprint
 from rayexp.engine.group import WorkerGroup, join
 from rayexp.engine.runtime import Runtime
@@ -290,9 +291,12 @@ class _Worker:
         record = dataclasses.replace(event.record, seconds=seconds, world_size=self.world_size, energy_joules=joules)
         steps, self.steps = step_times(self.steps), []
         self.saver.epoch(record, copied, event.predictions, steps)
+        momenta = [momentum for _, momentum in self.trainer.layout.momentum]
+        if absurd := absurd_loss(record.epoch, record.val_loss, momenta, record.step):
+            self._warn_while_training(absurd)
         if record.epoch == 1 and not self.job.trace:
             # After the first epoch: drawing must not disturb the first steps' times.
-            self.saver.graph(self.trainer.master.model, self.workload.example())
+            self.saver.graph(self.trainer.master.model, self.workload.example(), self._warn_while_training)
 
     def _read_energy(self) -> dict[str, float]:
         """The energy counters of all workers' GPUs, in joules; every worker must call it."""
@@ -307,6 +311,13 @@ class _Worker:
         self._log(warning)
         self.warnings.append(warning)
         self._report({})
+
+    def _warn_while_training(self, warning: str) -> None:
+        """`_warn` after the first step: progress.json goes on to name the step, so that a signal saves it. The warning
+        comes with the next report, and stands in run.json for the end of the run."""
+        self._log(warning)
+        self.warnings.append(warning)
+        self.writer.note({"warnings": self.warnings})
 
     def _report(self, progress: dict[str, Any]) -> None:
         # With the warnings every time: the driver reads only the newest report.

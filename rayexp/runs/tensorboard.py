@@ -88,8 +88,9 @@ class Board:
             self._file.write(Event(wall_time=time.time(), step=step, **fields).SerializeToString())
 
 
-def graph_events(model: Any, example: tuple[Any, ...]) -> bytes:
-    """The bytes of an event file with a model's graph; empty where the model cannot be traced. Imports torch.
+def graph_events(model: Any, example: tuple[Any, ...]) -> tuple[bytes, str]:
+    """The bytes of an event file with a model's graph, and why there are none where the model cannot be traced. Imports
+    torch.
 
     Args:
         model: a torch.nn.Module on the CPU.
@@ -103,11 +104,12 @@ def graph_events(model: Any, example: tuple[Any, ...]) -> bytes:
         with warnings.catch_warnings(), SummaryWriter(folder) as board:
             warnings.simplefilter("ignore")
             board.add_graph(model, example)
-    except Exception:
-        return b""
+    except Exception as error:
+        lines = str(error).strip().splitlines()
+        return b"", f"{type(error).__name__}{': ' + lines[0][:200] if lines else ''}"
     finally:
         del _in_memory[folder]
-    return bytes(file.data)
+    return bytes(file.data), ""
 
 
 class _MemoryFile:

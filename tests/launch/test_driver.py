@@ -176,10 +176,10 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tiny: Tiny, tmp_path: Path, c
         _, err = process.communicate(timeout=120)
         assert process.returncode == 1
         made = only(disk / "runs")
-        (line,) = err.splitlines()
+        line, command = err.splitlines()
         assert line.startswith(f"error: {made.root}/checkpoints/")
         assert "(No space left on device); free some space there" in line
-        assert f"--resume {made.id} goes on" in line
+        assert command == f"go on with: rayexp train --resume {made.id} --runs disk/runs"
         assert not list(made.root.rglob(".tmp-*"))
         assert made.status() in ("failed", "died")
         subprocess.run(["mount", "-o", "remount,size=30m", disk], check=True)

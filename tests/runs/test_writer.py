@@ -367,7 +367,7 @@ def test_the_graph_lies_beside_curves_and_text(run: Run) -> None:
 
     writer = begun(run)
     add(writer, 1, loss=2.0)
-    writer.graph(graph_events(torch.nn.Sequential(torch.nn.Linear(2, 3)), (torch.zeros(1, 2),)))
+    writer.graph(graph_events(torch.nn.Sequential(torch.nn.Linear(2, 3)), (torch.zeros(1, 2),))[0])
     writer.graph(b"")  # could not be drawn: what is there stays
     writer.end("done")
     board = EventAccumulator(str(run.tb))

@@ -357,13 +357,15 @@ def test_rotation_knows_distances_only() -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_tensorboard_can_draw_the_model(name: str) -> None:
     work = make(MODELS[name])
-    graph = graph_events(work.model().eval(), work.example())
+    graph, _ = graph_events(work.model().eval(), work.example())
     assert b"decoder" in graph
     assert b"encoder" in graph
 
 
 def test_a_model_that_cannot_be_drawn_has_no_graph(capfd: pytest.CaptureFixture[str]) -> None:
-    assert graph_events(torch.nn.Linear(2, 3), (torch.zeros(1, 5),)) == b""
+    events, why = graph_events(torch.nn.Linear(2, 3), (torch.zeros(1, 5),))
+    assert events == b""
+    assert why.startswith("RuntimeError: mat1 and mat2 shapes cannot be multiplied")
     assert capfd.readouterr().err == ""
 
 

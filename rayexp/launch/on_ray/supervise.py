@@ -28,6 +28,7 @@ from rayexp.launch.on_ray.attempt import Attempt, PreemptedError
 from rayexp.launch.on_ray.head import HeadWatch
 from rayexp.launch.on_ray.remote_writer import NONCE, start_writer
 from rayexp.launch.placement import Placement
+from rayexp.launch.resuming import go_on
 from rayexp.launch.screen import Screen
 from rayexp.runs.run import Run
 
@@ -90,7 +91,7 @@ def supervise(
                 raise RunError(
                     f"workers were lost {counted(failures, 'time')} (max_failures: {config.max_failures}); "
                     f"last: {attempt.error}",
-                    f"; --resume {run.id} goes on from the newest checkpoint",
+                    go_on(run.root),
                 )
             shown.say(f"workers lost ({attempt.error}); attempt {failures + 1} of {config.max_failures + 1}")
         else:
