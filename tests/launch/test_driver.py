@@ -176,7 +176,8 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tiny: Tiny, tmp_path: Path, c
         _, err = process.communicate(timeout=120)
         assert process.returncode == 1
         made = only(disk / "runs")
-        line, command = err.splitlines()
+        begun, line, command = err.splitlines()
+        assert begun == f"run: disk/runs/{made.id}"
         assert line.startswith(f"error: {made.root}/checkpoints/")
         assert "(No space left on device); free some space there" in line
         assert command == f"go on with: rayexp train --resume {made.id} --runs disk/runs"
@@ -261,7 +262,7 @@ def test_a_killed_run_goes_on_and_tensorboard_has_one_value_a_step(
 def test_without_a_terminal_there_is_a_line_an_epoch(tiny: Tiny) -> None:
     text = io.StringIO()
     made = run(tiny(), argv=[], console=Console(file=text, width=300))
-    assert text.getvalue().splitlines() == [epoch_line(record) for record in made.records()]
+    assert text.getvalue().splitlines() == [f"run: {made.root}", *(epoch_line(record) for record in made.records())]
 
 
 def test_bf16_without_instructions_for_it_is_warned_of(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
