@@ -71,6 +71,40 @@ def short(sha: str) -> str:
     return sha[:8]
 
 
+COPIED = ("$ ", "go on with: ")  # before commands, which a terminal's user copies
+
+
+def breadth(text: str) -> int:
+    """The width of a line on a terminal."""
+    if text.isascii():
+        return len(text)
+    from rich.cells import cell_len
+
+    return cell_len(text)
+
+
+def folded(text: str, width: int | None) -> str:
+    """The text in lines of at most `width` cells, cut between words only: a longer name, path or hash has a line to
+    itself, and a command stays whole. None: as it is."""
+    if width is None:
+        return text
+    return "\n".join(
+        line if breadth(line) <= width or line.startswith(COPIED) else _fold(line, width) for line in text.split("\n")
+    )
+
+
+def _fold(line: str, width: int) -> str:
+    indent = line[: len(line) - len(line.lstrip())]
+    first, *words = line.split()
+    lines = [indent + first]
+    for word in words:
+        if breadth(lines[-1]) + 1 + breadth(word) <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(indent + word)
+    return "\n".join(lines)
+
+
 def plain(value: Any) -> Any:
     """Convert a value for strict JSON: arrays to lists, numpy's numbers to Python's, NaN and infinity to null."""
     if isinstance(value, dict):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from rayexp.cli._output import print_table, tell
-from rayexp.cli._table import terminal_width
+from rayexp.cli._output import print_table, tell, terminal_width
 from rayexp.display import counted
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def show(report: CompareReport) -> None:
     from rayexp.grid import tables
 
     if report.cells:
-        narrow = (terminal_width() or WIDE) < WIDE
+        narrow = (terminal_width(sys.stdout) or WIDE) < WIDE
         for title, rows, drop in (
             (
                 "speed (samples over seconds of all steps; 95 % intervals)",

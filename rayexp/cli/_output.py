@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TextIO
 
-from rayexp.display import plain, printable
+from rayexp.display import folded, plain, printable
+
+
+def terminal_width(stream: TextIO) -> int | None:
+    """Columns of the terminal that the stream is; None where it is none: then nothing is left out or folded."""
+    return shutil.get_terminal_size().columns if stream.isatty() else None
 
 
 def say(text: str = "") -> None:
     """One line of progress or advice, on stderr."""
     with contextlib.suppress(OSError):  # the terminal may have been closed
-        print(printable(text, keep="\n"), file=sys.stderr, flush=True)
+        print(folded(printable(text, keep="\n"), terminal_width(sys.stderr)), file=sys.stderr, flush=True)
 
 
 def tell(text: str = "") -> None:
     """One line of the answer, on stdout."""
-    print(printable(text, keep="\n"), flush=True)
+    print(folded(printable(text, keep="\n"), terminal_width(sys.stdout)), flush=True)
 
 
 def print_json(value: Any) -> None:
@@ -34,9 +40,9 @@ def print_table(rows: list[dict[str, Any]], title: str = "", drop: Sequence[str]
     """
     from rich.console import Console
 
-    from rayexp.cli._table import table, terminal_width
+    from rayexp.cli._table import table
 
-    width = terminal_width()
+    width = terminal_width(sys.stdout)
     text, dropped = table(rows, drop, width)
     if title:
         Console(highlight=False, markup=False, emoji=False).print(printable(title), style="italic", soft_wrap=True)
@@ -47,6 +53,6 @@ def print_table(rows: list[dict[str, Any]], title: str = "", drop: Sequence[str]
 
 def error_line(text: str) -> None:
     """One red line on stderr."""
-    line = f"error: {printable(' '.join(text.split()))}"
+    line = folded(f"error: {printable(' '.join(text.split()))}", terminal_width(sys.stderr))
     with contextlib.suppress(OSError):
         print(f"\033[31m{line}\033[0m" if sys.stderr.isatty() else line, file=sys.stderr, flush=True)

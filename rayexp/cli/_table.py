@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import re
-import shutil
-import sys
 from collections.abc import Sequence
 from typing import Any
 
-from rayexp.display import NOT_FINITE, figure, printable
+from rayexp.display import NOT_FINITE, breadth, figure, folded, printable
 
 NUMBER = rf"([-+]?[\d.,]+(e[-+]?\d+)?( ?%)?|{NOT_FINITE})?"  # what a column of numbers holds
 GAP = 2  # spaces between two columns
 PROSE = 32  # a column that wants more is text: it is wrapped rather than that another column is left out
-
-
-def terminal_width() -> int | None:
-    """Columns of the terminal that stdout is; None where it is none: then nothing is left out or wrapped."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def table(rows: list[dict[str, Any]], drop: Sequence[str], width: int | None) -> tuple[str, list[str]]:
@@ -44,7 +37,7 @@ def table(rows: list[dict[str, Any]], drop: Sequence[str], width: int | None) ->
     if width is not None:
         widths = _widths(list(columns.values()), width)
         columns = {
-            name: [_wrapped(cell, wide) for cell in cells]
+            name: [folded(cell, wide) for cell in cells]
             for (name, cells), wide in zip(columns.items(), widths, strict=True)
         }
     return _drawn(columns, right, width), dropped
@@ -52,7 +45,7 @@ def table(rows: list[dict[str, Any]], drop: Sequence[str], width: int | None) ->
 
 def _widths(columns: list[list[str]], width: int) -> list[int]:
     """How wide each column may be: its texts share what the others leave."""
-    natural = [max(map(_len, cells)) for cells in columns]
+    natural = [max(map(breadth, cells)) for cells in columns]
     widths = [_need(cells) for cells in columns]
     least = [min(_need(cells), _longest_word(cells)) for cells in columns]
     while (over := _total(widths) - width) > 0:
@@ -70,7 +63,7 @@ def _widths(columns: list[list[str]], width: int) -> list[int]:
 
 def _need(cells: Sequence[str]) -> int:
     """The width that a column should have; one of texts may be wrapped at PROSE, one of names may not."""
-    natural = max(map(_len, cells))
+    natural = max(map(breadth, cells))
     return min(natural, PROSE) if any(len(cell.split()) > 1 for cell in cells) else natural
 
 
@@ -79,27 +72,7 @@ def _total(widths: Sequence[int]) -> int:
 
 
 def _longest_word(cells: Sequence[str]) -> int:
-    return max((_len(word) for cell in cells for word in cell.split()), default=0)
-
-
-def _len(text: str) -> int:
-    from rich.cells import cell_len
-
-    return cell_len(text)
-
-
-def _wrapped(text: str, width: int) -> str:
-    """The text in lines of at most so many cells; a longer word has a line to itself."""
-    if _len(text) <= width:
-        return text
-    lines: list[str] = []
-    for word in text.split():
-        longer = f"{lines[-1]} {word}" if lines else word
-        if lines and _len(longer) <= width:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    return "\n".join(lines)
+    return max((breadth(word) for cell in cells for word in cell.split()), default=0)
 
 
 def _drawn(columns: dict[str, list[str]], right: dict[str, bool], width: int | None) -> str:
@@ -112,7 +85,7 @@ def _drawn(columns: dict[str, list[str]], right: dict[str, bool], width: int | N
         drawn.add_column(head, justify="right" if right[name] else "left", no_wrap=True)
     for row in zip(*(cells for _, *cells in columns.values()), strict=True):
         drawn.add_row(*row)
-    whole = _total([max(_len(line) for cell in cells for line in cell.split("\n")) for cells in columns.values()])
+    whole = _total([max(breadth(line) for cell in cells for line in cell.split("\n")) for cells in columns.values()])
     # Cells hold file names and words of a text: nothing in them is markup.
     console = Console(width=whole, highlight=False, markup=False, emoji=False)
     with console.capture() as got:

@@ -50,7 +50,7 @@ def submit(
     else:
         tell(job)
     if not wait:
-        say(f"follow: rayexp logs {job} -f     stop: rayexp stop {job}     bring home: rayexp collect {job}")
+        say(f"follow:     rayexp logs {job} -f\nstop:       rayexp stop {job}\nbring home: rayexp collect {job}")
         return
     _follow(address, job, sys.stderr)
 

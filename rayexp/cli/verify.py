@@ -43,7 +43,6 @@ def verify(
 
     from rayexp.launch.verify import verify as compare
 
-    console = Console(stderr=True)
     verdict = compare(
         experiment,
         [int(count) for count in counts],
@@ -51,8 +50,7 @@ def verify(
         kill=kill,
         launcher=launcher,  # type: ignore[arg-type]
         contrast=contrast,
-        say=lambda text: console.print(text, highlight=False, markup=False),
-        console=console,
+        console=Console(stderr=True),
     )
     if as_json:
         print_json(verdict.to_json())

@@ -44,7 +44,7 @@ def phrase(errors: Sequence[Mapping[str, Any]]) -> str:
     if first["type"] == "missing":
         return "is missing"
     if first["type"] in ("value_error", "assertion_error"):
-        said = first["msg"].partition(", ")[2] or first["msg"]  # our own validators'
+        said = str(first["msg"]).partition(", ")[2]  # after pydantic's `Value error, `: our own validators'
         return said if repr(first["input"]) in said else said + given(first["input"])
     return f"expected {' or '.join(found)}" + (given(first["input"]) if "got " not in found[0] else "")
 

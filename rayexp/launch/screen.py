@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rayexp.display import figure, printable, short
+from rayexp.display import figure, folded, printable, short
 from rayexp.launch.resuming import here
 from rayexp.runs.records import EpochRecord, read_lines
 from rayexp.runs.run import Run
@@ -30,10 +30,11 @@ NARROW = 72  # below, the rate goes, too
 
 
 def show(console: Console | None, text: str) -> None:
-    """Print one line on a console; None: nowhere."""
+    """Print one line on a console, on a terminal folded between words; None: nowhere."""
     with contextlib.suppress(OSError):  # the terminal may have been closed
         if console is not None:
-            console.print(printable(text, keep="\n"), highlight=False, markup=False, soft_wrap=True)
+            lines = folded(printable(text, keep="\n"), console.width if console.is_terminal else None)
+            console.print(lines, highlight=False, markup=False, soft_wrap=True)
 
 
 class Screen:
@@ -67,7 +68,7 @@ class Screen:
         if self.console is None:
             return
         if self.console.is_terminal:
-            self._bar = _bar(self.console)
+            self._bar = bar(self.console)
             self._task = self._bar.add_task("starting", total=None, figures="", rate="")
             self._bar.start()
         self._thread.start()
@@ -176,7 +177,8 @@ def _loss(value: float | None) -> str:
     return figure(math.nan if value is None else value, ".4f")
 
 
-def _bar(console: Console) -> Any:
+def bar(console: Console) -> Any:
+    """A progress bar of rich's; its tasks have the fields `figures` and `rate`."""
     from rich.progress import BarColumn, Progress, TextColumn
 
     plain = console.file is sys.stderr  # otherwise `chatter_to` sends stdout and stderr to a file

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayexp.cli import _table
-from rayexp.cli._output import print_table
+from rayexp.cli import _output
+from rayexp.cli._output import print_table, tell
 from rayexp.cli._table import GAP, table
 
 WORD = st.text("abcdefghij-_/.", min_size=1, max_size=30)
@@ -74,16 +74,21 @@ def test_a_longer_path_stands_whole_on_a_line_of_its_own() -> None:
 
 
 def test_what_was_left_out_is_said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_table, "terminal_width", lambda: 40)
+    monkeypatch.setattr(_output, "terminal_width", lambda stream: 40)
     print_table([{"run": RUN, "workers": 2}], drop=("workers",))
     out, err = capsys.readouterr()
     assert RUN in out
     assert "workers" not in out
-    assert err == " left out at 40 columns (--json has all): workers\n"
+    assert " ".join(err.split()) == "left out at 40 columns (--json has all): workers"
 
 
-def test_only_a_terminal_has_a_width(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_a_terminal_has_a_width(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    line = f"error: {RUN}: the run is at it, and says so in a rather long line"
     monkeypatch.setenv("COLUMNS", "40")
-    assert _table.terminal_width() is None
+    assert _output.terminal_width(sys.stdout) is None
+    tell(line)
+    assert capsys.readouterr().out == f"{line}\n"
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    assert _table.terminal_width() == 40
+    assert _output.terminal_width(sys.stdout) == 40
+    tell(line)
+    assert capsys.readouterr().out == f"error:\n{RUN}: the\nrun is at it, and says so in a rather\nlong line\n"

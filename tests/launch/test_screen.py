@@ -128,7 +128,7 @@ def test_times_beside_the_bar_say_what_they_are(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(Task, "elapsed", 3723.4)
     monkeypatch.setattr(Task, "time_remaining", 725.0)
     out = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
-    bar = screens._bar(out)
+    bar = screens.bar(out)
     bar.add_task("epoch 12/20", total=100, completed=50, figures="step 123/391  loss 4.1234", rate="12,345 images/s")
     with out.capture() as got:
         out.print(bar.make_tasks_table(bar.tasks))
@@ -140,7 +140,7 @@ def test_times_beside_the_bar_say_what_they_are(monkeypatch: pytest.MonkeyPatch,
 
 def test_before_the_first_step_only_what_has_passed_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     out = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
-    bar = screens._bar(out)
+    bar = screens.bar(out)
     bar.add_task("starting Ray", total=None, figures="", rate="")
     with out.capture() as got:
         out.print(bar.make_tasks_table(bar.tasks))
