@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -86,6 +87,23 @@ def command(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
 @pytest.fixture(name="members")
 def members_fixture() -> Callable[[int], list[psutil.Process]]:
     return members
+
+
+@pytest.fixture(params=[80, 100])
+def terminal(
+    request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[[], str]:
+    """Stdout is a terminal of 80 or 100 columns; returns what was printed on it, no line of which may be broken but a
+    word by itself."""
+    monkeypatch.setattr(type(sys.stdout), "isatty", lambda stream: True)  # the stream itself is another in the test
+    monkeypatch.setenv("COLUMNS", str(request.param))
+
+    def read() -> str:
+        out = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out)
+        assert [line for line in out.splitlines() if len(line) > request.param and " " in line.strip()] == []
+        return out
+
+    return read
 
 
 @pytest.fixture(scope="session")

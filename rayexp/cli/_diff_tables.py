@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
-from rayexp.cli._output import print_table, tell
+from rayexp.cli._output import print_table, tell, terminal_width
+from rayexp.cli._table import table
 from rayexp.display import NOT_FINITE, counted, figure, short
 
 if TYPE_CHECKING:
@@ -119,7 +121,9 @@ def _list(r: ImagesReport, limit: int) -> None:
         for f in r.flips[:limit]
     ]
     if rows:
-        print_table(rows, f"{counted(len(r.flips), 'image')} judged differently, worst first", drop=("label",))
+        print_table(
+            rows, f"{counted(len(r.flips), 'image')} judged differently, worst first", ("label",), ("B conf", "A conf")
+        )
         if len(rows) < len(r.flips):
             tell(f"the first {len(rows):,} of {len(r.flips):,}; --limit N, --csv FILE, --json or --html FILE show more")
 
@@ -191,14 +195,19 @@ def show_churn(report: ChurnReport) -> None:
     )
     if len(listed) < len(r.epochs):
         tell(f"{len(listed)} of {len(r.epochs):,} epochs; --json lists all")
+    matrix, width = None, terminal_width(sys.stdout)
     if 1 < len(r.epochs) <= MATRIX_EPOCHS:
         head = [str(e.epoch) for e in r.epochs]
         rows = [
             {"": e.epoch, **dict(zip(head, (f"{v:.0f}" for v in row), strict=True))}
             for e, row in zip(r.epochs, r.matrix.tolist(), strict=True)
         ]
-        print_table(rows, "churn between every two epochs, percent")
-    elif len(r.epochs) > 1:
+        matrix = table(rows, (), None)[0]
+        if width is not None and max(map(len, matrix.splitlines())) > width:
+            matrix = None
+        else:
+            print_table(rows, "churn between every two epochs, percent")
+    if matrix is None and len(r.epochs) > 1:
         tell(f"the matrix is in --json and --html. {r.left_out}".strip())
 
 

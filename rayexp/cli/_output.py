@@ -33,17 +33,20 @@ def print_json(value: Any) -> None:
     print(json.dumps(plain(value), indent=2, default=str, allow_nan=False))
 
 
-def print_table(rows: list[dict[str, Any]], title: str = "", drop: Sequence[str] = ()) -> None:
+def print_table(
+    rows: list[dict[str, Any]], title: str = "", drop: Sequence[str] = (), last: Sequence[str] = ()
+) -> None:
     """A table on stdout; the first row's keys are the columns; numbers are set right.
 
-    A terminal that is too narrow does not get the columns of `drop`, the first to go first; stderr names them.
+    A terminal that is too narrow does not get the columns of `drop`, the first to go first, and then of `last` where
+    folding texts is not enough; stderr names them.
     """
     from rich.console import Console
 
     from rayexp.cli._table import table
 
     width = terminal_width(sys.stdout)
-    text, dropped = table(rows, drop, width)
+    text, dropped = table(rows, drop, width, last)
     if title:
         Console(highlight=False, markup=False, emoji=False).print(printable(title), style="italic", soft_wrap=True)
     print(text, flush=True)

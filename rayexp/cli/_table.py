@@ -13,7 +13,9 @@ GAP = 2  # spaces between two columns
 PROSE = 32  # a column that wants more is text: it is wrapped rather than that another column is left out
 
 
-def table(rows: list[dict[str, Any]], drop: Sequence[str], width: int | None) -> tuple[str, list[str]]:
+def table(
+    rows: list[dict[str, Any]], drop: Sequence[str], width: int | None, last: Sequence[str] = ()
+) -> tuple[str, list[str]]:
     """The rows as lines of text, and the names of the columns that were left out.
 
     A name, a path or a hash that is wider than the terminal stands whole on an overlong line, so that it can be copied.
@@ -22,14 +24,16 @@ def table(rows: list[dict[str, Any]], drop: Sequence[str], width: int | None) ->
         rows: their first one's keys are the columns; columns of numbers are set right.
         drop: columns that a narrow terminal does not get, the first to go first.
         width: of the terminal; None: everything on one line a row.
+        last: columns that go after those, and only where folding the texts is not enough.
     """
     columns = {name: [printable(name), *(_cell(row[name]) for row in rows)] for name in (rows[0] if rows else ())}
     dropped = []
-    for name in (name for name in drop if name in columns):
-        if width is None or _total([_need(cells) for cells in columns.values()]) <= width:
-            break
-        dropped.append(name)
-        del columns[name]
+    for names, least in ((drop, _need), (last, _least)):
+        for name in (name for name in names if name in columns):
+            if width is None or _total([least(cells) for cells in columns.values()]) <= width:
+                break
+            dropped.append(name)
+            del columns[name]
     right = {
         name: all(isinstance(row[name], int | float) or re.fullmatch(NUMBER, str(row[name] or "")) for row in rows)
         for name in columns
@@ -47,15 +51,12 @@ def _widths(columns: list[list[str]], width: int) -> list[int]:
     """How wide each column may be: its texts share what the others leave."""
     natural = [max(map(breadth, cells)) for cells in columns]
     widths = [_need(cells) for cells in columns]
-    least = [min(_need(cells), _longest_word(cells)) for cells in columns]
-    while (over := _total(widths) - width) > 0:
+    least = [_least(cells) for cells in columns]
+    while _total(widths) > width:
         able = [i for i in range(len(widths)) if widths[i] > least[i]]
         if not able:
             break
-        widest = max(able, key=lambda i: widths[i])
-        # Down to the next widest at a time, so that the wide ones share the loss.
-        others = [widths[i] for i in able if widths[i] < widths[widest]]
-        widths[widest] -= min(over, widths[widest] - max([least[widest], *others]))
+        widths[max(able, key=lambda i: widths[i])] -= 1  # one at a time, so that the wide ones share the loss
     for i in sorted(range(len(widths)), key=lambda i: natural[i]):
         widths[i] += max(0, min(natural[i] - widths[i], width - _total(widths)))
     return widths
@@ -71,8 +72,9 @@ def _total(widths: Sequence[int]) -> int:
     return sum(widths) + GAP * max(0, len(widths) - 1) + 2  # and the two edges
 
 
-def _longest_word(cells: Sequence[str]) -> int:
-    return max((breadth(word) for cell in cells for word in cell.split()), default=0)
+def _least(cells: Sequence[str]) -> int:
+    """The width of the longest word (or where that is a text's, PROSE: it then stands on an overlong line)."""
+    return min(_need(cells), max((breadth(word) for cell in cells for word in cell.split()), default=0))
 
 
 def _drawn(columns: dict[str, list[str]], right: dict[str, bool], width: int | None) -> str:

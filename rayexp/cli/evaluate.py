@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from rayexp.cli._app import RUNS, JsonOption, RunsOption, app
-from rayexp.cli._output import print_json, say, tell
+from rayexp.cli._output import print_json, say, tell, terminal_width
 
 
 @app.command()
@@ -35,7 +36,7 @@ def evaluate(
 
     from rayexp.launch.evaluate import evaluate
 
-    progress = Progress(print_freq)
+    progress = Progress(print_freq, terminal_width(sys.stdout))
     found = evaluate(run, epoch, progress.begin, None if as_json else progress.seen, root)
     if as_json:
         print_json(

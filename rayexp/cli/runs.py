@@ -38,7 +38,11 @@ def runs_command(
     if as_json:
         print_json(found)
     elif found:
-        print_table([_row(one) for one in found], drop=("workload", "device", "also", "workers", "best", "epochs"))
+        drop = ("workload", "device", "other metrics", "workers", "best", "epochs")
+        print_table([_row(one) for one in found], drop=drop)
+        for one in found:
+            if one["status"] == "damaged":
+                tell(f"{one['run']}: {one['metric']}")
     else:
         tell(f"no runs in {runs}")
 
@@ -100,11 +104,12 @@ def _fields(run: Run) -> dict[str, Any]:
 
 
 def _row(fields: dict[str, Any]) -> dict[str, Any]:
-    """The same for the table: of several metrics the first has a column of its own, and hashes are short."""
-    damaged, metric = fields["status"] == "damaged", str(fields["metric"] or "")
-    first, _, others = (metric, "", "") if damaged else metric.partition(", ")
+    """The same for the table: of several metrics the first has a column of its own, hashes are short, and what is
+    damaged is said below."""
+    metric = "" if fields["status"] == "damaged" else str(fields["metric"] or "")
+    first, _, others = metric.partition(", ")
     row = {name: value for name, value in fields.items() if name != "last weights"}
-    return row | {"metric": first, "also": others, "weights": short(fields["last weights"] or "")}
+    return row | {"metric": first, "other metrics": others, "weights": short(fields["last weights"] or "")}
 
 
 def _show(run: Run, as_json: bool) -> None:

@@ -66,6 +66,12 @@ def test_a_text_is_wrapped_and_no_column_goes_for_it() -> None:
     assert table([row], ("where",), 40)[1] == ["where"]
 
 
+def test_texts_share_the_loss() -> None:
+    text, _ = table([{"class": "circle, plain, cold", "A": "circle, plain, cold", "B": "circle, plain, cold"}], (), 54)
+    assert text.count("circle, plain,") == 3
+    assert max(map(len, text.splitlines())) <= 54
+
+
 def test_a_longer_path_stands_whole_on_a_line_of_its_own() -> None:
     path = "/".join(["folder"] * 20)
     text, _ = table([{"what": "disk", "found": f"9 GB free for {path} and what is below it"}], (), 60)
