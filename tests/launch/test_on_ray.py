@@ -159,7 +159,8 @@ def test_workers_of_a_driver_that_has_ended_write_nothing(
         monkeypatch.setattr(supervise, "NONCE", "elsewhere")
         there = session.nodes()
         monkeypatch.setattr(session, "nodes", lambda: [*there, *there])
-    with pytest.raises(RunError, match=r"workers were lost 1 times .*its driver has ended"):
+    said = r"workers were lost 1 time .*its driver has ended.*; go on with: rayexp train --resume \S+ --runs \S+$"
+    with pytest.raises(RunError, match=said):
         run(tiny(scaling={"num_workers": 2, "cpus_per_worker": 0.5}, max_failures=0), argv=[])
     (made,) = Run.all(tmp_path / "runs")
     assert {path.name for path in made.root.iterdir()} <= {"run.json", "config.yaml", "logs"}
