@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def made(tmp_path: Path) -> list[Run]:
             record = EpochRecord(
                 epoch, 400 * epoch, 2.1, 2.2, metrics, 0.01, 12345.6, {"total": 1234.5}, sha(epoch), world_size=i
             )
-            append_line(run.epochs_path, __import__("json").dumps(record.to_json()))
+            append_line(run.epochs_path, json.dumps(record.to_json()))
         found.append(run)
     found[2].config_path.write_text("epochs: x\n")
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import typing
 from collections.abc import Iterator
+from datetime import date
 from typing import Any
 
 import pytest
@@ -132,7 +133,7 @@ def test_the_words(key: str, value: Any, line: str) -> None:
 def test_what_pydantic_may_add_is_said_without_its_words() -> None:
     class Later(BaseModel):
         when: Any = Field(default=None)
-        day: __import__("datetime").date | None = None
+        day: date | None = None
 
     with pytest.raises(ValidationError) as caught:
         Later.model_validate({"day": "x"})
