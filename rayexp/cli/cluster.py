@@ -9,7 +9,7 @@ from typing import Annotated, TextIO
 
 import typer
 
-from rayexp.cli._app import JsonOption, OverridesArgument, app
+from rayexp.cli._app import ConfigArgument, JsonOption, OverridesArgument, app
 from rayexp.cli._output import print_json, print_table, say, tell
 
 Address = Annotated[
@@ -25,7 +25,7 @@ JobArgument = Annotated[str | None, typer.Argument(metavar="JOB", help="The job'
 
 @app.command()
 def submit(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML of the experiment.", show_default=False)],
+    config: ConfigArgument,
     overrides: OverridesArgument = None,
     address: Address = None,
     resume: Annotated[str | None, typer.Option(metavar="RUN", help="Go on with that run of the cluster.")] = None,
@@ -70,7 +70,7 @@ def jobs_command(address: Address = None, as_json: JsonOption = False) -> None:
         say("no jobs")
 
 
-@app.command()
+@app.command(short_help="Print what a job has printed.")
 def logs(
     job: JobArgument = None,
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Until it ends; exit with its code.")] = False,
@@ -100,7 +100,7 @@ def stop(job: JobArgument = None, address: Address = None) -> None:
         say(f"{found.job}: had ended ({found.status})")
 
 
-@app.command()
+@app.command(short_help="Bring a run home from a cluster or an object store.")
 def collect(
     what: Annotated[
         str, typer.Argument(metavar="RUN|JOB", help="A run's name, path or URI, or a job's id.", show_default=False)

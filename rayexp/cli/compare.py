@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rayexp.cli._app import RUNS, JsonOption, OverridesArgument, RayOption, RunsOption, app
+from rayexp.cli import _complete
+from rayexp.cli._app import RUNS, JsonOption, OverridesArgument, RayOption, RunsOption, app, folder
 from rayexp.cli._output import print_json, say, tell
 
 if TYPE_CHECKING:
@@ -20,17 +21,26 @@ MarkdownOption = Annotated[
 ]
 
 
-@app.command()
+@app.command(short_help="Run a device grid: how much faster, and at what price?")
 def compare(
     config: Annotated[
         str | None,
         typer.Argument(
-            metavar="CONFIG", help="YAML of the grid, for example configs/devices.yaml.", show_default=False
+            metavar="CONFIG",
+            help="YAML of the grid, or a name that `rayexp configs` lists, for example devices.",
+            autocompletion=_complete.configs,
+            show_default=False,
         ),
     ] = None,
     overrides: OverridesArgument = None,
     runs: Annotated[
-        Path | None, typer.Option("--runs", help="Make the comparison's directory in there. [default: storage_path]")
+        Path | None,
+        typer.Option(
+            "--runs",
+            metavar="DIR",
+            parser=folder,
+            help="Make the comparison's directory in there. [default: storage_path]",
+        ),
     ] = None,
     resume: Annotated[
         str | None, typer.Option(metavar="COMPARE", help="Go on with this comparison; what is done stays.")
@@ -47,7 +57,7 @@ def compare(
     """
     from rayexp.cli import _grid_tables as view
     from rayexp.cluster.job_context import resolve_path
-    from rayexp.config import CompareConfig, load
+    from rayexp.config import CompareConfig, find_config, load
     from rayexp.errors import UserError
     from rayexp.grid.comparison import Comparison
 
@@ -55,11 +65,12 @@ def compare(
     if resume is None:
         if config is None:
             raise UserError("compare needs a CONFIG (or --resume COMPARE)")
-        grid = load(config, overrides, CompareConfig)
+        path = find_config(config)
+        grid = load(path, overrides, CompareConfig)
         grid = grid.model_copy(update={"storage_path": resolve_path(grid.storage_path)})
         from rayexp.grid.run import go, planned, start
 
-        base, cells = planned(grid, Path(config).parent, address)
+        base, cells = planned(grid, path.parent, address)
         if dry_run:
             print_json(view.plan_json(cells, grid)) if as_json else view.show_plan(cells, grid)
             return
@@ -88,9 +99,9 @@ def compare(
     _show(made, made.root / "report.html", markdown or made.root / "report.md", as_json, strict=True)
 
 
-@app.command()
+@app.command(short_help="Write one offline page about a run or a comparison.")
 def report(
-    name: Annotated[str, typer.Argument(metavar="RUN|COMPARE", show_default=False)],
+    name: Annotated[str, typer.Argument(metavar="RUN|COMPARE", autocompletion=_complete.runs, show_default=False)],
     out: Annotated[
         Path | None, typer.Option(help="The page. [default: report.html in the directory]", dir_okay=False)
     ] = None,

@@ -7,13 +7,17 @@ from typing import Annotated
 
 import typer
 
+from rayexp.cli import _complete
 from rayexp.cli._app import RUNS, JsonOption, RunsOption, app
 from rayexp.cli._output import print_json, say, tell
 
 
-@app.command()
+@app.command(short_help="Judge the validation data with a checkpoint.")
 def evaluate(
-    ref: Annotated[str, typer.Argument(metavar="RUN@EPOCH", help="RUN@7, RUN@best, RUN@last.")],
+    ref: Annotated[
+        str,
+        typer.Argument(metavar="RUN@EPOCH", autocompletion=_complete.runs, help="RUN@7, RUN@best, RUN@last."),
+    ],
     moved: Annotated[
         list[str] | None,
         typer.Argument(metavar="[data.root=DIR]", help="Where the run's data lies now.", show_default=False),

@@ -7,13 +7,21 @@ from typing import Annotated
 
 import typer
 
+from rayexp.cli import _complete
 from rayexp.cli._app import RUNS, RunsOption, app
 from rayexp.cli._output import say
 
 
 @app.command()
 def generate(
-    ref: Annotated[str, typer.Argument(metavar="RUN@EPOCH", help="RUN@7, RUN@best, RUN@last, of a language model.")],
+    ref: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN@EPOCH",
+            autocompletion=_complete.runs,
+            help="RUN@7, RUN@best, RUN@last, of a language model.",
+        ),
+    ],
     words: Annotated[int, typer.Option(metavar="N", min=1, help="How many words.")] = 1000,
     temperature: Annotated[float, typer.Option(min=0, help="Below 1 bolder, above 1 wilder; 0: the likeliest.")] = 1.0,
     top_k: Annotated[int | None, typer.Option(metavar="K", min=1, help="Only the K likeliest words can come.")] = None,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rayexp.cli._app import RUNS, app
+from rayexp.cli._app import RUNS, app, folder
 from rayexp.cli._output import say
 
 if TYPE_CHECKING:
@@ -20,7 +20,9 @@ CHAPTERS = 6
 
 @app.command()
 def quickstart(
-    runs: Annotated[Path, typer.Option("--runs", help="Folder for the tour's runs.")] = RUNS,
+    runs: Annotated[
+        Path, typer.Option("--runs", metavar="DIR", parser=folder, help="Folder for the tour's runs.")
+    ] = RUNS,
 ) -> None:
     """The tour: train, diff, a language model, the device grid. Offline, about three minutes on two cores.
 
@@ -36,7 +38,7 @@ def quickstart(
     runs = runs.resolve()
 
     _chapter(1, "The model, layer by layer", f"rayexp summary {_short(images)}")
-    summary(images, depth=1)
+    summary(str(images), depth=1)
 
     _chapter(2, "Train in this process", f"rayexp train {_short(images)}")
     run = _train(images, runs)

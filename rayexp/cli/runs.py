@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rayexp.cli import _complete
 from rayexp.cli._app import RUNS, JsonOption, RunsOption, app
 from rayexp.cli._output import print_json, print_table, tell
 from rayexp.display import NOT_FINITE, figure
@@ -14,10 +15,16 @@ if TYPE_CHECKING:
     from rayexp.runs.run import Run
 
 
-@app.command("runs")
+@app.command("runs", short_help="List the runs, show one with its epochs, or check them.")
 def runs_command(
     run: Annotated[
-        str | None, typer.Argument(metavar="RUN", help="Show this one with its epochs.", show_default=False)
+        str | None,
+        typer.Argument(
+            metavar="RUN",
+            help="Show this one with its epochs.",
+            autocompletion=_complete.runs,
+            show_default=False,
+        ),
     ] = None,
     runs: RunsOption = RUNS,
     check: Annotated[

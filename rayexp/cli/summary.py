@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from rayexp.cli._app import JsonOption, OverridesArgument, app
+from rayexp.cli._app import ConfigArgument, JsonOption, OverridesArgument, app
 from rayexp.cli._output import print_json, print_table, tell
 
 
-@app.command()
+@app.command(short_help="Show a model layer by layer: sizes, parameters, FLOPs.")
 def summary(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML of the experiment.", show_default=False)],
+    config: ConfigArgument,
     overrides: OverridesArgument = None,
     depth: Annotated[int, typer.Option(metavar="N", min=0, help="Levels of nested modules; 0: all.")] = 2,
     as_json: JsonOption = False,

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from rayexp.cli._app import JsonOption, OverridesArgument, app
+from rayexp.cli._app import ConfigArgument, JsonOption, OverridesArgument, app
 from rayexp.cli._output import print_json, print_table, tell
 
 
-@app.command()
+@app.command(short_help="Prove that the number of workers changes no bit.")
 def verify(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML of the experiment.", show_default=False)],
+    config: ConfigArgument,
     overrides: OverridesArgument = None,
     workers: Annotated[
         str, typer.Option(metavar="N,N...", help="Worker counts; the first is the reference.")

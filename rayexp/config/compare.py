@@ -18,7 +18,8 @@ class CompareConfig(Section):
     """Part of the comparison directory's name: 1 to 64 letters, digits, `_`, `.` or `-`; the first is a letter or a
     digit."""
     base: str
-    """Path of the base experiment's YAML file, relative to this file. Required."""
+    """The base experiment: the path of its YAML file, relative to this file, or the name of one that comes with rayexp.
+    Required."""
     overrides: Annotated[dict[str, Any], KeysOf(ExperimentConfig)] = Field(default={})
     """Keys of the base experiment, nested or dotted, to set in every cell."""
     scaling: Annotated[tuple[ScaleConfig, ...], Field(min_length=1)]

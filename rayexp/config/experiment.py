@@ -28,6 +28,10 @@ IMAGE_DATA = ("shapes", "tiny_imagenet", "folder")
 TEXT_DATA = ("python_docs", "wikitext2", "text")
 IMAGES_ONLY = ("max_train_samples", "max_val_samples", "image_size", "augment")
 TEXT_ONLY = ("max_train_tokens", "max_val_tokens", "bptt", "eval_columns")
+NO_URI = (
+    "expected a folder (local, or a shared one that is mounted); `rayexp collect RUN --to URI` takes a run to s3:// or "
+    "gs://, and `rayexp collect URI` brings it back"
+)
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -36,10 +40,7 @@ Positive = Annotated[float, Field(gt=0)]
 
 def _no_uri(value: Any) -> Any:
     if isinstance(value, str) and "://" in value:
-        raise ValueError(
-            "expected a folder (local, or a shared one that is mounted); `rayexp collect RUN --to URI` takes a run "
-            "to s3:// or gs://, and `rayexp collect URI` brings it back"
-        )
+        raise ValueError(NO_URI)
     return value
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rayexp.config import CompareConfig, ExperimentConfig, ScaleConfig, load, parse, refuse_contradictions
+from rayexp.config import CompareConfig, ExperimentConfig, ScaleConfig, find_config, load, parse, refuse_contradictions
 from rayexp.errors import UserError, nearest
 from rayexp.grid.comparison import PLAIN, Cell
 from rayexp.launch import placement as planning
@@ -26,10 +26,7 @@ def base_of(config: CompareConfig, folder: Path) -> ExperimentConfig:
     Raises:
         UserError: there is no such file, or it is wrong.
     """
-    path = folder / Path(config.base).expanduser()
-    if not path.is_file() and Path(config.base).expanduser().is_file():
-        path = Path(config.base).expanduser()
-    return load(path)
+    return load(find_config(config.base, folder))
 
 
 def with_overrides(base: ExperimentConfig, overrides: Mapping[str, Any]) -> ExperimentConfig:

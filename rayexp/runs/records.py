@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayexp.errors import UserError
+from rayexp.system.disk import NEWEST
 
 T = TypeVar("T")
 # The phases of an epoch's wall-clock time, in the order in which reports stack them. They add up to `total`.
@@ -263,13 +264,13 @@ class RunRef:
 
     @classmethod
     def parse(cls, text: str) -> RunRef:
-        """Parse `RUN@7`, `RUN@best`, `RUN@last`; a bare `RUN` means `RUN@last`.
+        """Parse `RUN@7`, `RUN@best`, `RUN@last`; a bare `RUN` means `RUN@last`. RUN may be `@newest`.
 
         Raises:
             UserError: the part after `@` is none of these.
         """
         run, at, epoch = text.rpartition("@")
-        if not at:
+        if not at or text == NEWEST:
             return cls(text, "last")
         if run and epoch in ("best", "last"):
             return cls(run, epoch)

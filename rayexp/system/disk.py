@@ -18,6 +18,7 @@ from rayexp.errors import UserError, WriteError, nearest
 
 TEMPORARY = ".tmp-"  # the prefix of everything that is being written
 MADE = re.compile(r"\d{8}T\d{6}Z-(?P<name>.+)-[0-9a-f]{4}")  # a directory's name as `make_directory` gives it
+NEWEST = "@newest"  # refers to the directory that was made last
 OLD = "-old"  # suffix of a directory's temporary name while another directory replaces it
 ATTEMPTS = 100  # to find a free name for a directory
 TAIL = 1 << 16  # bytes read at once from the end of a file
@@ -262,8 +263,10 @@ def _has(path: Path, file: str) -> bool:
 
 def matching(name: str, names: Iterable[str]) -> list[str]:
     """The names of directories that `name` refers to: the equal one, else those made under that name (`txt` for
-    `<utc>-txt-<4 hex>`), else those that contain it."""
+    `<utc>-txt-<4 hex>`), else those that contain it; for `@newest` the one made last."""
     names = list(names)
+    if name == NEWEST:
+        return sorted(names, key=lambda n: (MADE.fullmatch(n) is not None, n))[-1:]
     return (
         [n for n in names if n == name]
         or [n for n in names if (made := MADE.fullmatch(n)) and made["name"] == name]
