@@ -135,7 +135,11 @@ def _find(name: str, runs: Path) -> Run | Comparison:
     from rayexp.errors import UserError
     from rayexp.grid.comparison import Comparison
     from rayexp.runs.run import Run
+    from rayexp.system.disk import NEWEST, matching
 
+    if name == NEWEST:
+        found = matching(name, [one.id for one in (*Run.all(runs), *Comparison.all(runs))])
+        name = found[0] if found else name
     path = Path(name).expanduser()
     if (path / "run.json").is_file():
         return Run.find(name, runs)

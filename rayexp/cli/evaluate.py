@@ -36,6 +36,7 @@ def evaluate(
 
     root = _moved(moved or [])
     run, epoch = resolve(ref, runs)
+    say(f"judging with {run.id}@{epoch}")
 
     from rayexp.launch.evaluate import evaluate
 

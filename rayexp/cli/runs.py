@@ -8,10 +8,13 @@ import typer
 
 from rayexp.cli import _complete
 from rayexp.cli._app import RUNS, JsonOption, RunsOption, app
-from rayexp.cli._output import print_json, print_table, tell
+from rayexp.cli._output import print_json, print_table, say, tell
 from rayexp.display import NOT_FINITE, figure
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from rayexp.grid.comparison import Comparison
     from rayexp.runs.run import Run
 
 
@@ -30,10 +33,25 @@ def runs_command(
     check: Annotated[
         bool, typer.Option("--check", help="Check every file against its hash (of all runs, where none is named).")
     ] = False,
+    comparisons: Annotated[
+        bool, typer.Option("--comparisons", help="List the comparisons that `rayexp compare` made, not the runs.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """List the runs, oldest first; or show one with its epochs. --check exits with 1 where something is damaged."""
+    """List the runs, oldest first; or show one with its epochs. --check exits with 1 where something is damaged.
+
+    RUN is a directory, its name, or any part of the name that fits one run alone; a run's own name comes first, and
+    @newest is the run that was made last.
+    """
+    from rayexp.errors import UserError
+    from rayexp.grid.comparison import Comparison
     from rayexp.runs.run import Run
+
+    if comparisons:
+        if run is not None or check:
+            raise UserError("--comparisons lists all comparisons; `rayexp report NAME` shows one")
+        _list_comparisons(Comparison.all(runs), runs, as_json)
+        return
 
     if check:
         _check([Run.locate(run, runs)] if run is not None else Run.all(runs), as_json)
@@ -44,10 +62,43 @@ def runs_command(
     found = [_fields(one) for one in Run.all(runs)]
     if as_json:
         print_json(found)
-    elif found:
+        return
+    if found:
         print_table(found)
     else:
         tell(f"no runs in {runs}")
+    if more := len(Comparison.all(runs)):
+        say(f"{more} comparison{'s' * (more > 1)} there, too: rayexp runs --comparisons")
+
+
+def _list_comparisons(found: list[Comparison], runs: Path, as_json: bool) -> None:
+    rows = [_comparison_fields(one) for one in found]
+    if as_json:
+        print_json(rows)
+    elif rows:
+        print_table(rows)
+    else:
+        tell(f"no comparisons in {runs}")
+
+
+def _comparison_fields(made: Comparison) -> dict[str, Any]:
+    """A comparison's line of the table."""
+    from rayexp.errors import UserError
+
+    fields: dict[str, Any] = dict.fromkeys(["comparison", "status", "cells", "skipped", "runs", "failed"])
+    fields["comparison"] = made.id
+    try:
+        cells, rows, config = made.cells(), made.rows(), made.config()
+        planned = [cell for cell in cells if cell.skip is None]
+        return fields | {
+            "status": made.status(),
+            "cells": len(planned),
+            "skipped": len(cells) - len(planned),
+            "runs": f"{sum(row.status == 'done' for row in rows)}/{len(planned) * config.repeats}",
+            "failed": sum(row.status != "done" for row in rows),
+        }
+    except UserError as error:
+        return fields | {"status": f"damaged: {error}"}
 
 
 def _check(found: list[Run], as_json: bool) -> None:

@@ -97,6 +97,7 @@ def test_the_lines_are_those_of_pytorchs_example(
     out, err = command("evaluate", f"{made.id}@last", "--print-freq", "2").communicate(timeout=60)
     lines = out.splitlines()
     assert [line.split("\t")[0] for line in lines[:2]] == ["Test: [1/3]", "Test: [3/3]"], err
+    assert err.splitlines()[0] == f"judging with {made.id}@1"  # which one `@last` was
     assert [part.split()[0] for part in lines[0].split("\t")] == ["Test:", "Time", "Loss", "Acc@1", "Acc@5"]
     metrics = made.records()[0].metrics
     assert lines[2] == f" * Acc@1 {metrics['acc1']:.3f} Acc@5 {metrics['acc5']:.3f}"
