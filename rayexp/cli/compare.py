@@ -138,8 +138,8 @@ def _find(name: str, runs: Path) -> Run | Comparison:
     from rayexp.system.disk import NEWEST, matching
 
     if name == NEWEST:
-        found = matching(name, [one.id for one in (*Run.all(runs), *Comparison.all(runs))])
-        name = found[0] if found else name
+        made = [*(run.id for run in Run.all(runs)), *(comparison.id for comparison in Comparison.all(runs))]
+        name = next(iter(matching(name, made)), name)
     path = Path(name).expanduser()
     if (path / "run.json").is_file():
         return Run.find(name, runs)

@@ -74,6 +74,8 @@ def find_layout(root: Path, files: Iterable[str]) -> FolderLayout:
     if suspects:
         flat = f"are no class folders in {roles['train'][0]}/" if roles["train"] else "is no train/ beside it"
         raise _refused(root, f"{suspects[0]}/ looks like a split, and there {flat}")
+    if roles["train"] and not any(_below(images, name) for name in folders if name not in roles["train"]):
+        raise _refused(root, f"{roles['train'][0]}/ {_flat(images, roles['train'][0])}")
     return _classes(root, images, loose, folders)
 
 
@@ -89,8 +91,7 @@ def _splits(
     _no_empty_class(root / train, found[train])
     left = [*loose, *(image for name in found for image in _below(images, name) if image.count("/") == 1)]
     if val and not found[val[0]]:
-        count = len(_below(images, val[0]))
-        what = f"holds {count:,} images and no class folders" if count else "holds no images"
+        what = _flat(images, val[0])
         hint = (
             f"; this is Tiny-ImageNet: `rayexp data fetch tiny_imagenet --from {root}`"
             if (root / "wnids.txt").exists()
@@ -141,6 +142,12 @@ def _has_classes(images: Iterable[str], folder: str) -> bool:
 
 def _below(images: Iterable[str], folder: str) -> list[str]:
     return [name for name in images if name.startswith(f"{folder}/")]
+
+
+def _flat(images: Iterable[str], folder: str) -> str:
+    """What is wrong with a split that holds no class."""
+    count = len(_below(images, folder))
+    return f"holds {count:,} image{'s' * (count > 1)} and no class folders" if count else "holds no images"
 
 
 def _no_empty_class(folder: Path, classes: Classes) -> None:

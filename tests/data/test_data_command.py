@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import subprocess
 import sys
 
 import pytest
+
+from rayexp.data import DATASETS
 
 
 @pytest.fixture
@@ -37,6 +40,16 @@ def test_fetch_and_info(rayexp, tmp_path, tiny):
     assert re.search(r"goldfish.*\b4\b.*\b3\b", shown.stdout)
     assert summary["sha"]["train"] in shown.stdout
     assert "every hash is as it should be" in shown.stdout
+
+
+def test_fetch_alone_lists_what_there_is(rayexp):
+    alone = rayexp("fetch")
+    assert (alone.returncode, alone.stderr) == (0, "")
+    fetched = [name for name, module in DATASETS.items() if hasattr(importlib.import_module(module), "fetch")]
+    listed = [line.split()[0] for line in alone.stdout.splitlines()]
+    assert sorted(listed[: len(fetched)]) == sorted(fetched)
+    assert all(len(line) <= 100 for line in alone.stdout.splitlines())
+    assert "data.name=folder" in alone.stdout
 
 
 def test_ten_classes_and_how_many_more(rayexp, monkeypatch):
