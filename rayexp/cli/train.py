@@ -48,10 +48,15 @@ def train(
 
     Ctrl-C saves after the present step and exits with 130; so does SIGTERM (143), SIGUSR1, a batch system's notice
     (138), and the closing of the terminal (129; not under nohup). --resume goes on from there, with as many workers as
-    you like; CONFIG may then be left out.
+    you like; CONFIG may then be left out. A finished run is trained on by `--resume RUN epochs=N`, unless its schedule
+    is cosine or onecycle.
     """
     run, experiment = _configure(config, overrides or [], runs, name, resume)
     if dry_run:
+        if run is not None:
+            from rayexp.runs.integrity import check_unchanged
+
+            check_unchanged(run, experiment.absolute())
         _show_plan(experiment, address, as_json)
         return
     from rich.console import Console

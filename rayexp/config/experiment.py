@@ -184,6 +184,11 @@ class ScheduleConfig(Section):
     peak: Fraction = 0.3
     """onecycle: share of the run, from 0 to 1, after which the rate is highest."""
 
+    @property
+    def depends_on_epochs(self) -> bool:
+        """Whether the rate of a step depends on how many epochs the run has, so that none can be added later."""
+        return self.name in ("cosine", "onecycle")
+
 
 class ScaleConfig(Section):
     """How many workers, and on what devices. Where Ray Train's ScalingConfig has the same option, the name is the

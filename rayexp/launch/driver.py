@@ -26,7 +26,7 @@ from rayexp.launch.job import WorkerJob
 from rayexp.launch.placement import Placement
 from rayexp.launch.screen import chatter_to, screen
 from rayexp.launch.stopping import Stopping, stoppable
-from rayexp.runs.integrity import FREE, changes, check_config
+from rayexp.runs.integrity import check_unchanged, is_finished
 from rayexp.runs.manifest import state_fault
 from rayexp.runs.run import Run
 from rayexp.runs.writer import RunWriter
@@ -56,7 +56,8 @@ def run(
     Args:
         config: what to train.
         argv: the command, for run.json.
-        resume: a run to go on with; None: make a new one.
+        resume: a run to go on with; None: make a new one. A finished one is returned as it is; with more `epochs`
+            than it has, it is trained on.
         address: of a running Ray; None: RAY_ADDRESS, a Ray started here by `ray start`, else a new one.
         console: shows progress; None: nothing is shown.
         started: time.monotonic() at which the command began.
@@ -74,6 +75,10 @@ def run(
     config = resolve_paths(config).absolute()
     if resume is not None:
         check_unchanged(resume, config)
+        if is_finished(resume, config):
+            if console is not None:
+                console.print(finished_line(resume, config), markup=False, highlight=False, soft_wrap=True)
+            return resume
     made = resume or Run.create(config, argv=list(argv), parent=parent)
     with _driving(made, fresh=resume is None) as driver, stoppable(made) as stopping:
         if resume is not None:
@@ -127,25 +132,20 @@ def _driving(run: Run, fresh: bool) -> Iterator[Driver]:
         yield driver
 
 
-def check_unchanged(run: Run, config: ExperimentConfig) -> None:
-    """Refuse to resume a run under a configuration that would train another model, or one with a changed config.yaml.
-
-    Raises:
-        UserError: it names the changed keys.
-    """
-    check_config(run)
-    if changed := changes(run.config(), config):
-        raise UserError(f"--resume {run.id}: the configuration has changed: {changed}; allowed: {', '.join(FREE)}")
+def finished_line(run: Run, config: ExperimentConfig) -> str:
+    """What is said where a finished run is resumed."""
+    more = "" if config.schedule.depends_on_epochs else f"; epochs={config.epochs + 1} or more trains on"
+    return f"{run.id} is done, {config.epochs} of {config.epochs} epochs: nothing to go on with{more}"
 
 
 def _reopen(run: Run, config: ExperimentConfig, argv: Sequence[str]) -> None:
     meta = run.meta()
     before = run.config()
     kept = config.model_copy(update={"name": before.name, "storage_path": before.storage_path})
-    run.write(run.config_path.name, kept.to_yaml())
     resumed = [*meta.get("resumed", ()), {"argv": list(argv), "after": meta["status"]}]
     where = {"pid": os.getpid(), "host": socket.gethostname()}
     run.update(status="running", error=None, finished=None, resumed=resumed, **where)
+    run.write(run.config_path.name, kept.to_yaml())  # after the status: a run that is done has all its epochs
 
 
 def _fail(run: Run, error: BaseException, stopping: Stopping, fresh: bool) -> None:

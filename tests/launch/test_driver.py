@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -24,8 +23,9 @@ from rayexp.config import ExperimentConfig, load
 from rayexp.engine.runtime import Runtime
 from rayexp.errors import RunError, UserError
 from rayexp.grid.plan import with_overrides
-from rayexp.launch.driver import check_unchanged, run
+from rayexp.launch.driver import run
 from rayexp.launch.screen import epoch_line
+from rayexp.runs.integrity import check_unchanged
 from rayexp.runs.run import Run
 from rayexp.workloads.language_model.workload import LanguageModel
 
@@ -77,15 +77,6 @@ def test_a_stopped_run_goes_on_at_its_step(tiny: Tiny, steps: int) -> None:
     assert shas(again) == shas(whole)
     assert again.meta()["status"] == "done"
     assert again.meta()["resumed"] == [{"argv": ["again"], "after": "stopped"}]
-
-
-def test_a_finished_run_has_nothing_to_go_on_with(tiny: Tiny) -> None:
-    made = run(tiny(), argv=[])
-    before = shas(made)
-    made.update(host="elsewhere", pid=1)
-    assert shas(run(tiny(), argv=[], resume=made)) == before
-    assert (made.meta()["host"], made.meta()["pid"]) == (socket.gethostname(), os.getpid())
-    assert made.meta()["status"] == "done"
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(tiny: Tiny) -> None:
