@@ -21,6 +21,7 @@ from rayexp.engine.workload import Batch, RecurrentState
 from rayexp.errors import UserError, nearest
 from rayexp.runs.records import Predictions
 from rayexp.workloads.image_classification.augmentation import DRAWS, augment
+from rayexp.workloads.image_classification.shapes import check_size
 
 # Channel means and standard deviations of ImageNet, as in pytorch/examples imagenet/main.py, here for 0..255.
 MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
@@ -46,7 +47,7 @@ class ImageClassification:
     shares_buffer = True
     together = True
 
-    def __init__(self, config: ExperimentConfig) -> None:
+    def __init__(self, config: ExperimentConfig, data: ImageData | None = None) -> None:
         if config.data.name not in IMAGE_DATA:
             raise UserError(f"data.name: image_classification reads {', '.join(IMAGE_DATA)}, not {config.data.name!r}")
         self.config = config
@@ -55,7 +56,9 @@ class ImageClassification:
         except ValidationError as error:
             raise UserError(explain(error, Options, "model")) from None
         check_name(config.model.name)
-        self.data: ImageData = open_data(config.data)
+        name, size = config.model.name, config.data.image_size
+        check_size(lambda pixels: build(name, self.options, 2, pixels), name, size)
+        self.data: ImageData = data or open_data(config.data)
         if len(self.data.train) < 2 * config.shards:
             raise UserError(
                 f"data: {len(self.data.train)} training images are too few for {config.shards} shards "

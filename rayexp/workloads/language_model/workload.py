@@ -38,7 +38,7 @@ class LanguageModel:
     batch_dim = 1
     together = False
 
-    def __init__(self, config: ExperimentConfig) -> None:
+    def __init__(self, config: ExperimentConfig, opened: TextData | None = None) -> None:
         self.config = config
         data = config.data
         if data.name not in TEXT_DATA:
@@ -50,7 +50,7 @@ class LanguageModel:
         # A tied matrix gets two gradients in a pass; the second one would be added after the other shard's.
         self.shares_buffer = not self.options.tied
         self.parts = ("h", "c") if config.model.name == "lstm" else ("h",)
-        self.data: TextData = open_data(data)
+        self.data: TextData = opened or open_data(data)
         self.words: int = len(self.data.vocabulary)
         needed = config.batch_size * (data.bptt + 1)
         if len(self.data.train) < needed:
