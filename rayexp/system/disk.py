@@ -18,6 +18,7 @@ from rayexp.errors import UserError, WriteError, nearest
 
 TEMPORARY = ".tmp-"  # the prefix of everything that is being written
 MADE = re.compile(r"\d{8}T\d{6}Z-(?P<name>.+)-[0-9a-f]{4}")  # a directory's name as `make_directory` gives it
+KINDS = {"run": "run.json", "comparison": "compare.json"}  # directories with a name, and the file that tells them
 NEWEST = "@newest"  # refers to the directory that was made last
 OLD = "-old"  # suffix of a directory's temporary name while another directory replaces it
 ATTEMPTS = 100  # to find a free name for a directory
@@ -296,8 +297,10 @@ def find_directory(name: str, storage: Path, file: str, noun: str, hint: str = "
     if len(found) > 1:
         raise UserError(f"{name!r} names several {noun}s in {storage}: {', '.join(found)}")
     if not found:
+        other, its_file = next((kind, kept) for kind, kept in KINDS.items() if kept != file)
+        what = f", but a {other}" if matching(name, [p.name for p in directories(storage, its_file)]) else ""
         raise UserError(
-            f"no {noun} {name!r} in {storage}{nearest(name, names)}; give a {noun} directory's path or name "
+            f"no {noun} {name!r} in {storage}{what or nearest(name, names)}; give a {noun} directory's path or name "
             f"({hint}--runs DIR looks elsewhere)"
         )
     return storage.resolve() / found[0]

@@ -9,7 +9,9 @@ import pytest
 from typer.testing import CliRunner
 
 from rayexp.cli import app
+from rayexp.errors import UserError
 from rayexp.grid.comparison import Comparison
+from rayexp.runs.run import Run
 from rayexp.system.locks import only_driver
 
 
@@ -64,3 +66,15 @@ def test_the_newest_may_be_a_comparison(grids, command) -> None:
     grids.fill(made, grids.rates)
     assert Comparison.find("@newest", grids.storage).id == made.id
     assert command("report", "@newest").stdout.strip() == str(made.root / "report.html")
+
+
+def test_a_comparison_is_no_run_and_the_reverse(grids, command) -> None:
+    made = grids.plan()
+    Run.create(made.base().model_copy(update={"storage_path": grids.storage, "name": "alone"}), argv=[])
+    for words in (["evaluate", "compare@1"], ["runs", made.id]):
+        with pytest.raises(UserError, match=r"^no run '.*' in .*, but a comparison; give a run directory's"):
+            command(*words)
+    with pytest.raises(UserError, match=r"^no comparison 'alone' in .*, but a run; give a comparison directory's"):
+        command("compare", "--resume", "alone")
+    with pytest.raises(UserError, match=r"^no run and no comparison 'zzz' in"):
+        command("report", "zzz")
