@@ -68,7 +68,7 @@ RunsOption = Annotated[
     Path, typer.Option("--runs", metavar="DIR", parser=folder, help="Folder of run directories.", show_default=True)
 ]
 ConfigArgument = Annotated[
-    str,
+    Path,
     typer.Argument(
         metavar="CONFIG",
         help="YAML of the experiment, or a name that `rayexp configs` lists.",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
+import textwrap
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -94,9 +97,9 @@ def info(
     for name, value in summary.items():
         if isinstance(value, dict):
             for part, inner in value.items():
-                tell(f"  {f'{name} {part}':<12} {_number(inner)}")
+                tell(_field(f"{name} {part}", inner))
         elif name not in ("kind", "name", "train", "val", "classes"):
-            tell(f"  {name:<12} {_number(value)}")
+            tell(_field(name, value))
     if check:
         tell("  check        every hash is as it should be")
     if classes := summary.get("classes"):
@@ -152,6 +155,15 @@ def _line(summary: dict[str, Any]) -> str:
         return f"{summary['train']:,} train and {summary['val']:,} val images of {len(summary['classes']):,} classes"
     tokens = ", ".join(f"{count:,} {split}" for split, count in summary["tokens"].items())
     return f"{tokens} tokens; {summary['vocabulary']:,} words"
+
+
+def _field(name: str, value: Any) -> str:
+    """A line of `data info`; on a terminal, as many as it takes."""
+    line = f"  {name:<12} {_number(value)}"
+    if not sys.stdout.isatty():
+        return line
+    columns = shutil.get_terminal_size().columns
+    return textwrap.fill(line, columns, subsequent_indent=15 * " ", break_long_words=False, break_on_hyphens=False)
 
 
 def _number(value: Any) -> str:

@@ -38,7 +38,7 @@ def quickstart(
     runs = runs.resolve()
 
     _chapter(1, "The model, layer by layer", f"rayexp summary {_short(images)}")
-    summary(str(images), depth=1)
+    summary(images, depth=1)
 
     _chapter(2, "Train in this process", f"rayexp train {_short(images)}")
     run = _train(images, runs)

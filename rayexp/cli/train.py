@@ -53,11 +53,7 @@ def train(
     """
     run, experiment = _configure(config, overrides or [], runs, name, resume)
     if dry_run:
-        if run is not None:
-            from rayexp.runs.integrity import check_unchanged
-
-            check_unchanged(run, experiment.absolute())
-        _show_plan(experiment, address, as_json)
+        _show_plan(experiment, address, run, as_json)
         return
     from rich.console import Console
 
@@ -95,10 +91,10 @@ def _configure(
     return Run.find(resume, experiment.storage_path) if resume else None, experiment
 
 
-def _show_plan(config: ExperimentConfig, address: str | None, as_json: bool) -> None:
+def _show_plan(config: ExperimentConfig, address: str | None, resume: Run | None, as_json: bool) -> None:
     from rayexp.launch.driver import outline
 
-    plan = outline(config, address)
+    plan = outline(config, address, resume)
     if as_json:
         print_json({"config": config.model_dump(mode="json"), "plan": plan})
         return

@@ -204,7 +204,7 @@ def _steps_done(run: Run) -> int:
     )
 
 
-def outline(config: ExperimentConfig, address: str | None = None) -> dict[str, Any]:
+def outline(config: ExperimentConfig, address: str | None = None, resume: Run | None = None) -> dict[str, Any]:
     """What `run` would do, without doing it: workers, device, replicas, steps. Joins a Ray only where an address is
     given; otherwise the plan is for this machine.
 
@@ -216,6 +216,8 @@ def outline(config: ExperimentConfig, address: str | None = None) -> dict[str, A
     from rayexp.launch.local import here
 
     config = config.absolute()
+    if resume is not None:
+        check_unchanged(resume, config)
     nodes = [here()]
     address = address or os.environ.get("RAY_ADDRESS")
     if address and config.scaling.num_workers != 0:

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from rayexp.cli import data
 from rayexp.data import DATASETS
 
 
@@ -40,6 +41,18 @@ def test_fetch_and_info(rayexp, tmp_path, tiny):
     assert re.search(r"goldfish.*\b4\b.*\b3\b", shown.stdout)
     assert summary["sha"]["train"] in shown.stdout
     assert "every hash is as it should be" in shown.stdout
+
+
+@pytest.mark.parametrize("columns", [60, 80, 100])
+def test_a_long_line_is_wrapped_between_words(monkeypatch, columns):
+    layout = "2 classes; train from train/; val: a fifth of each class, held out; test/ set aside; 3 images left out"
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert data._field("layout", layout) == f"  layout       {layout}"  # in a pipe, a line is a line
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    lines = data._field("layout", layout).splitlines()
+    assert len(lines) > 1
+    assert max(map(len, lines)) <= columns
+    assert " ".join(line.strip() for line in lines).split() == ["layout", *layout.split()]
 
 
 def test_fetch_alone_lists_what_there_is(rayexp):
