@@ -28,10 +28,13 @@ def _starting(words: Callable[[typer.Context, str], Iterable[str]]) -> Words:
 
 @_starting
 def configs(ctx: typer.Context, incomplete: str) -> Iterable[str]:
-    """Names of shipped configurations, and YAML files of the present folder (the shell itself completes paths)."""
-    from rayexp.config.shipped import shipped_configs
+    """Names of shipped configurations, grids for `compare` and experiments for others, and YAML files of the present
+    folder (the shell itself completes paths)."""
+    from rayexp.config import is_grid, shipped_configs
 
-    return [*shipped_configs(), *sorted(path.name for path in Path().glob("*.yaml"))]
+    grids = ctx.info_name == "compare"
+    known = (name for name, path in shipped_configs().items() if is_grid(path) is grids)
+    return [*known, *sorted(path.name for path in Path().glob("*.yaml"))]
 
 
 @_starting

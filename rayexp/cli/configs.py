@@ -32,6 +32,6 @@ def configs_command(as_json: JsonOption = False) -> None:
 
 
 def _kind(path: Path) -> str:
-    from rayexp.config import CompareConfig, yaml_tree
+    from rayexp.config import is_grid
 
-    return "grid" if "base" in yaml_tree.read(path, CompareConfig) else "experiment"
+    return "grid" if is_grid(path) else "experiment"

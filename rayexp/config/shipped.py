@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from rayexp.config import yaml_tree
+from rayexp.config.compare import CompareConfig
 from rayexp.errors import UserError, nearest
 
 SUFFIX = ".yaml"
@@ -67,3 +69,8 @@ def headline(path: Path) -> str:
             break
         lines.append(line.lstrip("#").strip())
     return re.split(r"(?<=[.!?])\s", " ".join(lines), maxsplit=1)[0]
+
+
+def is_grid(path: Path) -> bool:
+    """Whether a file describes a grid, for `compare`, and no experiment (UserError where it cannot be read)."""
+    return "base" in yaml_tree.read(path, CompareConfig)

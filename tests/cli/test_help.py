@@ -120,7 +120,9 @@ def test_the_shell_is_told_how_to_complete(typed: Typed, monkeypatch: pytest.Mon
 def test_names_of_configurations_and_keys_are_offered(offered: Callable[[str], list[str]], tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("epochs: 1\n")
     assert offered("rayexp summ") == ["summary"]
-    assert set(offered("rayexp train ")) == {*shipped_configs(), "mine.yaml"}
+    grids = {"devices", "quickstart_devices"}
+    assert set(offered("rayexp train ")) == {*shipped_configs(), "mine.yaml"} - grids
+    assert set(offered("rayexp compare ")) == {*grids, "mine.yaml"}
     assert offered("rayexp verify tiny") == ["tiny_imagenet", "tiny_imagenet_fast"]
     assert offered("rayexp train quickstart scaling.n") == ["scaling.num_workers="]
     assert offered("rayexp train quickstart data.augment.sc") == ["data.augment.scale="]
