@@ -46,6 +46,7 @@ class StepDone:
         first: whether it is this process's first step.
         save: a worker asked for a snapshot; the same on every worker.
         stopped: the run ends here, because a worker asked for it.
+        lr: the step's learning rate.
     """
 
     epoch: int
@@ -58,6 +59,7 @@ class StepDone:
     first: bool
     save: bool
     stopped: bool
+    lr: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,9 +211,8 @@ class Trainer:
                         f"the loss is {mean} at epoch {self.epoch + 1}, step {self.step}; a smaller lr may help"
                     )
                 stop, save = result.flags.stop, result.flags.save
-                yield StepDone(
-                    self.epoch + 1, self.step, self.steps, mean, rate, result.count, result.seconds, fresh, save, stop
-                )
+                done = (self.epoch + 1, self.step, self.steps)
+                yield StepDone(*done, mean, rate, result.count, result.seconds, fresh, save, stop, lr)
                 fresh = False
                 if stop:
                     return

@@ -30,11 +30,13 @@ from rayexp.errors import UserError
 from rayexp.launch.alike import WorkerInfo, everyone, unlike, unlike_weights
 from rayexp.launch.fence import end_with_parent
 from rayexp.launch.job import WorkerJob
-from rayexp.launch.saver import Saver, step_times
+from rayexp.launch.saver import Saver
+from rayexp.launch.step_log import StepLog
 from rayexp.runs.records import EpochRecord
 from rayexp.runs.writer import RunWriter
 
 PROGRESS_SECONDS = 0.3  # how often rank 0 reports where the epoch stands
+BOARD_SECONDS = 10.0  # how often it plots the steps since
 
 
 def work(
@@ -105,10 +107,10 @@ class _Worker:
         self.trainer = Trainer(self.config, workload, group, self.runtime)
         config = self.config.model_dump(mode="json")
         self.saver = Saver(writer, {"fingerprint": self.fingerprint, "data": self.data_shas, "config": config})
-        self.steps: list[StepDone] = []  # of the present epoch
+        self.steps = StepLog()
         self.energy: dict[str, float] = {}  # joules at the last look, by GPU
         self.warnings: list[str] = []
-        self.saved = self.reported = time.monotonic()
+        self.saved = self.reported = self.plotted = time.monotonic()
 
     def run(self) -> str:
         where = f"{self.runtime.device}, {self.runtime.replicas} lanes, pid {os.getpid()} on {socket.gethostname()}"
@@ -157,6 +159,7 @@ class _Worker:
         tensors = self.group.broadcast(files[TENSORS] if files else None)
         state = checkpoint.decode({FIELDS: fields, TENSORS: tensors})
         self.trainer.load(state)
+        self.steps = StepLog.resumed(self.trainer.global_step, self.trainer.step, state.fields)
         self._log(f"resumed at epoch {self.trainer.epoch + 1}, step {self.trainer.step}")
         self._check_data(state.fields.get("data"))
         before = state.fields.get("fingerprint")
@@ -240,12 +243,15 @@ class _Worker:
             self._trace(event)  # before the snapshot: a step that is saved is not done again
         every = self.config.checkpoint.every_steps
         due = event.save or (every is not None and self.trainer.global_step % every == 0)
+        if self.lead:
+            self.steps.add(event)
         if event.stopped or (due and event.step < event.steps):
             self._snapshot()
         if not self.lead:
             return
-        self.steps.append(event)
         now = time.monotonic()
+        if event.stopped or now - self.plotted >= BOARD_SECONDS:
+            self._plot()
         if now - self.reported >= PROGRESS_SECONDS or event.step == event.steps:
             self.reported = now
             self._report(
@@ -271,7 +277,7 @@ class _Worker:
         state = self.trainer.state()  # as in _trace
         self.saved = time.monotonic()
         if self.lead:
-            self.saver.snapshot(self.trainer.global_step, self.saver.copy(state))
+            self.saver.snapshot(self.trainer.global_step, self.saver.copy(state), self.steps.curves())
 
     def _epoch(self, event: EpochDone) -> None:
         start = time.perf_counter()
@@ -286,11 +292,15 @@ class _Worker:
         seconds["total"] += blocked
         joules = sum(self.energy[gpu] - before[gpu] for gpu in self.energy.keys() & before.keys()) or None
         record = dataclasses.replace(event.record, seconds=seconds, world_size=self.world_size, energy_joules=joules)
-        steps, self.steps = step_times(self.steps), []
-        self.saver.epoch(record, copied, event.predictions, steps)
+        self._plot()
+        self.saver.epoch(record, copied, event.predictions, self.steps.end(record.epoch))
         if record.epoch == 1 and not self.job.trace:
             # After the first epoch: drawing must not disturb the first steps' times.
             self.saver.graph(self.trainer.master.model, self.workload.example())
+
+    def _plot(self) -> None:
+        self.plotted = time.monotonic()
+        self.writer.plot_steps(*self.steps.take())
 
     def _read_energy(self) -> dict[str, float]:
         """The energy counters of all workers' GPUs, in joules; every worker must call it."""

@@ -129,9 +129,13 @@ def best(records: Iterable[EpochRecord]) -> EpochRecord | None:
 
 
 def step_line(row: Any) -> dict[str, Any]:
-    """Check a line of steps.jsonl, and return it (ValueError where it has no epoch)."""
+    """Check a line of steps.jsonl, and return it (ValueError where it has no epoch, or a curve is no list)."""
     if not isinstance(row, dict) or not isinstance(row.get("epoch"), int):
         raise ValueError("epoch is missing")
+    for name in ("loss", "lr"):
+        values = row.get(name, [])
+        if not isinstance(values, list) or not all(v is None or _is_number(v) for v in values):
+            raise ValueError(f"{name}: expected a list of numbers")
     return row
 
 
