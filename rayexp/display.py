@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
+from collections import Counter
 from typing import Any
 
 NOT_FINITE = "not finite"
@@ -83,3 +84,13 @@ def seconds(value: float | None) -> str:
         whole = round(value)
         return f"{whole // 60} min {whole % 60} s"
     return f"{minutes // 60} h {minutes % 60} min"
+
+
+def short_names(class_names: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
+    """`goldfish` of `goldfish, Carassius auratus`; all the words where several classes begin alike, and the id too
+    where even they are alike."""
+    names = [words.split(",")[0].strip() or key for key, words in class_names]
+    for longer in ([words for _, words in class_names], [f"{words} ({key})" for key, words in class_names]):
+        often = Counter(names)
+        names = [longer[i] if often[name] > 1 else name for i, name in enumerate(names)]
+    return tuple(names)

@@ -98,7 +98,11 @@ def report(
     runs: RunsOption = RUNS,
     as_json: JsonOption = False,
 ) -> None:
-    """One offline page about a run (curves, phases, epochs) or about a comparison (speed, phases, results)."""
+    """One offline page about a run or about a comparison.
+
+    Of a run: curves, where the time goes, and what it is wrong about, or for a language model the perplexity on the
+    test text and a text that the best epoch writes. Of a comparison: speed, phases, results.
+    """
     from rayexp.errors import UserError
     from rayexp.grid.comparison import Comparison
 
@@ -112,9 +116,18 @@ def report(
     from rayexp.pages.run_page import write_run_page
 
     out = out or run.root / "report.html"
-    write_run_page(out, run)
+    records = run.records()
+    sample = None
+    if records and run.meta().get("workload") == "language_model":
+        from rayexp.launch.sample import language_sample
+        from rayexp.runs.records import best
+
+        say("the test text, and a text by the best epoch: a moment")
+        sample = language_sample(run, (best(records) or records[-1]).epoch)
+    write_run_page(out, run, sample)
     if as_json:
-        print_json({**run.meta(), "page": str(out), "epochs": [r.to_json() for r in run.records()]})
+        told = {} if sample is None else {"test": sample.test, "text": sample.text}
+        print_json({**run.meta(), "page": str(out), "epochs": [r.to_json() for r in records], **told})
     else:
         tell(str(out))
 
