@@ -18,6 +18,7 @@ from pathlib import Path
 
 from rayexp.config import ExperimentConfig, parse
 from rayexp.launch import processes
+from rayexp.launch.job import WorkerJob
 from rayexp.runs.run import Run
 from rayexp.system.cores import cores
 
@@ -42,13 +43,8 @@ def measure(
     }
     config = parse(tree, ExperimentConfig, "benchmark").absolute()
     run = Run.create(config, argv=sys.argv)
-    payload = {
-        "run": str(run.root),
-        "config": config.model_dump(mode="json"),
-        "device": device,
-        "cpus": max(1, cores() // max(1, workers)),
-    }
-    processes.wait(payload, processes.start(payload, max(1, workers)))
+    job = WorkerJob(run=run.root, config=config, device=device, cpus=max(1, cores() // max(1, workers)))
+    processes.wait(job.run, processes.start(job, max(1, workers)))
     (row,) = run.steps()
     return {name: statistics.median(row[name][2:]) for name in ("total", *PHASES)}
 

@@ -126,11 +126,9 @@ def bare_loop(packed: Path, images: int, batch: int) -> list[float]:
     for start in range(0, len(split) - batch + 1, batch):
         began = time.perf_counter()
         samples = permutation[start : start + batch].astype(np.int64)
-        x = augment(torch.from_numpy(split.read(samples)), recipe, order.uniform(1, samples, DRAWS))
+        uniform = order.uniform_on(torch.tensor(1), torch.from_numpy(samples), DRAWS)
+        x = augment(torch.from_numpy(split.read(samples)), recipe, uniform)
         x = ((x - mean) / std).contiguous(memory_format=torch.channels_last)
-        for module in model.modules():
-            if hasattr(module, "begin_step"):
-                module.begin_step()
         loss = F.cross_entropy(model(x), torch.from_numpy(split.labels[samples]))
         optimizer.zero_grad()
         loss.backward()

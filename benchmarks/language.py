@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 WARM_UP = 10
@@ -41,8 +42,8 @@ NOTE = {
 }
 
 
-def peer(examples: Path, data: Path, steps: int, seed: int) -> list[tuple[float, float]]:
-    """(time, loss) after every step of the peer."""
+def peer(examples: Path, data: Path, steps: int, seed: int, options: Sequence[str] = ()) -> list[tuple[float, float]]:
+    """(time, loss) after every step of the peer, which is given these further options."""
     source = examples / "word_language_model"
     with tempfile.TemporaryDirectory() as folder:
         for name in ("main.py", "model.py", "data.py"):
@@ -55,7 +56,8 @@ def peer(examples: Path, data: Path, steps: int, seed: int) -> list[tuple[float,
                 text = text.replace("import argparse\n", f"import argparse\nNOTES, NOTES_WANTED = [], {steps}\n", 1)
             Path(folder, name).write_text(text)
         words = [sys.executable, "main.py", "--data", str(data), "--epochs", "1", "--seed", str(seed)]
-        out = subprocess.run([*words, "--log-interval", "1000000"], cwd=folder, capture_output=True, text=True)
+        words += ["--log-interval", "1000000", *options]
+        out = subprocess.run(words, cwd=folder, capture_output=True, text=True)
     return notes(out)
 
 

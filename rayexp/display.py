@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
+from collections import Counter
 from typing import Any
 
 NOT_FINITE = "not finite"
@@ -60,6 +61,51 @@ def figure(value: float | None, form: str = ".4g") -> str:
     return f"{value:.3g}" if form.endswith("f") and abs(value) >= LARGE else f"{value:{form}}"
 
 
+def counted(number: float, noun: str, plural: str = "") -> str:
+    """A number with its noun: `1 worker`, `1,200 images`, `0.5 cores`, and with a `plural` `2 classes`."""
+    shown = f"{number:,}" if isinstance(number, int) else f"{number:g}"
+    return f"{shown} {noun if number == 1 else plural or noun + 's'}"
+
+
+def short(sha: str) -> str:
+    """The beginning of a hash, as people compare it; JSON and files hold it whole."""
+    return sha[:8]
+
+
+COPIED = ("$ ", "go on with: ")  # before commands, which a terminal's user copies
+
+
+def breadth(text: str) -> int:
+    """The width of a line on a terminal."""
+    if text.isascii():
+        return len(text)
+    from rich.cells import cell_len
+
+    return cell_len(text)
+
+
+def folded(text: str, width: int | None) -> str:
+    """The text in lines of at most `width` cells, cut between words only: a longer name, path or hash has a line to
+    itself, and a command stays whole. None: as it is."""
+    if width is None:
+        return text
+    return "\n".join(
+        line if breadth(line) <= width or line.startswith(COPIED) else _fold(line, width) for line in text.split("\n")
+    )
+
+
+def _fold(line: str, width: int) -> str:
+    indent = line[: len(line) - len(line.lstrip())]
+    first, *words = line.split()
+    lines = [indent + first]
+    for word in words:
+        if breadth(lines[-1]) + 1 + breadth(word) <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(indent + word)
+    return "\n".join(lines)
+
+
 def plain(value: Any) -> Any:
     """Convert a value for strict JSON: arrays to lists, numpy's numbers to Python's, NaN and infinity to null."""
     if isinstance(value, dict):
@@ -83,3 +129,13 @@ def seconds(value: float | None) -> str:
         whole = round(value)
         return f"{whole // 60} min {whole % 60} s"
     return f"{minutes // 60} h {minutes % 60} min"
+
+
+def short_names(class_names: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
+    """`goldfish` of `goldfish, Carassius auratus`; all the words where several classes begin alike, and the id too
+    where even they are alike."""
+    names = [words.split(",")[0].strip() or key for key, words in class_names]
+    for longer in ([words for _, words in class_names], [f"{words} ({key})" for key, words in class_names]):
+        often = Counter(names)
+        names = [longer[i] if often[name] > 1 else name for i, name in enumerate(names)]
+    return tuple(names)

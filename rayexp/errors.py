@@ -10,13 +10,22 @@ from collections.abc import Iterable
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})  # the system's errors for a disk or a quota that is full
 
 
+GO_ON = "; go on with: "  # before the command that resumes what has ended, at the end of a line
+
+
+def last_words(line: str) -> list[str]:
+    """How a command ends, as lines to print: the command that goes on is on a line of its own, to be copied."""
+    fault, mark, command = line.partition(GO_ON)
+    return [fault, mark.removeprefix("; ") + command] if mark else [fault]
+
+
 class _LineError(Exception):
     """An error that is printed as one line.
 
     Attributes:
         fault: what is wrong.
-        advice: how to go on, or where to read more; the end of the line (`; --resume X goes on`, ` (see FILE)`). Valid
-            only as long as the run's directory exists.
+        advice: how to go on, or where to read more; the end of the line (`; go on with: rayexp train --resume X`,
+            ` (see FILE)`). Valid only as long as the run's directory exists.
     """
 
     def __init__(self, fault: object = "", advice: str = "") -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import math
 import os
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayexp.display import csv_cell, figure, plain, printable
+from rayexp.display import breadth, counted, csv_cell, figure, folded, plain, printable, short
 
 
 def test_what_a_terminal_would_obey_is_escaped():
@@ -70,3 +71,34 @@ def test_json_is_strict_whatever_comes():
     value = {1: (np.float32("nan"), np.int64(3), [math.inf, 1.5]), "a": np.array([[1.0, -math.inf]]), "b": True}
     assert plain(value) == {"1": [None, 3, [None, 1.5]], "a": [[1.0, None]], "b": True}
     json.dumps(plain(value), allow_nan=False)
+
+
+def test_a_number_with_its_noun():
+    assert [counted(n, "worker") for n in (0, 1, 2, 1200)] == ["0 workers", "1 worker", "2 workers", "1,200 workers"]
+    assert [counted(x, "core") for x in (0.5, 1.0, 8.0)] == ["0.5 cores", "1 core", "8 cores"]
+    assert [counted(n, "class", "classes") for n in (1, 200)] == ["1 class", "200 classes"]
+
+
+def test_hashes_are_short():
+    assert short("0f3a1234" * 8) == "0f3a1234"
+    assert short("") == ""
+
+
+WORDS = st.lists(st.text("abc-_./猫", min_size=1, max_size=30), min_size=1, max_size=30)
+
+
+@given(WORDS, st.integers(1, 100), st.sampled_from(["", "  "]))
+def test_lines_are_folded_between_words(words, width, indent):
+    lines = folded(indent + " ".join(words), width).split("\n")
+    assert " ".join(lines).split() == words
+    assert all(breadth(line) <= width or len(line.split()) == 1 for line in lines)
+    assert all(line.startswith(indent) for line in lines)
+    for line, after in itertools.pairwise(lines):  # no line ends early
+        assert breadth(line) + 1 + breadth(after.split()[0]) > width
+
+
+def test_commands_and_short_lines_stay_as_they_are():
+    for line in ("$ rayexp train  a b c", "go on with: rayexp train --resume a", "a  b"):
+        assert folded(line, max(4, len(line) - 30)) == line
+    assert folded("a b c\nd e f", 3) == "a b\nc\nd e\nf"
+    assert folded("a b c", None) == "a b c"

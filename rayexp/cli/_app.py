@@ -11,13 +11,25 @@ from typing import Annotated, Any, NoReturn
 import typer
 import typer.core
 
+from rayexp.cli import _complete
 from rayexp.cli._output import error_line, say
 
 
-class _Commands(typer.core.TyperGroup):
+class Group(typer.core.TyperGroup):
+    """Commands under one name; the name alone shows them."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        """See click, which would raise the help as an error. A command is missing: exit code 2, help on stderr."""
+        if not args and not ctx.resilient_parsing:
+            say(ctx.get_help())
+            raise typer.Exit(2)
+        return super().parse_args(ctx, args)
+
+
+class _Commands(Group):
     def invoke(self, ctx: Any) -> Any:
         """See click; typer itself ends every interruption as Ctrl-C."""
-        from rayexp.errors import Stopped
+        from rayexp.errors import Stopped, last_words
         from rayexp.system import signals
 
         try:
@@ -25,21 +37,54 @@ class _Commands(typer.core.TyperGroup):
                 return super().invoke(ctx)
         except Stopped as stopped:
             if str(stopped):
-                say(str(stopped))
+                say("\n".join(last_words(str(stopped))))
             raise typer.Exit(128 + stopped.number) from stopped
 
 
 app = typer.Typer(
     cls=_Commands,
-    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
-    add_completion=False,
     rich_markup_mode=None,
     help="Distributed training experiments on Ray: how much faster, is it the same model, which judgements changed.",
 )
 
-RunsOption = Annotated[Path, typer.Option("--runs", help="Folder of run directories.", show_default=True)]
-OverridesArgument = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)]
+
+def folder(text: str | Path) -> Path:
+    """The folder that an option names (typer also passes an option's default).
+
+    Raises:
+        UserError: it is a URI.
+    """
+    if "://" in str(text):
+        from rayexp.config.experiment import NO_URI
+        from rayexp.errors import UserError
+
+        raise UserError(f"{text}: {NO_URI}")
+    return Path(text)
+
+
+RunsOption = Annotated[
+    Path, typer.Option("--runs", metavar="DIR", parser=folder, help="Folder of run directories.", show_default=True)
+]
+ConfigArgument = Annotated[
+    Path,
+    typer.Argument(
+        metavar="CONFIG",
+        help="YAML of the experiment, or a name that `rayexp configs` lists.",
+        autocompletion=_complete.configs,
+        show_default=False,
+    ),
+]
+OverridesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="Set a key of the configuration; dotted where it is nested.",
+        autocompletion=_complete.keys,
+        show_default=False,
+    ),
+]
 RayOption = Annotated[
     str | None,
     typer.Option(
@@ -78,11 +123,14 @@ def main() -> None:
     from rayexp.cluster.home import ensure_home
     from rayexp.errors import FULL, RunError, Stopped, UserError, WriteError
     from rayexp.system import signals
+    from rayexp.system.threads import PATIENT
 
+    for variable, value in PATIENT.items():
+        os.environ.setdefault(variable, value)
     try:
         ensure_home(say)
         with signals.ending():
-            code = app(standalone_mode=False)
+            code = app(prog_name="rayexp", standalone_mode=False)
     except UserError as error:
         code = _fail(error, 2)
     except RunError as error:
@@ -106,7 +154,9 @@ def main() -> None:
                 raise
             code = _fail(RuntimeError(f"{type(error).__name__}: {error} (--debug shows where)"), 1)
         else:
-            code = _fail(RuntimeError(shown()), getattr(error, "exit_code", 2))
+            context = getattr(error, "ctx", None)
+            hint = f" (see {context.command_path} -h)" if context else ""
+            code = _fail(RuntimeError(shown().rstrip(".") + hint), getattr(error, "exit_code", 2))
     _leave(code if isinstance(code, int) else 0)
 
 
@@ -126,5 +176,10 @@ def _fail(error: BaseException, code: int) -> int:
         import traceback
 
         traceback.print_exception(error)
-    error_line(str(error))
+    from rayexp.errors import last_words
+
+    fault, *command = last_words(str(error))
+    error_line(fault)
+    for line in command:
+        say(line)
     return code

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
-from rayexp.cli._output import print_table, tell
-from rayexp.display import NOT_FINITE, figure
+from rayexp.cli._output import print_table, tell, terminal_width
+from rayexp.cli._table import table
+from rayexp.display import NOT_FINITE, counted, figure, short
 
 if TYPE_CHECKING:
     from rayexp.diff.churn import ChurnReport
@@ -38,7 +40,8 @@ def show_images(report: ImagesReport, limit: int) -> None:
             {"": side, "acc1 %": acc1, "acc5 %": acc5, "loss": loss, "checkpoint": checkpoint.name}
             for side, acc1, acc5, loss, checkpoint in zip("AB", r.acc1, r.acc5, r.loss, (r.a, r.b), strict=True)
         ],
-        f"{r.n:,} validation images",
+        counted(r.n, "validation image"),
+        drop=("loss", "acc5 %"),
     )
     _changes(r)
     low, high = r.interval
@@ -89,7 +92,8 @@ def _classes(r: ImagesReport) -> None:
         for c in shown
     ]
     tell(f"{surely} of {len(r.classes)} classes changed by more than chance (Benjamini-Hochberg, 5 %)")
-    print_table(rows, "classes with a change" if len(shown) == len(moved) else "classes: the five worst, the five best")
+    title = "classes with a change" if len(shown) == len(moved) else "classes: the five worst, the five best"
+    print_table(rows, title, drop=("adjusted p", "n", "A right", "B right"))
 
 
 def _moves(r: ImagesReport) -> None:
@@ -117,7 +121,9 @@ def _list(r: ImagesReport, limit: int) -> None:
         for f in r.flips[:limit]
     ]
     if rows:
-        print_table(rows, f"{len(r.flips):,} images judged differently, worst first")
+        print_table(
+            rows, f"{counted(len(r.flips), 'image')} judged differently, worst first", ("label",), ("B conf", "A conf")
+        )
         if len(rows) < len(r.flips):
             tell(f"the first {len(rows):,} of {len(r.flips):,}; --limit N, --csv FILE, --json or --html FILE show more")
 
@@ -132,7 +138,7 @@ def show_text(report: TextReport, limit: int) -> None:
         span = _span(r.ppl_interval[i], ".2f") if r.ppl_interval else "none"
         perplexity = figure(r.ppl[i], ".2f")
         rows.append({"": side, "perplexity": perplexity, "95 % interval": span, "checkpoint": checkpoint.name})
-    print_table(rows, f"{r.n:,} validation tokens in {len(r.documents):,} {r.unit}")
+    print_table(rows, f"{r.n:,} validation tokens in {len(r.documents):,} {r.unit}", drop=("95 % interval",))
     _changes(r)
     line = f"perplexity x {figure(r.ratio, '.4f')}"
     if not r.broken:
@@ -185,17 +191,23 @@ def show_churn(report: ChurnReport) -> None:
             for e in listed
         ],
         f"{r.run.id}: {r.n:,} validation {r.kind}",
+        drop=("to last %", "settled %"),
     )
     if len(listed) < len(r.epochs):
         tell(f"{len(listed)} of {len(r.epochs):,} epochs; --json lists all")
+    matrix, width = None, terminal_width(sys.stdout)
     if 1 < len(r.epochs) <= MATRIX_EPOCHS:
         head = [str(e.epoch) for e in r.epochs]
         rows = [
             {"": e.epoch, **dict(zip(head, (f"{v:.0f}" for v in row), strict=True))}
             for e, row in zip(r.epochs, r.matrix.tolist(), strict=True)
         ]
-        print_table(rows, "churn between every two epochs, percent")
-    elif len(r.epochs) > 1:
+        matrix = table(rows, (), None)[0]
+        if width is not None and max(map(len, matrix.splitlines())) > width:
+            matrix = None
+        else:
+            print_table(rows, "churn between every two epochs, percent")
+    if matrix is None and len(r.epochs) > 1:
         tell(f"the matrix is in --json and --html. {r.left_out}".strip())
 
 
@@ -210,7 +222,7 @@ def show_weights(report: WeightsReport, limit: int) -> None:
     ]
     tell(f"the weights moved by {figure(report.relative, '.3g')} of their norm")
     if rows:
-        print_table(rows, "layers, by relative change")
+        print_table(rows, "layers, by relative change", drop=("weights", "|A|", "|B-A|"))
     if len(report.layers) > limit:
         tell(f"the first {limit} of {len(report.layers)} layers; --limit N or --json shows more")
     for side, names in (("A", report.only_a), ("B", report.only_b)):
@@ -237,7 +249,7 @@ def _changes(report: ImagesReport | TextReport) -> None:
 def _same(report: ImagesReport | TextReport) -> bool:
     """Say so where both are one model, and whether there is nothing else to say."""
     if report.same_model:
-        tell(f"these are the same model: both weights_sha are {report.a.weights_sha[:16]}")
+        tell(f"these are the same model: both weights_sha are {short(report.a.weights_sha)}")
         if report.churn == 0:
             return True
     if report.same_model and report.churn > report.broken:

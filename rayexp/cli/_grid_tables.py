@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from rayexp.cli._output import print_table, tell
+from rayexp.cli._output import print_table, tell, terminal_width
+from rayexp.display import counted
 
 if TYPE_CHECKING:
     from rayexp.config import CompareConfig
@@ -31,21 +31,21 @@ def show_plan(cells: Sequence[Cell], config: CompareConfig) -> None:
     """Which cells run, which do not and why."""
     running = sum(cell.skip is None for cell in cells)
     title = (
-        f"{running} of {len(cells)} cells run here, {config.repeats} repeat{'s' * (config.repeats != 1)} each, "
+        f"{running} of {counted(len(cells), 'cell')} run here, {counted(config.repeats, 'repeat')} each, "
         f"{config.mode} scaling"
     )
     rows = [
         {
             "cell": cell.id,
             "where": cell.where,
-            "devices": f"{cell.devices:g} {'GPU' if cell.kind == 'gpu' else 'core'}{'s' * (cell.devices != 1)}",
+            "devices": counted(cell.devices, "GPU" if cell.kind == "gpu" else "core"),
             "precision": cell.precision,
             "reduction": cell.reduction,
             "plan": "runs" if cell.skip is None else f"skipped: {cell.skip}",
         }
         for cell in cells
     ]
-    print_table(rows, title)
+    print_table(rows, title, drop=("where", "reduction", "precision"))
 
 
 def show(report: CompareReport) -> None:
@@ -53,16 +53,24 @@ def show(report: CompareReport) -> None:
     from rayexp.grid import tables
 
     if report.cells:
-        narrow = sys.stdout.isatty() and shutil.get_terminal_size().columns < WIDE
-        for title, rows in (
-            ("speed (samples over seconds of all steps; 95 % intervals)", tables.speed(report, narrow)),
-            ("time and memory", tables.time_and_cost(report, narrow)),
-            ("results after the last epoch", tables.results(report, narrow)),
-            ("forecasts: these were NOT measured", tables.forecasts(report, narrow)),
+        narrow = (terminal_width(sys.stdout) or WIDE) < WIDE
+        for title, rows, drop in (
+            (
+                "speed (samples over seconds of all steps; 95 % intervals)",
+                tables.speed(report, narrow),
+                ("on", "95 %", "vs plain"),
+            ),
+            (
+                "time and memory",
+                tables.time_and_cost(report, narrow),
+                ("energy/epoch", f"{report.config.currency}/epoch", "first step", "shutdown"),
+            ),
+            ("results after the last epoch", tables.results(report, narrow), ("acc5", "val_loss", "differ")),
+            ("forecasts: these were NOT measured", tables.forecasts(report, narrow), ("in the exchange",)),
         ):
             names = tables.filled(rows)
             if rows:
-                print_table([{name: row[name] for name in names} for row in rows], title)
+                print_table([{name: row[name] for name in names} for row in rows], title, drop)
     for family in report.families:
         for sentence in tables.fits(family):
             tell(sentence)

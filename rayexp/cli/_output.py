@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
+import shutil
 import sys
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TextIO
 
-from rayexp.display import NOT_FINITE, figure, plain, printable
+from rayexp.display import folded, plain, printable
 
-NUMBER = rf"([-+]?[\d.,]+(e[-+]?\d+)?( ?%)?|{NOT_FINITE})?"  # what a column of numbers holds
+
+def terminal_width(stream: TextIO) -> int | None:
+    """Columns of the terminal that the stream is; None where it is none: then nothing is left out or folded."""
+    return shutil.get_terminal_size().columns if stream.isatty() else None
 
 
 def say(text: str = "") -> None:
     """One line of progress or advice, on stderr."""
     with contextlib.suppress(OSError):  # the terminal may have been closed
-        print(printable(text, keep="\n"), file=sys.stderr, flush=True)
+        print(folded(printable(text, keep="\n"), terminal_width(sys.stderr)), file=sys.stderr, flush=True)
 
 
 def tell(text: str = "") -> None:
     """One line of the answer, on stdout."""
-    print(printable(text, keep="\n"), flush=True)
+    print(folded(printable(text, keep="\n"), terminal_width(sys.stdout)), flush=True)
 
 
 def print_json(value: Any) -> None:
@@ -29,34 +33,29 @@ def print_json(value: Any) -> None:
     print(json.dumps(plain(value), indent=2, default=str, allow_nan=False))
 
 
-def print_table(rows: list[dict[str, Any]], title: str = "") -> None:
-    """A table on stdout; the first row's keys are the columns; numbers are set right."""
-    from rich import box
+def print_table(
+    rows: list[dict[str, Any]], title: str = "", drop: Sequence[str] = (), last: Sequence[str] = ()
+) -> None:
+    """A table on stdout; the first row's keys are the columns; numbers are set right.
+
+    A terminal that is too narrow does not get the columns of `drop`, the first to go first, and then of `last` where
+    folding texts is not enough; stderr names them.
+    """
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in rows[0] if rows else ():
-        right = all(isinstance(r[name], int | float) or re.fullmatch(NUMBER, str(r[name] or "")) for r in rows)
-        table.add_column(printable(name), justify="right" if right else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*map(_cell, row.values()))
-    width = None if sys.stdout.isatty() else 200
-    # Cells hold file names and words of a text: nothing in them is markup.
-    console = Console(width=width, highlight=False, markup=False, emoji=False)
+    from rayexp.cli._table import table
+
+    width = terminal_width(sys.stdout)
+    text, dropped = table(rows, drop, width, last)
     if title:
-        console.print(printable(title), style="italic")
-    console.print(table)
-
-
-def _cell(value: Any) -> str:
-    if value is None or isinstance(value, float):
-        return figure(value, ",.4g")
-    return printable(str(value))
+        Console(highlight=False, markup=False, emoji=False).print(printable(title), style="italic", soft_wrap=True)
+    print(text, flush=True)
+    if dropped:
+        say(f" left out at {width} columns (--json has all): {', '.join(dropped)}")
 
 
 def error_line(text: str) -> None:
     """One red line on stderr."""
-    line = f"error: {printable(' '.join(text.split()))}"
+    line = folded(f"error: {printable(' '.join(text.split()))}", terminal_width(sys.stderr))
     with contextlib.suppress(OSError):
         print(f"\033[31m{line}\033[0m" if sys.stderr.isatty() else line, file=sys.stderr, flush=True)

@@ -40,10 +40,14 @@ class Meter:
 
 
 class Progress:
-    """Prints a line for every `every`-th batch and the first."""
+    """Prints a line, which begins with `head`, for every `every`-th batch and the first.
 
-    def __init__(self, every: int) -> None:
-        self.every, self.batches = every, 0
+    On a terminal of `width` columns a line has spaces instead of tabs, and less on it where it would be broken: first
+    the time goes, then the loss.
+    """
+
+    def __init__(self, every: int, width: int | None = None, head: str = "Test") -> None:
+        self.every, self.width, self.head, self.batches = every, width, head, 0
         self.time = Meter("Time", "6.3f")
         self.loss = Meter("Loss", ".4e")
         self.acc1, self.acc5 = Meter("Acc@1", "6.2f"), Meter("Acc@5", "6.2f")
@@ -70,7 +74,16 @@ class Progress:
             meters.append(f"ppl {_perplexity(self.loss.last)} ({_perplexity(self.loss.mean)})")
         if batch % self.every == 0:
             digits = len(str(self.batches))
-            print("\t".join([f"Test: [{batch + 1:{digits}d}/{self.batches}]", *meters]), flush=True)
+            print(self._line([f"{self.head}: [{batch + 1:{digits}d}/{self.batches}]", *meters]), flush=True)
+
+    def _line(self, parts: list[str]) -> str:
+        if self.width is None:
+            return "\t".join(parts)
+        line = "  ".join(parts)
+        while len(line) > self.width and len(parts) > 2:
+            del parts[1]
+            line = "  ".join(parts)
+        return line
 
 
 def summary(metrics: Mapping[str, float]) -> str:

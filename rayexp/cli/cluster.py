@@ -9,8 +9,9 @@ from typing import Annotated, TextIO
 
 import typer
 
-from rayexp.cli._app import JsonOption, OverridesArgument, app
+from rayexp.cli._app import ConfigArgument, JsonOption, OverridesArgument, app
 from rayexp.cli._output import print_json, print_table, say, tell
+from rayexp.display import counted
 
 Address = Annotated[
     str | None,
@@ -25,7 +26,7 @@ JobArgument = Annotated[str | None, typer.Argument(metavar="JOB", help="The job'
 
 @app.command()
 def submit(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML of the experiment.", show_default=False)],
+    config: ConfigArgument,
     overrides: OverridesArgument = None,
     address: Address = None,
     resume: Annotated[str | None, typer.Option(metavar="RUN", help="Go on with that run of the cluster.")] = None,
@@ -49,7 +50,7 @@ def submit(
     else:
         tell(job)
     if not wait:
-        say(f"follow: rayexp logs {job} -f     stop: rayexp stop {job}     bring home: rayexp collect {job}")
+        say(f"follow:     rayexp logs {job} -f\nstop:       rayexp stop {job}\nbring home: rayexp collect {job}")
         return
     _follow(address, job, sys.stderr)
 
@@ -65,12 +66,12 @@ def jobs_command(address: Address = None, as_json: JsonOption = False) -> None:
     if as_json:
         print_json(rows)
     elif rows:
-        print_table(rows)
+        print_table(rows, drop=("code", "started", "seconds", "name"))
     else:
         say("no jobs")
 
 
-@app.command()
+@app.command(short_help="Print what a job has printed.")
 def logs(
     job: JobArgument = None,
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Until it ends; exit with its code.")] = False,
@@ -100,7 +101,7 @@ def stop(job: JobArgument = None, address: Address = None) -> None:
         say(f"{found.job}: had ended ({found.status})")
 
 
-@app.command()
+@app.command(short_help="Bring a run home from a cluster or an object store.")
 def collect(
     what: Annotated[
         str, typer.Argument(metavar="RUN|JOB", help="A run's name, path or URI, or a job's id.", show_default=False)
@@ -131,7 +132,10 @@ def collect(
         print_json({"run": place, "epochs": got.epochs, "fetched": got.fetched, "bytes": got.size, "status": status})
         return
     tell(str(place))
-    say(f"{status}; {records} epochs, checkpoints of {kept}; {got.size / 1e6:,.1f} MB fetched from {source.name}")
+    say(
+        f"{status}; {counted(records, 'epoch')}, checkpoints of {kept}; "
+        f"{got.size / 1e6:,.1f} MB fetched from {source.name}"
+    )
 
 
 def _follow(address: str | None, job: str, to: TextIO) -> None:

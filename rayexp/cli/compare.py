@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rayexp.cli._app import RUNS, JsonOption, OverridesArgument, RayOption, RunsOption, app
+from rayexp.cli import _complete
+from rayexp.cli._app import RUNS, JsonOption, OverridesArgument, RayOption, RunsOption, app, folder
 from rayexp.cli._output import print_json, say, tell
+from rayexp.display import counted
 
 if TYPE_CHECKING:
     from rayexp.grid.comparison import Comparison
@@ -20,17 +22,26 @@ MarkdownOption = Annotated[
 ]
 
 
-@app.command()
+@app.command(short_help="Run a device grid: how much faster, and at what price?")
 def compare(
     config: Annotated[
         str | None,
         typer.Argument(
-            metavar="CONFIG", help="YAML of the grid, for example configs/devices.yaml.", show_default=False
+            metavar="CONFIG",
+            help="YAML of the grid, or a name that `rayexp configs` lists, for example devices.",
+            autocompletion=_complete.configs,
+            show_default=False,
         ),
     ] = None,
     overrides: OverridesArgument = None,
     runs: Annotated[
-        Path | None, typer.Option("--runs", help="Make the comparison's directory in there. [default: storage_path]")
+        Path | None,
+        typer.Option(
+            "--runs",
+            metavar="DIR",
+            parser=folder,
+            help="Make the comparison's directory in there. [default: storage_path]",
+        ),
     ] = None,
     resume: Annotated[
         str | None, typer.Option(metavar="COMPARE", help="Go on with this comparison; what is done stays.")
@@ -47,19 +58,21 @@ def compare(
     """
     from rayexp.cli import _grid_tables as view
     from rayexp.cluster.job_context import resolve_path
-    from rayexp.config import CompareConfig, load
-    from rayexp.errors import UserError
+    from rayexp.config import CompareConfig, find_config, load
+    from rayexp.errors import UserError, last_words
     from rayexp.grid.comparison import Comparison
+    from rayexp.launch.resuming import go_on
 
     overrides = [*(overrides or []), *([f"storage_path={runs}"] if runs else [])]
     if resume is None:
         if config is None:
             raise UserError("compare needs a CONFIG (or --resume COMPARE)")
-        grid = load(config, overrides, CompareConfig)
+        path = find_config(config)
+        grid = load(path, overrides, CompareConfig)
         grid = grid.model_copy(update={"storage_path": resolve_path(grid.storage_path)})
         from rayexp.grid.run import go, planned, start
 
-        base, cells = planned(grid, Path(config).parent, address)
+        base, cells = planned(grid, path.parent, address)
         if dry_run:
             print_json(view.plan_json(cells, grid)) if as_json else view.show_plan(cells, grid)
             return
@@ -75,7 +88,7 @@ def compare(
     for cell in cells:
         if cell.skip:
             say(f"skipped {cell.id}: {cell.skip}")
-    say(f"{len(running)} of {len(cells)} cells, {len(made.missing())} runs to go, in {made.root}")
+    say(f"{len(running)} of {counted(len(cells), 'cell')}, {counted(len(made.missing()), 'run')} to go, in {made.root}")
     if dry_run:
         return
     try:
@@ -83,14 +96,14 @@ def compare(
 
         go(made, address=address, console=Console(stderr=True))
     except KeyboardInterrupt:
-        say(f"interrupted: `rayexp compare --resume {made.root}` goes on with what is missing")
+        say("\n".join(last_words(f"interrupted{go_on(made.root, 'compare')}")))
         raise
     _show(made, made.root / "report.html", markdown or made.root / "report.md", as_json, strict=True)
 
 
-@app.command()
+@app.command(short_help="Write one offline page about a run or a comparison.")
 def report(
-    name: Annotated[str, typer.Argument(metavar="RUN|COMPARE", show_default=False)],
+    name: Annotated[str, typer.Argument(metavar="RUN|COMPARE", autocompletion=_complete.runs, show_default=False)],
     out: Annotated[
         Path | None, typer.Option(help="The page. [default: report.html in the directory]", dir_okay=False)
     ] = None,
@@ -98,7 +111,11 @@ def report(
     runs: RunsOption = RUNS,
     as_json: JsonOption = False,
 ) -> None:
-    """One offline page about a run (curves, phases, epochs) or about a comparison (speed, phases, results)."""
+    """One offline page about a run or about a comparison.
+
+    Of a run: curves, where the time goes, and what it is wrong about, or for a language model the perplexity on the
+    test text and a text that the best epoch writes. Of a comparison: speed, phases, results.
+    """
     from rayexp.errors import UserError
     from rayexp.grid.comparison import Comparison
 
@@ -112,9 +129,18 @@ def report(
     from rayexp.pages.run_page import write_run_page
 
     out = out or run.root / "report.html"
-    write_run_page(out, run)
+    records = run.records()
+    sample = None
+    if records and run.meta().get("workload") == "language_model":
+        from rayexp.launch.sample import language_sample
+        from rayexp.runs.records import best
+
+        say("the test text, and a text by the best epoch: a moment")
+        sample = language_sample(run, (best(records) or records[-1]).epoch)
+    write_run_page(out, run, sample)
     if as_json:
-        print_json({**run.meta(), "page": str(out), "epochs": [r.to_json() for r in run.records()]})
+        told = {} if sample is None else {"test": sample.test, "text": sample.text}
+        print_json({**run.meta(), "page": str(out), "epochs": [r.to_json() for r in records], **told})
     else:
         tell(str(out))
 
@@ -124,7 +150,11 @@ def _find(name: str, runs: Path) -> Run | Comparison:
     from rayexp.errors import UserError
     from rayexp.grid.comparison import Comparison
     from rayexp.runs.run import Run
+    from rayexp.system.disk import NEWEST, matching
 
+    if name == NEWEST:
+        made = [*(run.id for run in Run.all(runs)), *(comparison.id for comparison in Comparison.all(runs))]
+        name = next(iter(matching(name, made)), name)
     path = Path(name).expanduser()
     if (path / "run.json").is_file():
         return Run.find(name, runs)
@@ -146,6 +176,7 @@ def _show(made: Comparison, page: Path, markdown: Path | None, as_json: bool, st
     from rayexp.grid.page import write_compare_page
     from rayexp.grid.report import read_report
     from rayexp.grid.tables import markdown as to_markdown
+    from rayexp.launch.resuming import go_on
     from rayexp.system.disk import write_atomic
 
     found = read_report(made)
@@ -167,4 +198,4 @@ def _show(made: Comparison, page: Path, markdown: Path | None, as_json: bool, st
         raise RunError("; ".join(group.sentence() for group in found.groups if not group.equal))
     if found.failed:
         cells = ", ".join(dict.fromkeys(cell for cell, _, _ in found.failed))
-        raise RunError(f"{len(found.failed)} of the runs failed ({cells}); `--resume {made.id}` tries them again")
+        raise RunError(f"{len(found.failed)} of the runs failed ({cells})", go_on(made.root, "compare"))

@@ -2,28 +2,47 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
+import textwrap
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from rayexp.cli._app import JsonOption, app
+from rayexp.cli import _complete
+from rayexp.cli._app import Group, JsonOption, app, folder
 from rayexp.cli._output import print_json, print_table, say, tell
+from rayexp.display import counted
 
-data = typer.Typer(no_args_is_help=True, help="Fetch, check and pack datasets; show what is packed.")
+data = typer.Typer(cls=Group, help="Fetch, check and pack datasets; show what is packed.")
 app.add_typer(data, name="data")
 SHOWN = 10  # classes in the table
+FETCHED = {
+    "tiny_imagenet": "200 classes, 110,000 images of 64 px; from its home page, or --from ZIP|TAR|DIR|URL",
+    "wikitext2": "2.5 million words of Wikipedia; --from ZIP|TAR|DIR|URL",
+    "shapes": "20 classes, 5,000 images of 64 px, drawn here; training draws them by itself",
+}
 
 
-@data.command()
+@data.command(short_help="Check a dataset and pack it once; alone, list what there is.")
 def fetch(
-    dataset: Annotated[str, typer.Argument(help="tiny_imagenet or wikitext2.", show_default=False)],
+    dataset: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="DATASET",
+            help="What to fetch. [default: list what there is]",
+            autocompletion=_complete.datasets,
+            show_default=False,
+        ),
+    ] = None,
     source: Annotated[
         str | None,
         typer.Option("--from", metavar="ZIP|TAR|DIR|URL", help="Where the data is. tiny_imagenet: its home page."),
     ] = None,
     to: Annotated[
-        Path | None, typer.Option("--to", metavar="DIR", help="Where to pack it. [default: data/DATASET]")
+        Path | None,
+        typer.Option("--to", metavar="DIR", parser=folder, help="Where to pack it. [default: data/DATASET]"),
     ] = None,
 ) -> None:
     """Check a dataset's files, relabel them, and pack them once into arrays that all workers share.
@@ -31,6 +50,9 @@ def fetch(
     Reads a ZIP or a folder in place, and a tar by way of the cache. Interrupted (Ctrl-C), the same command goes on;
     finished, it says so at once.
     """
+    if dataset is None:
+        _list_fetched()
+        return
     from rayexp.data.describe import describe
     from rayexp.errors import UserError
 
@@ -51,10 +73,16 @@ def fetch(
     tell(f"train with data.name={dataset} data.root={to}")
 
 
-@data.command()
+@data.command(short_help="Show counts, classes and hashes of a dataset or folder.")
 def info(
     dataset: Annotated[
-        str, typer.Argument(metavar="DATASET|DIR", help="shapes, data/tiny_imagenet, ...", show_default=False)
+        str,
+        typer.Argument(
+            metavar="DATASET|DIR",
+            help="shapes, data/tiny_imagenet, ...",
+            autocompletion=_complete.datasets,
+            show_default=False,
+        ),
     ],
     check: Annotated[bool, typer.Option("--check", help="Also read every pixel and compare the hashes.")] = False,
     as_json: JsonOption = False,
@@ -70,19 +98,19 @@ def info(
     for name, value in summary.items():
         if isinstance(value, dict):
             for part, inner in value.items():
-                tell(f"  {f'{name} {part}':<12} {_number(inner)}")
+                tell(_field(f"{name} {part}", inner))
         elif name not in ("kind", "name", "train", "val", "classes"):
-            tell(f"  {name:<12} {_number(value)}")
+            tell(_field(name, value))
     if check:
         tell("  check        every hash is as it should be")
     if classes := summary.get("classes"):
         tell()
         print_table(classes[:SHOWN])
         if len(classes) > SHOWN:
-            tell(f"... and {len(classes) - SHOWN} more classes (--json lists all)")
+            tell(f"... and {counted(len(classes) - SHOWN, 'more class', 'more classes')} (--json lists all)")
 
 
-@data.command()
+@data.command(short_help="Show what the cache keeps, and remove what is stale.")
 def cache(
     prune: Annotated[bool, typer.Option("--prune", help="Remove what is stale.")] = False,
     as_json: JsonOption = False,
@@ -115,12 +143,29 @@ def cache(
         tell(f"stale: {amount}, {size}, in {cache_dir()}{' (--prune removes them)' if stale else ''}")
 
 
+def _list_fetched() -> None:
+    for name, what in FETCHED.items():
+        tell(f"{name:<14} {what}")
+    tell("Nothing to fetch: python_docs comes with Python; your own images and text are read where they lie")
+    tell("(data.name=folder or text, data.root=DIR; `rayexp data info DIR` shows what would be taken).")
+
+
 def _line(summary: dict[str, Any]) -> str:
     """`16,000 train and 10,000 val images of 200 classes`."""
     if summary["kind"] == "images":
-        return f"{summary['train']:,} train and {summary['val']:,} val images of {len(summary['classes']):,} classes"
+        classes = counted(len(summary["classes"]), "class", "classes")
+        return f"{summary['train']:,} train and {counted(summary['val'], 'val image')} of {classes}"
     tokens = ", ".join(f"{count:,} {split}" for split, count in summary["tokens"].items())
-    return f"{tokens} tokens; {summary['vocabulary']:,} words"
+    return f"{tokens} tokens; {counted(summary['vocabulary'], 'word')}"
+
+
+def _field(name: str, value: Any) -> str:
+    """A line of `data info`; on a terminal, as many as it takes."""
+    line = f"  {name:<12} {_number(value)}"
+    if not sys.stdout.isatty():
+        return line
+    columns = shutil.get_terminal_size().columns
+    return textwrap.fill(line, columns, subsequent_indent=15 * " ", break_long_words=False, break_on_hyphens=False)
 
 
 def _number(value: Any) -> str:

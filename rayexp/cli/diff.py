@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from rayexp.cli import _complete
 from rayexp.cli._app import RUNS, JsonOption, RunsOption, app
 from rayexp.cli._output import print_json, say
 
@@ -18,10 +19,15 @@ if TYPE_CHECKING:
 VERDICT_CODES = {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 3}
 
 
-@app.command()
+@app.command(short_help="Show which judgements changed between two checkpoints.")
 def diff(
     refs: Annotated[
-        list[str], typer.Argument(metavar="A B", help="RUN@7 RUN@18; also @best, @last; B may be @18 alone.")
+        list[str],
+        typer.Argument(
+            metavar="A B",
+            autocompletion=_complete.runs,
+            help="RUN@7 RUN@18; also @best, @last; B may be @18 alone.",
+        ),
     ],
     every: Annotated[bool, typer.Option("--all", help="One RUN: churn between every two of its epochs.")] = False,
     html: Annotated[Path | None, typer.Option(help="Write one offline page with the pictures.", dir_okay=False)] = None,
@@ -42,6 +48,7 @@ def diff(
     """
     from rayexp.errors import UserError
     from rayexp.runs.run import Run, resolve
+    from rayexp.system.disk import NEWEST
 
     if every:
         if len(refs) != 1 or csv or weights or max_drop is not None:
@@ -49,7 +56,7 @@ def diff(
         return _diff_all(Run.find(refs[0], runs), html, as_json)
     if len(refs) != 2:
         raise UserError(f"diff takes two checkpoints, RUN@7 RUN@18 (or RUN@7 @18, or --all RUN); got {len(refs)}")
-    if refs[1].startswith("@"):
+    if refs[1].startswith("@") and not refs[1].startswith(NEWEST):
         refs = [refs[0], refs[0].rpartition("@")[0] + refs[1] if "@" in refs[0] else refs[0] + refs[1]]
     a, b = (resolve(ref, runs) for ref in refs)
     for run, epoch in (a, b):

@@ -8,7 +8,7 @@ from rayexp.cli._app import RUNS, JsonOption, RunsOption, app
 from rayexp.cli._output import print_json, print_table
 
 
-@app.command()
+@app.command(short_help="Check this machine: versions, devices, Ray, the disk.")
 def doctor(runs: RunsOption = RUNS, as_json: JsonOption = False) -> None:
     """Check this machine: versions that fit together, devices, Ray, room on the disk. Exits 1 where one is wrong."""
     from rayexp.launch.doctor import examine

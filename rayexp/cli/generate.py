@@ -7,13 +7,21 @@ from typing import Annotated
 
 import typer
 
+from rayexp.cli import _complete
 from rayexp.cli._app import RUNS, RunsOption, app
 from rayexp.cli._output import say
 
 
 @app.command()
 def generate(
-    ref: Annotated[str, typer.Argument(metavar="RUN@EPOCH", help="RUN@7, RUN@best, RUN@last, of a language model.")],
+    ref: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN@EPOCH",
+            autocompletion=_complete.runs,
+            help="RUN@7, RUN@best, RUN@last, of a language model.",
+        ),
+    ],
     words: Annotated[int, typer.Option(metavar="N", min=1, help="How many words.")] = 1000,
     temperature: Annotated[float, typer.Option(min=0, help="Below 1 bolder, above 1 wilder; 0: the likeliest.")] = 1.0,
     top_k: Annotated[int | None, typer.Option(metavar="K", min=1, help="Only the K likeliest words can come.")] = None,
@@ -25,7 +33,7 @@ def generate(
     """Write text with a trained language model."""
     import time
 
-    from rayexp.display import printable
+    from rayexp.display import counted, printable, short
     from rayexp.runs.run import resolve
     from rayexp.system.disk import write_atomic
 
@@ -54,5 +62,5 @@ def generate(
         write_atomic(out, text.lines(said))
     else:
         print(printable(text.lines(said), keep="\n"), end="")
-    where = f" -> {out}" if out else ""
-    say(f"{words} words in {took:.1f} s, {run.id}@{epoch}, weights {writer.weights_sha[:12]}, seed {seed}{where}")
+    where, weights = f" -> {out}" if out else "", short(writer.weights_sha)
+    say(f"{counted(words, 'word')} in {took:.1f} s, {run.id}@{epoch}, weights {weights}, seed {seed}{where}")

@@ -6,27 +6,52 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rayexp.cli import _complete
 from rayexp.cli._app import RUNS, JsonOption, RunsOption, app
-from rayexp.cli._output import print_json, print_table, tell
-from rayexp.display import NOT_FINITE, figure
+from rayexp.cli._output import print_json, print_table, say, tell
+from rayexp.display import NOT_FINITE, counted, figure, short
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from rayexp.grid.comparison import Comparison
     from rayexp.runs.run import Run
 
 
-@app.command("runs")
+@app.command("runs", short_help="List the runs, show one with its epochs, or check them.")
 def runs_command(
     run: Annotated[
-        str | None, typer.Argument(metavar="RUN", help="Show this one with its epochs.", show_default=False)
+        str | None,
+        typer.Argument(
+            metavar="RUN",
+            help="Show this one with its epochs.",
+            autocompletion=_complete.runs,
+            show_default=False,
+        ),
     ] = None,
     runs: RunsOption = RUNS,
     check: Annotated[
         bool, typer.Option("--check", help="Check every file against its hash (of all runs, where none is named).")
     ] = False,
+    comparisons: Annotated[
+        bool, typer.Option("--comparisons", help="List the comparisons that `rayexp compare` made, not the runs.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """List the runs, oldest first; or show one with its epochs. --check exits with 1 where something is damaged."""
+    """List the runs, oldest first; or show one with its epochs. --check exits with 1 where something is damaged.
+
+    RUN is a directory, its name, or any part of the name that fits one run alone; a run's own name comes first, and
+    @newest is the run that was made last.
+    """
+    from rayexp.errors import UserError
+    from rayexp.grid.comparison import Comparison
     from rayexp.runs.run import Run
+
+    if comparisons:
+        if run is not None or check:
+            raise UserError("--comparisons lists all comparisons; `rayexp report NAME` shows one")
+        _list_comparisons(Comparison.all(runs), runs, as_json)
+        return
 
     if check:
         _check([Run.locate(run, runs)] if run is not None else Run.all(runs), as_json)
@@ -37,10 +62,47 @@ def runs_command(
     found = [_fields(one) for one in Run.all(runs)]
     if as_json:
         print_json(found)
-    elif found:
-        print_table(found)
+        return
+    if found:
+        drop = ("workload", "device", "other metrics", "workers", "best", "epochs")
+        print_table([_row(one) for one in found], drop=drop)
+        for one in found:
+            if one["status"] == "damaged":
+                tell(f"{one['run']}: {one['metric']}")
     else:
         tell(f"no runs in {runs}")
+    if more := len(Comparison.all(runs)):
+        say(f"{counted(more, 'comparison')} there, too: rayexp runs --comparisons")
+
+
+def _list_comparisons(found: list[Comparison], runs: Path, as_json: bool) -> None:
+    rows = [_comparison_fields(one) for one in found]
+    if as_json:
+        print_json(rows)
+    elif rows:
+        print_table(rows)
+    else:
+        tell(f"no comparisons in {runs}")
+
+
+def _comparison_fields(made: Comparison) -> dict[str, Any]:
+    """A comparison's line of the table."""
+    from rayexp.errors import UserError
+
+    fields: dict[str, Any] = dict.fromkeys(["comparison", "status", "cells", "skipped", "runs", "failed"])
+    fields["comparison"] = made.id
+    try:
+        cells, rows, config = made.cells(), made.rows(), made.config()
+        planned = [cell for cell in cells if cell.skip is None]
+        return fields | {
+            "status": made.status(),
+            "cells": len(planned),
+            "skipped": len(cells) - len(planned),
+            "runs": f"{sum(row.status == 'done' for row in rows)}/{len(planned) * config.repeats}",
+            "failed": sum(row.status != "done" for row in rows),
+        }
+    except UserError as error:
+        return fields | {"status": f"damaged: {error}"}
 
 
 def _check(found: list[Run], as_json: bool) -> None:
@@ -99,6 +161,15 @@ def _fields(run: Run) -> dict[str, Any]:
     return fields
 
 
+def _row(fields: dict[str, Any]) -> dict[str, Any]:
+    """The same for the table: of several metrics the first has a column of its own, hashes are short, and what is
+    damaged is said below."""
+    metric = "" if fields["status"] == "damaged" else str(fields["metric"] or "")
+    first, _, others = metric.partition(", ")
+    row = {name: value for name, value in fields.items() if name != "last weights"}
+    return row | {"metric": first, "other metrics": others, "weights": short(fields["last weights"] or "")}
+
+
 def _show(run: Run, as_json: bool) -> None:
     from rayexp.runs.records import best
 
@@ -112,7 +183,7 @@ def _show(run: Run, as_json: bool) -> None:
         "status": run.status(),
         "error": meta.get("error"),
         "workload": f"{meta.get('workload')}, {run.config().model.name}, data {run.config().data.name}",
-        "where": f"{meta.get('world_size')} workers, {meta.get('device')}, {meta.get('lanes')} lanes",
+        "where": _where(meta),
         "created": meta.get("created"),
         "finished": meta.get("finished"),
     }
@@ -135,8 +206,17 @@ def _show(run: Run, as_json: bool) -> None:
                 "samples/s": figure(r.samples_per_second, ",.1f"),
                 "seconds": figure(r.seconds.get("total"), ",.1f"),
                 "workers": r.world_size,
-                "weights": r.weights_sha[:12],
+                "weights": short(r.weights_sha),
             }
             for r in records
-        ]
+        ],
+        drop=("workers", "samples/s", "lr", "step", "seconds", *list(names)[:0:-1]),
     )
+
+
+def _where(meta: dict[str, Any]) -> str | None:
+    """`2 workers, cpu, 1 lane each`; None for a run that has not begun."""
+    if (workers := meta.get("world_size")) is None:
+        return None
+    place = counted(workers, "worker") if workers else "in one process"
+    return ", ".join([place, str(meta.get("device")), *([counted(meta["lanes"], "lane")] if meta.get("lanes") else [])])

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rayexp.cli._app import JsonOption, OverridesArgument, app
-from rayexp.cli._output import print_json, print_table, tell
+from rayexp.cli._app import ConfigArgument, JsonOption, OverridesArgument, app
+from rayexp.cli._output import print_json, print_table, say, tell
+
+if TYPE_CHECKING:
+    from rayexp.config import ExperimentConfig
+    from rayexp.engine.workload import Workload
 
 
-@app.command()
+@app.command(short_help="Show a model layer by layer: sizes, parameters, FLOPs.")
 def summary(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML of the experiment.", show_default=False)],
+    config: ConfigArgument,
     overrides: OverridesArgument = None,
     depth: Annotated[int, typer.Option(metavar="N", min=0, help="Levels of nested modules; 0: all.")] = 2,
+    classes: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=2, help="How many classes (text: words); the data is then not opened."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """The model layer by layer: output size, parameters, and FLOPs of a forward pass for one sample.
 
-    Sizes of maps read height x width x channels. A multiply-add counts as two FLOPs.
+    Sizes of maps read height x width x channels. A multiply-add counts as two FLOPs. The data need not be there:
+    published datasets have a known number of classes or words, and --classes gives that of your own.
     """
     import dataclasses
 
@@ -28,10 +36,9 @@ def summary(
 
     experiment = load(config, overrides or [])
 
-    from rayexp import workloads
     from rayexp.engine.summary import layers
 
-    workload = workloads.open_workload(experiment)
+    workload = _open(experiment, classes)
     *inner, whole = layers(workload)
     if as_json:
         print_json({"layers": [dataclasses.asdict(layer) for layer in inner], "total": dataclasses.asdict(whole)})
@@ -55,6 +62,28 @@ def summary(
         f"{whole.parameters:,} parameters ({4 * whole.parameters / 1e6:.1f} MB), {whole.flops / 1e9:.3f} GFLOP "
         f"forward, about {3 * whole.flops / 1e9:.3f} with backward"
     )
+
+
+def _open(config: ExperimentConfig, classes: int | None) -> Workload:
+    """The workload, with its data only where that is needed to know the number of classes or words."""
+    from rayexp import workloads
+    from rayexp.config import IMAGE_DATA
+    from rayexp.data.outline import OUTPUTS, outline
+    from rayexp.errors import UserError
+
+    root, name = config.data.root, config.data.name
+    if classes is None and name in OUTPUTS and not (root and root.expanduser().exists()):
+        classes = OUTPUTS[name]
+        if root:
+            say(f"{root} is not there: {classes:,} {'classes' if name in IMAGE_DATA else 'words'}, as {name} has")
+    if classes is not None:
+        return workloads.open_workload(config, outline(config, classes))
+    try:
+        return workloads.open_workload(config)
+    except UserError as error:
+        if root and not root.expanduser().exists():
+            raise UserError(error, "; --classes N shows the model without the data") from error
+        raise
 
 
 def _input(shape: tuple[int, ...], batch_dim: int) -> str:

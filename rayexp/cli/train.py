@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rayexp.cli._app import RUNS, JsonOption, OverridesArgument, RayOption, app
+from rayexp.cli import _complete
+from rayexp.cli._app import RUNS, JsonOption, OverridesArgument, RayOption, app, folder
 from rayexp.cli._output import print_json, print_table, say, tell
 
 if TYPE_CHECKING:
@@ -16,20 +17,29 @@ if TYPE_CHECKING:
     from rayexp.runs.run import Run
 
 
-@app.command()
+@app.command(short_help="Train, in this process or on Ray workers; or go on with a run.")
 def train(
     config: Annotated[
         str | None,
         typer.Argument(
-            metavar="CONFIG", help="YAML of the experiment; a run's config.yaml repeats the run.", show_default=False
+            metavar="CONFIG",
+            help="YAML of the experiment, or a name that `rayexp configs` lists; a run's config.yaml repeats the run.",
+            autocompletion=_complete.configs,
+            show_default=False,
         ),
     ] = None,
     overrides: OverridesArgument = None,
     runs: Annotated[
-        Path | None, typer.Option("--runs", help="Make the run directory in there. [default: storage_path]")
+        Path | None,
+        typer.Option(
+            "--runs", metavar="DIR", parser=folder, help="Make the run directory in there. [default: storage_path]"
+        ),
     ] = None,
     name: Annotated[str | None, typer.Option(metavar="N", help="The run's name.")] = None,
-    resume: Annotated[str | None, typer.Option(metavar="RUN", help="Go on with this run at its exact step.")] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(metavar="RUN", autocompletion=_complete.runs, help="Go on with this run at its exact step."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the configuration and the plan only.")] = False,
     address: RayOption = None,
     as_json: JsonOption = False,
@@ -38,11 +48,12 @@ def train(
 
     Ctrl-C saves after the present step and exits with 130; so does SIGTERM (143), SIGUSR1, a batch system's notice
     (138), and the closing of the terminal (129; not under nohup). --resume goes on from there, with as many workers as
-    you like; CONFIG may then be left out.
+    you like; CONFIG may then be left out. A finished run is trained on by `--resume RUN epochs=N`, unless its schedule
+    is cosine or onecycle.
     """
     run, experiment = _configure(config, overrides or [], runs, name, resume)
     if dry_run:
-        _show_plan(experiment, address, as_json)
+        _show_plan(experiment, address, run, as_json)
         return
     from rich.console import Console
 
@@ -80,10 +91,10 @@ def _configure(
     return Run.find(resume, experiment.storage_path) if resume else None, experiment
 
 
-def _show_plan(config: ExperimentConfig, address: str | None, as_json: bool) -> None:
+def _show_plan(config: ExperimentConfig, address: str | None, resume: Run | None, as_json: bool) -> None:
     from rayexp.launch.driver import outline
 
-    plan = outline(config, address)
+    plan = outline(config, address, resume)
     if as_json:
         print_json({"config": config.model_dump(mode="json"), "plan": plan})
         return

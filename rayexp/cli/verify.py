@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from rayexp.cli._app import JsonOption, OverridesArgument, app
+from rayexp.cli._app import ConfigArgument, JsonOption, OverridesArgument, app
 from rayexp.cli._output import print_json, print_table, tell
+from rayexp.display import counted, short
 
 
-@app.command()
+@app.command(short_help="Prove that the number of workers changes no bit.")
 def verify(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML of the experiment.", show_default=False)],
+    config: ConfigArgument,
     overrides: OverridesArgument = None,
     workers: Annotated[
         str, typer.Option(metavar="N,N...", help="Worker counts; the first is the reference.")
@@ -42,7 +42,6 @@ def verify(
 
     from rayexp.launch.verify import verify as compare
 
-    console = Console(stderr=True)
     verdict = compare(
         experiment,
         [int(count) for count in counts],
@@ -50,15 +49,18 @@ def verify(
         kill=kill,
         launcher=launcher,  # type: ignore[arg-type]
         contrast=contrast,
-        say=lambda text: console.print(text, highlight=False, markup=False),
-        console=console,
+        console=Console(stderr=True),
     )
     if as_json:
         print_json(verdict.to_json())
     else:
-        print_table(verdict.rows())
+        hashes = ("weights", "ddp weights")
+        print_table(
+            [{k: short(v or "") if k in hashes else v for k, v in row.items()} for row in verdict.rows()],
+            drop=("ddp weights", f"ddp {verdict.unit}/s"),
+        )
         if verdict.contrast:
             different = len({trial.weights for trial in verdict.contrast})
-            tell(f"ddp: {different} different weights at {len(verdict.contrast)} counts")
+            tell(f"ddp: {different} different weights at {counted(len(verdict.contrast), 'count')}")
         tell(verdict.sentence())
     raise typer.Exit(0 if verdict.ok else 1)

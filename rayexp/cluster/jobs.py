@@ -25,6 +25,7 @@ from typing import Any
 import rayexp
 from rayexp.cluster import auth, dashboard, package
 from rayexp.config import ExperimentConfig
+from rayexp.display import counted
 from rayexp.errors import RunError, UserError
 
 STOP_SECONDS = 60  # for saving the present step; Ray's own 3 s are too short
@@ -87,7 +88,7 @@ def submit(
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
     with tempfile.TemporaryDirectory(prefix="rayexp-") as folder:
         packed = package.pack(config, Path(folder))
-        say(f"package: {len(packed.files)} files, {packed.size / 1e3:,.0f} kB")
+        say(f"package: {counted(len(packed.files), 'file')}, {packed.size / 1e3:,.0f} kB")
         return str(
             _ask(
                 client,

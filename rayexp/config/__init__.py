@@ -18,4 +18,8 @@ from rayexp.config.loading import parse as parse
 from rayexp.config.loading import passed_over as passed_over
 from rayexp.config.loading import read as read
 from rayexp.config.loading import refuse_contradictions as refuse_contradictions
-from rayexp.config.loading import shipped as shipped
+from rayexp.config.shipped import find_config as find_config
+from rayexp.config.shipped import headline as headline
+from rayexp.config.shipped import is_grid as is_grid
+from rayexp.config.shipped import shipped as shipped
+from rayexp.config.shipped import shipped_configs as shipped_configs

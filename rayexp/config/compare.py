@@ -18,13 +18,14 @@ class CompareConfig(Section):
     """Part of the comparison directory's name: 1 to 64 letters, digits, `_`, `.` or `-`; the first is a letter or a
     digit."""
     base: str
-    """Path of the base experiment's YAML file, relative to this file. Required."""
+    """The base experiment: the path of its YAML file, relative to this file, or the name of one that comes with rayexp.
+    Required."""
     overrides: Annotated[dict[str, Any], KeysOf(ExperimentConfig)] = Field(default={})
     """Keys of the base experiment, nested or dotted, to set in every cell."""
     scaling: Annotated[tuple[ScaleConfig, ...], Field(min_length=1)]
     """The devices to compare: a list of `scaling` sections with a fixed `num_workers`, at least one. Required."""
-    precision: tuple[Literal["fp32", "tf32", "bf16"], ...] = ()
-    """Precisions to compare; empty: that of the base."""
+    precision: tuple[Literal["fp32", "tf32", "bf16", "auto"], ...] = ()
+    """Precisions to compare; empty: that of the base. A cell with auto is on CPUs the one with fp32."""
     reduction: tuple[Literal["exact", "ddp"], ...] = ()
     """Reductions to compare; empty: that of the base."""
     repeats: PositiveInt = 3

@@ -26,8 +26,12 @@ from rayexp.errors import nearest
 
 IMAGE_DATA = ("shapes", "tiny_imagenet", "folder")
 TEXT_DATA = ("python_docs", "wikitext2", "text")
-IMAGES_ONLY = ("max_train_samples", "max_val_samples", "image_size", "augment")
+IMAGES_ONLY = ("max_train_samples", "max_val_samples", "image_size", "resident", "augment")
 TEXT_ONLY = ("max_train_tokens", "max_val_tokens", "bptt", "eval_columns")
+NO_URI = (
+    "expected a folder (local, or a shared one that is mounted); `rayexp collect RUN --to URI` takes a run to s3:// or "
+    "gs://, and `rayexp collect URI` brings it back"
+)
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -36,10 +40,7 @@ Positive = Annotated[float, Field(gt=0)]
 
 def _no_uri(value: Any) -> Any:
     if isinstance(value, str) and "://" in value:
-        raise ValueError(
-            "expected a folder (local, or a shared one that is mounted); `rayexp collect RUN --to URI` takes a run "
-            "to s3:// or gs://, and `rayexp collect URI` brings it back"
-        )
+        raise ValueError(NO_URI)
     return value
 
 
@@ -102,6 +103,9 @@ class DataConfig(Section):
     """Text: validate (and test) on only the first tokens, this many; null: on all."""
     image_size: PositiveInt = 64
     """Images: height and width, in pixels, of the packed images."""
+    resident: Literal["auto"] | bool = "auto"
+    """Images, on a GPU. true: keep the packed pixels in its memory. false: send each batch through pinned memory. auto:
+    keep them where they take less than half of what is free. Never changes a bit of the result."""
     augment: AugmentConfig | None = AugmentConfig()
     """Images: random augmentation of the training images; null: train on them as they are."""
     bptt: PositiveInt = 35
@@ -183,6 +187,11 @@ class ScheduleConfig(Section):
     peak: Fraction = 0.3
     """onecycle: share of the run, from 0 to 1, after which the rate is highest."""
 
+    @property
+    def depends_on_epochs(self) -> bool:
+        """Whether the rate of a step depends on how many epochs the run has, so that none can be added later."""
+        return self.name in ("cosine", "onecycle")
+
 
 class ScaleConfig(Section):
     """How many workers, and on what devices. Where Ray Train's ScalingConfig has the same option, the name is the
@@ -200,8 +209,9 @@ class ScaleConfig(Section):
     gpus_per_worker: Positive = 1
     """GPUs that a worker reserves if workers use GPUs, above 0; a fraction lets workers share a GPU."""
     lanes: PositiveInt | None = None
-    """On a CPU with `reduction: exact`: model replicas of a worker, which compute shards in parallel, one thread each.
-    null: one per core. Never changes a bit of the result."""
+    """Model replicas of a worker, which compute shards side by side: in threads on a CPU, on streams on a GPU. null: as
+    many as the cores hold (see `threads_per_shard`), on a GPU up to 8 with exact and 1 with ddp. With exact it never
+    changes a bit of the result."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -248,15 +258,26 @@ class ExperimentConfig(Section):
     """How the learning rate changes during training."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Determines every random draw (initialisation, order, augmentation, dropout); from 0 to below 2**63."""
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    precision: Literal["fp32", "tf32", "bf16", "auto"] = "fp32"
     """fp32: float32 throughout. tf32: matrix products and convolutions in TF32 on NVIDIA GPUs. bf16: torch.autocast to
-    bfloat16. Parameters, summed gradients and the optimizer's state are always float32."""
+    bfloat16. auto: bf16 if the workers have GPUs with bfloat16, else fp32; decided before a run's first step, from when
+    on its config.yaml names it. Parameters, summed gradients and the optimizer's state are always float32."""
     reduction: Literal["exact", "ddp"] = "exact"
     """exact: the same bits at any number of workers. ddp: the same mathematics by ordinary all-reduce."""
     shards: PositiveInt = 8
     """Logical shards into which a batch is cut; must divide `batch_size`. The number of workers must divide it."""
+    threads_per_shard: PositiveInt | None = None
+    """On a CPU: threads that compute a shard. null: decided when a run starts, the cores of all its workers divided by
+    `shards`, at least 1; the run keeps it. The bits depend on it, and not on who has how many cores."""
+    cpu_kernels: bool = True
+    """true: on a CPU, rayexp's own kernels where they are faster. false: PyTorch's operations alone, which is the same
+    mathematics with other rounding."""
     compile: bool = False
-    """Compile the model with torch.compile on a GPU (worth it if training takes much longer than compiling)."""
+    """Compile the model with torch.compile on a GPU (worth it if training takes much longer than compiling); only with
+    `reduction: ddp`, since kernels that are tuned in each process may round differently."""
+    capture: Literal["auto"] | bool = "auto"
+    """On a GPU: capture a step once in CUDA graphs and replay them. auto: unless it cannot be captured, which run.json
+    then explains. true: or it is an error. false: never. Never changes a bit of the result."""
     scaling: ScaleConfig = ScaleConfig()
     """How many workers, and on what devices."""
     checkpoint: CheckpointConfig = CheckpointConfig()

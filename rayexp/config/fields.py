@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+from rayexp.config.phrases import given, phrase
 from rayexp.errors import nearest
 
 
@@ -67,21 +68,21 @@ def at(field: Any, path: Sequence[str]) -> Any:
 
 def explain(error: ValidationError, kind: type[BaseModel], prefix: str = "") -> str:
     """The first error of pydantic's as one line: the key, what is wrong, and what is allowed."""
-    errors = error.errors()
-    first, parts = errors[0], _key(errors[0]["loc"])
+    errors = error.errors(include_url=False)
+    parts = _key(errors[0]["loc"])
+    # A union gives errors for each of its members: those that lead deepest are of the one that was meant.
+    own = [e for e in errors if _key(e["loc"])[: len(parts)] == parts]
+    first = max(own, key=lambda e: len(_key(e["loc"])))
+    parts = _key(first["loc"])
     key = ".".join([prefix, *parts] if prefix else parts)
     if first["type"] == "extra_forbidden":
         allowed = list(_section(kind, parts[:-1]).model_fields)
         return f"unknown key {key}{nearest(parts[-1], allowed)}; allowed: {', '.join(allowed)}"
     if first["type"] == "model_type":
-        message = f"expected keys under it ({', '.join(_section(kind, parts).model_fields)})"
+        message = f"expected keys under it ({', '.join(_section(kind, parts).model_fields)}){given(first['input'])}"
     else:
-        # A union gives one error for each of its members.
-        same = [e["msg"].removeprefix("Value error, ") for e in errors if _key(e["loc"])[: len(parts)] == parts]
-        message = ", or: ".join(dict.fromkeys(same))
-    given = first.get("input")
-    shown = f", got {given!r}" if isinstance(given, str | int | float | bool) and "got" not in message else ""
-    return f"{key}: {message}{shown}" if key else message
+        message = phrase([e for e in own if _key(e["loc"]) == parts])
+    return f"{key}: {message}" if key else message
 
 
 def _key(location: Sequence[str | int]) -> list[str]:

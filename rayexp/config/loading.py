@@ -6,19 +6,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from rayexp.config import yaml_tree
 from rayexp.config.compare import CompareConfig
 from rayexp.config.experiment import IMAGE_DATA, IMAGES_ONLY, TEXT_DATA, TEXT_ONLY, DataConfig, ExperimentConfig
 from rayexp.config.fields import explain
+from rayexp.config.shipped import find_config
 from rayexp.errors import UserError
 
 ConfigT = TypeVar("ConfigT", ExperimentConfig, CompareConfig)
 
 
 def load(path: Path | str, overrides: Sequence[str] = (), kind: type[ConfigT] = ExperimentConfig) -> ConfigT:  # type: ignore[assignment]
-    """Read a configuration that a user wrote: `read`, then refuse settings that contradict each other (UserError)."""
+    """Read a configuration that a user wrote: find the file (`find_config`), `read` it, and refuse settings that
+    contradict each other (UserError)."""
+    path = find_config(path)
     config = read(path, overrides, kind)
     if isinstance(config, ExperimentConfig):
         refuse_contradictions(config, str(path))
@@ -29,17 +32,32 @@ def read(path: Path | str, overrides: Sequence[str] = (), kind: type[ConfigT] = 
     """Read a YAML file, apply `KEY=VALUE` overrides, and check the result.
 
     Raises:
-        UserError: no such file, no YAML mapping, an unknown key, a value that is not allowed; the line names it.
+        UserError: no such file, no YAML mapping, another kind of configuration, an unknown key, a value that is not
+            allowed; the line names it.
     """
     tree = yaml_tree.read(Path(path), kind)
+    _refuse_other_kind(tree, kind, str(path))
     for override in overrides:
         yaml_tree.set_override(tree, override, kind)
     return parse(tree, kind, str(path))
 
 
+def _refuse_other_kind(tree: Mapping[str, Any], kind: type[BaseModel], source: str) -> None:
+    """Name a grid where an experiment is expected, and the reverse; else the first key that does not fit would be."""
+    other = ExperimentConfig if kind is CompareConfig else CompareConfig
+    if tree.keys() <= kind.model_fields.keys() or not tree.keys() <= other.model_fields.keys():
+        return
+    if other is CompareConfig and "base" in tree:
+        raise UserError(
+            f"{source}: a grid, for `rayexp compare`; expected an experiment, such as its base {tree['base']}"
+        )
+    if other is ExperimentConfig:
+        raise UserError(f"{source}: an experiment, for `rayexp train`; expected a grid, which names one as `base`")
+
+
 def refuse_contradictions(config: ExperimentConfig, source: str) -> None:
     """Raise UserError for settings that contradict each other: text options for images (or the reverse), `min_lr` above
-    `lr`, a warm-up for onecycle.
+    `lr`, a warm-up for onecycle, a compiled model with `exact`.
 
     Only for what a user writes now. `read` does not call it, so that the config.yaml of a run made before one of these
     rules still opens.
@@ -56,6 +74,11 @@ def refuse_contradictions(config: ExperimentConfig, source: str) -> None:
         raise UserError(
             f"{source}: schedule.warmup_epochs: onecycle rises by itself, for the share schedule.peak of the run; "
             "allowed with it: 0"
+        )
+    if config.compile and config.reduction == "exact":
+        raise UserError(
+            f"{source}: compile: true is for reduction ddp; exact refuses it, because kernels that are tuned in each "
+            "process may round differently; allowed with exact: false"
         )
 
 
@@ -85,12 +108,6 @@ def passed_over(config: ExperimentConfig, on_gpu: bool) -> list[str]:
     if not on_gpu and config.compile:
         lines.append("compile: on a CPU nothing is compiled")
     return lines
-
-
-def shipped(name: str) -> Path:
-    """The path of a configuration that is shipped with rayexp: in the checkout, or in the installed package."""
-    package = Path(__file__).resolve().parents[1]
-    return next(p for p in (package.parent / "configs" / name, package / "configs" / name) if p.exists())
 
 
 def parse(tree: Mapping[str, Any], kind: type[ConfigT], source: str) -> ConfigT:

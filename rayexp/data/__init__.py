@@ -92,6 +92,10 @@ def open_data(config: DataConfig) -> Any:
     """The data that a configuration names, packed on first use: ImageData or TextData.
 
     Raises:
-        UserError: the data is missing, damaged or too small; the line names file and folder.
+        UserError: the data is missing, damaged, too small, or cannot be read; the line names file and folder.
     """
+    from rayexp.data.fetch import check_readable
+
+    if config.root is not None:
+        check_readable(config.root.expanduser())
     return importlib.import_module(DATASETS[config.name]).open_data(config)

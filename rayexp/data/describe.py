@@ -7,6 +7,7 @@ from typing import Any
 
 from rayexp.config import DataConfig
 from rayexp.data import DATASETS, TextData, folder, packed, python_docs, shapes, text
+from rayexp.data.fetch import check_readable
 from rayexp.data.pack import PARTIAL, done
 from rayexp.errors import UserError, nearest
 
@@ -20,6 +21,7 @@ def describe(target: str, check: bool = False) -> dict[str, Any]:
         UserError: there is no such dataset or folder, or it is damaged.
     """
     root = Path(target).expanduser()
+    check_readable(root)
     if target == "python_docs":
         return _text(python_docs.open_data(DataConfig(name="python_docs")))
     if target == "shapes":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import re
@@ -14,7 +13,7 @@ from rayexp.data import archive
 from rayexp.data.download import cache_dir, download
 from rayexp.errors import UserError
 
-__all__ = ["FileSource", "cache_dir", "download", "is_url", "list_folder", "open_source", "read"]
+__all__ = ["FileSource", "cache_dir", "check_readable", "download", "is_url", "list_folder", "open_source", "read"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +96,7 @@ def open_source(source: str | Path, *markers: str, layout: str = "") -> FileSour
     """
     url = str(source) if is_url(source) else None
     path = download(url) if url else Path(source).expanduser()
+    check_readable(path)
     if path.is_dir():
         patterns = (f"{above}{marker}" for marker in markers for above in ("", "*/", "*/*/"))
         depths = (sorted(path.glob(pattern)) for pattern in patterns)
@@ -161,10 +161,18 @@ def read(path: Path, name: str, where: str, most: int = archive.LARGEST) -> byte
 
 def list_folder(root: Path) -> dict[str, tuple[int, int]]:
     """All files below a folder: relative name with `/` -> (size in bytes, mtime in ns). Each linked folder is listed
-    once."""
+    once.
+
+    Raises:
+        UserError: a folder cannot be read; its files would be missing without a word.
+    """
     files: dict[str, tuple[int, int]] = {}
     seen = set()
-    for folder, below, names in os.walk(root, followlinks=True):
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from error
+
+    for folder, below, names in os.walk(root, followlinks=True, onerror=refuse):
         here = Path(folder).stat()
         if (here.st_dev, here.st_ino) in seen:
             below.clear()
@@ -173,7 +181,21 @@ def list_folder(root: Path) -> dict[str, tuple[int, int]]:
         start = Path(folder).relative_to(root).as_posix() + "/"
         start = "" if start == "./" else start
         for name in names:
-            with contextlib.suppress(FileNotFoundError):  # a dangling link; a reader of the file will report it
+            try:
                 info = Path(folder, name).stat()
-                files[start + name] = (info.st_size, info.st_mtime_ns)
+            except FileNotFoundError:
+                continue  # a dangling link; a reader of the file will report it
+            except OSError as error:
+                refuse(error)
+            files[start + name] = (info.st_size, info.st_mtime_ns)
     return files
+
+
+def check_readable(root: Path) -> None:
+    """Refuse (UserError) a folder that is there and cannot be listed. What is no folder is left to the caller."""
+    try:
+        os.scandir(root).close()
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except (OSError, ValueError) as error:
+        raise UserError(f"{root}: cannot be read ({getattr(error, 'strerror', None) or error})") from error

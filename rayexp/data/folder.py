@@ -21,6 +21,7 @@ from rayexp.data.pack import Item, PackPlan, done
 from rayexp.data.packed import class_table, open_packed
 from rayexp.data.resize import open_resized
 from rayexp.data.tiny_imagenet import natural
+from rayexp.display import counted
 from rayexp.errors import UserError
 
 __all__ = ["info", "make_plan", "open_data"]
@@ -88,7 +89,7 @@ def make_plan(root: Path, size: int) -> PackPlan:
         splits={"train": _items(train, label, layout.prefixes), "val": _items(val, label, layout.prefixes)},
         size=size,
         resize=True,
-        layout=f"{len(label):,} classes; {layout.summary}",
+        layout=f"{counted(len(label), 'class', 'classes')}; {layout.summary}",
     )
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rayexp.data.decode import SUFFIXES
-from rayexp.display import printable
+from rayexp.display import counted, printable
 from rayexp.errors import UserError
 
 SPLITS = {
@@ -74,6 +74,8 @@ def find_layout(root: Path, files: Iterable[str]) -> FolderLayout:
     if suspects:
         flat = f"are no class folders in {roles['train'][0]}/" if roles["train"] else "is no train/ beside it"
         raise _refused(root, f"{suspects[0]}/ looks like a split, and there {flat}")
+    if roles["train"] and not any(_below(images, name) for name in folders if name not in roles["train"]):
+        raise _refused(root, f"{roles['train'][0]}/ {_flat(images, roles['train'][0])}")
     return _classes(root, images, loose, folders)
 
 
@@ -84,13 +86,12 @@ def _splits(
     known = {train, *val, *test}
     if other := next((name for name in folders if name not in known and _below(images, name)), None):
         count = len(_below(images, other))
-        raise _refused(root, f"beside {train}/ there is {other}/ with {count:,} image{'s' * (count > 1)}; move it away")
+        raise _refused(root, f"beside {train}/ there is {other}/ with {counted(count, 'image')}; move it away")
     found = {name: by_class(images, f"{name}/") for name in (train, *val)}
     _no_empty_class(root / train, found[train])
     left = [*loose, *(image for name in found for image in _below(images, name) if image.count("/") == 1)]
     if val and not found[val[0]]:
-        count = len(_below(images, val[0]))
-        what = f"holds {count:,} images and no class folders" if count else "holds no images"
+        what = _flat(images, val[0])
         hint = (
             f"; this is Tiny-ImageNet: `rayexp data fetch tiny_imagenet --from {root}`"
             if (root / "wnids.txt").exists()
@@ -143,6 +144,12 @@ def _below(images: Iterable[str], folder: str) -> list[str]:
     return [name for name in images if name.startswith(f"{folder}/")]
 
 
+def _flat(images: Iterable[str], folder: str) -> str:
+    """What is wrong with a split that holds no class."""
+    count = len(_below(images, folder))
+    return f"holds {count:,} image{'s' * (count > 1)} and no class folders" if count else "holds no images"
+
+
 def _no_empty_class(folder: Path, classes: Classes) -> None:
     for path in sorted(folder.iterdir()):
         if path.is_dir() and not path.name.startswith((".", "__")) and path.name not in classes:
@@ -160,9 +167,7 @@ def _refused(root: Path, found: str) -> UserError:
 
 def _line(parts: list[str], left: Sequence[str]) -> str:
     if left:
-        parts.append(
-            f"{len(left):,} image{'s' * (len(left) > 1)} outside the class folders left out: {_some(sorted(left))}"
-        )
+        parts.append(f"{counted(len(left), 'image')} outside the class folders left out: {_some(sorted(left))}")
     return printable("; ".join(parts))
 
 

@@ -23,6 +23,7 @@ from rayexp.data.fetch import FileSource, is_url, open_source
 from rayexp.data.pack import Item, PackPlan, done, pack
 from rayexp.data.packed import info, read_meta
 from rayexp.data.resize import open_resized
+from rayexp.display import counted
 from rayexp.errors import UserError
 
 __all__ = ["fetch", "info", "make_plan", "open_data"]
@@ -103,7 +104,7 @@ def make_plan(source: FileSource, dataset: str, size: int = SIZE) -> PackPlan:
         splits={"train": _train(source, label), "val": val or _val(source, label)},
         size=size,
         resize=size != SIZE,
-        layout="" if dataset == "shapes" else f"{len(order):,} classes; train from train/; val from {of}",
+        layout=f"{counted(len(order), 'class', 'classes')}; train from train/; val from {of}" * (dataset != "shapes"),
     )
 
 

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rayexp.diff.images_report import KINDS, ClassChange, Flip, ImagesReport, Move, short_names
+from rayexp.diff.images_report import KINDS, ClassChange, Flip, ImagesReport, Move
 from rayexp.diff.pair import Checkpoint, check, equal, top1
 from rayexp.diff.statistics import adjust, detectable_difference, difference_interval, mcnemar
+from rayexp.display import short_names
 from rayexp.errors import UserError
 from rayexp.runs.records import Predictions
 

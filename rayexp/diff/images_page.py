@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from typing import Any
 
 import numpy as np
@@ -14,12 +12,10 @@ from rayexp.diff.weights import WeightsReport
 from rayexp.display import printable
 from rayexp.errors import UserError
 from rayexp.pages.page import render
+from rayexp.pages.pictures import read_pictures
 from rayexp.pages.plots import interval_plot
 
 MAX_PICTURES = 6_000  # about 10 MB of page; where there are more flips, lost and gained go first
-MAX_SIDE = 96  # pixels
-QUALITY = 60
-CHUNK = 256  # pictures read at a time
 
 
 def image_page(report: ImagesReport, weights: WeightsReport | None = None) -> str:
@@ -98,31 +94,13 @@ def thumbnails(r: ImagesReport) -> tuple[list[str], str]:
         return [], ""
     reasons = []
     for run in dict.fromkeys((r.a.run, r.b.run)):
+        first = sorted(range(len(r.flips)), key=lambda i: r.flips[i].kind in ("not_finite", "other_wrong"))
+        shown = sorted(first[:MAX_PICTURES])
         try:
-            from rayexp.data import open_data
-
-            split = open_data(run.config().data).val
-            if split.sha != r.a.predictions.data_sha:
-                reasons.append("the data in the run's data.root are not those that were judged")
-                continue
-            first = sorted(range(len(r.flips)), key=lambda i: r.flips[i].kind in ("not_finite", "other_wrong"))
-            shown = sorted(first[:MAX_PICTURES])
-            encoded = dict(zip(shown, _encode(split, [r.flips[i].index for i in shown]), strict=True))
-            return [encoded.get(i, "") for i in range(len(r.flips))], ""
-        except (UserError, OSError, AttributeError) as error:
+            found = read_pictures(run, r.a.predictions.data_sha, [r.flips[i].index for i in shown])
+        except UserError as error:
             reasons.append(str(error))
+            continue
+        encoded = dict(zip(shown, found, strict=True))
+        return [encoded.get(i, "") for i in range(len(r.flips))], ""
     return [], reasons[0]
-
-
-def _encode(split: Any, indices: list[int]) -> list[str]:
-    from PIL import Image
-
-    encoded = []
-    for start in range(0, len(indices), CHUNK):
-        for pixels in split.read(np.asarray(indices[start : start + CHUNK], dtype=np.int64)):
-            image = Image.fromarray(pixels)
-            image.thumbnail((MAX_SIDE, MAX_SIDE))
-            buffer = io.BytesIO()
-            image.save(buffer, "WEBP", quality=QUALITY, method=2)
-            encoded.append(base64.b64encode(buffer.getvalue()).decode())
-    return encoded

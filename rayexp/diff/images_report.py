@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import io
-from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -200,13 +199,3 @@ class ImagesReport:
 
 def _two(pair: tuple[float, float]) -> dict[str, Any]:
     return {"a": pair[0], "b": pair[1]}
-
-
-def short_names(class_names: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
-    """`goldfish` of `goldfish, Carassius auratus`; all the words where several classes begin alike, and the id too
-    where even they are alike."""
-    names = [words.split(",")[0].strip() or key for key, words in class_names]
-    for longer in ([words for _, words in class_names], [f"{words} ({key})" for key, words in class_names]):
-        often = Counter(names)
-        names = [longer[i] if often[name] > 1 else name for i, name in enumerate(names)]
-    return tuple(names)

@@ -181,14 +181,19 @@ class AllReduce:
 
     Attributes:
         group: the workers.
-        shards: 1, since each worker has one gradient buffer and there is no tree.
+        shards: leaves of the tree by which a worker adds up its replicas' gradient buffers; there is none over workers.
         buckets: slices of a gradient buffer, in elements.
     """
 
-    shards = 1
-
-    def __init__(self, group: WorkerGroup, length: int, bucket: int = BUCKET, without: Sequence[Touched] = ()) -> None:
-        self.group = group
+    def __init__(
+        self,
+        group: WorkerGroup,
+        length: int,
+        shards: int = 1,
+        bucket: int = BUCKET,
+        without: Sequence[Touched] = (),
+    ) -> None:
+        self.group, self.shards = group, shards
         self.buckets = cut(length, bucket, group.world, without)
         self._sent: list[Callable[[], object]] = []
 

@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rayexp.engine import cpu as kernels
 from rayexp.engine.runtime import Runtime, cpu_capability
 
 # Instructions that change what a kernel adds in which order, or rounds.
@@ -31,16 +30,16 @@ _CHOICES = (
     re.compile(r"(ONEDNN|DNNL)_(MAX_CPU_ISA|CPU_ISA_HINTS|DEFAULT_FPMATH_MODE)"),
     re.compile(r"MKL_(ENABLE_INSTRUCTIONS|CBWR|DEBUG_CPU_TYPE)|OPENBLAS_CORETYPE|NPY_(DIS|EN)ABLE_CPU_FEATURES"),
 )
+# Several threads may become fewer by these.
+_THREAD_CHOICES = re.compile(r"OMP_(THREAD_LIMIT|DYNAMIC)")
 _GPU_CHOICES = re.compile(r"NVIDIA_TF32_OVERRIDE|TORCH_ALLOW_TF32_CUBLAS_OVERRIDE|CUBLASLT_\w+|CUDNN_\w*HEUR\w*")
 
 
 def fingerprint(runtime: Runtime) -> dict[str, Any]:
     """What the bits depend on, as plain values by name; runs the probe, which takes some milliseconds."""
     cuda = runtime.device.type == "cuda"
-    choices = (*_CHOICES, _GPU_CHOICES) if cuda else _CHOICES
+    choices = [*_CHOICES, *([_GPU_CHOICES] * cuda), *([_THREAD_CHOICES] * (runtime.threads > 1))]
     variables = {k: v for k, v in sorted(os.environ.items()) if any(choice.fullmatch(k) for choice in choices)}
-    if not cuda and not kernels.enabled():
-        variables[kernels.SWITCH] = "off"
     return {
         "device": _gpu(runtime.device) if cuda else f"cpu {platform.machine()} {cpu_capability()}",
         # A GPU computes the same whatever processor feeds it.

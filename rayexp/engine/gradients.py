@@ -3,7 +3,7 @@
     params            fp32[P]   every trainable parameter, those with weight decay first
     stats             fp32[B]   running mean and variance of every batch norm
     gradient buffer   fp32[R]   what one shard or several contribute:
-                                [scalars 5 | padding to 16 | batch statistics B | padding | gradient P]
+                                [scalars 4 | padding to 16 | batch statistics B | padding | gradient P]
 
 All replicas of a model share `params`. Each writes into a gradient buffer of its own: autograd and batch norm
 accumulate straight into its views. So one reduction adds gradients, batch statistics, loss and counts.
@@ -24,10 +24,16 @@ from torch.autograd.graph import get_gradient_edge
 from rayexp.engine.batch_norm import BATCH_NORMS
 from rayexp.errors import UserError
 
-SCALARS = ("loss", "count", "shards", "stop", "save")
-"""The scalars at the start of a gradient buffer, each a sum: the loss, the number of loss terms, the number of shards,
-and how many workers ask to stop or to save."""
+SCALARS = ("loss", "count", "stop", "save")
+LOSS, COUNT, STOP, SAVE = range(len(SCALARS))
+"""The scalars at the start of a gradient buffer, each a sum over shards: the loss, the number of loss terms, and who
+asks to stop or to save."""
 _ALIGN = 16  # elements, a cache line
+_PRODUCTS = (
+    nn.Linear,
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +148,7 @@ class ParameterLayout:
         return buffer[: self.head_size]
 
     def scalars(self, buffer: Tensor) -> Tensor:
-        """The scalars of a gradient buffer: fp32[5], a view, in the order of SCALARS."""
+        """The scalars of a gradient buffer: fp32[4], a view, in the order of SCALARS."""
         return buffer[: len(SCALARS)]
 
 
@@ -156,10 +162,16 @@ class Master:
         params: fp32[P], the weights.
         stats: fp32[B], the running means and variances.
         keep: fp32[B], the share (1 - momentum) of each running statistic that a step keeps.
+        half: bf16[P], the weights as `round_weights` has left them; None: they are not needed.
+        rounded: names of the parameters of which replicas use `half`: those of convolutions and linear layers, which
+            autocast would round in every pass; the gradient of such a parameter is rounded likewise.
+
+    Args:
+        half: whether `half` is needed.
     """
 
     @torch.no_grad()
-    def __init__(self, model: nn.Module, layout: ParameterLayout, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, layout: ParameterLayout, device: torch.device, half: bool = False) -> None:
         self.layout = layout
         self.device = device
         self.model = model.to(device)
@@ -173,6 +185,13 @@ class Master:
         momentum = {f"{n}.{b}": m for n, m in layout.momentum for b in ("running_mean", "running_var")}
         for slot in layout.stats:
             slot.view(self.keep).fill_(1 - momentum[slot.name])
+        self.half = torch.zeros(layout.size, device=device, dtype=torch.bfloat16) if half else None
+        self.rounded = _of_products(self.model) if half else frozenset()
+
+    def round_weights(self) -> None:
+        """Round the present weights to bfloat16, once for all shards of a step."""
+        if self.half is not None:
+            self.half.copy_(self.params)
 
     def eval_model(self) -> nn.Module:
         """A copy of the model in eval mode whose tensors are views of the buffers, so that it is always current."""
@@ -296,12 +315,26 @@ class ReplicaModel:
         owners = [_owner(self.module, slot.name) for slot in layout.params]
         self._parameters: list[nn.Parameter] = [getattr(module, name) for module, name in owners]
         for parameter, slot in zip(self._parameters, layout.params, strict=True):
-            parameter.data = slot.view(master.params)
+            rounded = master.half is not None and slot.name in master.rounded
+            parameter.data = slot.view(master.half if rounded else master.params)  # type: ignore[arg-type]
         self._stat_owners = [_owner(self.module, slot.name) for slot in layout.stats]
         for module in self.module.modules():
             if isinstance(module, BATCH_NORMS):
                 module.momentum = 1.0
                 module.num_batches_tracked = None
+
+    def backward(self, loss: Tensor, buffer: GradientBuffer) -> None:
+        """Overwrite the gradients in the buffer by those of a loss, a scalar; those of unused parameters become zero.
+
+        The result is that of autograd's own accumulation, and nothing is told to `watch`. On a GPU it is the better
+        way: accumulation belongs to the stream on which the parameter was first used.
+        """
+        found = torch.autograd.grad(loss, self._parameters, allow_unused=True)
+        for gradient, value in zip(buffer.gradients, found, strict=True):
+            if value is None:
+                gradient.zero_()
+            else:
+                gradient.copy_(value)
 
     def watch(self, ready: Callable[[int], None]) -> None:
         """Call `ready(i)` whenever a backward pass has completed the gradient of parameter i, by autograd or by a
@@ -310,6 +343,11 @@ class ReplicaModel:
         self._accumulators = [get_gradient_edge(parameter).node for parameter in self._parameters]
         for i, accumulator in enumerate(self._accumulators):
             accumulator.register_hook(functools.partial(self._completed, ready, i))
+
+    def bind_stats(self, buffer: GradientBuffer) -> None:
+        """Have batch norms write their statistics into this buffer from now on."""
+        for (module, name), stat in zip(self._stat_owners, buffer.stats, strict=True):
+            setattr(module, name, stat)
 
     def bind(self, buffer: GradientBuffer, zeroed: Container[int] | None) -> None:
         """Write into this buffer from now on.
@@ -323,8 +361,7 @@ class ReplicaModel:
         for i, (parameter, gradient) in enumerate(zip(self._parameters, buffer.gradients, strict=True)):
             parameter.grad = gradient if zeroed is None or i in zeroed else None
             parameter.into = None if zeroed is None else gradient  # type: ignore[attr-defined]
-        for (module, name), stat in zip(self._stat_owners, buffer.stats, strict=True):
-            setattr(module, name, stat)
+        self.bind_stats(buffer)
 
     def finish_pass(self) -> None:
         """End a pass: zero the gradients of the parameters that it did not use."""
@@ -344,3 +381,13 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     """The module that holds the tensor of a dotted name, and the name's last part."""
     path, _, last = name.rpartition(".")
     return model.get_submodule(path), last
+
+
+def _of_products(model: nn.Module) -> frozenset[str]:
+    """Names of the parameters of convolutions and linear layers that have one name only."""
+    held: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        held.setdefault(id(parameter), []).append(name)
+    layers = [name for name, module in model.named_modules() if type(module) in _PRODUCTS]
+    named = {f"{layer}.{name}".lstrip(".") for layer in layers for name in ("weight", "bias")}
+    return frozenset(names[0] for names in held.values() if len(names) == 1 and names[0] in named)

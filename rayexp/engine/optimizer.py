@@ -6,8 +6,8 @@ share them, and every element is always updated by the same call.
 
 from __future__ import annotations
 
+import functools
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
 from rayexp.config import ExperimentConfig
-from rayexp.engine.gradients import ParameterLayout, Touched
+from rayexp.engine.gradients import COUNT, ParameterLayout, Touched
 from rayexp.engine.runtime import Runtime
 
 _CHUNK = 1 << 20  # elements on a CPU; 4 MiB of each of three or four buffers stay in a last-level cache
@@ -63,15 +63,16 @@ class Optimizer:
             self.chunks += [(slice(a, b), decay) for a, b in itertools.pairwise(cuts) if a < b]
 
     def update(
-        self, buffer: Tensor, count: float, lr: float, step: int, runtime: Runtime, touched: Sequence[Touched] = ()
+        self, buffer: Tensor, lr: Tensor, done: Tensor, runtime: Runtime, touched: Sequence[Touched] = ()
     ) -> None:
-        """Update the parameters. The gradient is divided by `count` and clipped in place.
+        """Update the parameters. The gradient is divided by the buffer's count of loss terms and clipped in place.
+
+        No value is read back: every number that changes from step to step is a tensor on the device.
 
         Args:
             buffer: fp32[R], a gradient buffer with the SUM over the samples of the global batch.
-            count: number of loss terms in the global batch.
-            lr: the learning rate.
-            step: counts from 1, for AdamW's bias correction.
+            lr: the learning rate: float64[] on a CPU, float32[] on a GPU, as the fused kernels take it there.
+            done: fp32[], the optimizer steps before this one, for AdamW's bias correction.
             runtime: its replicas share the work.
             touched: this step's touched rows.
         """
@@ -84,7 +85,8 @@ class Optimizer:
         sparse = [(t.rows, t.matrix(self.params, head), t.matrix(buffer)) for t in touched if self.sparse]
         gathered = [_Part(weight[rows], grad[rows], {}, 0.0) for rows, weight, grad in sparse]
         parts += gathered
-        scale = 1.0 / count if count else 0.0
+        count = self.layout.scalars(buffer)[COUNT].double()
+        scale = torch.where(count > 0, 1.0 / count, 0.0)
         if self.config.clip is not None:
             norms: list[Tensor] = [gradient] * len(parts)
 
@@ -94,21 +96,20 @@ class Optimizer:
 
             runtime.each(measure)
             # As torch.nn.utils.clip_grad_norm_: the factor is at most 1; NaN stays NaN.
-            norm = math.sqrt(sum(n * n for n in torch.stack(norms).tolist())) * scale
-            factor = self.config.clip / (norm + 1e-6)
-            scale *= factor if not factor >= 1 else 1.0
+            norm = functools.reduce(torch.add, [norm * norm for norm in norms]).sqrt() * scale
+            scale = scale * (self.config.clip / (norm + 1e-6)).clamp(max=1.0)
 
         def advance(replica: int) -> None:
             with torch.no_grad():
                 for part in parts[replica :: runtime.replicas]:
                     part.gradient.mul_(scale)
-                    self._advance(part, lr, step)
+                    self._advance(part, lr, done)
 
         runtime.each(advance)
         for part, (rows, weight, _) in zip(gathered, sparse, strict=True):
             weight.index_copy_(0, rows, part.params)
 
-    def _advance(self, part: _Part, lr: float, step: int) -> None:
+    def _advance(self, part: _Part, lr: Tensor, done: Tensor) -> None:
         c = self.config
         if c.name == "adamw":
             adamw(
@@ -117,7 +118,7 @@ class Optimizer:
                 [part.state["exp_avg"]],
                 [part.state["exp_avg_sq"]],
                 [],
-                [torch.full((), step - 1.0, device=part.params.device)],  # counted up by adamw
+                [done.clone()],  # adamw counts it up
                 fused=True,
                 lr=lr,
                 beta1=c.betas[0],

@@ -11,7 +11,9 @@ import hashlib
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX1 = np.uint64(0xBF58476D1CE4E5B9)
@@ -41,6 +43,46 @@ def uniform(key: int, samples: NDArray[np.int64], draws: int) -> NDArray[np.floa
         counters: NDArray[np.uint64] = np.arange(1, draws + 1).astype(np.uint64)
         words = mix(np.add(mix(start)[:, None], counters, dtype=np.uint64))
     return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def mix_on(values: Tensor) -> Tensor:
+    """`mix` on the values' device: int64 of any shape, whose bits are those of the uint64."""
+    # int64 products wrap around like uint64 ones; only the shift must be told not to repeat the sign.
+    z = values * _signed(_GOLDEN)
+    z = (z ^ _shifted(z, 30)) * _signed(_MIX1)
+    z = (z ^ _shifted(z, 27)) * _signed(_MIX2)
+    return z ^ _shifted(z, 31)
+
+
+def uniform_on(key: Tensor, samples: Tensor, draws: int) -> Tensor:
+    """`uniform` on the samples' device, with the same bits.
+
+    Nothing waits for the device and nothing comes from the host, so that a CUDA graph can hold it and find another key
+    and other samples at every replay.
+
+    Args:
+        key: int64[], on the device.
+        samples: int64[n], on the device.
+        draws: numbers for each sample.
+
+    Returns:
+        float64[n, draws].
+    """
+    mixed = mix_on(torch.cat([samples + 1, key.reshape(1)]))  # in one go: on a small tensor each operation counts
+    start = mix_on(mixed[:-1] ^ mixed[-1])
+    counters = torch.arange(1, draws + 1, device=samples.device)
+    words = mix_on(start[:, None] + counters)
+    return _shifted(words, 11).double() * 2.0**-53
+
+
+def _signed(value: np.uint64) -> int:
+    """The number with the same bits in int64."""
+    return int(value.view(np.int64))
+
+
+def _shifted(values: Tensor, bits: int) -> Tensor:
+    """Shifted right by so many bits, with zeros coming in from the left."""
+    return (values >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def permutation(seed: int, epoch: int, n: int) -> NDArray[np.int64]:

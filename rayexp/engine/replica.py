@@ -3,7 +3,8 @@ shards."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -25,12 +26,15 @@ class Replica:
         forward: what computes the outputs: the model's module, or its compiled form.
         on_gradient: called with a parameter's index as soon as a backward pass has completed its gradient; None: nobody
             is told.
-        caches: parts of the module that keep values computed from the weights (see `begin_step`).
+        caches: parts of the module that keep values computed from the weights (see `fixed_weights`).
+        draws_numbers: whether the module has random layers.
 
     Args:
         apart: whether the batch norms of a pass over several shards normalise each shard by itself.
         together: whether the module also keeps the gradients of the shards of a pass apart (`cpu.together`).
         compiled: whether the forward goes through torch.compile.
+        kernels: the configuration's `cpu_kernels`.
+        plain: whether the module computes as PyTorch does, and each pass has a gradient buffer of its own to overwrite.
     """
 
     def __init__(
@@ -41,24 +45,35 @@ class Replica:
         apart: bool,
         together: bool,
         compiled: bool,
+        kernels: bool,
+        plain: bool,
     ) -> None:
-        self.master, self.shares_buffer = master, workload.shares_buffer
+        self.master, self.plain = master, plain
+        self.shares_buffer = workload.shares_buffer and not plain
         self.draws = Draws()
         self.model = ReplicaModel(master)
         module = self.model.module
-        adopt(module, self.draws, workload.batch_dim)
+        self.draws_numbers = adopt(module, self.draws, workload.batch_dim)
         if apart:
-            per_shard(module, self.draws)
-        self.caches = cpu.accelerate(module, self.draws, together, master.device)
+            per_shard(module, self.draws, compiled)
+        self.caches = cpu.accelerate(module, self.draws, together, master.device, kernels and not plain)
         self.forward: nn.Module = torch.compile(module, dynamic=False) if compiled else module  # type: ignore[assignment]
         self.on_gradient: Callable[[int], None] | None = None
-        self.model.watch(lambda parameter: self.on_gradient(parameter) if self.on_gradient else None)
+        if not plain:
+            # Not of a plain module: what watches a parameter belongs to the stream that is present now, and a captured
+            # backward pass on another one must not wait for that.
+            self.model.watch(lambda parameter: self.on_gradient(parameter) if self.on_gradient else None)
         self._spare: list[GradientBuffer] = []
 
     def take(self, touched: Sequence[Touched]) -> GradientBuffer:
         """A gradient buffer for the next pass, with the model bound to it. All of it is zeroed, unless shards may share
-        a buffer: then the pass overwrites the gradients, except those of which it writes the touched rows only."""
+        a buffer: then the pass overwrites the gradients, except those of which it writes the touched rows only. A plain
+        pass overwrites all gradients."""
         buffer = self._spare.pop() if self._spare else GradientBuffer(self.master.layout, self.master.device)
+        if self.plain:
+            buffer.clear(())
+            self.model.bind_stats(buffer)
+            return buffer
         if self.shares_buffer:
             buffer.clear(touched)
         else:
@@ -76,9 +91,11 @@ class Replica:
         return len(self._spare)
 
 
-def begin_step(replicas: Sequence[Replica], runtime: Runtime) -> None:
-    """The weights have changed: renew what the replicas' modules have computed from them. Each cache is renewed once,
-    and its counterparts in the other replicas share the result."""
+@contextlib.contextmanager
+def fixed_weights(replicas: Sequence[Replica], runtime: Runtime) -> Iterator[None]:
+    """While no weight changes: the replicas' modules keep what they compute from the weights. Each cache computes it
+    once, and its counterparts in the other replicas share the result. Outside of this block nothing is kept, so a
+    module never computes with weights of before."""
     counterparts = list(zip(*(replica.caches for replica in replicas), strict=True))
 
     def work(number: int) -> None:
@@ -87,5 +104,10 @@ def begin_step(replicas: Sequence[Replica], runtime: Runtime) -> None:
             for other in others:
                 other.kept = first.kept
 
-    if counterparts:
-        runtime.each(work)
+    try:
+        if counterparts:
+            runtime.each(work)
+        yield
+    finally:
+        for cache in (cache for replica in replicas for cache in replica.caches):
+            cache.end_step()

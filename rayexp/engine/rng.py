@@ -6,7 +6,7 @@ module that draws is replaced by one that uses the generators in a `Draws`, whic
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -27,10 +27,9 @@ class Draws:
         self.generators: tuple[torch.Generator, ...] = ()
         self.sizes: tuple[int, ...] = ()
 
-    def begin(self, keys: Sequence[int], sizes: Sequence[int], device: torch.device) -> None:
-        """Begin a pass over shards of these sizes (samples), with these keys as seeds."""
-        self.generators = tuple(torch.Generator(device).manual_seed(k) for k in keys)
-        self.sizes = tuple(sizes)
+    def begin(self, generators: Sequence[torch.Generator], sizes: Sequence[int]) -> None:
+        """Begin a pass over shards of these sizes (samples), which draw from these generators."""
+        self.generators, self.sizes = tuple(generators), tuple(sizes)
 
     def bernoulli(self, like: Tensor, keep: float, dim: int, shape: Sequence[int] | None = None) -> Tensor:
         """Draw a mask of zeros and ones in `like`'s dtype; each shard's slice along `dim` comes from its generator.
@@ -50,6 +49,11 @@ class Draws:
             shape[dim] = size * times
             parts.append(torch.empty(shape, dtype=like.dtype, device=like.device).bernoulli_(keep, generator=generator))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def seeded(keys: Iterable[int], device: torch.device) -> tuple[torch.Generator, ...]:
+    """A generator for each key, with it as seed."""
+    return tuple(torch.Generator(device).manual_seed(key) for key in keys)
 
 
 class Dropout(nn.Module):
@@ -101,8 +105,8 @@ class StochasticDepth(nn.Module):
         return x * mask / max(1 - self.p, 1e-12)
 
 
-def adopt(model: nn.Module, draws: Draws, dim: int) -> None:
-    """Replace every random layer of `model` by a keyed form that draws from `draws`.
+def adopt(model: nn.Module, draws: Draws, dim: int) -> bool:
+    """Replace every random layer of `model` by a keyed form that draws from `draws`; whether there was one.
 
     A layer with several names is replaced under each of them.
 
@@ -116,6 +120,7 @@ def adopt(model: nn.Module, draws: Draws, dim: int) -> None:
         if (keyed := _keyed(name, layer, draws, dim)) is not None:
             path, _, last = name.rpartition(".")
             setattr(model.get_submodule(path), last, keyed)
+    return any(isinstance(layer, Dropout | StochasticDepth) for layer in model.modules())
 
 
 def _keyed(name: str, layer: Any, draws: Draws, dim: int) -> nn.Module | None:

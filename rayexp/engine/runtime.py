@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import platform
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,24 +19,29 @@ import torch
 from numpy.typing import NDArray
 
 from rayexp.config import ExperimentConfig
-from rayexp.engine import cpu
+from rayexp.engine import cpu, gpu
+from rayexp.system import threads as sharing
 from rayexp.system.cores import cores
 
-THREADS_PER_REPLICA = 1
+STREAMS = 8
+"""Replicas of a worker on a GPU; more small batches side by side gain nothing (measured on an H200)."""
 _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where this worker computes. On a CPU, replicas compute shards side by side, each in a thread.
+    """Where this worker computes. On a CPU, replicas compute shards side by side, each in a thread that has `threads`
+    intra-op threads. What rounds is computed by `run` and `each`: beside replicas the calling thread has one thread.
 
     Attributes:
         device: cpu, or cuda:N.
-        replicas: how many replicas run side by side; 1 on a GPU.
-        threads: intra-op threads of each replica.
-        pool: the replicas' threads; None where there is one replica.
+        replicas: threads that compute side by side; 1 on a GPU.
+        threads: intra-op threads of each of them.
+        pool: these threads; None where there is one.
         before: the process's earlier settings, restored at the end of the context.
+        streams: of a GPU, on which its replicas run side by side; none: its one replica runs on the present stream.
+        static: whether a step works on tensors that stay in their place, so that a GPU can capture it.
     """
 
     device: torch.device
@@ -43,6 +49,13 @@ class Runtime:
     threads: int
     pool: ThreadPoolExecutor | None
     before: _Settings
+    streams: tuple[torch.cuda.Stream, ...] = ()
+    static: bool = False
+
+    @property
+    def side_by_side(self) -> int:
+        """How many replicas compute shards side by side."""
+        return max(self.replicas, len(self.streams))
 
     def __enter__(self) -> Runtime:
         return self
@@ -54,6 +67,8 @@ class Runtime:
 
     def run(self, tasks: Sequence[Callable[[], T]]) -> list[T]:
         """Run tasks side by side, at most one for each replica; the first error is raised after all have ended."""
+        if len(tasks) > 1 and self.streams:
+            return gpu.side_by_side(self.streams, tasks)
         if self.pool is None:
             return [task() for task in tasks]
         futures = [self.pool.submit(task) for task in tasks]
@@ -64,13 +79,36 @@ class Runtime:
         return [f.result() for f in futures]
 
     def each(self, work: Callable[[int], T]) -> list[T]:
-        """`work(0)` to `work(replicas - 1)` side by side, as `run` does it."""
+        """`work(0)` to `work(replicas - 1)` side by side, as `run` does it. (On a GPU that is one call.)"""
         return self.run([functools.partial(work, replica) for replica in range(self.replicas)])
 
     def synchronize(self) -> None:
         """Wait for the GPU to finish, so that a clock can be read."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+    def mark(self) -> Any:
+        """The present moment: of a CPU its clock, of a GPU an event on the present stream."""
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def wait(self, mark: Any) -> None:
+        """Wait until a moment has come."""
+        if self.device.type == "cuda":
+            mark.synchronize()
+
+    def seconds(self, start: Any, stop: Any) -> float:
+        """Seconds from one moment to another; both have come."""
+        return float(start.elapsed_time(stop)) / 1000 if self.device.type == "cuda" else float(stop - start)
+
+    def download(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy in host memory, which is there when a `mark` that is set now has come."""
+        if self.device.type != "cuda":
+            return tensor.clone()
+        return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
 
     def has_bf16(self) -> bool:
         """Whether there are instructions for bfloat16; without them products are emulated, 13 to 28 times slower than
@@ -79,6 +117,10 @@ class Runtime:
             return bool(torch.cuda.is_bf16_supported(including_emulation=False))
         known: Callable[[], Mapping[str, Any]] | None = getattr(torch.cpu, "get_capabilities", None)  # not in every 2.x
         return known is None or platform.machine() not in ("x86_64", "AMD64") or known().get("avx512_bf16") is not False
+
+    def free_memory(self) -> int:
+        """Bytes of the GPU's memory that nobody uses."""
+        return int(torch.cuda.mem_get_info(self.device)[0])
 
     def peak_memory(self) -> dict[str, int]:
         """Peak memory of this process in bytes: `host` (resident set), and on a GPU `device` (PyTorch's allocator)."""
@@ -132,25 +174,29 @@ def device(name: str, index: int = 0) -> torch.device:
     return torch.device("cuda", index) if name == "cuda" else torch.device("cpu")
 
 
-def configure(config: ExperimentConfig, device: torch.device, shards: int, cpus: float | None = None) -> Runtime:
+def configure(
+    config: ExperimentConfig,
+    device: torch.device,
+    shards: int,
+    cpus: float | None = None,
+    static: bool | None = None,
+) -> Runtime:
     """Pin determinism, threads and the allocator of this process, and start the replicas' threads.
 
     The runtime is a context manager: at its end the threads are gone, and threads and determinism are set as before
     (the allocator goes on keeping freed memory).
 
     Args:
-        config: precision and reduction decide what is pinned.
+        config: precision, reduction and cpu_kernels decide what is pinned.
         device: where this worker computes.
         shards: shards that this worker computes in a step.
         cpus: cores that this worker may use; None: all of the process's.
-
-    Raises:
-        UserError: RAYEXP_CPU_KERNELS is neither on nor off.
+        static: see `Runtime`; None: on a GPU.
     """
     before = _Settings.now()
     # Makes cuBLAS deterministic; set over what is there, since another workspace may mean other kernels.
     os.environ[_WORKSPACE] = ":4096:8"
-    cpu.save_page_faults()
+    cpu.save_page_faults(config.cpu_kernels)
     torch.use_deterministic_algorithms(config.reduction == "exact" or device.type == "cpu", warn_only=False)
     torch.backends.cudnn.benchmark = device.type == "cuda" and config.reduction == "ddp"
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = config.precision == "tf32"
@@ -158,20 +204,23 @@ def configure(config: ExperimentConfig, device: torch.device, shards: int, cpus:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.cuda.reset_peak_memory_stats(device)
-        torch.set_num_threads(THREADS_PER_REPLICA)
-        return Runtime(device, 1, THREADS_PER_REPLICA, None, before)
+        torch.set_num_threads(1)
+        # One large batch keeps a GPU busy; several small ones do when they run side by side.
+        count = 1 if config.reduction == "ddp" else min(config.scaling.lanes or STREAMS, shards)
+        return Runtime(device, 1, 1, None, before, gpu.streams(device, count), static is not False)
     replicas = replicas_of(config, shards, cpus)
-    threads = _budget(cpus) if config.reduction == "ddp" else THREADS_PER_REPLICA
-    set_threads(threads)
+    threads = config.threads_per_shard or 1
+    set_threads(threads if replicas == 1 else 1)
     pool = (
         ThreadPoolExecutor(replicas, "replica", initializer=set_threads, initargs=(threads,)) if replicas > 1 else None
     )
-    return Runtime(device, replicas, threads, pool, before)
+    return Runtime(device, replicas, threads, pool, before, static=bool(static))
 
 
 def replicas_of(config: ExperimentConfig, shards: int, cpus: float | None = None) -> int:
     """Number of replicas of a worker on the CPU (arguments as for `configure`)."""
-    return 1 if config.reduction == "ddp" else min(config.scaling.lanes or _budget(cpus), shards)
+    fitting = sharing.replicas(_budget(cpus), config.threads_per_shard or 1, shards)
+    return min(config.scaling.lanes or fitting, shards)
 
 
 def _budget(cpus: float | None) -> int:

@@ -1,36 +1,36 @@
 """One optimizer step: the replicas compute shards, the tree and the exchange add them up, the optimizer updates.
 
-With `reduction: exact` each shard's gradient is computed by itself and added in tree order. Where the bits stay the
-same, a few shards go through the model together; otherwise each has a forward and backward of its own, whose shapes
-never change. With `ddp` all of a worker's shards go through the model in one pass, and an ordinary all-reduce adds up.
+On a CPU replicas run in threads, and the exchange overlaps the backward pass. On a GPU they run on streams. A step is a
+function of tensors that stay in their place and asks the device for no value, so it is captured: the passes and this
+worker's part of the tree are one graph, the update is another, and the exchange between workers lies between the two.
+The loss and the control flags of a step are read when the next one is under way already (see engine/trainer.py).
 """
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rayexp.config import ExperimentConfig
-from rayexp.engine import cpu, order
+from rayexp.engine import order
 from rayexp.engine.contract import FirstStep, generators, moved, refuse_drawing
 from rayexp.engine.exchange import AllReduce, Assembly, Exchange, ExchangePlan
+from rayexp.engine.gpu import Feeder, Graph
 from rayexp.engine.gradients import GradientBuffer, Master, ParameterLayout, Touched
 from rayexp.engine.group import WorkerGroup
+from rayexp.engine.inputs import StepInputs
 from rayexp.engine.optimizer import Optimizer
-from rayexp.engine.reduction import Forest, Node, total
-from rayexp.engine.replica import Replica, begin_step
+from rayexp.engine.passes import Held, Passes, add
+from rayexp.engine.reduction import Forest
 from rayexp.engine.runtime import Runtime, upload
-from rayexp.engine.workload import Batch, RecurrentState, Workload
-
-TOGETHER = 2
-"""At most 2^TOGETHER shards go through the model together: more gain nothing, and their activations take memory."""
-_IDENTITY = nn.Identity()
+from rayexp.engine.workload import Workload
+from rayexp.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +64,21 @@ class StepResult:
 
 
 @dataclass
-class _Seconds:
-    data: float = 0.0
-    transfer: float = 0.0
+class Program:
+    """A step for batches of one shape, on static tensors.
+
+    Attributes:
+        inputs: what it is told.
+        held: this worker's part of the tree after the passes; the first buffer holds the sum after the exchange.
+        compute, update: the captured halves; None until they are captured.
+        runs: how often it has run.
+    """
+
+    inputs: StepInputs
+    held: Held = field(default_factory=list)
+    compute: Callable[[], object] | None = None
+    update: Callable[[], object] | None = None
+    runs: int = 0
 
 
 class Stepper:
@@ -74,13 +86,11 @@ class Stepper:
 
     Attributes:
         exact: whether the reduction is `exact`.
-        shards: the shards of a batch that this worker computes.
-        together: whether several shards may go through the model together (see `tried`).
-        replicas: this worker's replicas, as many as the runtime runs side by side.
-        tried: for shards of these sizes (samples each): whether they have the same bits together as one by one.
-        recurrent_states: the recurrent state that each of this worker's shards hands to the next step.
+        passes: what computes this worker's shards.
         exchange: what adds up over workers.
         plan: the order in which buckets are sent.
+        late: how many steps later a result should be asked for, so that the device need not be waited for.
+        capture: how steps run, for run.json: `graph`, or `eager` and why; empty before that is known.
     """
 
     def __init__(
@@ -96,59 +106,76 @@ class Stepper:
         self.group, self.runtime = group, runtime
         self.exact = config.reduction == "exact"
         self.shards = order.share(config.shards, group.world, group.rank)
-        on_cpu = runtime.device.type == "cpu"
-        fp32 = on_cpu and config.precision == "fp32"
-        self.together = self.exact and fp32 and workload.together and cpu.together(master.model)
-        compiled = config.compile and not on_cpu
-        apart = self.together or not self.exact
-        self.replicas = [
-            Replica(master, workload, apart=apart, together=self.together, compiled=compiled)
-            for _ in range(runtime.replicas)
-        ]
-        self.tried: dict[tuple[int, ...], bool] = {}
-        self.recurrent_states: dict[int, RecurrentState] = {}
-        self._watch_next = not compiled  # hooks would have a compiled model compiled twice
+        self.passes = Passes(config, workload, master, runtime, self.shards)
         size, without = master.layout.buffer_size, self._touched(1, 0)
-        self.exchange: Exchange | AllReduce = AllReduce(group, size, without=without)
+        self.exchange: Exchange | AllReduce = AllReduce(group, size, self.passes.leaves, without=without)
         if self.exact:
             self.exchange = Exchange(group, config.shards, size, runtime.device, without=without)
         self.plan = ExchangePlan(master.layout, self.exchange)
+        self.late = int(runtime.static)
+        self.capture = "eager: capture is false" if config.capture is False else ""
+        self._programs: dict[object, Program] = {}
+        self._capturing = runtime.static and config.capture is not False
+        self._first_graph: Any = None
+        self._feeder: Feeder | None = None
+        if runtime.device.type == "cuda":
+            self._feeder = Feeder(lambda at: workload.feed(*at, self.shards), self._following, runtime.device)
+        # Hooks would have a compiled model compiled twice.
+        self._watch_next = not (config.compile and runtime.device.type == "cuda")
 
-    def __call__(self, epoch: int, step: int, global_step: int, lr: float, flags: ControlFlags) -> StepResult:
-        """Run one step.
+    def launch(
+        self, epoch: int, step: int, global_step: int, lr: float, flags: ControlFlags
+    ) -> Callable[[], StepResult]:
+        """Start one step.
 
         Args:
             epoch, step: which batch (see engine/workload.py).
             global_step: optimizer steps done before this one.
             lr: the learning rate.
             flags: what this worker asks for.
+
+        Returns:
+            What waits for the step and returns its result.
         """
-        clock = [time.perf_counter()]
-        if step == 0:
-            self.recurrent_states = {}
-        seconds = _Seconds()
-        begin_step(self.replicas, self.runtime)
+        begun = self.runtime.mark()
+        start = time.perf_counter()
+        fed = self._fed(epoch, step)
+        waited = time.perf_counter() - start
+        program = self._program(step, fed)
+        program.inputs.tell(fed, lr, global_step, flags.stop, flags.save)
         touched = self._touched(epoch, step)
+        self.passes.begin(epoch, step, program.inputs)
+        marks = [begun, self.runtime.mark()]
         watched = self._watch()
-        buffer = (self._exact if self.exact else self._ddp)(epoch, step, touched, flags, seconds, clock)
+        with self.passes.fixed_weights():
+            made = self._static(program, marks) if self.runtime.static else self._overlapped(program, touched, marks)
         if watched is not None:
-            self._check_first_step(*watched, epoch, step)
-        self.runtime.synchronize()
-        clock.append(time.perf_counter())
-        loss, count, shards, stops, saves = self.master.layout.scalars(buffer).tolist()
-        self.optimizer.update(buffer, count, lr, global_step + 1, self.runtime, touched)
-        self.master.update_stats(buffer, shards)
-        self.runtime.synchronize()
-        clock.append(time.perf_counter())
-        spans = [b - a for a, b in itertools.pairwise(clock)]
-        phases = {
-            "data": seconds.data,
-            "transfer": seconds.transfer,
-            "compute": spans[0] - seconds.data - seconds.transfer,
-            "reduce": spans[1],
-            "optimizer": spans[2],
-        }
-        return StepResult(loss, int(count), ControlFlags(stops > 0, saves > 0), phases)
+            self._check_first_step(*watched, program.inputs)
+        marks.append(self.runtime.mark())
+        self._call(program, "update", lambda: self._update(program, touched))
+        scalars = self.runtime.download(self.master.layout.scalars(program.held[0][1].tensor))
+        marks.append(self.runtime.mark())
+        program.runs += 1
+        if not self.runtime.static:
+            for _, buffer in program.held:
+                self.passes.recycle(buffer)
+
+        def result() -> StepResult:
+            self.runtime.wait(marks[-1])
+            loss, count, stops, saves = scalars.tolist()
+            told, computed, reduced, updated = [self.runtime.seconds(a, b) for a, b in itertools.pairwise(marks)]
+            # A GPU waits for its data where the thread that feeds it is late; this thread's waiting costs nothing.
+            data = told if self._feeder is not None else waited + made
+            phases = {
+                "data": data,
+                "transfer": 0.0,
+                "compute": max(0.0, told + computed - data),
+                "reduce": reduced,
+                "optimizer": updated,
+            }
+            return StepResult(loss, int(count), ControlFlags(stops > 0, saves > 0), phases)
+
+        return result
 
     @property
     def exchange_bytes(self) -> int:
@@ -157,7 +184,28 @@ class Stepper:
         return 4 * (self.master.layout.buffer_size - saved)
 
     def _touched(self, epoch: int, step: int) -> list[Touched]:
-        return touched(self.workload, self.master.layout, self.runtime.device, epoch, step)
+        return touched(self.workload, self.master.layout, self.runtime, epoch, step)
+
+    def _fed(self, epoch: int, step: int) -> Mapping[str, Tensor]:
+        if self._feeder is not None:
+            return self._feeder.get((epoch, step))
+        fed = self.workload.feed(epoch, step, self.shards)
+        return {name: upload(array, self.runtime.device) for name, array in fed.items()}
+
+    def _following(self, at: tuple[int, int]) -> tuple[int, int] | None:
+        epoch, step = at
+        if step + 1 < self.workload.steps():
+            return epoch, step + 1
+        return (epoch + 1, 0) if epoch < self.config.epochs else None
+
+    def _program(self, step: int, fed: Mapping[str, Tensor]) -> Program:
+        """What runs batches of this shape. On a CPU it is made anew each time, since nothing has to stay."""
+        sizes = self.workload.sizes(step, self.shards)
+        shape = (sizes, tuple(sorted((name, tensor.shape) for name, tensor in fed.items())))
+        if not self.runtime.static or shape not in self._programs:
+            made = StepInputs(self.shards, sizes, self.runtime.device, self.workload.batch_dim, self.runtime.static)
+            self._programs[shape] = Program(made)
+        return self._programs[shape]
 
     # ------------------------------------------------------------------ the first step
 
@@ -167,201 +215,151 @@ class Stepper:
         if not first:
             return None
         known = {slot.name for slot in self.master.layout.stats}
-        return FirstStep(self.replicas[0].model.module, known), generators(self.runtime.device)
+        return FirstStep(self.passes.replicas[0].model.module, known), generators(self.runtime.device)
 
-    def _check_first_step(self, first: FirstStep, before: list[Tensor], epoch: int, step: int) -> None:
+    def _check_first_step(self, first: FirstStep, before: list[Tensor], inputs: StepInputs) -> None:
         """Refuse a model that does what the engine cannot reproduce (UserError)."""
         first.end()
         if self.exact and moved(before, self.runtime.device):
-            replica, states = self.replicas[0], dict(self.recurrent_states)
+            passes, replica = self.passes, self.passes.replicas[0]
             shards = range(self.shards.start, self.shards.start + 1)
+            state = passes.states()[shards.start]
 
-            def run() -> None:
-                # A new buffer: the step's result is in one that has been given back.
+            def run() -> float:
+                # A new buffer: the step's result is in one that may be used again.
                 buffer = GradientBuffer(self.master.layout, self.master.device)
-                replica.model.bind(buffer, None)
-                self._pass(replica, buffer, epoch, step, shards, ControlFlags(), _Seconds())
+                if replica.plain:
+                    replica.model.bind_stats(buffer)
+                else:
+                    replica.model.bind(buffer, None)
+                passes.seed(shards)
+                return passes.one(replica, buffer, inputs, shards)
 
             refuse_drawing(replica.model.module, self.runtime.device, lambda: self.runtime.run([run]))
-            self.recurrent_states = states
+            passes.keep_state(shards.start, state)
 
-    # ------------------------------------------------------------------ exact
+    # ------------------------------------------------------------------ threads: the exchange overlaps the passes
 
-    def _exact(
-        self, epoch: int, step: int, touched: list[Touched], flags: ControlFlags, seconds: _Seconds, clock: list[float]
-    ) -> Tensor:
-        assembly = Assembly(self.plan, self.exchange, len(self.replicas), touched, self.runtime.each)
+    def _overlapped(self, program: Program, touched: Sequence[Touched], marks: list[Any]) -> float:
+        """Compute and add up over all workers; returns the seconds that a replica needed to make its batches."""
+        replicas = self.passes.replicas
+        assembly = Assembly(self.plan, self.exchange, len(replicas), touched, self.runtime.each)
 
-        def work(number: int) -> _Seconds:
-            replica, spent = self.replicas[number], _Seconds()
-            forest = Forest[GradientBuffer](self.config.shards, _add, replica.give)
-            runs = self._runs(number, epoch, step)
-            for node, passes in runs:
-                buffer = replica.take(touched)
-                for shards in passes:
-                    if (node, shards) == (runs[-1][0], passes[-1]):
-                        assembly.held[number] = [*forest.nodes(), (node, buffer)]
-                        replica.on_gradient = lambda parameter: assembly.gradient_ready(number, parameter)
-                    self._pass(replica, buffer, epoch, step, shards, flags, spent)
-                if node != runs[-1][0]:
-                    forest.push(node, buffer)
-            replica.on_gradient = None
+        def work(number: int) -> float:
+            def last(held: Held) -> None:
+                assembly.held[number] = held
+                replicas[number].on_gradient = lambda parameter: assembly.gradient_ready(number, parameter)
+
+            seconds = self.passes.compute(number, program.inputs, touched, last)
+            replicas[number].on_gradient = None
             assembly.pass_ended(number)
-            return spent
+            return seconds
 
-        for spent in self.runtime.each(work):
-            seconds.data += spent.data / len(self.replicas)
-            seconds.transfer += spent.transfer / len(self.replicas)
-        self.runtime.synchronize()
-        clock.append(time.perf_counter())
-        root = assembly.finish()
-        for held in assembly.held:
-            for _, buffer in held:
-                self._recycle(buffer)
-        return root
+        seconds = self.passes.each(work)
+        marks.append(self.runtime.mark())
+        assembly.finish()
+        program.held = list(itertools.chain.from_iterable(assembly.held))
+        return sum(seconds) / len(replicas)
 
-    def _runs(self, replica: int, epoch: int, step: int) -> list[tuple[Node, list[range]]]:
-        """The passes of a replica: nodes of the tree, and for each the shards of the passes that fill its buffer."""
-        part = order.share(len(self.shards), len(self.replicas), replica)
-        at, stop = self.shards.start + part.start, self.shards.start + part.stop
-        highest = TOGETHER if self.together else 1
-        runs: list[tuple[Node, list[range]]] = []
-        while at < stop:
-            level = 0
-            while level < highest and at % (2 << level) == 0 and at + (2 << level) <= stop:
-                level += 1
-            while level > 1 and not self._alike(self.replicas[replica], epoch, step, range(at, at + (1 << level))):
-                level -= 1
-            shards = range(at, at + (1 << level))
-            if self.together and self._alike(self.replicas[replica], epoch, step, shards):
-                runs.append(((level, at >> level), [shards]))
-            elif level == 1 and self.workload.shares_buffer:
-                # Accumulating into a buffer is the tree's addition: the right sibling may go into the left one's
-                # buffer, which saves zeroing a second one and adding it.
-                runs.append(((level, at >> level), [range(shard, shard + 1) for shard in shards]))
-            else:
-                runs += [((0, shard), [range(shard, shard + 1)]) for shard in shards]
-            at = shards.stop
-        return runs
+    # ------------------------------------------------------------------ streams: captured, the exchange in between
 
-    def _alike(self, replica: Replica, epoch: int, step: int, shards: range) -> bool:
-        """Whether these shards have the same bits together as one by one. A kernel's order of additions depends on the
-        sizes alone, so each combination of sizes is tried once, with the first data that has it."""
-        sizes = self.workload.sizes(step, shards)
-        if len(sizes) > 1 and sizes not in self.tried:
-            found = []
-            for passes in ([shards], [range(shard, shard + 1) for shard in shards]):
-                forest = Forest[GradientBuffer](len(passes), _add)
-                for i, one in enumerate(passes):
-                    buffer = replica.take(())
-                    self._pass(replica, buffer, epoch, step, one, ControlFlags(), _Seconds())
-                    forest.push((0, i), buffer)
-                found.append(forest.root().tensor.view(torch.int32))
-            self.tried[sizes] = torch.equal(*found)
-        return len(sizes) == 1 or self.tried[sizes]
+    def _static(self, program: Program, marks: list[Any]) -> float:
+        """Compute and add up over all workers."""
+        states = self.passes.states() if program.runs < 2 else {}
+        while True:
+            try:
+                self._call(program, "compute", lambda: self._forest(program))
+                break
+            except torch.OutOfMemoryError:
+                if program.runs >= 2 or not self._fewer_replicas():
+                    raise
+                for shard, state in states.items():
+                    self.passes.keep_state(shard, state)
+                self.passes.seed(self.shards)
+        marks.append(self.runtime.mark())
+        if self.group.world > 1:
+            for bucket in self.plan.order:
+                where = self.exchange.buckets[bucket]
+                self.exchange.send(bucket, [buffer.tensor[where] for _, buffer in program.held])
+            self.exchange.finish()
+        return 0.0
 
-    def _recycle(self, buffer: GradientBuffer) -> None:
-        min(self.replicas, key=lambda replica: replica.spares).give(buffer)
+    def _forest(self, program: Program) -> None:
+        """This worker's part of the tree. The buffers are given back at once: only the coming step overwrites
+        them, after this one's update."""
+        self.master.round_weights()
+        held: list[Held] = [[] for _ in self.passes.replicas]
 
-    # ------------------------------------------------------------------ ddp
+        def work(number: int) -> float:
+            return self.passes.compute(number, program.inputs, (), lambda mine: held.__setitem__(number, mine))
 
-    def _ddp(
-        self, epoch: int, step: int, touched: list[Touched], flags: ControlFlags, seconds: _Seconds, clock: list[float]
-    ) -> Tensor:
-        replica = self.replicas[0]
-        assembly = Assembly(self.plan, self.exchange, 1, touched, self.runtime.each)
-        buffer = replica.take(touched)
-        assembly.held[0] = [((0, 0), buffer)]
-        replica.on_gradient = lambda parameter: assembly.gradient_ready(0, parameter)
-        self.runtime.run([lambda: self._pass(replica, buffer, epoch, step, self.shards, flags, seconds)])
-        replica.on_gradient = None
-        assembly.pass_ended(0)
-        self.runtime.synchronize()
-        clock.append(time.perf_counter())
-        root = assembly.finish()
-        self._recycle(buffer)
-        return root
+        self.passes.each(work)
+        forest = Forest[GradientBuffer](self.passes.leaves, add, self.passes.recycle)
+        for node, buffer in itertools.chain.from_iterable(held):
+            forest.push(node, buffer)
+        program.held = forest.nodes()
+        for _, buffer in program.held:
+            self.passes.recycle(buffer)
 
-    # ------------------------------------------------------------------ one forward and backward
+    def _update(self, program: Program, touched: Sequence[Touched]) -> None:
+        root, inputs = program.held[0][1].tensor, program.inputs
+        self.optimizer.update(root, inputs.lr, inputs.done, self.runtime, touched)
+        self.master.update_stats(root, self.config.shards)
 
-    def _pass(
-        self,
-        replica: Replica,
-        buffer: GradientBuffer,
-        epoch: int,
-        step: int,
-        shards: range,
-        flags: ControlFlags,
-        seconds: _Seconds,
-    ) -> None:
-        """Add the sum over these shards to the buffer."""
-        start = time.perf_counter()
-        batch = self.workload.batch(epoch, step, shards, self.runtime.device)
-        seconds.data += time.perf_counter() - start
-        keys = [order.key(self.config.seed, "dropout", epoch, step, shard) for shard in shards]
-        replica.draws.begin(keys, batch.sizes, self.runtime.device)
-        state = self._state_of(shards, batch.sizes)
-        head = buffer.head
-        before = head.clone()
-        head.zero_()
-        if self.together:
-            losses, after = self._losses(replica, batch), state
-        else:
-            with self.autocast():
-                loss, after = self.workload.loss(replica.forward, batch, state)
-            losses = [loss]
-        torch.autograd.backward(losses)
-        replica.model.finish_pass()
-        self._keep_states(shards, batch.sizes, after)
-        scalars = self.master.layout.scalars(buffer.tensor)
-        scalars[0].copy_(total(loss.detach() for loss in losses))
-        # Filled: copying a tensor of ours there would wait for a GPU.
-        for i, value in enumerate((batch.count, len(shards), flags.stop, flags.save), 1):
-            scalars[i].fill_(float(value))
-        torch.add(before, head, out=head)
+    def _call(self, program: Program, half: str, work: Callable[[], None]) -> None:
+        """Run one half of a step: captured where it is, else as it stands. A program runs once before it is captured,
+        so that libraries have chosen their kernels and memory is there."""
+        if self._capturing and program.runs and getattr(program, half) is None:
+            try:
+                setattr(program, half, self._captured(work))
+                self.capture = "graph"
+            except RuntimeError as error:
+                self.passes.renew_generators()
+                short = isinstance(error, torch.OutOfMemoryError)
+                if short and half == "compute" and len(self.passes.replicas) > 1:
+                    raise
+                reason = "too little memory for a graph" if short else str(error).strip() or type(error).__name__
+                self._give_up(reason.splitlines()[0])
+        captured = getattr(program, half)
+        (captured or work)()
 
-    def _losses(self, replica: Replica, batch: Batch) -> list[Tensor]:
-        """The loss of each shard, a scalar, when several go through the model together."""
-        outputs, sizes = replica.forward(*batch.inputs), list(batch.sizes)
-        losses = []
-        for part, targets in zip(torch.split(outputs, sizes), torch.split(batch.targets, sizes), strict=True):
-            one = Batch((part,), targets, (len(part),), len(part))
-            losses.append(self.workload.loss(_IDENTITY, one, {})[0])
-        return losses
+    def _captured(self, work: Callable[[], None]) -> Callable[[], object]:
+        if self.runtime.device.type != "cuda":
+            return work
+        if self._feeder is not None:
+            self._feeder.rest()
+        drawing = self.passes.generators.values() if self.passes.replicas[0].draws_numbers else ()
+        graph = Graph(work, drawing, self._first_graph)
+        self._first_graph = self._first_graph or graph
+        return graph
 
-    def autocast(self) -> AbstractContextManager[object]:
-        """The precision that the configuration asks for, in this thread."""
-        if self.config.precision == "bf16":
-            # All threads share one cache of cast weights: a replica that ends empties it under the others, and a
-            # weight that is then cast twice rounds its gradient twice.
-            return torch.autocast(self.runtime.device.type, torch.bfloat16, cache_enabled=False)
-        return nullcontext()
+    def _give_up(self, reason: str) -> None:
+        """Run this and all later steps as they stand."""
+        if self.config.capture is True:
+            raise UserError(f"capture: true, and this step cannot be captured ({reason}); allowed: auto, false")
+        self._capturing, self.capture = False, f"eager: {reason}"
+        self._forget_graphs()
 
-    def _state_of(self, shards: range, sizes: Sequence[int]) -> RecurrentState:
-        for shard, size in zip(shards, sizes, strict=True):
-            if shard not in self.recurrent_states:
-                self.recurrent_states[shard] = self.workload.initial_state(size, self.runtime.device)
-        found = [self.recurrent_states[shard] for shard in shards]
-        if len(found) == 1:
-            return found[0]
-        return {name: torch.cat([one[name] for one in found], self.workload.batch_dim) for name in found[0]}
+    def _fewer_replicas(self) -> bool:
+        """Go on with half of the replicas, since memory is short; whether there is more than one."""
+        replicas = self.passes.replicas
+        if len(replicas) == 1:
+            return False
+        self.runtime.synchronize()  # kernels under way still use what is freed now
+        del replicas[len(replicas) // 2 :]
+        self._forget_graphs()
+        torch.cuda.empty_cache()
+        return True
 
-    def _keep_states(self, shards: range, sizes: Sequence[int], after: RecurrentState) -> None:
-        if len(shards) == 1:
-            self.recurrent_states[shards[0]] = after
-            return
-        dim = self.workload.batch_dim
-        parts = {name: torch.split(tensor, list(sizes), dim) for name, tensor in after.items()}
-        for i, shard in enumerate(shards):
-            self.recurrent_states[shard] = {name: part[i].contiguous() for name, part in parts.items()}
+    def _forget_graphs(self) -> None:
+        self._first_graph = None
+        for program in self._programs.values():
+            program.compute = program.update = None
 
 
-def touched(workload: Workload, layout: ParameterLayout, device: torch.device, epoch: int, step: int) -> list[Touched]:
-    """The parameters of which a step touches some rows only, and these rows."""
+def touched(workload: Workload, layout: ParameterLayout, runtime: Runtime, epoch: int, step: int) -> list[Touched]:
+    """The parameters of which a step touches some rows only, and these rows; none where steps are static."""
+    if runtime.static:
+        return []
     rows = workload.touched_rows(epoch, step)
-    return layout.touched({name: upload(r, device) for name, r in rows.items()})
-
-
-def _add(left: GradientBuffer, right: GradientBuffer) -> GradientBuffer:
-    left.tensor.add_(right.tensor)
-    return left
+    return layout.touched({name: upload(r, runtime.device) for name, r in rows.items()})

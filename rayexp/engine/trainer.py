@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -25,7 +26,7 @@ from rayexp.engine.group import WorkerGroup
 from rayexp.engine.optimizer import Optimizer
 from rayexp.engine.runtime import Runtime
 from rayexp.engine.schedule import Schedule
-from rayexp.engine.step import ControlFlags, Stepper, touched
+from rayexp.engine.step import ControlFlags, Stepper, StepResult, touched
 from rayexp.engine.workload import Workload
 from rayexp.errors import RunError
 from rayexp.runs.records import PHASES, EpochRecord, Predictions
@@ -46,6 +47,8 @@ class StepDone:
         first: whether it is this process's first step.
         save: a worker asked for a snapshot; the same on every worker.
         stopped: the run ends here, because a worker asked for it.
+        lr: the step's learning rate.
+        settled: whether `Trainer.state()` is the state after this step; otherwise the next one is under way already.
     """
 
     epoch: int
@@ -58,6 +61,20 @@ class StepDone:
     first: bool
     save: bool
     stopped: bool
+    lr: float
+    settled: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Done:
+    """A step whose result is known: which one of its epoch (from 1), and what `StepDone` tells of it."""
+
+    step: int
+    lr: float
+    result: StepResult
+    save: bool
+    stop: bool
+    settled: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +106,13 @@ class Trainer:
 
     def __init__(self, config: ExperimentConfig, workload: Workload, group: WorkerGroup, runtime: Runtime) -> None:
         self.config, self.workload, self.group, self.runtime = config, workload, group, runtime
+        if runtime.device.type == "cuda" and _resident(config, workload, runtime):
+            workload.resident(runtime.device)
         model = workload.model()
         self.layout = ParameterLayout(model, config.shards, config.optimizer.decay_norm_and_bias)
-        self.master = Master(model, self.layout, runtime.device)
-        sparse = touched(workload, self.layout, runtime.device, 1, 0)
+        half = runtime.static and config.precision == "bf16"
+        self.master = Master(model, self.layout, runtime.device, half)
+        sparse = touched(workload, self.layout, runtime, 1, 0)
         self.optimizer = Optimizer(config, self.layout, self.master.params, sparse)
         self.stepper = Stepper(config, workload, self.master, self.optimizer, group, runtime)
         self.eval_models = [self.master.eval_model() for _ in range(runtime.replicas)]
@@ -157,12 +177,14 @@ class Trainer:
             if name.startswith("carry."):
                 _, shard, rest = name.split(".", 2)
                 recurrent.setdefault(int(shard), {})[rest] = tensor.to(self.runtime.device)
-        self.stepper.recurrent_states = {shard: recurrent[shard] for shard in self.stepper.shards if shard in recurrent}
+        for mine in self.stepper.shards:
+            if mine in recurrent:
+                self.stepper.passes.keep_state(mine, recurrent[mine])
 
     def _gather_recurrent_states(self) -> dict[str, Tensor]:
         mine = {
             f"carry.{shard}.{name}": tensor.detach().cpu().contiguous()
-            for shard, state in self.stepper.recurrent_states.items()
+            for shard, state in self.stepper.passes.recurrent_states.items()
             for name, tensor in state.items()
         }
         if self.group.world == 1:
@@ -172,11 +194,17 @@ class Trainer:
 
     # ------------------------------------------------------------------ training
 
-    def train(self, flags: Callable[[], ControlFlags] = ControlFlags) -> Iterator[StepDone | EpochDone]:
+    def train(
+        self,
+        flags: Callable[[], ControlFlags] = ControlFlags,
+        wanted: Callable[[int], bool] = lambda global_step: False,
+    ) -> Iterator[StepDone | EpochDone]:
         """Run what is left of the configured epochs.
 
         Args:
             flags: returns what this worker asks for; called before every step.
+            wanted: whether the caller wants the state right after so many steps. It is told of every step, but a GPU is
+                a step ahead of what is told, unless it has to wait (see `StepDone.settled`).
 
         Raises:
             RunError: the loss is no longer finite.
@@ -188,14 +216,12 @@ class Trainer:
             first: float | None = None  # seconds of this process's first step, where this epoch holds it
             counted, counted_seconds, rate = 0, 0.0, 0.0
             lr = self.schedule.lr(max(0, self.global_step - 1))
-            while self.step < self.steps:
-                start = time.perf_counter()
-                lr = self.schedule.lr(self.global_step)
-                result = self.stepper(self.epoch + 1, self.step, self.global_step, lr, flags())
-                self.step += 1
+            last = time.perf_counter()
+            for done in self._steps(flags, wanted):
+                result, lr = done.result, done.lr
                 self.loss_sum += result.loss
                 self.loss_count += result.count
-                took = time.perf_counter() - start
+                took, last = time.perf_counter() - last, time.perf_counter()
                 if fresh:
                     first = took
                 else:
@@ -206,15 +232,26 @@ class Trainer:
                 mean = result.loss / result.count
                 if not math.isfinite(mean):
                     raise RunError(
-                        f"the loss is {mean} at epoch {self.epoch + 1}, step {self.step}; a smaller lr may help"
+                        f"the loss is {mean} at epoch {self.epoch + 1}, step {done.step}; a smaller lr may help"
                     )
-                stop, save = result.flags.stop, result.flags.save
                 yield StepDone(
-                    self.epoch + 1, self.step, self.steps, mean, rate, result.count, result.seconds, fresh, save, stop
+                    epoch=self.epoch + 1,
+                    step=done.step,
+                    steps=self.steps,
+                    loss=mean,
+                    rate=rate,
+                    count=result.count,
+                    seconds=result.seconds,
+                    first=fresh,
+                    save=done.save,
+                    stopped=done.stop,
+                    lr=lr,
+                    settled=done.settled,
                 )
                 fresh = False
-                if stop:
+                if done.stop:
                     return
+                last = time.perf_counter()
             saved = time.perf_counter()
             predictions = predict(self.workload, self.eval_models, self.group, self.runtime)
             self.runtime.synchronize()
@@ -241,3 +278,32 @@ class Trainer:
                 peak_memory=self.runtime.peak_memory(),
             )
             yield EpochDone(record, predictions)
+
+    def _steps(self, flags: Callable[[], ControlFlags], wanted: Callable[[int], bool]) -> Iterator[_Done]:
+        """Run the rest of an epoch. A result is asked for `Stepper.late` steps later, so that a GPU never waits. Who
+        asks to save or to stop gets the state after the last step that is under way: the same one on every worker,
+        since all see the same flags."""
+        under_way: deque[tuple[int, float, Callable[[], StepResult]]] = deque()
+        stop = save = False
+        while under_way or self.step < self.steps:
+            if self.step < self.steps:
+                lr = self.schedule.lr(self.global_step)
+                launched = self.stepper.launch(self.epoch + 1, self.step, self.global_step, lr, flags())
+                self.step += 1
+                under_way.append((self.step, lr, launched))
+            late = 0 if self.step == self.steps or wanted(self.global_step) else self.stepper.late
+            while len(under_way) > late:
+                step, lr, launched = under_way.popleft()
+                result = launched()
+                stop, save = stop or result.flags.stop, save or result.flags.save
+                if stop or save:
+                    late = 0
+                settled = not under_way
+                yield _Done(step, lr, result, settled and save, settled and stop, settled)
+                save = save and not settled
+
+
+def _resident(config: ExperimentConfig, workload: Workload, runtime: Runtime) -> bool:
+    """Whether the samples are kept in a GPU's memory."""
+    asked = config.data.resident
+    return workload.resident_bytes() < runtime.free_memory() // 2 if asked == "auto" else asked

@@ -76,10 +76,38 @@ class Workload(Protocol):
         """Optimizer steps of an epoch."""
 
     def batch(self, epoch: int, step: int, shards: range, device: torch.device) -> Batch:
-        """The augmented training samples of consecutive shards, whatever the number of workers.
+        """The augmented training samples of consecutive shards, whatever the number of workers: what `assemble` makes
+        of `feed` on the device.
 
         Called for one shard or a few of them with `exact`, for all of a worker's shards at once with `ddp`.
         """
+
+    def feed(self, epoch: int, step: int, shards: range) -> Mapping[str, NDArray[Any]]:
+        """What the host contributes to the batch of consecutive shards: small arrays, by name, and the samples
+        themselves unless they are resident.
+
+        Of the same shards all steps but an epoch's last give the same names, dtypes and shapes, so that buffers on the
+        device can be made once and filled for every step. May be called from several threads at once, and for steps
+        ahead.
+        """
+
+    def assemble(self, fed: Mapping[str, Tensor], sizes: Sequence[int]) -> Batch:
+        """The batch that follows from `feed` on the device where `fed` lies: gathering, draws, augmentation.
+
+        From the second call on a device it neither waits for the device nor takes anything from the host but `fed`, so
+        that a CUDA graph can hold it. The bits are the same whether the samples are resident or fed.
+
+        Args:
+            fed: the arrays of `feed`, on one device.
+            sizes: `Batch.sizes` of the shards.
+        """
+
+    def resident_bytes(self) -> int:
+        """Memory that `resident` takes, in bytes."""
+
+    def resident(self, device: torch.device) -> None:
+        """Keep the training and validation samples on the device from now on: `feed` leaves them out, and `assemble`
+        and `predict` take them from there. Does nothing where a feed is small anyway."""
 
     def sizes(self, step: int, shards: range) -> tuple[int, ...]:
         """`Batch.sizes` of these shards of a step, in any epoch."""
@@ -98,8 +126,11 @@ class Workload(Protocol):
     def val_streams(self) -> int:
         """Number of streams into which the validation data is cut."""
 
-    def predict(self, model: nn.Module, stream: int, device: torch.device) -> Mapping[str, NDArray[Any]]:
-        """The prediction arrays of one stream (see records.Predictions). The model is in eval mode, without grad."""
+    def predict(self, model: nn.Module, stream: int, device: torch.device) -> Mapping[str, NDArray[Any] | Tensor]:
+        """The prediction arrays of one stream (see records.Predictions). The model is in eval mode, without grad.
+
+        Arrays may be left on the device as tensors: then nothing waits for the device until all streams are done.
+        """
 
     def predictions(self, parts: Sequence[Mapping[str, NDArray[Any]]]) -> Predictions:
         """Put the arrays of all streams, in their order, together."""

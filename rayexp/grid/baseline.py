@@ -181,17 +181,26 @@ def optimizer_of(config: ExperimentConfig, model: nn.Module) -> torch.optim.Opti
     return torch.optim.SGD(groups, config.lr, o.momentum, nesterov=o.nesterov)
 
 
+def precision_of(config: ExperimentConfig, device: torch.device) -> str:
+    """fp32, tf32 or bf16; `auto` is bf16 on a GPU that computes in it, else fp32."""
+    if config.precision != "auto":
+        return config.precision
+    capable = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if capable else "fp32"
+
+
 def main(argv: list[str]) -> int:
     """Train as the job says."""
     job = WorkerJob.read(Path(argv[0]))
     run, config, device = job.run, job.config, torch.device(job.device)
+    precision = precision_of(config, device)
     torch.manual_seed(config.seed)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
     torch.backends.cudnn.benchmark = True
     work: Images | Text = (Text if config.workload == "language_model" else Images)(config, device)
     model = work.model.to(device)
     optimizer = optimizer_of(config, model)
-    cast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
+    cast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
     done, parent = 0, os.getppid()
     for epoch in range(1, config.epochs + 1):
         began = time.perf_counter()

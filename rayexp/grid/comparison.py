@@ -21,7 +21,8 @@ from typing import Any, TypeVar
 from rayexp.config import CompareConfig, ExperimentConfig, read, yaml_tree
 from rayexp.errors import UserError
 from rayexp.runs.run import Run
-from rayexp.system.disk import find_directory, make_directory, now, write_atomic, write_json
+from rayexp.system.disk import directories, find_directory, make_directory, now, write_atomic, write_json
+from rayexp.system.locks import is_locked
 
 LAYOUT = 1
 PLAIN = "plain"
@@ -37,7 +38,7 @@ class Cell:
         kind: `cpu` or `gpu`.
         workers: 0 is in-process.
         devices: GPUs, or CPU cores, over all workers; what speed-up is counted against.
-        precision: fp32, tf32 or bf16.
+        precision: fp32, tf32 or bf16; auto on GPUs only, where the run decides.
         reduction: exact, ddp, or `plain`: the single-process PyTorch script, without rayexp's engine.
         skip: why it does not run, or None.
         config: the cell's whole ExperimentConfig as plain values (empty where it could not be made).
@@ -126,6 +127,11 @@ class Comparison:
         found.meta()
         return found
 
+    @classmethod
+    def all(cls, storage: Path) -> list[Comparison]:
+        """All comparisons in a folder, oldest first, including those that cannot be read."""
+        return [cls(path) for path in directories(storage, "compare.json")]
+
     @property
     def id(self) -> str:
         """The directory's name."""
@@ -163,6 +169,11 @@ class Comparison:
         ):
             raise UserError(f"{self.meta_path}: damaged, its status, plan or rows are missing")
         return dict(meta)
+
+    def status(self) -> str:
+        """`running`, `done`, `failed` or `stopped`; `died`: compare.json says running, but nobody holds the lock."""
+        status = str(self.meta()["status"])
+        return "died" if status == "running" and not is_locked(self.root) else status
 
     def config(self) -> CompareConfig:
         """The resolved grid."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rayexp.config import CompareConfig
+from rayexp.display import counted, short
 from rayexp.grid.comparison import PLAIN
 from rayexp.grid.forecast import Forecast, Link, StepModel, forecast, measure_link
 from rayexp.grid.measured import Measured
@@ -39,11 +40,11 @@ class CellGroup:
 
     def sentence(self) -> str:
         """For people."""
-        where = f"{self.runs} exact run{'s' * (self.runs != 1)} of {len(self.cells)} cell{'s' * (len(self.cells) != 1)}"
+        where = f"{counted(self.runs, 'exact run')} of {counted(len(self.cells), 'cell')}"
         if self.runs == 1:
-            return f"{self.name}: one exact run ({self.shas[0][:12]}), and none to compare it with"
+            return f"{self.name}: one exact run ({short(self.shas[0])}), and none to compare it with"
         if self.equal:
-            return f"{self.name}: {where} ended with the same weights ({self.shas[0][:12]})"
+            return f"{self.name}: {where} ended with the same weights ({short(self.shas[0])})"
         return f"{self.name}: {where} ended with {len(self.shas)} DIFFERENT weights"
 
 

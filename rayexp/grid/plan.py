@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rayexp.config import CompareConfig, ExperimentConfig, ScaleConfig, load, parse, refuse_contradictions
+from rayexp.config import CompareConfig, ExperimentConfig, ScaleConfig, find_config, load, parse, refuse_contradictions
+from rayexp.display import counted
 from rayexp.errors import UserError, nearest
 from rayexp.grid.comparison import PLAIN, Cell
 from rayexp.launch import placement as planning
 from rayexp.launch.placement import Node
+from rayexp.system.threads import threads_per_shard
 
 METRICS = {
     "image_classification": ("acc1", "acc5", "val_loss", "train_loss"),
@@ -26,10 +29,7 @@ def base_of(config: CompareConfig, folder: Path) -> ExperimentConfig:
     Raises:
         UserError: there is no such file, or it is wrong.
     """
-    path = folder / Path(config.base).expanduser()
-    if not path.is_file() and Path(config.base).expanduser().is_file():
-        path = Path(config.base).expanduser()
-    return load(path)
+    return load(find_config(config.base, folder))
 
 
 def with_overrides(base: ExperimentConfig, overrides: Mapping[str, Any]) -> ExperimentConfig:
@@ -83,12 +83,16 @@ def plan(config: CompareConfig, base: ExperimentConfig, nodes: Sequence[Node]) -
             f"target: {base.workload} has no metric {unknown[0]!r}{nearest(unknown[0], known)}; "
             f"allowed: {', '.join(known)}"
         )
-    cells = [
-        _cell(config, base, scaling, precision, reduction, nodes)
+    asked = [
+        (precision, _cell(config, base, scaling, precision, reduction, nodes))
         for scaling, precision, reduction in itertools.product(
             config.scaling, config.precision or (base.precision,), config.reduction or (base.reduction,)
         )
     ]
+    # On a CPU, auto is fp32, which the grid may hold already.
+    explicit = [cell for precision, cell in asked if precision == cell.precision]
+    cells = [cell for precision, cell in asked if precision == cell.precision or cell not in explicit]
+    cells = _with_threads(cells, base)
     if config.baseline:
         kinds = dict.fromkeys((cell.kind, cell.precision) for cell in cells)
         cells = [_plain(base, kind, precision, nodes) for kind, precision in kinds] + cells
@@ -119,6 +123,7 @@ def _cell(
     try:
         if skip is None:
             cell = parse(tree, ExperimentConfig, "")
+            refuse_contradictions(cell, "")
             placed = planning.make(cell, nodes[:1] if workers == 0 else nodes)
             kind = "gpu" if placed.gpu else "cpu"
             if kind == "cpu" and placed.cpus:
@@ -127,7 +132,18 @@ def _cell(
                 tree["scaling"] |= {"cpus_per_worker": placed.cpus, "use_gpu": False}
     except UserError as error:
         skip = str(error).removeprefix(": ")
+    if kind == "cpu" and precision == "auto":
+        precision = tree["precision"] = "fp32"
     return Cell("", kind, workers, float(devices), precision, reduction, skip, tree)
+
+
+def _with_threads(cells: Sequence[Cell], base: ExperimentConfig) -> list[Cell]:
+    """The cells with `threads_per_shard` decided: one number for all that compute on CPUs, since their bits are
+    compared, and no more than the smallest of them has cores for."""
+    cpu = [cell for cell in cells if cell.kind == "cpu" and cell.skip is None]
+    fitting = [threads_per_shard(cell.devices, cell.config["shards"]) for cell in cpu]
+    decided = {"threads_per_shard": base.threads_per_shard or min(fitting, default=1)}
+    return [replace(cell, config={**cell.config, **decided}) if cell in cpu else cell for cell in cells]
 
 
 def _devices(scaling: ScaleConfig, workers: int, reduction: str, nodes: Sequence[Node]) -> tuple[str, float]:
@@ -146,11 +162,11 @@ def _reason(kind: str, workers: int, devices: float, precision: str, nodes: Sequ
     gpus, cores = sum(node.gpus for node in nodes), sum(node.cpus for node in nodes)
     there = "this machine has" if len(nodes) == 1 else f"the {len(nodes)} machines have"
     if kind == "gpu" and devices > gpus + 1e-6:
-        return f"{devices:g} GPU{'s' * (devices != 1)} asked, {there} {gpus:g}"
+        return f"{counted(devices, 'GPU')} asked, {there} {gpus:g}"
     if kind == "cpu" and precision == "tf32":
         return "tf32 is a format of NVIDIA GPUs"
     if kind == "cpu" and workers and devices > cores + 1e-6:
-        return f"{devices:g} CPU cores asked, {there} {cores:g}"
+        return f"{counted(devices, 'CPU core')} asked, {there} {cores:g}"
     return None
 
 
@@ -167,8 +183,6 @@ def _plain(base: ExperimentConfig, kind: str, precision: str, nodes: Sequence[No
 
 def _named(cells: Sequence[Cell], config: CompareConfig) -> tuple[Cell, ...]:
     """Give every cell a name of its own."""
-    import dataclasses
-
     named: dict[str, Cell] = {}
     several = len(config.precision) > 1
     for cell in cells:
@@ -184,5 +198,5 @@ def _named(cells: Sequence[Cell], config: CompareConfig) -> tuple[Cell, ...]:
         if name in named:
             name += f"-{len(named)}"
         tree = {**cell.config, "name": name}
-        named[name] = dataclasses.replace(cell, id=name, config=tree)
+        named[name] = replace(cell, id=name, config=tree)
     return tuple(named.values())

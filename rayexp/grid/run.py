@@ -31,6 +31,7 @@ from rayexp.system.clock import mark
 from rayexp.system.disk import now
 from rayexp.system.locks import only_driver
 from rayexp.system.signals import ending, handled
+from rayexp.system.threads import PATIENT
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -255,7 +256,8 @@ def measure(comparison: Comparison, cell: Cell, repeat: int) -> CellResult:
     error = None
     try:
         # A worker that is replaced would be timed with its restart, so a lost worker fails the cell.
-        config = parse({**cell.config, **fields}, ExperimentConfig, cell.id)
+        # A comparison of before this key had one thread a shard.
+        config = parse({"threads_per_shard": 1, **cell.config, **fields}, ExperimentConfig, cell.id)
         argv = [*comparison.meta()["argv"], f"# {cell.id}, repeat {repeat}"]
         if cell.reduction == PLAIN:
             plain(config, "cuda" if cell.kind == "gpu" else "cpu", argv, began, comparison.id)
@@ -289,8 +291,9 @@ def _plain(made: Run, config: ExperimentConfig, device: Literal["cpu", "cuda"], 
     made.logs.mkdir()
     job = WorkerJob(run=made.root, config=config, device=device, started=mark(started))
     path, out = job.write(), made.logs / "plain.out"
-    # Ray sets the thread count for its own processes; a script from the shell would not have it.
-    inherited = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    # Set for processes of Ray and of ours; a script from the shell would have neither.
+    ours = ("OMP_NUM_THREADS", *PATIENT)
+    inherited = {name: value for name, value in os.environ.items() if name not in ours}
     with out.open("wb") as file:
         command = spawn.command("rayexp.grid.baseline", str(path))
         code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=inherited, check=False).returncode

@@ -62,7 +62,7 @@ class Follower:
         while not self._end.wait(POLL_S):
             fresh = [run for run in Run.all(self.comparison.cells_path) if run.id not in known]
             if fresh:
-                screen = Screen(fresh[-1], self.console)
+                screen = Screen(fresh[-1], self.console, named=False)
                 screen.open()
                 self._end.wait()
                 screen.close()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from rayexp.display import figure, seconds
+from rayexp.display import counted, figure, seconds, short
 from rayexp.grid.families import Family
 from rayexp.grid.report import CellReport, CompareReport
 from rayexp.grid.statistics import Estimate
@@ -45,8 +45,7 @@ def memory(entry: CellReport) -> str:
 
 def devices(entry: CellReport) -> str:
     """`2 cores`, `1 GPU`."""
-    n = entry.cell.devices
-    return f"{n:g} {'GPU' if entry.cell.kind == 'gpu' else 'core'}{'s' * (n != 1)}"
+    return counted(entry.cell.devices, "GPU" if entry.cell.kind == "gpu" else "core")
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +123,7 @@ def _time_and_cost(report: CompareReport) -> list[Column]:
         Column("start-up", lambda e: seconds(e.measured.startup())),
         Column("first step", lambda e: seconds(e.measured.first_step())),
         Column("epoch", lambda e: seconds(e.epoch.value)),
-        Column(f"{epochs} epoch{'s' * (epochs != 1)}", lambda e: seconds(e.schedule_seconds)),
+        Column(counted(epochs, "epoch"), lambda e: seconds(e.schedule_seconds)),
         Column("shutdown", lambda e: seconds(e.measured.shutdown()), "wide"),
         Column("as run", lambda e: seconds(e.measured.wall()), "wide"),
         Column("peak memory", memory, "wide"),
@@ -138,8 +137,8 @@ def _results(report: CompareReport) -> list[Column]:
     def weights(entry: CellReport) -> str:
         shas = sorted(set(entry.measured.shas()) - {""})
         if len(shas) > 1:
-            return f"{len(shas)} hashes in {len(entry.measured.repeats)} repeats"
-        return shas[0][:12] if shas else ""
+            return f"{len(shas)} hashes in {counted(len(entry.measured.repeats), 'repeat')}"
+        return short(shas[0]) if shas else ""
 
     def differ(entry: CellReport) -> str:
         if entry.cell.id == report.result:
@@ -223,7 +222,7 @@ def machine(report: CompareReport) -> str:
     gpus = f", {len(e['gpus'])} x {e['gpus'][0]}" if e["gpus"] else ", no GPU"
     versions = ", ".join(f"{name} {version}" for name, version in e["versions"].items())
     return (
-        f"{e['cpu']}, {e['cores']} cores ({e['cpu_capability']}), {e['memory_bytes'] / 1e9:.0f} GB{gpus}; "
+        f"{e['cpu']}, {counted(e['cores'], 'core')} ({e['cpu_capability']}), {e['memory_bytes'] / 1e9:.0f} GB{gpus}; "
         f"{e['system']}; Python {e['python']}, {versions}"
     )
 

@@ -17,6 +17,7 @@ import psutil
 from rayexp import __version__
 from rayexp.cluster import discovery
 from rayexp.cluster.home import fallback_home, user_home, writable
+from rayexp.display import counted
 from rayexp.errors import UserError
 from rayexp.system.cores import cores
 
@@ -74,7 +75,7 @@ def _devices(folder: Path) -> Check:
 
 
 def _cores(folder: Path) -> Check:
-    return Check("CPU", f"{cores()} cores usable, {platform.machine()}")
+    return Check("CPU", f"{counted(cores(), 'core')} usable, {platform.machine()}")
 
 
 def _memory(folder: Path) -> Check:

@@ -20,17 +20,20 @@ from typing import TYPE_CHECKING, Any
 from rayexp.cluster.job_context import job_id, resolve_paths
 from rayexp.config import ExperimentConfig, passed_over
 from rayexp.data import open_data
-from rayexp.errors import HeadLostError, RunError, Stopped, UserError
+from rayexp.display import counted
+from rayexp.errors import HeadLostError, RunError, Stopped, UserError, last_words
 from rayexp.launch import placement as planning
 from rayexp.launch.job import WorkerJob
 from rayexp.launch.placement import Placement
+from rayexp.launch.resuming import go_on
 from rayexp.launch.screen import chatter_to, screen
 from rayexp.launch.stopping import Stopping, stoppable
-from rayexp.runs.integrity import FREE, changes, check_config
+from rayexp.runs.integrity import check_config, check_unchanged, is_finished
 from rayexp.runs.manifest import state_fault
 from rayexp.runs.run import Run
 from rayexp.runs.writer import RunWriter
 from rayexp.system.clock import mark
+from rayexp.system.cores import cores
 from rayexp.system.locks import Driver, only_driver
 
 if TYPE_CHECKING:
@@ -56,7 +59,8 @@ def run(
     Args:
         config: what to train.
         argv: the command, for run.json.
-        resume: a run to go on with; None: make a new one.
+        resume: a run to go on with; None: make a new one. A finished one is returned as it is; with more `epochs`
+            than it has, it is trained on.
         address: of a running Ray; None: RAY_ADDRESS, a Ray started here by `ray start`, else a new one.
         console: shows progress; None: nothing is shown.
         started: time.monotonic() at which the command began.
@@ -73,7 +77,12 @@ def run(
     began = mark(started)
     config = resolve_paths(config).absolute()
     if resume is not None:
+        config = _as_begun(resume, config)
         check_unchanged(resume, config)
+        if is_finished(resume, config):
+            if console is not None:
+                console.print(finished_line(resume, config), markup=False, highlight=False, soft_wrap=True)
+            return resume
     made = resume or Run.create(config, argv=list(argv), parent=parent)
     with _driving(made, fresh=resume is None) as driver, stoppable(made) as stopping:
         if resume is not None:
@@ -81,6 +90,8 @@ def run(
 
         def job(plan: Placement, nodes: int) -> WorkerJob:
             """The job of one attempt."""
+            nonlocal config
+            config = _decided(made, config, plan)
             return WorkerJob(
                 run=made.root,
                 config=config,
@@ -127,25 +138,42 @@ def _driving(run: Run, fresh: bool) -> Iterator[Driver]:
         yield driver
 
 
-def check_unchanged(run: Run, config: ExperimentConfig) -> None:
-    """Refuse to resume a run under a configuration that would train another model, or one with a changed config.yaml.
+def finished_line(run: Run, config: ExperimentConfig) -> str:
+    """What is said where a finished run is resumed."""
+    more = "" if config.schedule.depends_on_epochs else f"; epochs={config.epochs + 1} or more trains on"
+    return f"{run.id} is done, {config.epochs} of {config.epochs} epochs: nothing to go on with{more}"
 
-    Raises:
-        UserError: it names the changed keys.
-    """
+
+def _as_begun(run: Run, config: ExperimentConfig) -> ExperimentConfig:
+    """The configuration of a resume, with what was decided when the run began and is not asked for now: `precision`
+    where it is auto, and `threads_per_shard`. A run that has trained without the latter, on a GPU or before there was
+    this key, had one."""
     check_config(run)
-    if changed := changes(run.config(), config):
-        raise UserError(f"--resume {run.id}: the configuration has changed: {changed}; allowed: {', '.join(FREE)}")
+    begun, decided = run.config(), dict[str, Any]()
+    if config.precision == "auto":
+        decided["precision"] = begun.precision
+    if config.threads_per_shard is None:
+        decided["threads_per_shard"] = begun.threads_per_shard or (1 if _holds_work(run) else None)
+    return config.model_copy(update=decided)
+
+
+def _decided(run: Run, config: ExperimentConfig, plan: Placement) -> ExperimentConfig:
+    """The configuration with what its first attempt decides; config.yaml has it, too."""
+    decided = planning.with_threads(config, plan, cores())
+    if decided is not config:
+        kept = run.config().model_copy(update={"threads_per_shard": decided.threads_per_shard})
+        run.write(run.config_path.name, kept.to_yaml())
+    return decided
 
 
 def _reopen(run: Run, config: ExperimentConfig, argv: Sequence[str]) -> None:
     meta = run.meta()
     before = run.config()
     kept = config.model_copy(update={"name": before.name, "storage_path": before.storage_path})
-    run.write(run.config_path.name, kept.to_yaml())
     resumed = [*meta.get("resumed", ()), {"argv": list(argv), "after": meta["status"]}]
     where = {"pid": os.getpid(), "host": socket.gethostname()}
     run.update(status="running", error=None, finished=None, resumed=resumed, **where)
+    run.write(run.config_path.name, kept.to_yaml())  # after the status: a run that is done has all its epochs
 
 
 def _fail(run: Run, error: BaseException, stopping: Stopping, fresh: bool) -> None:
@@ -195,7 +223,7 @@ def _stopped(run: Run, number: int, fault: str = "") -> Stopped:
 
 def _saved(run: Run) -> str:
     step = _steps_done(run)
-    return f"saved up to step {step}: --resume {run.id} goes on" if step else f"nothing is saved yet in {run.id}"
+    return (f"saved up to step {step}" if step else f"nothing is saved yet in {run.id}") + go_on(run.root)
 
 
 def _steps_done(run: Run) -> int:
@@ -204,7 +232,7 @@ def _steps_done(run: Run) -> int:
     )
 
 
-def outline(config: ExperimentConfig, address: str | None = None) -> dict[str, Any]:
+def outline(config: ExperimentConfig, address: str | None = None, resume: Run | None = None) -> dict[str, Any]:
     """What `run` would do, without doing it: workers, device, replicas, steps. Joins a Ray only where an address is
     given; otherwise the plan is for this machine.
 
@@ -216,6 +244,9 @@ def outline(config: ExperimentConfig, address: str | None = None) -> dict[str, A
     from rayexp.launch.local import here
 
     config = config.absolute()
+    if resume is not None:
+        config = _as_begun(resume, config)
+        check_unchanged(resume, config)
     nodes = [here()]
     address = address or os.environ.get("RAY_ADDRESS")
     if address and config.scaling.num_workers != 0:
@@ -224,14 +255,16 @@ def outline(config: ExperimentConfig, address: str | None = None) -> dict[str, A
         with session.session(address):
             nodes = session.nodes()
     plan = planning.make(config, nodes)
+    config = planning.with_threads(config, plan, cores())
     workload = workloads.open_workload(config)
     steps, workers = workload.steps(), max(1, plan.workers)
     return {
-        "where": "this process" if not plan.workers else f"Ray, {len(nodes)} node{'s' * (len(nodes) > 1)}",
+        "where": "this process" if not plan.workers else f"Ray, {counted(len(nodes), 'node')}",
         "workers": plan.workers,
         "device": "gpu" if plan.gpu else "cpu",
         "cpus_per_worker": plan.cpus,
         "gpus_per_worker": plan.gpus,
+        "threads_per_shard": None if plan.gpu else config.threads_per_shard,
         "lanes_per_worker": 1 if plan.gpu else replicas_of(config, config.shards // workers, plan.cpus),
         "shards_per_worker": config.shards // workers,
         f"{workload.unit if workload.unit == 'images' else 'columns'}_per_worker": config.batch_size // workers,
@@ -279,7 +312,7 @@ def _supervise(
             if status != "done":
                 _fail(run, HeadLostError(why), stopping, fresh=False)
             shown.close()
-            shown.say(f"{'stopped' if stopping() else f'error: {why}'}; {_saved(run)}")
+            shown.say("\n".join(last_words(f"{'stopped' if stopping() else f'error: {why}'}; {_saved(run)}")))
             os._exit(0 if status == "done" else 128 + stopping.number if stopping.number else 1)
 
         with session.session(address) as own_ray:

@@ -32,8 +32,10 @@ class Evaluation:
         metrics: the workload's own (`val_loss`, `acc1`, `acc5` | `ppl`), and those on test data where it has any.
         weights_sha: the hash of the weights, as epochs.jsonl has it.
         stored: whether the predictions were stored now, because the run had none.
-        equal: whether they equal the stored ones bit for bit (None: there were none); a sample that is not finite must
-            be so in both.
+        equal: whether they equal the stored ones bit for bit (None: there were none, or they are mirrored); a sample
+            that is not finite must be so in both.
+        mirrored: whether probabilities are averaged over each image and its mirror image. Such predictions are never
+            stored, so that nothing takes them for the run's own.
     """
 
     predictions: Predictions
@@ -41,6 +43,7 @@ class Evaluation:
     weights_sha: str
     stored: bool
     equal: bool | None
+    mirrored: bool = False
 
     @property
     def not_finite(self) -> int:
@@ -64,6 +67,7 @@ def evaluate(
     begin: Callable[[int], None] | None = None,
     seen: Callable[[int, Part], None] | None = None,
     root: Path | None = None,
+    mirror: bool = False,
 ) -> Evaluation:
     """`predict`, with metrics.
 
@@ -73,9 +77,10 @@ def evaluate(
         begin: called with the number of batches before the first.
         seen: called with the number and the predictions of each batch, in order.
         root: where the run's data lies now; None: where it was. It must be the same data, by hash.
+        mirror: average probabilities over each image and its mirror image; then nothing is stored or compared.
 
     Raises:
-        UserError, RunError: as `predict`.
+        UserError, RunError: as `predict`; UserError also where there are no images to mirror.
     """
     from rayexp import workloads
     from rayexp.engine import checkpoint, evaluate, runtime
@@ -102,20 +107,27 @@ def evaluate(
                 moved = f"`rayexp evaluate {run.id}@{epoch} data.root=DIR` takes the data from where it lies now"
                 raise UserError(f"{error}; {moved}") from error
             raise
+        mirrored = getattr(workload, "mirrored", None)
+        if mirror and mirrored is None:
+            raise UserError(f"--mirror: {run.id} is a {config.workload}; allowed for image_classification only")
         _same_data(run, workload.describe(), config)
         model = checkpoint.load_model(workload, files).to(configured.device)
+        if mirror and mirrored is not None:
+            model = mirrored(model)
         if begin is not None:
             begin(workload.val_streams())
         models = [copy.deepcopy(model) for _ in range(configured.replicas)]
-        ordered = _InOrder(seen) if seen is not None else lambda stream, part: None
+        ordered = _InOrder(seen) if seen is not None else None
         predictions = evaluate.predict(workload, models, WorkerGroup(), configured, ordered)
         metrics = workload.metrics(predictions)
         if (test := getattr(workload, "test_metrics", None)) is not None:
-            metrics |= test(model, configured.device)
+            metrics |= configured.run([lambda: test(model, configured.device)])[0]
+    weights_sha = checkpoint.decode(files).fields["weights_sha"]
+    if mirror:
+        return Evaluation(predictions, metrics, weights_sha, stored=False, equal=None, mirrored=True)
     path = run.predictions_path(epoch)
     data = predictions.to_npz()
     missing = not path.exists()
-    weights_sha = checkpoint.decode(files).fields["weights_sha"]
     equal = None
     if missing:
         trained = {record.epoch: record.predictions_sha for record in run.records()}.get(epoch)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import signal
@@ -47,9 +46,11 @@ class Killer:
                     self.elsewhere = sorted({host for _, host in workers.values()})
                     return
                 rank = max(here)
-                with contextlib.suppress(ProcessLookupError):  # the run was faster
-                    os.kill(here[rank], signal.SIGKILL)
-                    self.rank, self.pid = rank, here[rank]
+                self.rank, self.pid = rank, here[rank]  # before anybody can see what comes of it
+                try:
+                    os.kill(self.pid, signal.SIGKILL)
+                except ProcessLookupError:  # the run was faster
+                    self.rank = self.pid = 0
                 return
 
 

@@ -7,6 +7,7 @@ import traceback
 from rayexp.errors import RunError, UserError
 from rayexp.launch.job import WorkerJob
 from rayexp.launch.placement import Node
+from rayexp.launch.resuming import go_on
 from rayexp.runs.run import Run
 from rayexp.runs.writer import RunWriter
 from rayexp.system.cores import cores
@@ -36,7 +37,7 @@ def attempt(run: Run, job: WorkerJob) -> str:
         raise
     except OSError as error:
         writer.log(0, traceback.format_exc())
-        raise RunError(error, f"; --resume {run.id} goes on from the newest checkpoint") from error
+        raise RunError(error, go_on(run.root)) from error
     except Exception as error:
         writer.log(0, traceback.format_exc())
         line = " ".join(str(error).split())[:500]

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rayexp.config import ExperimentConfig
+from rayexp.display import counted
 from rayexp.errors import UserError
+from rayexp.system.threads import threads_per_shard
 
 _ROUNDING = 1e-6  # resources are floats: eight times 0.25 must fit into 2
 
@@ -44,9 +46,23 @@ class Placement:
     gpus: float = 0.0
 
     def __str__(self) -> str:
-        where = "in this process" if not self.workers else f"{self.workers} worker{'s' * (self.workers > 1)} on Ray"
+        where = "in this process" if not self.workers else f"{counted(self.workers, 'worker')} on Ray"
         cores = "" if self.cpus is None else f", {self.cpus:g} CPU each"
         return f"{where}, {'GPU' if self.gpu else 'CPU'}{cores}"
+
+
+def with_threads(config: ExperimentConfig, plan: Placement, cores: float) -> ExperimentConfig:
+    """The configuration with `threads_per_shard` decided, where it leaves that open and the workers compute on CPUs.
+
+    Args:
+        config: of a run that begins.
+        plan: of its first attempt.
+        cores: of this process, for a run in it.
+    """
+    if config.threads_per_shard is not None or plan.gpu:
+        return config
+    together = cores if plan.cpus is None else plan.workers * plan.cpus
+    return config.model_copy(update={"threads_per_shard": threads_per_shard(together, config.shards)})
 
 
 def capacity(nodes: Sequence[Node], cpus: float, gpus: float) -> int:
@@ -80,11 +96,14 @@ def choices(config: ExperimentConfig, nodes: Sequence[Node]) -> list[Placement]:
     for gpus in [s.gpus_per_worker] * (s.use_gpu is not False) + [0.0] * (s.use_gpu is not True):
         if plans := [plan for n in wanted if (plan := _placed(config, nodes, n, gpus))]:
             return plans
-    there = "; ".join(f"{node.name}: {node.cpus:g} CPUs, {node.gpus:g} GPUs" for node in nodes) or "nothing"
+    there = (
+        "; ".join(f"{node.name}: {counted(node.cpus, 'CPU')}, {counted(node.gpus, 'GPU')}" for node in nodes)
+        or "nothing"
+    )
     size = f"{s.cpus_per_worker or 1:g} CPU" + (f" and {s.gpus_per_worker:g} GPU" if s.use_gpu is True else "")
     raise UserError(
-        f"scaling.num_workers: {min(wanted)} workers of {size} each can never be placed; there is {there}; fewer "
-        "workers (or a smaller scaling.cpus_per_worker or gpus_per_worker) are possible"
+        f"scaling.num_workers: {counted(min(wanted), 'worker')} of {size} each can never be placed; there is {there}; "
+        "fewer workers (or a smaller scaling.cpus_per_worker or gpus_per_worker) are possible"
     )
 
 

@@ -14,6 +14,10 @@ from rayexp.errors import RunError
 from rayexp.launch.job import WorkerJob
 from rayexp.system import spawn
 
+# How long the others are waited for once a worker has failed: one that was killed loses its connections before it is
+# seen to have ended, and a peer that misses it may be gone sooner.
+SETTLE_S = 5.0
+
 
 class WorkersFailedError(RunError):
     """Workers ended badly.
@@ -29,7 +33,7 @@ class WorkersFailedError(RunError):
     @property
     def killed(self) -> bool:
         """Whether one of them was killed: that is the reason, whatever happened to the others."""
-        return -signal.SIGKILL in self.codes.values()
+        return _killed(self.codes)
 
 
 def free_port() -> int:
@@ -67,13 +71,17 @@ def start(job: WorkerJob, world: int) -> list[subprocess.Popen[bytes]]:
 def wait(run: Path, workers: list[subprocess.Popen[bytes]]) -> None:
     """Wait for all workers of a run directory; if one fails, or this is interrupted, end the others.
 
+    Whoever was killed is the cause, whichever of those that failed is seen first.
+
     Raises:
         WorkersFailedError: a worker failed; the line ends with the last line it printed.
     """
     try:
-        while any(worker.poll() is None for worker in workers) and not _failed(workers):
+        while _running(workers) and not _failed(workers):
             time.sleep(0.05)
-        # Read again: the loop may have polled the one that ended first before it ended.
+        until = time.monotonic() + SETTLE_S
+        while _running(workers) and not _killed(_failed(workers)) and time.monotonic() < until:
+            time.sleep(0.05)
         codes = _failed(workers)
     finally:
         _end(workers)
@@ -88,6 +96,14 @@ def _end(workers: Sequence[subprocess.Popen[bytes]]) -> None:
     for worker in workers:
         worker.kill()
         worker.wait()
+
+
+def _running(workers: Sequence[subprocess.Popen[bytes]]) -> bool:
+    return any(worker.poll() is None for worker in workers)
+
+
+def _killed(codes: Mapping[int, int]) -> bool:
+    return -signal.SIGKILL in codes.values()
 
 
 def _failed(workers: Sequence[subprocess.Popen[bytes]]) -> dict[int, int]:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rayexp.engine import checkpoint
 from rayexp.engine.checkpoint import CheckpointWriter, State
-from rayexp.engine.trainer import StepDone
+from rayexp.launch.step_log import CURVES
 from rayexp.runs.manifest import digest
 from rayexp.runs.records import EpochRecord, Predictions
 from rayexp.runs.writer import RunWriter
@@ -49,14 +49,16 @@ class Saver:
         self._background.wait()
         return checkpoint.snapshot(state, self._buffers)
 
-    def snapshot(self, step: int, copied: State) -> None:
+    def snapshot(self, step: int, copied: State, curves: Mapping[str, Any]) -> None:
         """Write a checkpoint inside an epoch.
 
         Args:
             step: steps of the whole run that are done.
             copied: from `copy`.
+            curves: of the epoch's steps so far, from `StepLog.curves`.
         """
-        self._background.submit(lambda: self.writer.snapshot(step, checkpoint.encode(copied, self.metadata)))
+        metadata = {**self.metadata, CURVES: curves}
+        self._background.submit(lambda: self.writer.snapshot(step, checkpoint.encode(copied, metadata)))
 
     def epoch(self, record: EpochRecord, copied: State, predictions: Predictions, steps: Mapping[str, Any]) -> None:
         """Write a finished epoch, with the hashes of what is in it.
@@ -65,7 +67,7 @@ class Saver:
             record: the epoch's line, without hashes.
             copied: from `copy`.
             predictions: of the validation data.
-            steps: what its steps took, from `step_times`.
+            steps: its line of steps.jsonl, from `StepLog.end`.
         """
 
         def write() -> None:
@@ -75,29 +77,28 @@ class Saver:
             line = hashed.to_json()
             hashes = {"weights_sha": weights, "state_sha": state}
             files = checkpoint.encode(copied, {**self.metadata, **hashes, "record": line})
-            self.writer.epoch(line, files, archive, {"epoch": record.epoch, **steps})
+            self.writer.epoch(line, files, archive, steps)
 
         self._background.submit(write)
 
-    def graph(self, model: Any, example: tuple[Any, ...]) -> None:
+    def graph(self, model: Any, example: tuple[Any, ...], failed: Callable[[str], None]) -> None:
         """Draw a model for TensorBoard.
 
         Args:
             model: a torch.nn.Module; it is copied.
             example: what its forward takes, on the CPU.
+            failed: called in the background with a line that says why the model cannot be drawn.
         """
         from rayexp.runs.tensorboard import graph_events
 
-        drawn = copy.deepcopy(model).cpu().eval()
-        self._background.submit(lambda: self.writer.graph(graph_events(drawn, example)))
+        # Tracing runs the model twice, with gradients and without, and refuses one that takes another way each time, as
+        # torch.nn.MultiheadAttention does (of ViT and Swin). Without parameters to train it takes the same.
+        drawn = copy.deepcopy(model).cpu().eval().requires_grad_(False)
 
+        def draw() -> None:
+            events, why = graph_events(drawn, example)
+            self.writer.graph(events)
+            if why:
+                failed(f"TensorBoard has no graph of this model: it cannot be traced ({why})")
 
-def step_times(steps: Sequence[StepDone]) -> dict[str, Any]:
-    """The steps of an epoch in columns, in seconds to the microsecond; see `runs.Run.steps`."""
-    names = steps[0].seconds if steps else {}
-    return {
-        "first": bool(steps) and steps[0].first,
-        "count": [step.count for step in steps],
-        "total": [round(step.count / step.rate, 6) for step in steps],
-        **{name: [round(step.seconds[name], 6) for step in steps] for name in names},
-    }
+        self._background.submit(draw)

@@ -16,7 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rayexp.display import figure, printable
+from rayexp.display import figure, folded, printable, short
+from rayexp.launch.resuming import here
 from rayexp.runs.records import EpochRecord, read_lines
 from rayexp.runs.run import Run
 
@@ -24,24 +25,30 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 POLL_S = 0.2
+WIDE = 100  # columns of a terminal that have room for all times beside the bar
+NARROW = 72  # below, the rate goes, too
 
 
 def show(console: Console | None, text: str) -> None:
-    """Print one line on a console; None: nowhere."""
+    """Print one line on a console, on a terminal folded between words; None: nowhere."""
     with contextlib.suppress(OSError):  # the terminal may have been closed
         if console is not None:
-            console.print(printable(text, keep="\n"), highlight=False, markup=False, soft_wrap=True)
+            lines = folded(printable(text, keep="\n"), console.width if console.is_terminal else None)
+            console.print(lines, highlight=False, markup=False, soft_wrap=True)
 
 
 class Screen:
-    """Shows one run on a console, from `open` to `close`; with `console` None it shows nothing."""
+    """Shows one run on a console, from `open` to `close`; with `console` None it shows nothing.
 
-    def __init__(self, run: Run, console: Console | None) -> None:
-        self.run, self.console = run, console
+    With `named`, the first line says where the run lies.
+    """
+
+    def __init__(self, run: Run, console: Console | None, named: bool = True) -> None:
+        self.run, self.console, self.named = run, console, named
         self.shown = len(read_lines(run.epochs_path, EpochRecord.from_json, []))  # a resume mends damaged lines
         self._at = (0, 0)  # the inode of epochs.jsonl, and the bytes of it that have been read
         self.warned: set[str] = set()
-        self.layout_shown = False
+        self.begun = False
         self._end = threading.Event()
         self._bar: Any = None
         self._task: Any = None
@@ -61,8 +68,8 @@ class Screen:
         if self.console is None:
             return
         if self.console.is_terminal:
-            self._bar = _bar(self.console)
-            self._task = self._bar.add_task("starting", total=None, figures="")
+            self._bar = bar(self.console)
+            self._task = self._bar.add_task("starting", total=None, figures="", rate="")
             self._bar.start()
         self._thread.start()
 
@@ -81,7 +88,7 @@ class Screen:
         while not ended:
             ended = self._end.wait(POLL_S)
             try:
-                self._layout()
+                self._begun()
                 self._progress()
                 if ended:  # a short run may end between two looks
                     self._warn(self.run.meta().get("warnings", ()))
@@ -89,10 +96,13 @@ class Screen:
             except Exception as error:  # a display must not cost a run; a file may have been read half written
                 self.warned.add(repr(error))
 
-    def _layout(self) -> None:
-        """Show which part of the data folder serves as which split, as soon as a worker has opened it."""
-        if not self.layout_shown and "data" in (meta := self.run.meta()):
-            self.layout_shown = True
+    def _begun(self) -> None:
+        """As soon as a worker has opened the data, show where the run lies, and which part of the data folder serves as
+        which split. (A run that cannot begin is removed, so nothing is said of it.)"""
+        if not self.begun and "data" in (meta := self.run.meta()):
+            self.begun = True
+            if self.named:
+                self.say(f"run: {here(self.run.root)}")
             if layout := meta["data"].get("layout"):
                 self.say(f"data: {layout}")
 
@@ -110,7 +120,8 @@ class Screen:
             description=f"epoch {at['epoch']}/{at['epochs']}",
             completed=done,
             total=at["epochs"] * at["steps"],
-            figures=f"step {at['step']}/{at['steps']}  loss {_loss(at['loss'])}  {at['rate']:,.0f} {at['unit']}/s",
+            figures=f"step {at['step']}/{at['steps']}  loss {_loss(at['loss'])}",
+            rate=f"{at['rate']:,.0f} {at['unit']}/s",
         )
 
     def _warn(self, warnings: Iterable[str]) -> None:
@@ -136,36 +147,75 @@ class Screen:
             lines = lines[self.shown :]
         for line in lines:
             self.shown += 1
-            self.say(epoch_line(EpochRecord.from_json(json.loads(line))))
+            width = self.console.width if self.console is not None and self.console.is_terminal else None
+            self.say(epoch_line(EpochRecord.from_json(json.loads(line)), width))
 
 
-def epoch_line(record: EpochRecord) -> str:
-    """`epoch 7  train_loss 2.1034  val_loss 2.2001  acc1 48.73  acc5 75.30  412 /s  61.2 s  weights 0f3a...`."""
-    metrics = "  ".join(f"{name} {figure(value, '.2f')}" for name, value in record.metrics.items())
-    return (
-        f"epoch {record.epoch}  train_loss {_loss(record.train_loss)}  val_loss {_loss(record.val_loss)}  {metrics}  "
-        f"{record.samples_per_second:,.0f}/s  {record.seconds['total']:.1f} s  weights {record.weights_sha[:12]}"
-    )
+def epoch_line(record: EpochRecord, width: int | None = None) -> str:
+    """`epoch 7  train_loss 2.1034  val_loss 2.2001  acc1 48.73  acc5 75.30  412/s  61.2 s  weights 0f3a1234`.
+
+    A terminal of `width` columns (None: no terminal) that is too narrow gets shorter words, then fewer figures: the
+    line is never broken.
+    """
+    train, val = _loss(record.train_loss), _loss(record.val_loss)
+    metrics = [f"{name} {figure(value, '.2f')}" for name, value in record.metrics.items()]
+    rate, took = f"{record.samples_per_second:,.0f}/s", f"{record.seconds['total']:.1f} s"
+    parts = [f"epoch {record.epoch}", f"train_loss {train}", f"val_loss {val}", *metrics, rate, took]
+    parts.append(f"weights {short(record.weights_sha)}")
+    goes = [rate, took, *metrics[:0:-1], parts[-1], parts[1]]  # the first to go first
+    line = "  ".join(parts)
+    if width is not None and len(line) > width:
+        line = "  ".join(part for part in parts if part != rate)
+    while width is not None and len(line) > width and goes:
+        gone = goes.pop(0)
+        parts = [part for part in parts if part != gone]
+        line = "  ".join(parts).replace("train_loss", "train").replace("val_loss", "val")
+    return line
 
 
 def _loss(value: float | None) -> str:
     return figure(math.nan if value is None else value, ".4f")
 
 
-def _bar(console: Console) -> Any:
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+def bar(console: Console) -> Any:
+    """A progress bar of rich's; its tasks have the fields `figures` and `rate`."""
+    from rich.progress import BarColumn, Progress, TextColumn
 
     plain = console.file is sys.stderr  # otherwise `chatter_to` sends stdout and stderr to a file
     return Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=None),
         TextColumn("{task.fields[figures]}", markup=False),
-        TimeRemainingColumn(),
+        *([TextColumn("{task.fields[rate]}", markup=False)] if console.width >= NARROW else []),
+        _times(console.width >= WIDE),
         console=console,
         transient=True,
         redirect_stdout=plain,
         redirect_stderr=plain,
     )
+
+
+def _times(both: bool) -> Any:
+    """A column that says how long it has taken and will take; with `both` False only the latter, where it is known."""
+    from rich.progress import ProgressColumn, Task
+    from rich.table import Column
+    from rich.text import Text
+
+    class Times(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            elapsed = f"{clock(task.elapsed or 0)} elapsed"
+            if task.time_remaining is None:
+                return Text(elapsed, no_wrap=True)
+            left = f"{clock(task.time_remaining)} left"
+            return Text(f"{elapsed}, {left}" if both else left, no_wrap=True)
+
+    return Times(table_column=Column(no_wrap=True))  # the bar gives way instead
+
+
+def clock(seconds: float) -> str:
+    """`0:07`, `12:34`, `1:02:03`."""
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
 
 
 @contextmanager

@@ -13,19 +13,22 @@ import math
 import socket
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rayexp.config import ExperimentConfig, parse
+from rayexp.display import counted
 from rayexp.errors import RunError, Stopped, UserError
 from rayexp.launch import processes
 from rayexp.launch.driver import run as train
 from rayexp.launch.job import WorkerJob
 from rayexp.launch.killer import Killer
 from rayexp.launch.local import here
+from rayexp.launch.placement import Placement, with_threads
 from rayexp.launch.screen import chatter_to
+from rayexp.launch.trial_screen import TrialScreen, worded
 from rayexp.runs.run import Run
 
 if TYPE_CHECKING:
@@ -124,7 +127,8 @@ class Verdict:
         if self.ok:
             counts = ", ".join(trial.label for trial in self.trials)
             return (
-                f"equal: weights and optimizer state have the same bits after each of {steps} steps (workers: {counts})"
+                "equal: weights and optimizer state have the same bits after each of "
+                f"{counted(steps, 'step')} (workers: {counts})"
             )
         first = self.differences[0]
         return f"DIFFERENT: workers {first.label}, first at step {first.step}, tensor {first.tensor}"
@@ -143,7 +147,6 @@ def verify(
     kill: bool = False,
     launcher: Launcher = "ray",
     contrast: bool = True,
-    say: Callable[[str], None] = lambda text: None,
     console: Console | None = None,
 ) -> Verdict:
     """Compare the worker counts; the first is the reference.
@@ -154,7 +157,7 @@ def verify(
         kill: also SIGKILL one worker of a further run half way, and let it go on.
         launcher: `ray`: as `rayexp train` does; `processes`: plain processes of this machine.
         contrast: also run `reduction: ddp`.
-        say: receives lines of progress.
+        console: where progress is shown; None: nowhere.
 
     Raises:
         UserError: a worker count is not allowed.
@@ -166,17 +169,18 @@ def verify(
         raise UserError("--kill: a worker can only be lost where there are two or more; add 2 to --workers")
     configs = {n: _with(config, n) for n in dict.fromkeys(workers)}
     with tempfile.TemporaryDirectory(prefix="rayexp-verify-") as folder:
-        bench = _Bench(Path(folder), steps, launcher, say)
+        beside = contrast and config.reduction == "exact"
+        total = len(configs) * (1 + beside) + kill
+        bench = _Bench(Path(folder), steps, launcher, TrialScreen(console, Path(folder), total, steps))
         with bench.session(console, any(workers)):
-            trials = [bench.run(c, str(n), n) for n, c in configs.items()]
+            trials = [bench.run(c, str(n), n, worded(n)) for n, c in configs.items()]
             if kill:
                 most = max(n for n in configs if n)
                 trials.append(bench.run_killed(configs[most], f"{most}, one killed", most, len(trials[0].steps)))
             others = []
-            if contrast and config.reduction == "exact":
-                others = [
-                    bench.run(c.model_copy(update={"reduction": "ddp"}), f"ddp {n}", n) for n, c in configs.items()
-                ]
+            if beside:
+                ddp = {n: c.model_copy(update={"reduction": "ddp"}) for n, c in configs.items()}
+                others = [bench.run(c, f"ddp {n}", n, worded(n, "ddp")) for n, c in ddp.items()]
     return Verdict(bench.unit, tuple(trials), tuple(others), tuple(differences(trials)))
 
 
@@ -208,9 +212,11 @@ def _with(config: ExperimentConfig, workers: int) -> ExperimentConfig:
 class _Bench:
     """Runs trials, each in a run directory that is removed afterwards."""
 
-    def __init__(self, folder: Path, steps: int, launcher: Launcher, say: Callable[[str], None]) -> None:
-        self.folder, self.steps, self.launcher, self.say = folder, steps, launcher, say
+    def __init__(self, folder: Path, steps: int, launcher: Launcher, screen: TrialScreen) -> None:
+        self.folder, self.steps, self.launcher, self.screen = folder, steps, launcher, screen
         self.unit = "samples"
+        self.killer: Killer | None = None
+        self.threads: int | None = None  # of a shard, as the first trial decides it
 
     @contextlib.contextmanager
     def session(self, console: Console | None, needed: bool) -> Iterator[None]:
@@ -224,15 +230,16 @@ class _Bench:
             with session.session(None):
                 yield
 
-    def run(self, config: ExperimentConfig, label: str, workers: int) -> Trial:
-        """One trial from start to end."""
-        self.say(f"workers {label} ...")
-        config = config.model_copy(update={"storage_path": self.folder})
+    def run(self, config: ExperimentConfig, label: str, workers: int, name: str) -> Trial:
+        """One trial from start to end; `name`: for the screen."""
+        threads = config.threads_per_shard or self.threads
+        config = config.model_copy(update={"storage_path": self.folder, "threads_per_shard": threads})
         try:
-            if workers and self.launcher == "processes":
-                made = self._processes(config, workers)
-            else:
-                made = train(config, argv=["verify"], max_steps=self.steps, trace=True)
+            with self.screen.trial(name):
+                if workers and self.launcher == "processes":
+                    made = self._processes(config, workers)
+                else:
+                    made = train(config, argv=["verify"], max_steps=self.steps, trace=True)
         # Its directory is thrown away: there is nothing to read in it, and nothing to go on with.
         except Stopped as stopped:
             raise Stopped(stopped.number) from stopped
@@ -240,7 +247,10 @@ class _Bench:
             raise UserError(error.fault) from error
         except RunError as error:
             raise RunError(error.fault) from error
-        return self._read(made, label, workers)
+        self.threads = made.config().threads_per_shard
+        trial = self._read(made, label, workers)
+        self.screen.ended(name, trial.weights, len(trial.steps), f"{trial.rate:,.0f} {self.unit}/s")
+        return trial
 
     def run_killed(self, config: ExperimentConfig, label: str, workers: int, steps: int) -> Trial:
         """One trial that loses a worker half way; `steps` is the number that the first trial came to."""
@@ -251,7 +261,8 @@ class _Bench:
         config = config.model_copy(update={"checkpoint": checkpoint, "max_failures": failures})
         known = set(self.folder.iterdir())
         with Killer(self.folder, known, steps // 2) as killer:
-            trial = self.run(config, label, workers)
+            self.killer = killer
+            trial = self.run(config, label, workers, worded(workers, "one killed"))
         if killer.elsewhere:
             raise RunError(
                 f"--kill: all workers were on other hosts ({', '.join(killer.elsewhere)}), and a process can only be "
@@ -259,28 +270,35 @@ class _Bench:
             )
         if not killer.pid:
             raise RunError(
-                f"no worker could be killed within {steps} steps; more of them (--steps, epochs, data) give more time"
+                f"no worker could be killed within {counted(steps, 'step')}; "
+                "more of them (--steps, epochs, data) give more time"
             )
-        self.say(f"  (worker {killer.rank}, pid {killer.pid}, was killed after step {killer.step})")
+        self.screen.say(f"  (worker {killer.rank}, pid {killer.pid}, was killed after step {killer.step})")
         return trial
 
     def _processes(self, config: ExperimentConfig, workers: int) -> Run:
-        made = Run.create(config, argv=["verify"])
         node = here()
+        gpu = node.gpus > 0 and config.scaling.use_gpu is not False
+        plan = Placement(workers, gpu, max(1, node.cpus // workers))
+        config = with_threads(config, plan, node.cpus)
+        made = Run.create(config, argv=["verify"])
         job = WorkerJob(
             run=made.root.absolute(),
             config=config.absolute(),
-            device="cuda" if node.gpus and config.scaling.use_gpu is not False else "cpu",
-            cpus=max(1, node.cpus // workers),
+            device="cuda" if gpu else "cpu",
+            cpus=plan.cpus,
             max_steps=self.steps,
             trace=True,
         )
         for left in reversed(range(config.max_failures + 1)):
+            started = processes.start(job, workers)
             try:
-                processes.wait(job.run, processes.start(job, workers))
+                processes.wait(job.run, started)
                 return made
             except processes.WorkersFailedError as error:
-                if not left or not error.killed:
+                # Of a worker that the killer chose, the end may be seen later than what it brings about in the others.
+                chosen = self.killer is not None and self.killer.pid in {worker.pid for worker in started}
+                if not left or not (error.killed or chosen):
                     raise
         return made
 

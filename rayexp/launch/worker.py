@@ -18,8 +18,10 @@ import torch
 
 from rayexp import workloads
 from rayexp.config import passed_over
+from rayexp.display import counted
 from rayexp.engine import checkpoint, link, runtime
 from rayexp.engine.checkpoint import FIELDS, TENSORS
+from rayexp.engine.diagnosis import absurd_loss
 from rayexp.engine.fingerprint import differences, fingerprint
 from rayexp.engine.group import WorkerGroup, join
 from rayexp.engine.runtime import Runtime
@@ -30,11 +32,14 @@ from rayexp.errors import UserError
 from rayexp.launch.alike import WorkerInfo, everyone, unlike, unlike_weights
 from rayexp.launch.fence import end_with_parent
 from rayexp.launch.job import WorkerJob
-from rayexp.launch.saver import Saver, step_times
+from rayexp.launch.precision import decided
+from rayexp.launch.saver import Saver
+from rayexp.launch.step_log import StepLog
 from rayexp.runs.records import EpochRecord
 from rayexp.runs.writer import RunWriter
 
 PROGRESS_SECONDS = 0.3  # how often rank 0 reports where the epoch stands
+BOARD_SECONDS = 10.0  # how often it plots the steps since
 
 
 def work(
@@ -70,6 +75,8 @@ def work(
         with runtime.configure(config, device, config.shards // world, job.cpus) as configured:
             workload = workloads.open_workload(config)
             group = join()
+            if (job := decided(job, group, writer, configured)).config != config:
+                workload = workloads.open_workload(job.config)
             size = group.world if world_size is None else world_size
             return _Worker(job, group, writer, configured, workload, size, entered, leaving, epoch_done).run()
     except RuntimeError as error:
@@ -105,14 +112,18 @@ class _Worker:
         self.trainer = Trainer(self.config, workload, group, self.runtime)
         config = self.config.model_dump(mode="json")
         self.saver = Saver(writer, {"fingerprint": self.fingerprint, "data": self.data_shas, "config": config})
-        self.steps: list[StepDone] = []  # of the present epoch
+        self.steps = StepLog()
         self.energy: dict[str, float] = {}  # joules at the last look, by GPU
+        self.capture = ""  # what run.json says of it
         self.warnings: list[str] = []
-        self.saved = self.reported = time.monotonic()
+        self.saved = self.reported = self.plotted = time.monotonic()
 
     def run(self) -> str:
-        where = f"{self.runtime.device}, {self.runtime.replicas} lanes, pid {os.getpid()} on {socket.gethostname()}"
-        self._log(f"rank {self.group.rank} of {self.group.world}: {where}")
+        lanes = counted(self.runtime.side_by_side, "lane")
+        what = f"{self.runtime.device}, {lanes}, {self.config.precision}"
+        # launch/killer.py reads where a worker is from the end of this line.
+        where = f"pid {os.getpid()} on {socket.gethostname()}"
+        self._log(f"rank {self.group.rank} of {self.group.world}: {what}, {where}")
         if self.lead:
             for warning in self._config_warnings():
                 self._warn(warning)
@@ -126,7 +137,7 @@ class _Worker:
         status = "done"
         self.energy = self._read_energy()
         try:
-            for event in self.trainer.train(self._flags):
+            for event in self.trainer.train(self._flags, self._wanted):
                 if isinstance(event, EpochDone):
                     self._epoch(event)
                     self.epoch_done(event.record)
@@ -157,6 +168,7 @@ class _Worker:
         tensors = self.group.broadcast(files[TENSORS] if files else None)
         state = checkpoint.decode({FIELDS: fields, TENSORS: tensors})
         self.trainer.load(state)
+        self.steps = StepLog.resumed(self.trainer.global_step, self.trainer.step, state.fields)
         self._log(f"resumed at epoch {self.trainer.epoch + 1}, step {self.trainer.step}")
         self._check_data(state.fields.get("data"))
         before = state.fields.get("fingerprint")
@@ -208,7 +220,7 @@ class _Worker:
             "status": "running",
             "world_size": self.world_size,
             "device": str(self.runtime.device.type),
-            "lanes": self.runtime.replicas,
+            "lanes": self.runtime.side_by_side,
             "fingerprint": self.fingerprint,
             "workers": [worker.to_json() for worker in workers],
             "parameters": sum(slot.size for slot in self.trainer.layout.params),
@@ -233,19 +245,29 @@ class _Worker:
         save = seconds is not None and now - self.saved >= seconds and self.saver.idle()
         return ControlFlags(stop or self.writer.stop_requested(), save or leaving)
 
+    def _wanted(self, global_step: int) -> bool:
+        """Whether something is to be done with the state right after so many steps; the same on every worker."""
+        every = self.config.checkpoint.every_steps
+        return self.job.trace or global_step == self.job.max_steps or (every is not None and global_step % every == 0)
+
     def _step(self, event: StepDone) -> None:
         if event.first and self.lead:
             self.writer.first_step(self.job.started, time.monotonic() - self.entered)
+        if self.lead and self.runtime.static and self.capture != self.trainer.stepper.capture:
+            self._say_capture(self.trainer.stepper.capture)
         if self.job.trace:
             self._trace(event)  # before the snapshot: a step that is saved is not done again
         every = self.config.checkpoint.every_steps
         due = event.save or (every is not None and self.trainer.global_step % every == 0)
-        if event.stopped or (due and event.step < event.steps):
+        if self.lead:
+            self.steps.add(event)
+        if event.stopped or (event.settled and due and event.step < event.steps):
             self._snapshot()
         if not self.lead:
             return
-        self.steps.append(event)
         now = time.monotonic()
+        if event.stopped or now - self.plotted >= BOARD_SECONDS:
+            self._plot()
         if now - self.reported >= PROGRESS_SECONDS or event.step == event.steps:
             self.reported = now
             self._report(
@@ -260,6 +282,13 @@ class _Worker:
                 }
             )
 
+    def _say_capture(self, capture: str) -> None:
+        """Put into run.json how a GPU runs the steps, and warn where it does so slowly without having been told to."""
+        self.capture = capture
+        self.writer.note({"capture": capture})
+        if capture.startswith("eager") and self.config.capture is not False:
+            self._warn(f"capture: steps run without CUDA graphs, which takes several times as long ({capture})")
+
     def _trace(self, event: StepDone) -> None:
         state = self.trainer.state()  # every worker must call it: each has the recurrent state of its own shards
         if self.lead:
@@ -271,7 +300,7 @@ class _Worker:
         state = self.trainer.state()  # as in _trace
         self.saved = time.monotonic()
         if self.lead:
-            self.saver.snapshot(self.trainer.global_step, self.saver.copy(state))
+            self.saver.snapshot(self.trainer.global_step, self.saver.copy(state), self.steps.curves())
 
     def _epoch(self, event: EpochDone) -> None:
         start = time.perf_counter()
@@ -286,11 +315,18 @@ class _Worker:
         seconds["total"] += blocked
         joules = sum(self.energy[gpu] - before[gpu] for gpu in self.energy.keys() & before.keys()) or None
         record = dataclasses.replace(event.record, seconds=seconds, world_size=self.world_size, energy_joules=joules)
-        steps, self.steps = step_times(self.steps), []
-        self.saver.epoch(record, copied, event.predictions, steps)
+        self._plot()
+        self.saver.epoch(record, copied, event.predictions, self.steps.end(record.epoch))
+        momenta = [momentum for _, momentum in self.trainer.layout.momentum]
+        if absurd := absurd_loss(record.epoch, record.val_loss, momenta, record.step):
+            self._warn_while_training(absurd)
         if record.epoch == 1 and not self.job.trace:
             # After the first epoch: drawing must not disturb the first steps' times.
-            self.saver.graph(self.trainer.master.model, self.workload.example())
+            self.saver.graph(self.trainer.master.model, self.workload.example(), self._warn_while_training)
+
+    def _plot(self) -> None:
+        self.plotted = time.monotonic()
+        self.writer.plot_steps(*self.steps.take())
 
     def _read_energy(self) -> dict[str, float]:
         """The energy counters of all workers' GPUs, in joules; every worker must call it."""
@@ -305,6 +341,13 @@ class _Worker:
         self._log(warning)
         self.warnings.append(warning)
         self._report({})
+
+    def _warn_while_training(self, warning: str) -> None:
+        """`_warn` after the first step: progress.json goes on to name the step, so that a signal saves it. The warning
+        comes with the next report, and stands in run.json for the end of the run."""
+        self._log(warning)
+        self.warnings.append(warning)
+        self.writer.note({"warnings": self.warnings})
 
     def _report(self, progress: dict[str, Any]) -> None:
         # With the warnings every time: the driver reads only the newest report.

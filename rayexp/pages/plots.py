@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rayexp.runs.records import PHASES, EpochRecord
 
@@ -21,6 +22,7 @@ PHASE_COLOURS = ("#0072B2", "#F0E442", "#009E73", "#E69F00", "#CC79A7", "#56B4E9
 MARKERS = "osD^vPX*"
 LINES = ("-", "--", ":", "-.")
 WIDTH = 7.2  # inches: a column of the page, and of A4
+POINTS = 1000  # of a curve over the steps; of longer runs, each is a mean
 STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 9.5,
@@ -111,22 +113,96 @@ def curves(records: Sequence[EpochRecord]) -> str:
     return draw("fig-curves", 2.9, fill, columns=2)
 
 
-def pace(records: Sequence[EpochRecord], unit: str) -> str:
-    """Learning rate and throughput over the epochs."""
+def pace(records: Sequence[EpochRecord], unit: str, with_lr: bool) -> str:
+    """Throughput over the epochs; `with_lr`: also the learning rate."""
     epochs = [r.epoch for r in records]
+    shown = [([r.samples_per_second for r in records], f"{unit} per second")]
+    if with_lr:
+        shown.insert(0, ([r.lr for r in records], "learning rate"))
 
     def fill(axes: Any) -> None:
-        for ax, values, label in (
-            (axes[0], [r.lr for r in records], "learning rate"),
-            (axes[1], [r.samples_per_second for r in records], f"{unit} per second"),
-        ):
+        for ax, (values, label) in zip(np.atleast_1d(axes), shown, strict=True):
             ax.plot(epochs, values, "o-", color=COLOURS[0], markersize=4)
             ax.set_ylim(0, 1.08 * max(values))
             ax.set_ylabel(label)
             ax.set_xlabel("epoch")
             ax.xaxis.get_major_locator().set_params(integer=True)
 
-    return draw("fig-pace", 2.4, fill, columns=2)
+    return draw("fig-pace", 2.4 if with_lr else 1.9, fill, columns=len(shown))
+
+
+def step_curves(records: Sequence[EpochRecord], lines: Sequence[Mapping[str, Any]]) -> str:
+    """Loss and learning rate over the optimizer steps, with the validation losses; empty where no step's is known.
+
+    Args:
+        records: the epochs.
+        lines: of steps.jsonl, see `Run.steps`.
+    """
+    ends = {r.epoch: r.step for r in records}
+    found = []
+    for line in lines:
+        losses, rates = line.get("loss", []), line.get("lr", [])
+        begin = ends.get(line["epoch"], 0) - len(losses) + 1
+        if line["epoch"] in ends:
+            found += [(begin + i, *pair) for i, pair in enumerate(zip(losses, rates, strict=False)) if None not in pair]
+    if not found:
+        return ""
+    step, loss, lr = thinned(np.array(sorted(found), dtype=np.float64))
+
+    def fill(axes: Any) -> None:
+        left, right = axes
+        left.plot(step, loss, color=COLOURS[5], linewidth=0.8, label="training")
+        left.plot(step, smoothed(loss), color=COLOURS[0], linewidth=1.6, label="training, smoothed")
+        left.plot(
+            list(ends.values()), [r.val_loss for r in records], "s", color=COLOURS[3], markersize=4, label="validation"
+        )
+        left.set_ylabel("loss (nats)")
+        # A validation loss far above the training's would hide the rest.
+        low, high = min([float(loss.min()), *(r.val_loss for r in records if r.finite)]), float(loss.max())
+        margin = 0.06 * (high - low) or 0.1
+        left.set_ylim(max(0.0, low - margin), high + margin)
+        left.legend(fontsize=8.5)
+        right.plot(step, lr, color=COLOURS[0])
+        right.set_ylabel("learning rate")
+        right.set_ylim(0, 1.08 * float(lr.max()))
+        for ax in axes:
+            ax.set_xlabel("step")
+            ax.xaxis.get_major_locator().set_params(integer=True)
+
+    return draw("fig-steps", 2.9, fill, columns=2)
+
+
+def thinned(points: NDArray[np.float64]) -> NDArray[np.float64]:
+    """At most POINTS rows of `points` [n, columns], each the mean of as many neighbours; by column."""
+    size = -(-len(points) // POINTS)
+    starts = np.arange(0, len(points), size)
+    sums = np.add.reduceat(points, starts, axis=0)
+    return np.asarray((sums / np.diff(np.append(starts, len(points)))[:, None]).T)
+
+
+def smoothed(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Means over a window around each value, a twentieth of all; it is cut off at the ends."""
+    half = max(1, len(values) // 40)
+    sums = np.concatenate([[0.0], values.cumsum()])
+    at = np.arange(len(values))
+    low, high = np.maximum(at - half, 0), np.minimum(at + half + 1, len(values))
+    return np.asarray((sums[high] - sums[low]) / (high - low))
+
+
+def heat_map(matrix: NDArray[np.int64]) -> str:
+    """Shares of each row (a class's images) by column (predictions), on a scale that shows small ones too."""
+    from matplotlib.colors import PowerNorm
+
+    share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+
+    def fill(ax: Any) -> None:
+        shown = ax.imshow(share, cmap="magma_r", norm=PowerNorm(0.5, 0, 1), interpolation="none")
+        ax.grid(visible=False)
+        ax.set_xlabel("predicted class")
+        ax.set_ylabel("class")
+        ax.figure.colorbar(shown, ax=ax, shrink=0.8, label="share of the class's images")
+
+    return draw("fig-confusion", 5.6, fill)
 
 
 def run_phases(records: Sequence[EpochRecord]) -> str:

@@ -4,32 +4,46 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 from rayexp.display import seconds
 from rayexp.errors import UserError
 from rayexp.pages import plots
+from rayexp.pages.judgements import judge
+from rayexp.pages.language import LanguageSample
 from rayexp.pages.page import render, save
-from rayexp.runs.records import PHASES, EpochRecord
+from rayexp.runs.records import PHASES, EpochRecord, read_lines, step_line
+from rayexp.runs.records import best as best_of
 from rayexp.runs.run import Run
 
 
-def write_run_page(path: Path, run: Run) -> None:
-    """Write the page of a run (UserError where `path` is a folder or no epoch has finished)."""
+def write_run_page(path: Path, run: Run, sample: LanguageSample | None = None) -> None:
+    """Write the page of a run (UserError where `path` is a folder or no epoch has finished).
+
+    Args:
+        sample: of a language model's best epoch.
+    """
     records = run.records()
     if not records:
         raise UserError(f"{run.id}: no epoch has finished, so there is nothing to report (status {run.status()})")
-    save(path, run_page(run, records, diff_pages(run, path)))
+    save(path, run_page(run, records, diff_pages(run, path), sample))
 
 
-def run_page(run: Run, records: list[EpochRecord], diffs: list[tuple[str, str]]) -> str:
+def run_page(
+    run: Run, records: list[EpochRecord], diffs: list[tuple[str, str]], sample: LanguageSample | None = None
+) -> str:
     """The page as HTML; `diffs` are (link, words)."""
     meta = run.meta()
     unit = "tokens" if meta.get("workload") == "language_model" else "images"
     metrics = list(dict.fromkeys(name for record in records for name in record.metrics))
-    try:
-        best = next(r for r in records if r.epoch == run.best())
-    except UserError:  # none is finite
-        best = None
+    best = best_of(records)
+    judgements, why_none = None, ""
+    if unit == "images":
+        try:
+            judgements = judge(run, (best or records[-1]).epoch)
+        except UserError as error:
+            why_none = str(error)
+    steps = plots.step_curves(records, _steps(run))
     return render(
         "report_run.html.j2",
         run=run,
@@ -45,12 +59,24 @@ def run_page(run: Run, records: list[EpochRecord], diffs: list[tuple[str, str]])
         total=sum(r.seconds.get("total", 0.0) for r in records),
         startup=(meta.get("startup_seconds") or {}).get("to_first_step"),
         curves=plots.curves(records),
-        pace=plots.pace(records, unit),
+        steps=steps,
+        pace=plots.pace(records, unit, with_lr=not steps),
         bars=plots.run_phases(records),
         config=run.config_path.read_text(encoding="utf-8"),
         diffs=diffs,
-        shas=len({r.weights_sha for r in records}),
+        judgements=judgements,
+        why_none=why_none,
+        heat_map=plots.heat_map(judgements.matrix) if judgements and not judgements.few else "",
+        sample=sample,
     )
+
+
+def _steps(run: Run) -> list[dict[str, Any]]:
+    """The lines of steps.jsonl; without those that are damaged."""
+    try:
+        return read_lines(run.steps_path, step_line, [])
+    except UserError:  # it cannot be read
+        return []
 
 
 def diff_pages(run: Run, out: Path) -> list[tuple[str, str]]:

@@ -19,7 +19,7 @@ from rayexp.runs.run import Run, broken, epoch_name
 # Keys that say where and how a run is trained, not what is trained: a resume may change them. Whether data.root holds
 # the same data is checked by hash; the run keeps its name and its directory.
 LOCATION = ("storage_path", "name", "data.root")
-FREE = ("scaling", "checkpoint", "max_failures", *LOCATION)
+FREE = ("scaling", "checkpoint", "capture", "data.resident", "max_failures", *LOCATION)
 RECORDS = ("config.yaml", "data.json", "epochs.jsonl", "steps.jsonl")
 
 
@@ -152,9 +152,21 @@ def _finding(what: str, why: str | None, covered: bool) -> Finding:
 # ---------------------------------------------------------------------- the configuration
 
 
-def changes(before: ExperimentConfig, after: ExperimentConfig, free: tuple[str, ...] = FREE) -> str:
-    """`lr 1.0 -> 9.0; epochs 2 -> 3`: the keys outside `free` that differ; empty where none does."""
-    first, second = (_flat(config.model_dump(mode="json")) for config in (before, after))
+def changes(before: ExperimentConfig, after: ExperimentConfig, free: tuple[str, ...] | None = None) -> str:
+    """`lr 1.0 -> 9.0; seed 2 -> 3`: the keys outside `free` that differ; empty where none does.
+
+    Args:
+        before, after: what to compare.
+        free: None: FREE, and `epochs` where the run only gets longer and its steps so far stay what they are.
+    """
+    if free is None:
+        longer = after.epochs > before.epochs and not after.schedule.depends_on_epochs
+        free = (*FREE, "epochs") if longer else FREE
+    # A run without this key has trained with one: see launch.driver.
+    first, second = (
+        _flat(config.model_dump(mode="json") | {"threads_per_shard": config.threads_per_shard or 1})
+        for config in (before, after)
+    )
     return "; ".join(
         f"{key} {first.get(key)} -> {second.get(key)}"
         for key in sorted({*first, *second})
@@ -177,13 +189,44 @@ def check_config(run: Run) -> None:
         now = read(run.config_path)
     except UserError as error:
         why = why or str(error)
-    changed = changes(then, now, LOCATION if why else FREE) if then and now else ""
+    changed = changes(then, now, LOCATION if why else None) if then and now else ""
     if why or changed:
         told = f"; since checkpoints/{where}: {changed}" if changed else ""
         raise UserError(
             f"{run.id}: config.yaml: {why or 'not the configuration that the run was trained under'}{told}; put the "
             f"run's own back (changes of {', '.join(FREE)} are given as KEY=VALUE)"
         )
+
+
+def check_unchanged(run: Run, config: ExperimentConfig) -> None:
+    """Refuse to resume a run under a configuration that would train another model, or one with a changed config.yaml.
+
+    Raises:
+        UserError: it names the changed keys.
+    """
+    check_config(run)
+    before = run.config()
+    if not (changed := changes(before, config)):
+        return
+    why = f"the configuration has changed: {changed}; allowed: {', '.join(FREE)}"
+    if not changes(before, config, (*FREE, "epochs")):
+        schedule = before.schedule.name
+        why = (
+            f"{changed}: a run can be trained on, not cut short; allowed: from {before.epochs}"
+            if config.epochs < before.epochs
+            else f"{changed}: schedule.name is {schedule}, where every learning rate depends on the number of epochs; "
+            "more can be added with constant, step or plateau"
+        )
+    raise UserError(f"--resume {run.id}: {why}")
+
+
+def is_finished(run: Run, config: ExperimentConfig) -> bool:
+    """Whether a run has done all epochs of the configuration and nothing that a resume would mend is damaged; its last
+    checkpoint may be missing, as in a run that was collected without it."""
+    if run.meta()["status"] != "done" or any(finding.state == "damaged" for finding in described(run)):
+        return False
+    last = run.checkpoint(config.epochs)
+    return len(run.records()) >= config.epochs and not (last.is_dir() and broken(last))
 
 
 def _then(state: dict[str, Any], name: str = "") -> ExperimentConfig | None:

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayexp.errors import UserError
+from rayexp.system.disk import NEWEST
 
 T = TypeVar("T")
 # The phases of an epoch's wall-clock time, in the order in which reports stack them. They add up to `total`.
@@ -129,9 +130,13 @@ def best(records: Iterable[EpochRecord]) -> EpochRecord | None:
 
 
 def step_line(row: Any) -> dict[str, Any]:
-    """Check a line of steps.jsonl, and return it (ValueError where it has no epoch)."""
+    """Check a line of steps.jsonl, and return it (ValueError where it has no epoch, or a curve is no list)."""
     if not isinstance(row, dict) or not isinstance(row.get("epoch"), int):
         raise ValueError("epoch is missing")
+    for name in ("loss", "lr"):
+        values = row.get(name, [])
+        if not isinstance(values, list) or not all(v is None or _is_number(v) for v in values):
+            raise ValueError(f"{name}: expected a list of numbers")
     return row
 
 
@@ -263,13 +268,13 @@ class RunRef:
 
     @classmethod
     def parse(cls, text: str) -> RunRef:
-        """Parse `RUN@7`, `RUN@best`, `RUN@last`; a bare `RUN` means `RUN@last`.
+        """Parse `RUN@7`, `RUN@best`, `RUN@last`; a bare `RUN` means `RUN@last`. RUN may be `@newest`.
 
         Raises:
             UserError: the part after `@` is none of these.
         """
         run, at, epoch = text.rpartition("@")
-        if not at:
+        if not at or text == NEWEST:
             return cls(text, "last")
         if run and epoch in ("best", "last"):
             return cls(run, epoch)

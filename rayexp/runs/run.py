@@ -145,7 +145,7 @@ class Run:
 
     @property
     def steps_path(self) -> Path:
-        """steps.jsonl: for each epoch, how long its steps took."""
+        """steps.jsonl: for each epoch, the loss and the rate of its steps, and how long they took."""
         return self.root / "steps.jsonl"
 
     @property
@@ -247,9 +247,10 @@ class Run:
         return read_lines(self.epochs_path, EpochRecord.from_json)
 
     def steps(self) -> builtins.list[dict[str, Any]]:
-        """How long the steps of each epoch took, in order: `epoch`, `first` (whether the epoch's first step was the
-        first one of its process), and lists with one number per step: `count` (samples), `total` and the phases
-        (seconds)."""
+        """The steps of each epoch, in order: `epoch`; `loss` (the step's mean) and `lr`, a number for each step, None
+        where an older rayexp did not note it; and of the steps since the epoch's last resume `count` (samples), `total`
+        and the phases (seconds), and `first`: whether the first of them was the first one of its process. Lines of an
+        older rayexp have no `loss` and no `lr`."""
         return read_lines(self.steps_path, step_line)
 
     def epochs(self) -> builtins.list[int]:

@@ -3,6 +3,7 @@ raised where it happens.
 
     tb/events.out.tfevents.<seconds>.<host>    one per attempt; TensorBoard reads them in the order of their names
     tb/events.out.tfevents.0.graph             the model's graph (see RunWriter.graph)
+    tb/steps/                                  loss and learning rate by optimizer step, one file per attempt
     tb/hparams/                                hyperparameters with the result
 
 Each attempt begins its file with an event that makes TensorBoard drop the steps that are trained again.
@@ -21,6 +22,7 @@ from typing import Any
 
 from tensorboardX import SummaryWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import RecordWriter, register_writer_factory
 from tensorboardX.summary import hparams, scalar, text
 
@@ -33,7 +35,7 @@ VERSION = "brain.Event:2"
 
 
 class Board:
-    """One event file, whose steps are epochs."""
+    """One event file; its steps are epochs, or in tb/steps/ optimizer steps."""
 
     def __init__(self, folder: Path, purge: int | None = None, name: str | None = None) -> None:
         """Begin a file.
@@ -65,6 +67,11 @@ class Board:
             self.summary(step, scalar(name, value))
         self.flush()
 
+    def points(self, step: int, values: Mapping[str, float]) -> None:
+        """Add a point to each curve; `flush` brings it to the disk."""
+        named = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self.summary(step, Summary(value=named))
+
     def text(self, tag: str, markdown: str) -> None:
         """Add a text in Markdown. Its step is the number of the attempt, since TensorBoard never drops a text."""
         self.summary(self.attempt, text(tag, markdown))
@@ -88,8 +95,9 @@ class Board:
             self._file.write(Event(wall_time=time.time(), step=step, **fields).SerializeToString())
 
 
-def graph_events(model: Any, example: tuple[Any, ...]) -> bytes:
-    """The bytes of an event file with a model's graph; empty where the model cannot be traced. Imports torch.
+def graph_events(model: Any, example: tuple[Any, ...]) -> tuple[bytes, str]:
+    """The bytes of an event file with a model's graph, and why there are none where the model cannot be traced. Imports
+    torch.
 
     Args:
         model: a torch.nn.Module on the CPU.
@@ -103,11 +111,12 @@ def graph_events(model: Any, example: tuple[Any, ...]) -> bytes:
         with warnings.catch_warnings(), SummaryWriter(folder) as board:
             warnings.simplefilter("ignore")
             board.add_graph(model, example)
-    except Exception:
-        return b""
+    except Exception as error:
+        lines = str(error).strip().splitlines()
+        return b"", f"{type(error).__name__}{': ' + lines[0][:200] if lines else ''}"
     finally:
         del _in_memory[folder]
-    return bytes(file.data)
+    return bytes(file.data), ""
 
 
 class _MemoryFile:

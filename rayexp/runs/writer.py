@@ -1,8 +1,9 @@
 """The run writer: everything that training writes into a run directory goes through a RunWriter.
 
 Its methods take only plain values and bytes, so that the writer may live in another process than training (on several
-hosts it is a Ray actor on the driver's host). An epoch's predictions are written first, then its checkpoint, then its
-line in epochs.jsonl: a line there means that the rest of the epoch is on disk.
+hosts it is a Ray actor on the driver's host). An epoch's predictions are written first, then its line in steps.jsonl,
+then its checkpoint, then its line in epochs.jsonl: a line there means that the rest of the epoch is on disk, and a
+checkpoint that its steps are.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ class RunWriter:
     def __init__(self, run: Run) -> None:
         self.run = run
         self._board: Board | None = None
+        self._steps_board: Board | None = None
         self._done = 0  # the last epoch that was finished when the board was opened
         self._ends: dict[Path, int] = {}  # the last epoch in each file that holds one line per epoch
 
@@ -98,6 +100,18 @@ class RunWriter:
 
     # ------------------------------------------------------------------ writing
 
+    def decide_precision(self, precision: str) -> str:
+        """Put the precision that `auto` comes to into config.yaml, unless an earlier attempt has decided it.
+
+        Returns:
+            The precision that the run has from now on.
+        """
+        config = self.run.config()
+        if config.precision == "auto":
+            config = config.model_copy(update={"precision": precision})
+            self.run.write(self.run.config_path.name, config.to_yaml())
+        return config.precision
+
     def note(self, fields: Mapping[str, Any]) -> None:
         """Set fields of run.json."""
         self.run.update(**fields)
@@ -151,12 +165,12 @@ class RunWriter:
         predictions: bytes,
         steps: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write a finished epoch: its predictions, its checkpoint, the times of its steps (`Run.steps`), its record."""
+        """Write a finished epoch: its predictions, its steps (`Run.steps`), its checkpoint, its record."""
         epoch = int(record["epoch"])
         write_atomic(self.run.predictions_path(epoch), predictions)
-        write_directory(self.run.checkpoints / epoch_name(epoch), files)
         if steps is not None:
             self._append(self.run.steps_path, steps)
+        write_directory(self.run.checkpoints / epoch_name(epoch), files)
         self._append(self.run.epochs_path, record)
         for old in self.run.checkpoints.glob("step_*"):
             shutil.rmtree(old, ignore_errors=True)
@@ -180,6 +194,9 @@ class RunWriter:
                 self._hyperparameters()
             self._board.close()
             self._board = None
+        if self._steps_board is not None:
+            self._steps_board.close()
+            self._steps_board = None
         self.run.progress_path.unlink(missing_ok=True)
         written = (path for path in (self.run.epochs_path, self.run.steps_path) if path.is_file())
         files = self.run.files() | {path.name: digest(path.read_bytes()) for path in written}
@@ -202,6 +219,24 @@ class RunWriter:
             if records:  # the purge drops this epoch's points, and a killed attempt may not have written them
                 self._board.scalars(self._done, scalars(records[-1]))
         return self._board, self._done
+
+    def plot_steps(self, first: int, loss: Sequence[float | None], lr: Sequence[float | None]) -> None:
+        """Add points to the curves over the optimizer steps; they are on disk when this returns.
+
+        Args:
+            first: number of the first step in the whole run, from 1. The first call of an attempt begins where an epoch
+                does: what earlier attempts plotted from there on is replaced.
+            loss, lr: of this step and those after it; what is None is left out.
+        """
+        if self._steps_board is None:
+            from rayexp.runs.tensorboard import Board
+
+            self._steps_board = Board(self.run.tb / "steps", purge=first)
+        for step, values in enumerate(zip(loss, lr, strict=True), first):
+            named = zip(("step/loss", "step/lr"), values, strict=True)
+            if known := {name: value for name, value in named if value is not None}:
+                self._steps_board.points(step, known)
+        self._steps_board.flush()
 
     def _plot(self, record: EpochRecord) -> None:
         board, done = self._tensorboard()

@@ -18,6 +18,8 @@ from rayexp.errors import UserError, WriteError, nearest
 
 TEMPORARY = ".tmp-"  # the prefix of everything that is being written
 MADE = re.compile(r"\d{8}T\d{6}Z-(?P<name>.+)-[0-9a-f]{4}")  # a directory's name as `make_directory` gives it
+KINDS = {"run": "run.json", "comparison": "compare.json"}  # directories with a name, and the file that tells them
+NEWEST = "@newest"  # refers to the directory that was made last
 OLD = "-old"  # suffix of a directory's temporary name while another directory replaces it
 ATTEMPTS = 100  # to find a free name for a directory
 TAIL = 1 << 16  # bytes read at once from the end of a file
@@ -262,8 +264,10 @@ def _has(path: Path, file: str) -> bool:
 
 def matching(name: str, names: Iterable[str]) -> list[str]:
     """The names of directories that `name` refers to: the equal one, else those made under that name (`txt` for
-    `<utc>-txt-<4 hex>`), else those that contain it."""
+    `<utc>-txt-<4 hex>`), else those that contain it; for `@newest` the one made last."""
     names = list(names)
+    if name == NEWEST:
+        return sorted(names, key=lambda n: (MADE.fullmatch(n) is not None, n))[-1:]
     return (
         [n for n in names if n == name]
         or [n for n in names if (made := MADE.fullmatch(n)) and made["name"] == name]
@@ -293,8 +297,10 @@ def find_directory(name: str, storage: Path, file: str, noun: str, hint: str = "
     if len(found) > 1:
         raise UserError(f"{name!r} names several {noun}s in {storage}: {', '.join(found)}")
     if not found:
+        other, its_file = next((kind, kept) for kind, kept in KINDS.items() if kept != file)
+        what = f", but a {other}" if matching(name, [p.name for p in directories(storage, its_file)]) else ""
         raise UserError(
-            f"no {noun} {name!r} in {storage}{nearest(name, names)}; give a {noun} directory's path or name "
+            f"no {noun} {name!r} in {storage}{what or nearest(name, names)}; give a {noun} directory's path or name "
             f"({hint}--runs DIR looks elsewhere)"
         )
     return storage.resolve() / found[0]

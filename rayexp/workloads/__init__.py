@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rayexp.config.components import WORKLOADS
 
@@ -12,12 +12,17 @@ if TYPE_CHECKING:
     from rayexp.engine.workload import Workload
 
 
-def open_workload(config: ExperimentConfig) -> Workload:
+def open_workload(config: ExperimentConfig, data: Any = None) -> Workload:
     """The workload that a configuration names, with its data opened and its options checked.
+
+    Args:
+        config: what to train.
+        data: ImageData or TextData to take instead of opening the configuration's own.
 
     Raises:
         UserError: the configuration or the data does not fit.
     """
     module, _, name = WORKLOADS[config.workload].partition(":")
-    workload: Workload = getattr(importlib.import_module(module), name)(config)
+    kind = getattr(importlib.import_module(module), name)
+    workload: Workload = kind(config) if data is None else kind(config, data)
     return workload

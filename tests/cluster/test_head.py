@@ -81,6 +81,7 @@ def test_the_exit_code_is_the_jobs_own(head: Any, tiny: Path) -> None:
     assert "has no run" in gone.stderr
 
 
+@pytest.mark.slow
 def test_ray_job_submit_from_a_plain_checkout(head: Any, tiny: Path, tmp_path: Path) -> None:
     checkout = tmp_path / "checkout"
     if shutil.which("git") is None or not (ROOT / ".git").exists():
@@ -162,6 +163,7 @@ class Cable(threading.Thread):
         self.open.clear()
 
 
+@pytest.mark.slow
 def test_following_survives_a_lost_connection(head: Any, tmp_path: Path) -> None:
     cable = Cable(head.dashboard)
     cable.start()

@@ -44,7 +44,7 @@ TREES = st.fixed_dictionaries(
             {"name": st.sampled_from(["sgd", "adamw"]), "clip": st.none() | NUMBERS, "eps": NUMBERS}
         ),
         "seed": st.integers(0, 2**63 - 1),
-        "precision": st.sampled_from(["fp32", "tf32", "bf16"]),
+        "precision": st.sampled_from(["fp32", "tf32", "bf16", "auto"]),
         "scaling": st.fixed_dictionaries(
             {
                 "num_workers": st.sampled_from([0, 1, 2, 4, 8, [1, 8], [2, 4]]),

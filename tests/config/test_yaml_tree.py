@@ -174,8 +174,8 @@ def test_a_key_below_a_single_value() -> None:
         ("!!python/object/apply:os.system [ls]", "not YAML (could not determine a constructor"),
         ("name: \x00", "not YAML"),
         ("seed: " + "1" * 5000, "not YAML (Exceeds the limit (4300 digits)"),
-        ("lr: .nan", "lr: Input should be a finite number"),
-        ("lr: 1e999", "lr: Input should be a finite number"),
+        ("lr: .nan", "lr: expected a finite number, got"),
+        ("lr: 1e999", "lr: expected a finite number, got"),
     ],
 )
 def test_files_that_are_refused(file: Path, text: str, expected: str) -> None:

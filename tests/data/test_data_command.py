@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import subprocess
 import sys
 
 import pytest
+
+from rayexp.cli import data
+from rayexp.data import DATASETS
 
 
 @pytest.fixture
@@ -37,6 +41,28 @@ def test_fetch_and_info(rayexp, tmp_path, tiny):
     assert re.search(r"goldfish.*\b4\b.*\b3\b", shown.stdout)
     assert summary["sha"]["train"] in shown.stdout
     assert "every hash is as it should be" in shown.stdout
+
+
+@pytest.mark.parametrize("columns", [60, 80, 100])
+def test_a_long_line_is_wrapped_between_words(monkeypatch, columns):
+    layout = "2 classes; train from train/; val: a fifth of each class, held out; test/ set aside; 3 images left out"
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert data._field("layout", layout) == f"  layout       {layout}"  # in a pipe, a line is a line
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    lines = data._field("layout", layout).splitlines()
+    assert len(lines) > 1
+    assert max(map(len, lines)) <= columns
+    assert " ".join(line.strip() for line in lines).split() == ["layout", *layout.split()]
+
+
+def test_fetch_alone_lists_what_there_is(rayexp):
+    alone = rayexp("fetch")
+    assert (alone.returncode, alone.stderr) == (0, "")
+    fetched = [name for name, module in DATASETS.items() if hasattr(importlib.import_module(module), "fetch")]
+    listed = [line.split()[0] for line in alone.stdout.splitlines()]
+    assert sorted(listed[: len(fetched)]) == sorted(fetched)
+    assert all(len(line) <= 100 for line in alone.stdout.splitlines())
+    assert "data.name=folder" in alone.stdout
 
 
 def test_ten_classes_and_how_many_more(rayexp, monkeypatch):

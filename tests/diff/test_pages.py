@@ -17,13 +17,14 @@ from rayexp.config import DataConfig
 from rayexp.data import open_data
 from rayexp.diff.churn import diff_all
 from rayexp.diff.churn_page import churn_page
-from rayexp.diff.images import diff_images, short_names
+from rayexp.diff.images import diff_images
 from rayexp.diff.images_page import image_page, thumbnails
 from rayexp.diff.page import write_page
 from rayexp.diff.pair import read_pair
 from rayexp.diff.text import diff_text
 from rayexp.diff.text_page import text_page
 from rayexp.diff.weights import diff_weights
+from rayexp.display import short_names
 from rayexp.errors import UserError
 from rayexp.pages.page import TEMPLATES, p_value
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from rayexp.config import ExperimentConfig, parse
 from rayexp.engine import checkpoint
+from rayexp.engine.passes import Passes
 from rayexp.engine.rng import Dropout
-from rayexp.engine.step import Stepper
 from rayexp.engine.trainer import StepDone, Trainer
 from rayexp.errors import UserError
 from rayexp.workloads.image_classification.workload import ImageClassification
@@ -85,7 +85,7 @@ def test_a_dropout_of_several_names_is_keyed_under_all_of_them(train: Train) -> 
     before = torch.get_rng_state()
     one = train(lambda: Net(Twice(nn.Dropout(0.3))))
     assert torch.equal(torch.get_rng_state(), before)
-    modules = dict(one.stepper.replicas[0].model.module.named_modules(remove_duplicate=False))
+    modules = dict(one.stepper.passes.replicas[0].model.module.named_modules(remove_duplicate=False))
     names = ("middle.first", "middle.second", "middle.below.0", "middle.below.2")
     assert [type(modules[name]) for name in names] == [Dropout] * 4
     assert sha(train(lambda: Net(Twice(nn.Dropout(0.3))), scaling={"lanes": 2})) == sha(one)
@@ -142,15 +142,14 @@ def test_a_loss_that_draws_is_refused(train: Train, monkeypatch: pytest.MonkeyPa
 
 
 def test_what_another_thread_draws_is_not_the_models(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
-    exact = Stepper._exact
+    recycle = Passes.recycle
 
-    def drawing(self: Stepper, *args: Any) -> Tensor:
-        root = exact(self, *args)
+    def drawing(self: Passes, *args: Any) -> None:
         torch.rand(1)
-        return root
+        recycle(self, *args)
 
     undisturbed = sha(train(Net))
-    monkeypatch.setattr(Stepper, "_exact", drawing)
+    monkeypatch.setattr(Passes, "recycle", drawing)
     assert sha(train(Net)) == undisturbed
 
 

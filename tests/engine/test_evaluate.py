@@ -104,3 +104,30 @@ def test_each_lane_has_a_model_of_its_own() -> None:
     models: list[nn.Module] = [nn.Identity(), nn.Identity(), nn.Identity()]
     predict(Spy(), models, WorkerGroup(), replicas_of(3))  # type: ignore[arg-type]
     assert [used[id(model)] for model in models] == [{0, 3, 6}, {1, 4}, {2, 5}]
+
+
+def test_arrays_may_stay_on_the_device_until_the_end() -> None:
+    """Nothing is fetched stream by stream, unless somebody looks at every stream."""
+    events: list[str] = []
+
+    class Held(torch.Tensor):
+        def cpu(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            events.append("fetched")
+            return self.as_subclass(torch.Tensor)
+
+    class OnDevice(Streams):
+        def predict(self, model: nn.Module, stream: int, device: torch.device) -> Mapping[str, Any]:
+            events.append("predicted")
+            part = super().predict(model, stream, device)
+            return {**part, "loss": torch.from_numpy(part["loss"]).as_subclass(Held)}
+
+    said = predict(OnDevice(), [nn.Identity()], WorkerGroup(), replicas_of(1))  # type: ignore[arg-type]
+    assert events == ["predicted"] * STREAMS + ["fetched"] * STREAMS
+    assert isinstance(said["loss"], np.ndarray)
+    plain = predict(Streams(), [nn.Identity()], WorkerGroup(), replicas_of(1))  # type: ignore[arg-type]
+    assert said.same_as(plain)
+    events.clear()
+    seen: dict[int, Any] = {}
+    predict(OnDevice(), [nn.Identity()], WorkerGroup(), replicas_of(1), seen.__setitem__)  # type: ignore[arg-type]
+    assert events == ["predicted", "fetched"] * STREAMS
+    assert all(isinstance(part["loss"], np.ndarray) for part in seen.values())

@@ -63,6 +63,20 @@ def test_what_narrows_the_kernels_is_seen(variable: str, value: str, needs: str,
     assert any(text.startswith(min(named)) for text in differences(one, other))
 
 
+def test_threads_are_seen_and_what_makes_them_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_THREAD_LIMIT", "64")
+    found = []
+    for threads in (None, 1, 2):
+        config = parse({"scaling": {"lanes": 2}, "threads_per_shard": threads}, ExperimentConfig, "test")
+        with runtime.configure(config, torch.device("cpu"), 8) as here:
+            found.append(fingerprint(here))
+            seen = here.run([torch.get_num_threads] * 2)
+        assert (seen, found[-1]["threads_per_lane"]) == ([threads or 1] * 2, threads or 1)
+    assert found[0] == found[1]
+    assert found[1]["environment"] is None
+    assert found[2]["environment"] == "OMP_THREAD_LIMIT=64"
+
+
 def test_the_probe_draws_nothing_and_leaves_no_gradient_mode_behind() -> None:
     before = torch.get_rng_state()
     with torch.no_grad():

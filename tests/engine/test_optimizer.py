@@ -46,7 +46,9 @@ def test_rows_without_a_gradient_are_passed_over_where_they_stay_as_they_are(
                     view[rows] = torch.randn(len(rows), 5)
                 else:
                     view.copy_(torch.randn(slot.shape))
-            update(buffer, 10, 0.1, step + 1, runtime, touched(rows) if sparse else ())
+            layout.scalars(buffer)[1] = 10
+            lr, done = torch.tensor(0.1, dtype=torch.float64), torch.tensor(float(step))
+            update(buffer, lr, done, runtime, touched(rows) if sparse else ())
         found.append(dict(master.named(master.params)))
     for (name, mine), wanted in zip(found[0].items(), found[1].values(), strict=True):
         torch.testing.assert_close(mine, wanted, rtol=0 if clip is None else 1e-6, atol=0 if clip is None else 1e-7)

@@ -80,6 +80,20 @@ def ours(config: ExperimentConfig, model: nn.Module, lanes: int = LANES) -> tupl
     return master, Optimizer(config, layout, master.params), replicas_of(lanes)
 
 
+def advance(
+    optimizer: Optimizer,
+    buffer: Tensor,
+    lr: float,
+    step: int,
+    runtime: Runtime,
+    touched: Sequence[Touched] = (),
+    count: int = COUNT,
+) -> None:
+    """Step number `step`, from 1."""
+    optimizer.layout.scalars(buffer)[1] = count
+    optimizer.update(buffer, torch.tensor(lr, dtype=torch.float64), torch.tensor(step - 1.0), runtime, touched)
+
+
 def buffer_of(layout: ParameterLayout, found: dict[str, Tensor]) -> Tensor:
     buffer = torch.zeros(layout.buffer_size)
     for slot in layout.params:
@@ -103,7 +117,7 @@ def follow(config: ExperimentConfig, lanes: int = LANES, tolerance: float = 2e-6
     for step in range(STEPS):
         found = gradients(true, step)
         buffer = buffer_of(master.layout, found)
-        optimizer.update(buffer, COUNT, rate(step), step + 1, runtime)
+        advance(optimizer, buffer, rate(step), step + 1, runtime)
         for name, parameter in true.named_parameters():
             parameter.grad = found[name].double() / COUNT
         if config.optimizer.clip is not None:
@@ -150,7 +164,7 @@ def test_the_first_steps_of_adamw_are_corrected_for_their_bias() -> None:
     master, optimizer, runtime = ours(experiment({"name": "adamw", "eps": 1e-30}, weight_decay=0.0), model)
     before = {name: p.clone() for name, p in master.named(master.params)}
     found = gradients(model, 0)
-    optimizer.update(buffer_of(master.layout, found), COUNT, 0.01, 1, runtime)
+    advance(optimizer, buffer_of(master.layout, found), 0.01, 1, runtime)
     for name, mine in master.named(master.params):
         torch.testing.assert_close(mine, before[name] - 0.01 * found[name].sign(), rtol=1e-5, atol=1e-6)
 
@@ -188,7 +202,7 @@ def test_an_embedding_whose_touched_rows_alone_are_updated(clip: float | None, m
         rows = sorted({int(i) for i in torch.randint(40, (step % 5,), generator=generator)})
         found = {n: COUNT * torch.randn(p.shape, generator=generator) for n, p in model.named_parameters()}
         found["1.weight"][[i for i in range(40) if i not in rows]] = 0
-        optimizer.update(buffer_of(layout, found), COUNT, rate(step), step + 1, runtime, touched(rows))
+        advance(optimizer, buffer_of(layout, found), rate(step), step + 1, runtime, touched(rows))
         for name, parameter in true.named_parameters():
             parameter.grad = found[name].double() / COUNT
         if clip is not None:
@@ -206,7 +220,7 @@ def test_what_is_decayed() -> None:
         model = net()
         master, update, runtime = ours(experiment(words, weight_decay=0.5), model)
         before = {name: p.clone() for name, p in master.named(master.params)}
-        update.update(torch.zeros(master.layout.buffer_size), COUNT, 0.1, 1, runtime)
+        advance(update, torch.zeros(master.layout.buffer_size), 0.1, 1, runtime)
         for name, mine in master.named(master.params):
             factor = 0.95 if everywhere or mine.ndim > 1 else 1.0
             torch.testing.assert_close(mine, factor * before[name], msg=f"{optimizer} {everywhere} {name}")
@@ -218,7 +232,7 @@ def test_a_tiny_gradient_is_clipped_as_by_torch() -> None:
     master, optimizer, runtime = ours(config, model)
     buffer = torch.zeros(master.layout.buffer_size)
     buffer[master.layout.head_size] = COUNT * 3e-6
-    optimizer.update(buffer, COUNT, 0.1, 1, runtime)
+    advance(optimizer, buffer, 0.1, 1, runtime)
     parameter = nn.Parameter(torch.zeros(1, dtype=torch.float64))
     parameter.grad = torch.tensor([3e-6], dtype=torch.float64)
     nn.utils.clip_grad_norm_([parameter], 2e-6)
@@ -230,7 +244,7 @@ def test_a_gradient_that_is_not_finite_is_not_hidden_by_the_clip() -> None:
     master, optimizer, runtime = ours(experiment({"clip": 1.0}), model)
     found = gradients(model, 0)
     found["3.weight"][0, 0] = float("nan")
-    optimizer.update(buffer_of(master.layout, found), COUNT, 0.1, 1, runtime)
+    advance(optimizer, buffer_of(master.layout, found), 0.1, 1, runtime)
     assert all(mine.isnan().all() for _, mine in master.named(master.params))
 
 
@@ -238,5 +252,5 @@ def test_a_step_without_samples_moves_nothing() -> None:
     model = net()
     master, optimizer, runtime = ours(experiment({"momentum": 0.0}, weight_decay=0.0), model)
     before = master.params.clone()
-    optimizer.update(buffer_of(master.layout, gradients(model, 0)), 0, 0.1, 1, runtime)
+    advance(optimizer, buffer_of(master.layout, gradients(model, 0)), 0.1, 1, runtime, count=0)
     assert torch.equal(master.params, before)

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given
+import torch
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rayexp.engine import order
@@ -59,6 +60,24 @@ def test_draws_belong_to_the_sample_not_to_its_place(samples: list[int]) -> None
     alone = np.concatenate([order.uniform(7, ids[i : i + 1], 5) for i in range(len(ids))])
     assert np.array_equal(together, alone)
     assert not np.array_equal(together, order.uniform(8, ids, 5))
+
+
+@given(st.integers(0, 2**63 - 1), st.lists(st.integers(0, 2**40), min_size=1, max_size=50), st.integers(1, 30))
+@example(0, [0], 1)
+@example(2**63 - 1, [2**40, 2**40], 23)
+def test_a_device_draws_the_same_bits(key: int, samples: list[int], draws: int) -> None:
+    ids = np.array(samples)
+    drawn = order.uniform_on(torch.tensor(key), torch.from_numpy(ids), draws)
+    assert drawn.dtype == torch.float64
+    assert np.array_equal(drawn.numpy(), order.uniform(key, ids, draws))
+
+
+@given(st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=50))
+def test_a_device_mixes_the_same_bits(words: list[int]) -> None:
+    """Any 64 bits, those with the highest one set too."""
+    values = np.array(words, np.uint64)
+    mixed = order.mix_on(torch.from_numpy(values.view(np.int64)))
+    assert np.array_equal(mixed.numpy().view(np.uint64), order.mix(values))
 
 
 def test_draws_are_uniform_and_uncorrelated() -> None:

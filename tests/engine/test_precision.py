@@ -71,7 +71,7 @@ def test_convolutions_compute_in_it(
     session: Open, monkeypatch: pytest.MonkeyPatch, reduction: str, precision: str, wanted: torch.dtype
 ) -> None:
     one = session(config(IMAGES, precision, reduction=reduction))
-    trained = watch(one.stepper.replicas[0].model.module, nn.Conv2d)
+    trained = watch(one.stepper.passes.replicas[0].model.module, nn.Conv2d)
     evaluated = watch(one.eval_models[0], nn.Conv2d)
     buffers: list[Tensor] = []
     update = Optimizer.update
@@ -84,7 +84,7 @@ def test_convolutions_compute_in_it(
     assert {t.dtype for t in (one.master.params, one.master.stats, *one.optimizer.state.values(), *buffers)} == {
         torch.float32
     }
-    assert one.stepper.together == (precision == "fp32")
+    assert one.stepper.passes.together == (precision == "fp32")
     # Weights move by less than bfloat16 can say: nothing of the master is rounded to it.
     moved = (one.master.params != before) & (one.master.params.bfloat16() == before.bfloat16())
     assert moved.any()
@@ -112,11 +112,11 @@ def test_a_language_model_in_bf16(session: Open, monkeypatch: pytest.MonkeyPatch
     true = blocked_loss.product
     monkeypatch.setattr(blocked_loss, "product", lambda a, b, *c: (seen.append(a.dtype), true(a, b, *c))[1])
     one = session(config({**TEXT, "model": LSTM}, "bf16"))
-    layers = watch(one.stepper.replicas[0].model.module, nn.LSTM)
+    layers = watch(one.stepper.passes.replicas[0].model.module, nn.LSTM)
     first_loss(one)
     assert set(seen) == {torch.bfloat16}
     assert layers == {torch.float32}
-    assert {tensor.dtype for state in one.stepper.recurrent_states.values() for tensor in state.values()} == {
+    assert {tensor.dtype for state in one.stepper.passes.recurrent_states.values() for tensor in state.values()} == {
         torch.float32
     }
     seen.clear()
@@ -127,7 +127,7 @@ def test_a_language_model_in_bf16(session: Open, monkeypatch: pytest.MonkeyPatch
 def test_a_transformer_in_bf16(session: Open) -> None:
     for precision, wanted in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         one = session(config({**TEXT, "model": TRANSFORMER}, precision))
-        linear = watch(one.stepper.replicas[0].model.module, nn.Linear)
+        linear = watch(one.stepper.passes.replicas[0].model.module, nn.Linear)
         first_loss(one)
         assert linear == {wanted}
 

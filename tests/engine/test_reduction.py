@@ -14,11 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rayexp.engine import order
+from rayexp.config import ExperimentConfig
+from rayexp.engine import order, runtime
 from rayexp.engine.exchange import Assembly, Background, Exchange, cut
 from rayexp.engine.gradients import Touched
 from rayexp.engine.group import WorkerGroup
 from rayexp.engine.reduction import Forest, forest_nodes
+from rayexp.engine.trainer import StepDone, Trainer
+from rayexp.workloads import open_workload
 
 CPU = torch.device("cpu")
 
@@ -265,3 +268,30 @@ def test_buckets_cover_a_row_and_leave_out_what_they_must() -> None:
 @pytest.mark.parametrize(("shards", "root"), [(1, (0, 0)), (2, (1, 0)), (5, (3, 0)), (8, (3, 0))])
 def test_the_root_is_the_first_node_that_covers_all_shards(shards: int, root: tuple[int, int]) -> None:
     assert forest_nodes(range(shards), shards) == [root]
+
+
+# ---------------------------------------------------------------------- whole steps
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+def test_workers_with_static_steps_have_the_bits_of_one(small: Callable[..., ExperimentConfig], workers: int) -> None:
+    """As on GPUs: passes, then the exchange, then the update. Over an epoch, whose last batch is a short one."""
+    config, opening = small(cpu_kernels=False, lr=0.01), threading.Lock()
+
+    def train(group: WorkerGroup, static: bool = True) -> Tensor:
+        here = runtime.configure(config, torch.device("cpu"), config.shards // group.world, 1, static)
+        with opening:  # torchvision draws initial weights from the global generator
+            one = Trainer(config, open_workload(config), group, here)
+        losses: list[Any] = []
+        for event in one.train():
+            if isinstance(event, StepDone):
+                losses.append(event.loss)
+                if event.step == event.steps:
+                    break
+        assert len(losses) == one.steps
+        return torch.cat([one.master.params, one.master.stats, torch.tensor(losses)])
+
+    alone = train(WorkerGroup(), static=False)
+    assert torch.equal(train(WorkerGroup()), alone)
+    for found in on_all(workers, train):
+        assert torch.equal(found, alone)

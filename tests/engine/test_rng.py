@@ -13,7 +13,7 @@ from torchvision import models, ops
 
 from rayexp.config import ExperimentConfig, parse
 from rayexp.engine import order
-from rayexp.engine.rng import Draws, Dropout, StochasticDepth, adopt
+from rayexp.engine.rng import Draws, Dropout, StochasticDepth, adopt, seeded
 from rayexp.engine.trainer import StepDone, Trainer
 from rayexp.errors import UserError
 
@@ -23,7 +23,7 @@ SIZES = (40, 30, 30)
 
 def drawn(module: Dropout | StochasticDepth, x: Tensor, keys: tuple[int, ...] = (1, 2, 3)) -> Tensor:
     module.train()
-    module.draws.begin(keys, SIZES, CPU)
+    module.draws.begin(seeded(keys, CPU), SIZES)
     out: Tensor = module(x)
     return out
 
@@ -55,10 +55,10 @@ def test_a_shard_s_draws_are_its_own(dim: int) -> None:
     first, second = drawn(module, x), drawn(module, x, (1, 9, 3))
     parts = list(zip(first.split(SIZES, dim), second.split(SIZES, dim), strict=True))
     assert [torch.equal(a, b) for a, b in parts] == [True, False, True]
-    module.draws.begin([2], [30], CPU)
+    module.draws.begin(seeded([2], CPU), [30])
     assert torch.equal(module(x.narrow(dim, 0, 30)), parts[1][0])
     # A second layer of the pass goes on in the same stream: it is not given the same mask again.
-    module.draws.begin([2], [30], CPU)
+    module.draws.begin(seeded([2], CPU), [30])
     one = module(x.narrow(dim, 0, 30))
     assert not torch.equal(module(x.narrow(dim, 0, 30)), one)
 
@@ -66,7 +66,7 @@ def test_a_shard_s_draws_are_its_own(dim: int) -> None:
 def test_samples_that_are_folded_with_time() -> None:
     out = drawn(Dropout(0.5), torch.ones(400, 3))
     module = Dropout(0.5)
-    module.draws.begin([1], [40], CPU)
+    module.draws.begin(seeded([1], CPU), [40])
     assert torch.equal(module(torch.ones(160, 3)), out[:160])
 
 
@@ -114,7 +114,7 @@ def test_a_pass_that_was_not_announced_is_noticed() -> None:
     module = Dropout(0.5).train()
     with pytest.raises(RuntimeError, match="random layer"):
         module(torch.ones(10, 2))
-    module.draws.begin([1], [4], CPU)
+    module.draws.begin(seeded([1], CPU), [4])
     with pytest.raises(RuntimeError, match="another batch"):
         module(torch.ones(10, 2))
 
@@ -156,9 +156,9 @@ def test_each_epoch_step_and_shard_has_a_key_of_its_own(
         found: list[int] = []
         begin = Draws.begin
 
-        def spy(self: Draws, keys: list[int], sizes: tuple[int, ...], device: torch.device) -> None:
-            found.extend(keys)
-            begin(self, keys, sizes, device)
+        def spy(self: Draws, generators: list[torch.Generator], sizes: tuple[int, ...]) -> None:
+            found.extend(generator.initial_seed() for generator in generators)
+            begin(self, generators, sizes)
 
         monkeypatch.setattr(Draws, "begin", spy)
         tree = {

@@ -58,6 +58,27 @@ def test_the_plain_script_s_failure_is_one_line(tmp_path, tiny_images):
     assert run.meta()["status"] == "failed"
 
 
+@pytest.mark.parametrize(
+    ("asked", "device", "bf16", "expected"),
+    [
+        ("auto", "cuda", True, "bf16"),
+        ("auto", "cuda", False, "fp32"),
+        ("auto", "cpu", True, "fp32"),
+        ("tf32", "cuda", True, "tf32"),
+        ("fp32", "cuda", True, "fp32"),
+        ("bf16", "cpu", False, "bf16"),
+    ],
+)
+def test_the_plain_script_s_precision(monkeypatch, asked, device, bf16, expected):
+    import torch
+
+    from rayexp.grid.baseline import precision_of
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
+    config = parse({"precision": asked}, ExperimentConfig, "x")
+    assert precision_of(config, torch.device(device)) == expected
+
+
 def test_the_plain_script_steps_like_the_engine(tiny_images):
     """One step of the engine (one shard, so that batch norm sees the whole batch) and of the script, same weights."""
     import torch

@@ -122,4 +122,4 @@ def test_a_signal_stops_the_grid_and_has_its_exit_code(tmp_path, alone, tiny_ima
             grid_process.wait()
     (root,) = (tmp_path / "runs").iterdir()
     assert (Comparison(root).meta()["status"], len(Comparison(root).missing())) == ("stopped", 1)
-    assert "interrupted: `rayexp compare --resume" in (tmp_path / "err").read_text()
+    assert "interrupted\ngo on with: rayexp compare --resume" in (tmp_path / "err").read_text()

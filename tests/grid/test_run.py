@@ -70,6 +70,26 @@ def test_workers_that_do_not_divide_the_shards_are_skipped():
     assert "3 does not divide shards 8" in cells["cpu-x3-exact"].skip
 
 
+@pytest.mark.parametrize("asked", [["auto"], ["fp32", "auto"], ["auto", "fp32"]])
+def test_on_a_cpu_auto_is_fp32_and_no_second_cell(asked):
+    cells = by_id(grid_of(cpu(1), precision=asked))
+    assert {(cell.precision, cell.config["precision"]) for cell in cells.values()} == {("fp32", "fp32")}
+    assert len(cells) == 2  # the plain script and the one worker
+    assert {cell.skip for cell in cells.values()} == {None}
+
+
+def test_on_a_gpu_the_run_decides():
+    cells = by_id(grid_of(gpu(1), precision=["fp32", "auto"]), CLUSTER)
+    assert sorted(cell.precision for cell in cells.values()) == ["auto", "auto", "fp32", "fp32"]
+    assert by_id(grid_of(cpu(1), baseline=False), precision="auto")["cpu-x1-exact"].precision == "fp32"
+
+
+def test_a_compiled_model_is_not_run_exactly():
+    cells = by_id(grid_of(cpu(1), reduction=["exact", "ddp"], baseline=False), compile=True, reduction="ddp")
+    assert cells["cpu-x1-exact"].skip.startswith("compile: true is for reduction ddp; exact refuses it")
+    assert cells["cpu-x1-ddp"].skip is None
+
+
 def test_auto_is_a_gpu_where_there_are_enough():
     config = grid_of({"num_workers": 8}, baseline=False)
     assert set(by_id(config, CLUSTER)) == {"gpu-x8-exact"}
@@ -81,6 +101,24 @@ def test_in_process_counts_the_cores_that_it_uses():
     assert cells["cpu-inprocess-exact"].devices == 2
     assert cells["cpu-inprocess-exact-1cores"].devices == 1
     assert cells["cpu-plain"].devices == 2
+
+
+@pytest.mark.parametrize(
+    ("cells", "threads"),
+    [
+        ([cpu(0), cpu(2), cpu(8)], 2),  # each has all 16 cores
+        ([cpu(0), cpu(1, cpus_per_worker=8)], 1),
+        ([cpu(0), cpu(0, lanes=4)], 1),
+        ([cpu(0), cpu(3, cpus_per_worker=0.5)], 2),  # three workers do not divide the shards
+    ],
+)
+def test_all_cells_on_cpus_have_one_number_of_threads(cells, threads):
+    """As many as the smallest that runs has cores for: no cell uses more cores than it says."""
+    planned = by_id(grid_of(*cells, baseline=False), [Node("here", 16, 0)]).values()
+    found = {cell.config["threads_per_shard"] for cell in planned if not cell.skip}
+    assert found == {threads}
+    planned = by_id(grid_of(*cells, baseline=False), [Node("here", 16, 0)], threads_per_shard=5).values()
+    assert {cell.config["threads_per_shard"] for cell in planned} == {5}
 
 
 def test_cores_are_settled_in_the_plan():
@@ -167,7 +205,7 @@ def test_overrides_that_are_wrong_are_refused(overrides, message):
 def test_the_base_lies_beside_the_grid(tmp_path):
     (tmp_path / "base.yaml").write_text("name: beside")
     assert base_of(grid_of(cpu(0)), tmp_path).name == "beside"
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="no such file"):
         base_of(grid_of(cpu(0)), tmp_path / "elsewhere")
 
 

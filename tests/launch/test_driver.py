@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -22,10 +21,14 @@ from rich.console import Console
 
 from rayexp.config import ExperimentConfig, load
 from rayexp.engine.runtime import Runtime
+from rayexp.engine.schedule import Schedule
 from rayexp.errors import RunError, UserError
 from rayexp.grid.plan import with_overrides
-from rayexp.launch.driver import check_unchanged, run
+from rayexp.launch.driver import run
 from rayexp.launch.screen import epoch_line
+from rayexp.launch.step_log import CURVES
+from rayexp.runs.integrity import check_unchanged
+from rayexp.runs.manifest import SEAL, sealed
 from rayexp.runs.run import Run
 from rayexp.workloads.language_model.workload import LanguageModel
 
@@ -77,15 +80,6 @@ def test_a_stopped_run_goes_on_at_its_step(tiny: Tiny, steps: int) -> None:
     assert shas(again) == shas(whole)
     assert again.meta()["status"] == "done"
     assert again.meta()["resumed"] == [{"argv": ["again"], "after": "stopped"}]
-
-
-def test_a_finished_run_has_nothing_to_go_on_with(tiny: Tiny) -> None:
-    made = run(tiny(), argv=[])
-    before = shas(made)
-    made.update(host="elsewhere", pid=1)
-    assert shas(run(tiny(), argv=[], resume=made)) == before
-    assert (made.meta()["host"], made.meta()["pid"]) == (socket.gethostname(), os.getpid())
-    assert made.meta()["status"] == "done"
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(tiny: Tiny) -> None:
@@ -176,10 +170,11 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tiny: Tiny, tmp_path: Path, c
         _, err = process.communicate(timeout=120)
         assert process.returncode == 1
         made = only(disk / "runs")
-        (line,) = err.splitlines()
+        begun, line, command = err.splitlines()
+        assert begun == f"run: disk/runs/{made.id}"
         assert line.startswith(f"error: {made.root}/checkpoints/")
         assert "(No space left on device); free some space there" in line
-        assert f"--resume {made.id} goes on" in line
+        assert command == f"go on with: rayexp train --resume {made.id} --runs disk/runs"
         assert not list(made.root.rglob(".tmp-*"))
         assert made.status() in ("failed", "died")
         subprocess.run(["mount", "-o", "remount,size=30m", disk], check=True)
@@ -209,6 +204,65 @@ def test_records_and_steps_leave_out_the_same_steps(tiny: Tiny) -> None:
         rate = sum(row["count"][skip:]) / sum(row["total"][skip:])
         assert record.samples_per_second == pytest.approx(rate, rel=1e-3)
         assert ("first_step" in record.seconds) is row["first"]
+
+
+def curves(made: Run) -> list[tuple[list[float], list[float]]]:
+    return [(row["loss"], row["lr"]) for row in made.steps()]
+
+
+def test_every_step_has_its_loss_and_its_rate(tiny: Tiny) -> None:
+    made = run(tiny(schedule={"name": "onecycle"}), argv=[])
+    per_epoch = made.meta()["steps_per_epoch"]
+    schedule = Schedule(made.config(), per_epoch)
+    step = 0
+    for record, row in zip(made.records(), made.steps(), strict=True):
+        assert len(row["loss"]) == len(row["lr"]) == len(row["count"]) == per_epoch
+        mean = sum(a * b for a, b in zip(row["loss"], row["count"], strict=True)) / sum(row["count"])
+        assert mean == pytest.approx(record.train_loss, rel=1e-6)
+        for rate in row["lr"]:
+            assert rate == pytest.approx(schedule.lr(step), rel=1e-6)
+            step += 1
+        assert row["lr"][-1] == pytest.approx(record.lr, rel=1e-6)
+
+
+def test_a_stopped_runs_steps_are_all_there_once(tiny: Tiny) -> None:
+    whole = run(tiny(), argv=[])
+    made = run(tiny(), argv=[], max_steps=3)
+    for steps in (4, 8, None):
+        run(tiny(), argv=[], resume=made, max_steps=steps)
+    assert curves(made) == curves(whole)
+    per_epoch = made.meta()["steps_per_epoch"]
+    # Times are this process's own, as in the epochs' records.
+    assert [len(row["total"]) for row in made.steps()] == [per_epoch - 8, per_epoch]
+    assert shown_steps(made) == shown_steps(whole)
+    assert list(shown_steps(made)) == list(range(1, 2 * per_epoch + 1))
+
+
+def test_a_snapshot_of_an_older_rayexp_goes_on_without_the_steps_before(tiny: Tiny) -> None:
+    whole = run(tiny(), argv=[])
+    made = run(tiny(), argv=[], max_steps=3)
+    (path,) = made.checkpoints.glob("step_*/state.json")
+    state = json.loads(path.read_text())
+    del state[CURVES]
+    del state[SEAL]
+    path.write_text(json.dumps(sealed(state)))
+    run(tiny(), argv=[], resume=made)
+    (old, later), (full, _) = curves(made), curves(whole)
+    assert [values[:3] for values in old] == [[None] * 3] * 2
+    assert [values[3:] for values in old] == [values[3:] for values in full]
+    assert later == curves(whole)[1]
+    assert list(shown_steps(made)) == list(range(4, 2 * made.meta()["steps_per_epoch"] + 1))
+
+
+def shown_steps(made: Run) -> dict[int, float]:
+    """The loss of each step, as TensorBoard shows it; each step once."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(made.tb / "steps"), size_guidance={"scalars": 0})
+    board.Reload()
+    events = [(event.step, event.value) for event in board.Scalars("step/loss")]
+    assert len(dict(events)) == len(events)
+    return dict(events)
 
 
 def test_the_users_mistake_leaves_nothing_behind(tiny: Tiny, tmp_path: Path) -> None:
@@ -254,6 +308,9 @@ def test_a_killed_run_goes_on_and_tensorboard_has_one_value_a_step(
     assert tags["graph"]
     for tag in set(tags["scalars"]) - {"seconds/first_step"}:
         assert [event.step for event in board.Scalars(tag)] == list(range(1, 13)), tag
+    per_epoch = made.meta()["steps_per_epoch"]
+    assert [len(loss) for loss, _ in curves(made)] == [per_epoch] * 12
+    assert list(shown_steps(made)) == list(range(1, 12 * per_epoch + 1))
     shown = {event.step: event.value for event in board.Scalars("loss/val")}
     assert shown == {r.epoch: pytest.approx(r.val_loss, rel=1e-6) for r in made.records()}
 
@@ -261,7 +318,7 @@ def test_a_killed_run_goes_on_and_tensorboard_has_one_value_a_step(
 def test_without_a_terminal_there_is_a_line_an_epoch(tiny: Tiny) -> None:
     text = io.StringIO()
     made = run(tiny(), argv=[], console=Console(file=text, width=300))
-    assert text.getvalue().splitlines() == [epoch_line(record) for record in made.records()]
+    assert text.getvalue().splitlines() == [f"run: {made.root}", *(epoch_line(record) for record in made.records())]
 
 
 def test_bf16_without_instructions_for_it_is_warned_of(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,14 +9,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.special
+import torch
 from PIL import Image
+from torchvision.transforms.functional import normalize
 
 from rayexp.config import ExperimentConfig
+from rayexp.engine import checkpoint
 from rayexp.errors import RunError, UserError
 from rayexp.launch.driver import run
 from rayexp.launch.evaluate import evaluate, predict
 from rayexp.runs.integrity import faults
 from rayexp.runs.records import Predictions
+from rayexp.workloads import open_workload
+from rayexp.workloads.image_classification.workload import ImageClassification, Mirrored
 from rayexp.workloads.language_model import generate as text
 
 Tiny = Callable[..., ExperimentConfig]
@@ -97,13 +103,74 @@ def test_the_lines_are_those_of_pytorchs_example(
     out, err = command("evaluate", f"{made.id}@last", "--print-freq", "2").communicate(timeout=60)
     lines = out.splitlines()
     assert [line.split("\t")[0] for line in lines[:2]] == ["Test: [1/3]", "Test: [3/3]"], err
+    assert err.splitlines()[0] == f"judging with {made.id}@1"  # which one `@last` was
     assert [part.split()[0] for part in lines[0].split("\t")] == ["Test:", "Time", "Loss", "Acc@1", "Acc@5"]
     metrics = made.records()[0].metrics
     assert lines[2] == f" * Acc@1 {metrics['acc1']:.3f} Acc@5 {metrics['acc5']:.3f}"
     means = lines[1].split("\t")
     assert means[3].endswith(f"({metrics['acc1']:6.2f})")
     out, _ = command("evaluate", f"{made.id}@1", "--json").communicate(timeout=60)
-    assert json.loads(out)["acc1"] == metrics["acc1"]
+    tree = json.loads(out)
+    assert (tree["acc1"], tree["mirrored"]) == (metrics["acc1"], False)
+
+
+def test_mirrored_predictions_are_the_mean_of_both_and_are_not_stored(tiny: Tiny) -> None:
+    """Against the mean of two softmaxes in float64, over pixels that numpy mirrors."""
+    made = run(tiny(**IMAGES, batch_size=32), argv=[])
+    stored = made.predictions_path(1).read_bytes()
+    found = evaluate(made, 1, mirror=True)
+    assert (found.mirrored, found.stored, found.equal) == (True, False, None)
+    assert made.predictions_path(1).read_bytes() == stored
+
+    work = open_workload(made.config())
+    assert isinstance(work, ImageClassification)
+    model = checkpoint.load_model(work, {file.name: file.read_bytes() for file in made.checkpoint(1).iterdir()})
+    pixels = work.data.val.read(np.arange(72))
+    both = []
+    for each in (pixels, pixels[:, :, ::-1].copy()):
+        planes = torch.from_numpy(each).permute(0, 3, 1, 2).float() / 255
+        with torch.inference_mode():
+            logits = model(normalize(planes, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+        both.append(scipy.special.softmax(logits.double().numpy(), axis=1))
+    mean = (both[0] + both[1]) / 2
+    labels = work.data.val.labels
+    np.testing.assert_allclose(found.predictions["confidence"], mean.max(1), rtol=1e-4)
+    np.testing.assert_allclose(found.predictions["loss"], -np.log(mean[np.arange(72), labels]), rtol=1e-4)
+    assert not np.allclose(found.predictions["loss"], -np.log(both[0][np.arange(72), labels]), rtol=1e-3)
+    assert np.array_equal(found.predictions["top5"][:, 0], mean.argmax(1))
+    assert found.metrics["acc1"] == pytest.approx(100 * (mean.argmax(1) == labels).mean())
+    made.predictions_path(1).unlink()
+    assert not evaluate(made, 1, mirror=True).stored
+    assert not made.predictions_path(1).exists()
+    assert evaluate(made, 1).stored
+    assert made.predictions_path(1).read_bytes() == stored
+
+
+def test_mirroring_keeps_what_is_unlikely_finite() -> None:
+    """Softmax in float32 would make it zero, and its loss infinite."""
+    logits = torch.tensor([[0.0, -300.0, 5.0]])
+    model = Mirrored(torch.nn.Module())
+    model.model.forward = lambda x: logits  # type: ignore[method-assign]
+    torch.testing.assert_close(model(torch.zeros(1, 3, 2, 2)), torch.log_softmax(logits, 1))
+
+
+def test_mirrored_figures_are_labelled(tiny: Tiny, command: Callable[..., subprocess.Popen[str]]) -> None:
+    made = run(tiny(**IMAGES, batch_size=64), argv=[])
+    out, err = command("evaluate", f"{made.id}@1", "--mirror").communicate(timeout=60)
+    lines = out.splitlines()
+    assert lines[0].startswith("Test mirrored: [1/2]\t"), err
+    assert lines[-1].startswith(" * Acc@1 ")
+    assert lines[-1].endswith(" (mirrored)")
+    assert "differ from the predictions" not in err
+    tree = json.loads(command("evaluate", f"{made.id}@1", "--mirror", "--json").communicate(timeout=60)[0])
+    assert (tree["mirrored"], tree["predictions"], tree["stored"], tree["equal"]) == (True, None, False, None)
+    assert tree["val_loss"] != made.records()[0].val_loss
+
+
+def test_words_are_not_mirrored(tiny: Tiny) -> None:
+    made = run(tiny(epochs=1), argv=[])
+    with pytest.raises(UserError, match=r"^--mirror: .* is a language_model; allowed for image_classification only$"):
+        evaluate(made, 1, mirror=True)
 
 
 def test_a_model_that_is_not_finite_is_said_and_compared(

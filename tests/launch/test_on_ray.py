@@ -112,6 +112,7 @@ def test_workers_without_the_drivers_disk_write_through_its_keeper(
     assert workers_pids(made, 1)
 
 
+@pytest.mark.slow
 def test_mistakes_are_not_tried_again(
     tiny: Tiny, ray_here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,7 +144,7 @@ def test_a_failure_of_the_training_code_is_told_in_one_line(tiny: Tiny, ray_here
     assert len(workers_pids(made, 1)) == 1, "it was tried again"
 
 
-@pytest.mark.parametrize("nodes", [1, 2])
+@pytest.mark.parametrize("nodes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_workers_of_a_driver_that_has_ended_write_nothing(
     tiny: Tiny, ray_here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nodes: int
 ) -> None:
@@ -159,7 +160,8 @@ def test_workers_of_a_driver_that_has_ended_write_nothing(
         monkeypatch.setattr(supervise, "NONCE", "elsewhere")
         there = session.nodes()
         monkeypatch.setattr(session, "nodes", lambda: [*there, *there])
-    with pytest.raises(RunError, match=r"workers were lost 1 times .*its driver has ended"):
+    said = r"workers were lost 1 time .*its driver has ended.*; go on with: rayexp train --resume \S+ --runs \S+$"
+    with pytest.raises(RunError, match=said):
         run(tiny(scaling={"num_workers": 2, "cpus_per_worker": 0.5}, max_failures=0), argv=[])
     (made,) = Run.all(tmp_path / "runs")
     assert {path.name for path in made.root.iterdir()} <= {"run.json", "config.yaml", "logs"}

@@ -7,7 +7,7 @@ import pytest
 
 from rayexp.config import ExperimentConfig
 from rayexp.errors import UserError
-from rayexp.launch.placement import Node, Placement, capacity, choices, make
+from rayexp.launch.placement import Node, Placement, capacity, choices, make, with_threads
 
 Tiny = Callable[..., ExperimentConfig]
 
@@ -70,3 +70,22 @@ def test_elastic_is_as_large_as_it_can_be_and_always_divides_the_shards(tiny: Ti
     assert [plan.workers for plan in choices(config, [Node("a", 5)])] == [4, 2, 1]
     with pytest.raises(UserError, match="2 workers of 1 CPU"):
         make(scaled(tiny, num_workers=(2, 8)), [Node("a", 1)])
+
+
+@pytest.mark.parametrize(
+    ("plan", "threads"),
+    [
+        (Placement(0, False, None), 2),  # 16 cores for 8 shards
+        (Placement(2, False, 8), 2),
+        (Placement(8, False, 1), 1),
+        (Placement(8, False, 16), 16),  # eight machines
+        (Placement(4, False, 0.5), 1),
+        (Placement(0, True, None), None),
+        (Placement(8, True, 2, 1), None),
+    ],
+)
+def test_threads_of_a_shard_are_decided_from_the_cores_of_all_workers(
+    tiny: Tiny, plan: Placement, threads: int | None
+) -> None:
+    assert with_threads(tiny(shards=8), plan, 16).threads_per_shard == threads
+    assert with_threads(tiny(shards=8, threads_per_shard=3), plan, 16).threads_per_shard == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import subprocess
 import sys
@@ -48,6 +49,43 @@ def test_the_killed_one_is_the_reason(tmp_path: Path, order: Sequence[str]) -> N
     assert error.killed
     assert error.codes == {i: {KILLED: -9, ABORTS: -6, FAILS: 1}[ending] for i, ending in enumerate(order)}
     assert str(error).startswith(f"worker {rank} ended with -9: last words of {rank} (see ")
+
+
+class Ending:
+    """A process that ends with `code` when it has been asked `asked` times whether it has, unless it is killed first.
+
+    One that was killed from outside takes a while to end, and a peer that misses it may be gone sooner."""
+
+    def __init__(self, code: int | None, asked: int = 1) -> None:
+        self.code, self.asked, self.returncode = code, asked, None
+
+    def poll(self) -> int | None:
+        self.asked -= 1
+        if self.asked <= 0 and self.returncode is None:
+            self.returncode = self.code
+        return self.returncode
+
+    def kill(self) -> None:
+        self.returncode = -9 if self.returncode is None else self.returncode
+
+    def wait(self) -> int | None:
+        return self.returncode
+
+
+ENDINGS = [Ending(None), Ending(-9, 60), Ending(-6, 5), Ending(1, 20), Ending(0)]
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(len(ENDINGS)), 4)))
+def test_the_killed_one_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: Sequence[int]) -> None:
+    """Whatever its rank, and although others end sooner."""
+    clock = itertools.count()
+    monkeypatch.setattr(processes.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(processes.time, "monotonic", lambda: 0.05 * next(clock))
+    workers = [copy.copy(ENDINGS[i]) for i in order]
+    error = failed(tmp_path, workers)  # type: ignore[arg-type]
+    assert error.killed == (1 in order)
+    if error.killed:
+        assert str(error).startswith(f"worker {order.index(1)} ended with -9: ")
 
 
 def test_those_that_are_ended_here_were_not_killed(tmp_path: Path) -> None:

@@ -58,14 +58,18 @@ def test_a_signal_to_every_process_saves(
     out, err = cold.communicate(timeout=90)
     assert cold.returncode == 143, err
     assert made.meta()["status"] == "stopped"
-    assert err.splitlines()[-1] == f"stopped; saved up to step {saved(made)}: --resume {made.id} goes on"
+    assert err.splitlines()[-2:] == [
+        f"stopped; saved up to step {saved(made)}",
+        f"go on with: rayexp train --resume {made.id}",
+    ]
     assert not out
     assert "ray" not in err.lower(), "Ray's chatter belongs into logs/"
     assert (made.logs / "ray.log").exists()
     assert members(cold.pid) == []
 
 
-@pytest.mark.parametrize("name", ["gcs_server", pytest.param("raylet", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gcs_server", "raylet"])
 def test_a_death_in_ray_is_said_and_ends_the_run_saved(
     cold: subprocess.Popen[str], tmp_path: Path, until: Callable[..., None], members: Members, name: str
 ) -> None:
@@ -76,7 +80,10 @@ def test_a_death_in_ray_is_said_and_ends_the_run_saved(
     assert made.meta()["status"] == "failed"
     error = made.meta()["error"]
     assert error.endswith(" has ended")
-    assert err.splitlines()[-1] == f"error: {error}; saved up to step {saved(made)}: --resume {made.id} goes on"
+    assert err.splitlines()[-2:] == [
+        f"error: {error}; saved up to step {saved(made)}",
+        f"go on with: rayexp train --resume {made.id}",
+    ]
     assert not made.stop_path.exists()
 
 
@@ -90,7 +97,10 @@ def test_a_signal_while_ray_starts(
     assert cold.returncode == 143, err
     (made,) = Run.all(tmp_path / "runs")
     assert made.meta()["status"] == "stopped"
-    assert err.splitlines() == [f"stopped; nothing is saved yet in {made.id}"]
+    assert err.splitlines() == [
+        f"stopped; nothing is saved yet in {made.id}",
+        f"go on with: rayexp train --resume {made.id}",
+    ]
     assert members(cold.pid) == []
 
 

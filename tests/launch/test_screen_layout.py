@@ -1,4 +1,4 @@
-"""The screen says which data serves as which split."""
+"""The screen says where the run lies, and which data serves as which split."""
 
 from __future__ import annotations
 
@@ -21,18 +21,26 @@ def followed(tmp_path: Path) -> tuple[Run, Screen, io.StringIO]:
     return run, Screen(run, Console(file=out)), out
 
 
-def test_what_was_taken_of_the_data_is_said_once(followed) -> None:
+def test_what_was_taken_of_the_data_is_said_once(followed, monkeypatch: pytest.MonkeyPatch) -> None:
     run, screen, out = followed
-    screen._layout()
+    monkeypatch.chdir(run.root.parent)
+    screen._begun()
     assert out.getvalue() == ""  # no worker has opened the data yet
     run.update(data={"layout": "2 classes; train from train/; val from valid/"})
     for _ in range(3):
-        screen._layout()
-    assert out.getvalue() == "data: 2 classes; train from train/; val from valid/\n"
+        screen._begun()
+    assert out.getvalue() == f"run: {run.id}\ndata: 2 classes; train from train/; val from valid/\n"
 
 
 def test_nothing_is_said_where_there_was_no_choice(followed) -> None:
     run, screen, out = followed
     run.update(data=json.loads('{"kind": "images"}'))
-    screen._layout()
+    screen._begun()
+    assert out.getvalue() == f"run: {run.root}\n"
+
+
+def test_a_cell_of_a_grid_does_not_say_where_it_lies(followed) -> None:
+    run, _, out = followed
+    run.update(data={})
+    Screen(run, Console(file=out), named=False)._begun()
     assert out.getvalue() == ""

@@ -20,6 +20,7 @@ from rayexp.errors import HeadLostError, RunError, Stopped, UserError
 from rayexp.launch import local, stopping
 from rayexp.launch.driver import run
 from rayexp.launch.job import WorkerJob
+from rayexp.launch.resuming import go_on
 from rayexp.launch.stopping import Stopping, stoppable
 from rayexp.runs.run import Run
 from rayexp.runs.writer import RunWriter
@@ -78,7 +79,10 @@ def test_a_signal_saves_and_has_its_exit_code(
     assert not out
     assert made.meta()["status"] == "stopped"
     step = next(made.resumable())[1]["step"]
-    assert err.splitlines()[-1] == f"stopped; saved up to step {step}: --resume {made.id} goes on"
+    assert err.splitlines()[-2:] == [
+        f"stopped; saved up to step {step}",
+        f"go on with: rayexp train --resume {made.id}",
+    ]
     assert not made.stop_path.exists()
     assert not made.progress_path.exists()
 
@@ -259,7 +263,7 @@ def test_nothing_that_can_be_resumed_is_removed(
     tiny: Tiny, tmp_path: Path, after: Callable[[BaseException], None], kind: type[Exception]
 ) -> None:
     after(kind("data.root: not there"))
-    with pytest.raises(kind, match=r"^data.root: not there; saved up to step 2: --resume \S+ goes on$"):
+    with pytest.raises(kind, match=r"^data.root: not there; saved up to step 2; go on with: rayexp train --resume \S+"):
         run(tiny(checkpoint={"every_steps": 1}), argv=[], max_steps=2)
     made = only(tmp_path / "runs")
     assert made.epochs() == []
@@ -275,14 +279,15 @@ def test_what_goes_wrong_in_a_run_that_was_asked_to_stop_is_told(
     def attempt(made: Run, job: WorkerJob) -> str:
         RunWriter(made).progress({"step": 1})
         signal.raise_signal(signal.SIGTERM)
-        raise kind("state.json: cannot be written", f"; --resume {made.id} goes on from the newest checkpoint")
+        raise kind("state.json: cannot be written", go_on(made.root))
 
     monkeypatch.setattr(local, "attempt", attempt)
     with pytest.raises(Stopped) as caught:
         run(tiny(), argv=[])
     made = only(tmp_path / "runs")
     assert caught.value.number == signal.SIGTERM
-    assert str(caught.value) == f"stopped; state.json: cannot be written; nothing is saved yet in {made.id}"
+    fault = f"stopped; state.json: cannot be written; nothing is saved yet in {made.id}"
+    assert str(caught.value) == fault + go_on(made.root)
     assert (made.meta()["status"], made.meta()["error"]) == ("stopped", "state.json: cannot be written")
 
 

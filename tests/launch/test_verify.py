@@ -16,7 +16,9 @@ import pytest
 
 from rayexp.config import ExperimentConfig
 from rayexp.errors import HeadLostError, RunError, Stopped, UserError
+from rayexp.launch import processes
 from rayexp.launch.killer import Killer
+from rayexp.launch.processes import WorkersFailedError
 from rayexp.launch.verify import Trial, differences, verify
 
 Tiny = Callable[..., ExperimentConfig]
@@ -122,6 +124,38 @@ def test_equal_in_this_process_and_in_two_one_of_them_killed(tiny: Tiny, asked: 
     assert f"same bits after each of {done} steps" in verdict.sentence()
 
 
+@pytest.mark.slow
+def test_who_was_killed_decides_although_only_another_was_seen_to_fail(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker on a GPU takes long to end, so a survivor's abort may be all that is seen."""
+    true, seen = processes.wait, []
+
+    def wait(run: Path, workers: list[subprocess.Popen[bytes]]) -> None:
+        try:
+            true(run, workers)
+        except WorkersFailedError as error:
+            seen.append(dict(error.codes))
+            raise WorkersFailedError("worker 0 ended with -6: terminate called", "", {0: -6}) from None
+
+    monkeypatch.setattr(processes, "wait", wait)
+    verdict = verify(tiny(epochs=1), [1, 2], steps=4, kill=True, launcher="processes", contrast=False)
+    assert verdict.ok
+    assert [codes[1] for codes in seen] == [-signal.SIGKILL]
+
+
+def test_a_worker_that_nobody_killed_fails_the_trial(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wait(run: Path, workers: list[subprocess.Popen[bytes]]) -> None:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+        raise WorkersFailedError("worker 0 ended with -6: terminate called", "", {0: -6})
+
+    monkeypatch.setattr(processes, "wait", wait)
+    with pytest.raises(RunError, match="worker 0 ended with -6: terminate called"):
+        verify(tiny(epochs=1), [1, 2], steps=4, kill=True, launcher="processes", contrast=False)
+
+
 def _sleeping() -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
 
@@ -168,7 +202,7 @@ def test_where_no_worker_is_here_nobody_is_killed(tmp_path: Path) -> None:
 
 
 def test_ddp_is_not_equal_and_is_named(tiny: Tiny) -> None:
-    verdict = verify(tiny(reduction="ddp"), [1, 2], steps=3, launcher="processes")
+    verdict = verify(tiny(reduction="ddp", scaling={"lanes": 1}), [1, 2], steps=3, launcher="processes")
     assert not verdict.ok
     assert verdict.differences[0].label == "2"
 

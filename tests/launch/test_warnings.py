@@ -28,7 +28,7 @@ def shown(text: io.StringIO) -> list[str]:
         ({"precision": "tf32"}, ["precision: tf32 is a format of NVIDIA GPUs: on this CPU it is fp32"]),
         ({"compile": True, "reduction": "ddp"}, ["compile: on a CPU nothing is compiled"]),
         (
-            {"compile": True, "schedule": {"gamma": 0.5}},
+            {"compile": True, "reduction": "ddp", "schedule": {"gamma": 0.5}},
             [
                 "schedule.gamma is for step and plateau, schedule.name is constant: not used",
                 "compile: on a CPU nothing is compiled",
@@ -58,3 +58,40 @@ def test_a_batch_above_the_images(tiny: Tiny, tiny_images: dict[str, Any], batch
     expected = ["batch_size: 66 is above the 64 training images: every step takes all of them"] if warned else []
     assert shown(text) == made.meta()["warnings"] == expected
     assert made.meta()["steps_per_epoch"] == 1
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_a_validation_loss_that_makes_no_sense_is_explained(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, epochs: int
+) -> None:
+    """On the screen, in the log and in run.json, also where the run is over before the screen looks again."""
+    monkeypatch.setattr("rayexp.engine.diagnosis.ABSURD", 0.0)
+    text = io.StringIO()
+    made = run(tiny(epochs=epochs), argv=[], console=Console(file=text, width=300))
+    lines = shown(text)
+    assert [line.partition(" is ")[0] for line in lines] == [f"val_loss of epoch {e + 1}" for e in range(epochs)]
+    assert "training diverges" in lines[0]  # an LSTM has no running statistics
+    assert made.meta()["warnings"] == lines
+    log = (made.logs / "rank_0.log").read_text()
+    assert all(line in log for line in lines)
+
+
+def test_the_reason_is_taken_from_the_models_batch_norms(
+    tiny: Tiny, tiny_images: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rayexp.engine.diagnosis.ABSURD", 0.0)
+    tree = tiny().model_dump(mode="json")
+    for key in ("data", "model", "optimizer", "workload"):
+        del tree[key]
+    tree |= tiny_images | {"epochs": 1, "model": {"name": "resnet18"}, "batch_size": 32}
+    made = run(parse(tree, ExperimentConfig, ""), argv=[])
+    (line,) = made.meta()["warnings"]
+    assert "running statistics, and 81 % of them are still their initial values after 2 steps" in line
+
+
+def test_a_graph_that_cannot_be_drawn_is_said(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rayexp.runs.tensorboard.graph_events", lambda model, example: (b"", "RuntimeError: no"))
+    text = io.StringIO()
+    made = run(tiny(epochs=1), argv=[], console=Console(file=text, width=300))
+    assert shown(text) == ["TensorBoard has no graph of this model: it cannot be traced (RuntimeError: no)"]
+    assert not list(made.tb.glob("*.graph"))

@@ -16,7 +16,7 @@ from rayexp.cli import app
 from rayexp.config import ExperimentConfig
 from rayexp.errors import UserError
 from rayexp.grid.comparison import Comparison
-from rayexp.runs.records import EpochRecord
+from rayexp.runs.records import EpochRecord, RunRef
 from rayexp.runs.run import Run, resolve
 from rayexp.system.disk import matching, write_json
 
@@ -116,10 +116,35 @@ def test_an_exact_name_wins_over_parts_of_others(make: Make, tmp_path: Path) -> 
         ("0f0f", ["20260101T000000Z-a-0f0f", "20260101T000000Z-a-b-0f0f"]),
         ("", []),
         ("c", []),
+        ("@newest", ["20260101T000000Z-a-b-0f0f"]),
     ],
 )
 def test_what_a_name_means(name: str, found: list[str]) -> None:
     assert matching(name, ["20260101T000000Z-a-0f0f", "20260101T000000Z-a-b-0f0f", "mine"]) == found
+
+
+def test_the_newest_run_has_a_name(make: Make, tmp_path: Path, command: Callable[..., Any]) -> None:
+    storage = tmp_path / "runs"
+    with pytest.raises(UserError, match=r"no run '@newest' in .*runs"):
+        Run.find("@newest", storage)
+    made = make("z", 30.0, 50.0, 40.0)
+    old = made.root.rename(storage / "20260101T000000Z-z-0000")
+    made = make("a", 50.0, 40.0)
+    old.rename(storage / "zzz")  # a copy of the user's with a name of its own is not the newest
+    assert Run.find("@newest", storage).id == made.id
+    assert resolve("@newest", storage) == resolve("@newest@last", storage) == (made, 2)
+    assert resolve("@newest@best", storage) == resolve("@newest@1", storage) == (made, 1)
+    shown = command("runs", "@newest", "--runs", str(storage)).stdout
+    assert f"path      {made.root}" in shown
+    for words in (["@newest@1", "@newest"], ["@newest@1", "@2"]):
+        answer = CliRunner().invoke(app, ["diff", *words, "--runs", str(storage)])
+        assert f"{made.id}" in f"{answer.exception} {answer.output}"  # of this run: it has no predictions
+
+
+@pytest.mark.parametrize("text", ["@best", "@last", "@7", "@newer", "run@newest"])
+def test_a_reference_to_no_run_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="not a checkpoint reference; write RUN@7, RUN@best or RUN@last"):
+        RunRef.parse(text)
 
 
 def test_a_name_that_is_none_is_one_line(make: Make, tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def test_an_epochs_line_comes_when_all_else_is_there(run: Run, monkeypatch: pyte
     for name in ("write_atomic", "write_directory", "append_line"):
         monkeypatch.setattr(module, name, noting(getattr(module, name)))
     add(writer, 1)
-    assert order == ["predictions/epoch_001.npz", "checkpoints/epoch_001", "steps.jsonl", "epochs.jsonl"]
+    assert order == ["predictions/epoch_001.npz", "steps.jsonl", "checkpoints/epoch_001", "epochs.jsonl"]
     assert not list(run.checkpoints.glob("step_*"))
 
 
@@ -133,7 +133,7 @@ def test_a_fault_at_any_write_loses_nothing_and_the_next_attempt_goes_on(
         writer = begun(run)
         done = [r.epoch for r in run.records()]
         assert done == ([1, 2] if newest.name == "epoch_002" else [1])
-        assert [row["epoch"] for row in run.steps()] in (done, [1])
+        assert [row["epoch"] for row in run.steps()] == done
         for epoch in range(done[-1] + 1, 4):
             add(writer, epoch)
         writer.end("done")
@@ -312,6 +312,31 @@ def test_tensorboard_has_one_value_a_step(run: Run) -> None:
     assert [path.name for path in (run.tb / "hparams").iterdir()] == ["events.out.tfevents.0.hparams"]
 
 
+def test_the_steps_of_a_killed_attempt_are_plotted_once(run: Run) -> None:
+    writer = begun(run)
+    writer.plot_steps(1, [4.0, 3.0], [0.1, 0.2])
+    writer.plot_steps(3, [2.0, None], [0.3, 0.4])
+    writer.plot_steps(5, [9.0, 9.0], [0.9, 0.9])  # the next epoch has two steps more, and is trained again
+    writer = begun(run)
+    writer.plot_steps(5, [1.5], [0.5])
+    writer.plot_steps(6, [], [])
+    writer.end("done")
+    found = values(run, "steps")
+    assert found["step/loss"] == {1: [4.0], 2: [3.0], 3: [2.0], 5: [1.5]}
+    assert found["step/lr"] == {step: [pytest.approx(step / 10)] for step in range(1, 6)}
+    assert "step/loss" not in values(run)  # there, steps are epochs
+
+
+def test_the_steps_are_flushed_once_a_call(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = begun(run)
+    writer.plot_steps(1, [1.0], [0.1])
+    flushed = []
+    monkeypatch.setattr(os, "fsync", flushed.append)
+    writer.plot_steps(2, [1.0] * 500, [0.1] * 500)
+    assert len(flushed) <= 1
+    assert len(values(run, "steps")["step/loss"]) == 501
+
+
 def test_a_point_that_a_kill_lost_comes_back(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = begun(run)
     add(writer, 1)
@@ -367,7 +392,7 @@ def test_the_graph_lies_beside_curves_and_text(run: Run) -> None:
 
     writer = begun(run)
     add(writer, 1, loss=2.0)
-    writer.graph(graph_events(torch.nn.Sequential(torch.nn.Linear(2, 3)), (torch.zeros(1, 2),)))
+    writer.graph(graph_events(torch.nn.Sequential(torch.nn.Linear(2, 3)), (torch.zeros(1, 2),))[0])
     writer.graph(b"")  # could not be drawn: what is there stays
     writer.end("done")
     board = EventAccumulator(str(run.tb))

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
@@ -17,7 +20,9 @@ from torchvision.transforms import functional as true
 
 from rayexp.config import AugmentConfig, ExperimentConfig, parse
 from rayexp.engine import order
-from rayexp.workloads.image_classification.augmentation import DRAWS, augment, boxes, resampling
+from rayexp.workloads.image_classification.augmentation import DRAWS, TRIES, resampling
+from rayexp.workloads.image_classification.augmentation import augment as augmented
+from rayexp.workloads.image_classification.augmentation import boxes as drawn_boxes
 from rayexp.workloads.image_classification.workload import ImageClassification
 
 CPU = torch.device("cpu")
@@ -26,6 +31,67 @@ MANY = 4000
 
 def draws(n: int, key: int = 1) -> NDArray[np.float64]:
     return order.uniform(key, np.arange(n), DRAWS)
+
+
+def boxes(config: AugmentConfig, draws: NDArray[np.float64], height: int, width: int) -> NDArray[np.float64]:
+    return drawn_boxes(config, torch.from_numpy(draws), height, width).numpy()
+
+
+def augment(images: Tensor, config: AugmentConfig, draws: NDArray[np.float64]) -> Tensor:
+    return augmented(images, config, torch.from_numpy(draws))
+
+
+def boxes_in_numpy(config: AugmentConfig, draws: NDArray[np.float64], height: int, width: int) -> NDArray[np.float64]:
+    """The boxes by numpy alone, as they were computed on the host before devices drew them."""
+    n, u, v = len(draws), draws[:, 2 * TRIES], draws[:, 2 * TRIES + 1]
+    if config.pad:
+        top, left = np.floor(u * (2 * config.pad + 1)) - config.pad, np.floor(v * (2 * config.pad + 1)) - config.pad
+        return np.stack([top, left, np.full(n, height), np.full(n, width)], 1).astype(np.float64)
+    area = height * width * (config.scale[0] + (config.scale[1] - config.scale[0]) * draws[:, :TRIES])
+    low, high = math.log(config.ratio[0]), math.log(config.ratio[1])
+    ratio = np.exp(low + (high - low) * draws[:, TRIES : 2 * TRIES])
+    w, h = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
+    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+    first, found = fits.argmax(1), fits.any(1)
+    h, w = h[np.arange(n), first], w[np.arange(n), first]
+    whole = width / height
+    best = min(max(whole, config.ratio[0]), config.ratio[1])
+    fall_h, fall_w = (np.rint(width / best), width) if whole < best else (height, np.rint(height * best))
+    h, w = np.where(found, h, min(fall_h, height)), np.where(found, w, min(fall_w, width))
+    top = np.where(found, np.floor(u * (height - h + 1)), (height - h) // 2)
+    left = np.where(found, np.floor(v * (width - w + 1)), (width - w) // 2)
+    return np.stack([top, left, h, w], 1)
+
+
+POSITIVE = st.floats(0.01, 1.0)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    key=st.integers(0, 2**63 - 1),
+    scale=st.tuples(POSITIVE, POSITIVE).map(sorted),
+    ratio=st.tuples(st.floats(0.05, 20), st.floats(0.05, 20)).map(sorted),
+    pad=st.sampled_from([0, 0, 0, 1, 4, 9]),
+    height=st.integers(1, 300),
+    width=st.integers(1, 300),
+)
+def test_boxes_are_those_that_numpy_computes(
+    key: int, scale: list[float], ratio: list[float], pad: int, height: int, width: int
+) -> None:
+    """Exponentials may differ in their last bit; the whole pixels that come of them do not."""
+    recipe = AugmentConfig(scale=tuple(scale), ratio=tuple(ratio), pad=pad)  # type: ignore[arg-type]
+    u = draws(500, key)
+    assert np.array_equal(boxes(recipe, u, height, width), boxes_in_numpy(recipe, u, height, width))
+
+
+def test_of_the_crops_that_fit_the_first_is_taken() -> None:
+    """Ten tries: the first too wide, the second and the third fit, the rest too high."""
+    u = np.full((1, DRAWS), 0.5)
+    u[0, :TRIES] = [1.0, 0.25, 0.5, *[1.0] * 7]
+    u[0, TRIES : 2 * TRIES] = [1.0, 0.5, 0.5, *[0.0] * 7]
+    recipe = AugmentConfig(scale=(0.04, 1.0), ratio=(0.5, 2.0))
+    side = round(math.sqrt(4096 * (0.04 + 0.96 * 0.25)))
+    assert boxes(recipe, u, 64, 64)[0, 2:].tolist() == [side, side]
 
 
 @functools.cache

@@ -14,22 +14,22 @@ from torch import nn
 
 from rayexp.config import AugmentConfig, ExperimentConfig, parse
 from rayexp.engine import order
-from rayexp.engine.rng import Draws, adopt
+from rayexp.engine.rng import Draws, adopt, seeded
 from rayexp.errors import UserError
 from rayexp.runs.records import Predictions
 from rayexp.workloads.image_classification.augmentation import DRAWS, augment, boxes, resampling
 from rayexp.workloads.image_classification.workload import ImageClassification, Options, build
 
 
-def draws(n: int, key: int = 1) -> np.ndarray:
-    return order.uniform(key, np.arange(n), DRAWS)
+def draws(n: int, key: int = 1) -> torch.Tensor:
+    return torch.from_numpy(order.uniform(key, np.arange(n), DRAWS))
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10**6), st.integers(16, 80), st.integers(16, 80))
 def test_boxes_lie_in_the_image_and_keep_their_promises(key: int, height: int, width: int) -> None:
     recipe = AugmentConfig(scale=(0.2, 0.9), ratio=(0.8, 1.25))
-    box = boxes(recipe, draws(64, key), height, width)
+    box = boxes(recipe, draws(64, key), height, width).numpy()
     top, left, h, w = box.T
     assert (h >= 1).all()
     assert (w >= 1).all()
@@ -40,7 +40,7 @@ def test_boxes_lie_in_the_image_and_keep_their_promises(key: int, height: int, w
 def test_crops_have_the_distribution_of_torchvision() -> None:
     from torchvision.transforms import RandomResizedCrop
 
-    box = boxes(AugmentConfig(), draws(20_000), 64, 64)
+    box = boxes(AugmentConfig(), draws(20_000), 64, 64).numpy()
     torch.manual_seed(0)
     blank = torch.zeros(3, 64, 64)
     theirs = np.array([RandomResizedCrop.get_params(blank, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(20_000)])
@@ -108,6 +108,8 @@ def config(**changes: object) -> ExperimentConfig:
         ({"model": {"name": "resnet19"}}, ["model.name", "resnet18"]),
         ({"model": {"name": "resnet18", "stemm": "small"}}, ["model.stemm", "stem"]),
         ({"model": {"name": "vgg11", "stem": "small"}}, ["ResNets"]),
+        ({"model": {"name": "vgg11", "stem": "stride2"}}, ["ResNets"]),
+        ({"model": {"name": "resnet18", "stem": "stride3"}}, ["model.stem", "imagenet", "stride2", "small"]),
         ({"data": {"name": "python_docs"}}, ["data.name", "tiny_imagenet"]),
     ],
 )
@@ -136,9 +138,9 @@ def test_dropout_is_drawn_image_by_image() -> None:
     workload, random = ImageClassification(config()), Draws()
     layers = nn.Sequential(nn.Dropout(0.5)).train()
     adopt(layers, random, workload.batch_dim)
-    random.begin([1, 2], [3, 4], torch.device("cpu"))
+    random.begin(seeded([1, 2], torch.device("cpu")), [3, 4])
     both = layers(torch.ones(7, 7, 8, 8))
-    random.begin([2], [4], torch.device("cpu"))
+    random.begin(seeded([2], torch.device("cpu")), [4])
     assert torch.equal(layers(torch.ones(4, 7, 8, 8)), both[3:])
 
 

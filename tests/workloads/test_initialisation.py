@@ -61,14 +61,42 @@ def test_zero_init_residual_starts_every_branch_at_zero() -> None:
         assert all(bool((end == (0 if zero else 1)).all()) for end in ends)
 
 
-def test_the_small_stem_is_drawn_like_torchvision_s() -> None:
-    """He et al. 2015, fan out."""
-    model = images("resnet18", stem="small").model()
-    weight = model.conv1.weight.detach()
-    assert weight.shape == (64, 3, 3, 3)
-    assert isinstance(model.maxpool, nn.Identity)
-    wide = math.sqrt(2 / (64 * 9))
-    assert stats.kstest(weight.numpy().reshape(-1) / wide, "norm").pvalue > 1e-3
+class Stem(models.ResNet):
+    """torchvision's ResNet-18 with a 3x3 stem, drawn once and by torchvision's own loop over all convolutions."""
+
+    def __init__(self, stride: int) -> None:
+        super().__init__(models.resnet.BasicBlock, [2, 2, 2, 2], num_classes=20)
+        self.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=stride, padding=1, bias=False)
+        del self.maxpool
+        self.maxpool = nn.Sequential()
+
+
+@pytest.mark.parametrize(("stem", "stride"), [("small", 1), ("stride2", 2)])
+def test_a_3x3_stem_is_torchvision_s_network_with_another_first_layer(stem: str, stride: int) -> None:
+    wanted, found = Stem(stride), images("resnet18", stem=stem).model()
+    assert {n: p.shape for n, p in found.state_dict().items()} == {n: p.shape for n, p in wanted.state_dict().items()}
+    assert sum(p.numel() for p in found.parameters()) == sum(p.numel() for p in wanted.parameters()) == 11_179_092
+    wanted.load_state_dict(found.state_dict())
+    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)).contiguous(
+        memory_format=torch.channels_last
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(found.eval()(x), wanted.eval()(x), rtol=1e-4, atol=1e-5)
+        side = 64 // stride
+        assert found.layer1(found.maxpool(found.conv1(x))).shape == (2, 64, side, side)
+
+
+@pytest.mark.parametrize("stem", ["small", "stride2"])
+def test_a_3x3_stem_is_drawn_like_torchvision_s(stem: str) -> None:
+    """He et al. 2015, fan out, for ReLU; after all that torchvision draws, from the same generator."""
+    weight = images("resnet18", seed=3, stem=stem).model().conv1.weight.detach()
+    assert stats.kstest(weight.numpy().reshape(-1) / math.sqrt(2 / (64 * 9)), "norm").pvalue > 1e-3
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(order.key(3, "init"))
+        models.resnet18(num_classes=20)
+        again = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+        nn.init.kaiming_normal_(again.weight, mode="fan_out", nonlinearity="relu")
+    assert torch.equal(weight, again.weight)
 
 
 def language(model: dict[str, Any], seed: int = 0) -> nn.Module:

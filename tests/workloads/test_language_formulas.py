@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rayexp.config import ExperimentConfig, parse
-from rayexp.engine.rng import Draws, Dropout, adopt
+from rayexp.engine.rng import Draws, Dropout, adopt, seeded
 from rayexp.workloads import open_workload
 
 Floats = NDArray[np.float64]
@@ -106,7 +106,7 @@ def test_dropout_lies_on_words_between_parts_and_on_the_output(
     into: list[Tensor] = []
     model.decoder.register_forward_pre_hook(lambda module, words: into.append(words[0]))
     tokens = torch.randint(100, (5, 4), generator=torch.Generator().manual_seed(0))
-    draws.begin([1, 2], [2, 2], torch.device("cpu"))
+    draws.begin(seeded([1, 2], torch.device("cpu")), [2, 2])
     model(tokens, torch.zeros(20, dtype=torch.int64))
     assert len(seen) == count
     assert all(module.p == 0.25 and module.dim == 1 for module, _, _ in seen)

@@ -142,19 +142,6 @@ def test_passes_that_share_a_row_leave_the_sum_of_two_to_the_bit() -> None:
         assert torch.equal(leaf.grad, first + second)
 
 
-def test_the_way_of_a_gpu_leads_to_the_same_rows() -> None:
-    g = torch.Generator().manual_seed(0)
-    values, targets = torch.randn(90, 3, generator=g), torch.randint(70, (90,), generator=g)
-    whole = torch.zeros(70, 3).index_add_(0, targets, values)
-    for ordered in (True, False):
-        ways = blocked_loss._ToTargets(values, targets, 70, 16)
-        assert ways.ordered is not None
-        ways.ordered = ways.ordered if ordered else None
-        parts = [slice(start, min(start + 16, 70)) for start in range(0, 70, 16)]
-        found = [ways.add(i, part, torch.zeros(part.stop - part.start, 3)) for i, part in enumerate(parts)]
-        assert torch.equal(torch.cat(found), whole)
-
-
 def test_frozen_parameters_get_no_gradient() -> None:
     hidden, weight, bias, targets = problem(5, 4, 30, torch.float32)
     weight.requires_grad_(False).grad = torch.zeros_like(weight)
@@ -182,7 +169,7 @@ def test_the_logits_are_never_whole() -> None:
     with Watch():
         blocked_cross_entropy(hidden, weight, bias, targets).sum().backward()
     assert largest < whole / 8
-    assert blocked_loss.KEEP["cpu"] < whole
+    assert whole > blocked_loss.KEEP
 
 
 def test_bf16_products_keep_a_float32_loss() -> None:

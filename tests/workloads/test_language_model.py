@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rayexp.config import ExperimentConfig, parse
-from rayexp.engine.rng import Draws, adopt
+from rayexp.engine.rng import Draws, adopt, seeded
 from rayexp.errors import UserError
 from rayexp.runs.tensorboard import graph_events
 from rayexp.workloads import open_workload
@@ -264,7 +264,7 @@ def test_every_model_learns(name: str) -> None:
     state, losses = work.initial_state(8, CPU), []
     for step in range(12):
         batch = work.batch(1, step, range(4), CPU)
-        draws.begin([step * 4 + s for s in range(4)], batch.sizes, CPU)
+        draws.begin(seeded([step * 4 + s for s in range(4)], CPU), batch.sizes)
         loss, state = work.loss(net, batch, state)
         optimizer.zero_grad()
         (loss / batch.count).backward()
@@ -283,7 +283,7 @@ def test_dropout_comes_from_the_given_draws_alone() -> None:
 
     def loss(keys: list[int]) -> float:
         batch = work.batch(1, 0, range(4), CPU)
-        draws.begin(keys, batch.sizes, CPU)
+        draws.begin(seeded(keys, CPU), batch.sizes)
         return work.loss(net, batch, work.initial_state(8, CPU))[0].item()
 
     torch.manual_seed(0)
@@ -357,13 +357,15 @@ def test_rotation_knows_distances_only() -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_tensorboard_can_draw_the_model(name: str) -> None:
     work = make(MODELS[name])
-    graph = graph_events(work.model().eval(), work.example())
+    graph, _ = graph_events(work.model().eval(), work.example())
     assert b"decoder" in graph
     assert b"encoder" in graph
 
 
 def test_a_model_that_cannot_be_drawn_has_no_graph(capfd: pytest.CaptureFixture[str]) -> None:
-    assert graph_events(torch.nn.Linear(2, 3), (torch.zeros(1, 5),)) == b""
+    events, why = graph_events(torch.nn.Linear(2, 3), (torch.zeros(1, 5),))
+    assert events == b""
+    assert why.startswith("RuntimeError: mat1 and mat2 shapes cannot be multiplied")
     assert capfd.readouterr().err == ""
 
 

@@ -25,9 +25,9 @@ from torch.autograd.function import once_differentiable
 
 from rayexp.engine.cpu.matmul import product
 
-# Words in a block, and bytes of exponentials kept for the backward pass; chosen for a core's cache and for a GPU.
-BLOCK = {"cpu": 2048, "cuda": 8192}
-KEEP = {"cpu": 32 << 20, "cuda": 1 << 30}
+# Words in a block, and bytes of exponentials kept for the backward pass; chosen for a core's cache.
+BLOCK = 2048
+KEEP = 32 << 20
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # it writes into gradients
@@ -36,8 +36,8 @@ def blocked_cross_entropy(
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
-    block: int | None = None,
-    keep: int | None = None,
+    block: int = BLOCK,
+    keep: int = KEEP,
 ) -> Tensor:
     """Cross-entropy of every token, in nats: `F.cross_entropy(hidden @ weight.T + bias, targets, reduction="none")`.
 
@@ -54,15 +54,9 @@ def blocked_cross_entropy(
     Returns:
         float32[tokens] (float64 where `hidden` is).
     """
-    kind = hidden.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-    if not torch.is_grad_enabled():
-        keep = 0
-    elif keep is None:
-        keep = KEEP.get(kind, KEEP["cuda"])
-    losses: Tensor = _CrossEntropy.apply(
-        hidden, weight, bias, targets, block or BLOCK.get(kind, BLOCK["cuda"]), keep, dtype
-    )
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden.dtype
+    keep = keep if torch.is_grad_enabled() else 0
+    losses: Tensor = _CrossEntropy.apply(hidden, weight, bias, targets, block, keep, dtype)
     return losses
 
 
@@ -132,7 +126,7 @@ class _CrossEntropy(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> Tensor:
         peaks, sums, chosen, kept = [], [], [], []
-        with torch.autocast(hidden.device.type, enabled=False):
+        with torch.autocast("cpu", enabled=False):
             narrow = hidden.to(dtype)
             for part in _blocks(len(weight), block):
                 logits = _logits(narrow, weight, bias, part)
@@ -158,10 +152,10 @@ class _CrossEntropy(torch.autograd.Function):
         weight_sink, bias_sink = map(_Sink.of, ctx.leaves, ctx.needs_input_grad[1:3])
         wide = hidden.to(log_sum.dtype)
         hidden_grad = torch.zeros_like(wide)
-        with torch.autocast(hidden.device.type, enabled=False):
+        with torch.autocast("cpu", enabled=False):
             scale = (peak - log_sum[:, None]).exp_().mul_(grad[:, None]).t().contiguous()
             narrow, across = hidden.to(ctx.dtype), wide.t().contiguous()
-            of_targets = _ToTargets(wide * -grad[:, None], targets, len(weight), ctx.block)
+            of_targets = _by_block(wide * -grad[:, None], targets, len(weight), ctx.block)
             of_bias = wide.new_empty(len(weight))
             for i, part in enumerate(_blocks(len(weight), ctx.block)):
                 e, ctx.kept[i] = ctx.kept[i], None
@@ -173,7 +167,7 @@ class _CrossEntropy(torch.autograd.Function):
                 e = e.to(ctx.dtype)
                 if weight_sink is not None:
                     found = product(e.t(), (across * factor).to(ctx.dtype)).to(wide.dtype)
-                    weight_sink.put(part, of_targets.add(i, part, found))
+                    weight_sink.put(part, found.index_add_(0, *of_targets[i]))
                 hidden_grad.addcmul_(product(e, weight[part].to(ctx.dtype).t()), factor[:, None])
             if bias_sink is not None:
                 bias_sink.put(slice(None), of_bias.index_add_(0, targets, -grad))
@@ -182,25 +176,13 @@ class _CrossEntropy(torch.autograd.Function):
         return hidden_grad.to(hidden.dtype), weight_grad, bias_grad, None, None, None, None
 
 
-class _ToTargets:
-    """Adds a row of `values` for each token to the row of its target, one block of the vocabulary at a time."""
-
-    def __init__(self, values: Tensor, targets: Tensor, words: int, block: int) -> None:
-        self.values, self.targets = values, targets
-        self.ordered: list[tuple[Tensor, Tensor]] | None = None
-        if not targets.is_cuda:  # a GPU would be waited for
-            targets, order = targets.sort(stable=True)
-            counts = torch.bincount(targets // block, minlength=-(-words // block)).tolist()
-            rows, summands = (torch.split(x, counts) for x in (targets % block, values[order]))
-            self.ordered = list(zip(rows, summands, strict=True))
-
-    def add(self, i: int, part: slice, found: Tensor) -> Tensor:
-        """Add the rows whose targets lie in block i (words `part`) to `found`, fp[words of the block, features]."""
-        if self.ordered is not None:
-            return found.index_add_(0, *self.ordered[i])
-        at = self.targets - part.start
-        inside = (at >= 0) & (at < len(found))
-        return found.index_add_(0, at.clamp_(0, len(found) - 1), torch.where(inside[:, None], self.values, 0.0))
+def _by_block(values: Tensor, targets: Tensor, words: int, block: int) -> list[tuple[Tensor, Tensor]]:
+    """For each block of the vocabulary the tokens whose targets lie in it: the targets, counted from the block's first
+    word, and their rows of `values`."""
+    targets, order = targets.sort(stable=True)
+    counts = torch.bincount(targets // block, minlength=-(-words // block)).tolist()
+    rows, summands = (torch.split(x, counts) for x in (targets % block, values[order]))
+    return list(zip(rows, summands, strict=True))
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, part: slice) -> Tensor:

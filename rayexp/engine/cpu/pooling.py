@@ -21,9 +21,9 @@ class MaxPoolReLU(nn.MaxPool2d):
 
 
 def pool_before_relu(model: nn.Module) -> None:
-    """Swap the order in the stem of one of torchvision's ResNets; other models stay as they are."""
+    """Swap the order in the stem of one of torchvision's ResNets; other models, and subclasses, stay as they are."""
     resnet = sys.modules.get("torchvision.models.resnet")  # imported already, if the model is one of its own
-    if resnet is None or not isinstance(model, resnet.ResNet) or type(model.maxpool) is not nn.MaxPool2d:
+    if resnet is None or type(model) is not resnet.ResNet or type(model.maxpool) is not nn.MaxPool2d:
         return
     pool = model.maxpool
     model.relu = nn.Identity()

@@ -88,10 +88,11 @@ def _split(sizes: Sequence[int], *tensors: Tensor) -> Iterator[tuple[Tensor, ...
 
 
 def can_keep_apart(model: nn.Module) -> bool:
-    """Whether every layer with parameters is of a kind that `shardwise` keeps apart."""
+    """Whether every layer with parameters is of a kind that `shardwise` keeps apart; a subclass is another kind, since
+    its forward may do something else."""
     owners = [m for m in model.modules() if next(m.parameters(recurse=False), None) is not None]
     return all(
-        (isinstance(m, nn.Conv2d) and m.padding_mode == "zeros" and not isinstance(m.padding, str))
+        (type(m) is nn.Conv2d and m.padding_mode == "zeros" and not isinstance(m.padding, str))
         or type(m) is nn.Linear
         or type(m) in (nn.BatchNorm1d, nn.BatchNorm2d)
         for m in owners
@@ -106,9 +107,9 @@ def keep_gradients_apart(model: nn.Module, draws: Draws) -> None:
         draws: tells the sizes of the shards in a pass.
     """
     for module in model.modules():
-        if isinstance(module, nn.Conv2d):
+        if type(module) is nn.Conv2d:
             module.forward = functools.partial(_conv, module, draws)  # type: ignore[method-assign]
-        elif isinstance(module, nn.Linear):
+        elif type(module) is nn.Linear:
             module.forward = functools.partial(_linear, module, draws)  # type: ignore[method-assign]
 
 

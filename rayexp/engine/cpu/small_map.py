@@ -96,7 +96,9 @@ class SmallMapConvolution:
     """The forward of an `nn.Conv2d`: by matrix products where the output map is small, otherwise as before.
 
     Attributes:
-        kept: the weight as matrices (see `as_matrices`), by the height of the input map.
+        kept: the weight as matrices (see `as_matrices`), by the height of the input map, from `begin_step` to
+            `end_step`; otherwise empty, and every call makes them from the weight as it is then.
+        sizes: the heights of the input maps so far.
 
     Args:
         conv: 3x3, padding 1, stride 1 or 2, no bias; its forward so far is used for large maps.
@@ -108,10 +110,15 @@ class SmallMapConvolution:
         self.otherwise = conv.forward
         self.stride = int(conv.stride[0])
         self.kept: Mapping[int, list[Tensor]] = {}
+        self.sizes: set[int] = set()
 
     def begin_step(self) -> None:
-        """The weight has changed: compute the same matrices again."""
-        self.kept = {size: self._matrices(size) for size in self.kept}
+        """The weight stays as it is until `end_step`: make the matrices once."""
+        self.kept = {size: self._matrices(size) for size in self.sizes}
+
+    def end_step(self) -> None:
+        """The weight may change from now on."""
+        self.kept = {}
 
     def _matrices(self, size: int) -> list[Tensor]:
         return as_matrices(self.conv.weight, views(size, self.stride))
@@ -130,10 +137,10 @@ class SmallMapConvolution:
             count_use(weight)
         if not small:
             return self.otherwise(x)
-        if size not in self.kept:
-            self.kept = {**self.kept, size: self._matrices(size)}
+        self.sizes.add(size)
+        matrices = self.kept[size] if size in self.kept else self._matrices(size)
         sizes = (len(x),) if self.draws is None else self.draws.sizes
-        out: Tensor = _SmallMap.apply(x, weight, self.stride, views(size, self.stride), self.kept[size], sizes)
+        out: Tensor = _SmallMap.apply(x, weight, self.stride, views(size, self.stride), matrices, sizes)
         return out
 
 

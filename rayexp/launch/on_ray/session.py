@@ -24,6 +24,7 @@ from rayexp.errors import Stopped, UserError
 from rayexp.launch.placement import Node, Placement, capacity
 from rayexp.system import signals
 from rayexp.system.cores import cores
+from rayexp.system.threads import PATIENT
 
 # Read by processes that Ray starts from here.
 _QUIET = {
@@ -32,6 +33,7 @@ _QUIET = {
     # glibc's first arena alone can keep freed blocks of more than 64 MiB, and training runs in a thread of a worker,
     # which has another: 66,000 page faults and 6 % of a step with 256 images in a pass.
     "MALLOC_ARENA_MAX": "1",
+    **PATIENT,
 }
 
 # A Ray of our own ends with the run: nobody reads its metrics, and no node of it is taken away.

@@ -18,6 +18,7 @@ import ray
 
 from rayexp.cluster import sources
 from rayexp.config import ExperimentConfig
+from rayexp.display import counted
 from rayexp.errors import HeadLostError, RunError, UserError
 from rayexp.launch import placement as planning
 from rayexp.launch.faults import LostError
@@ -27,6 +28,7 @@ from rayexp.launch.on_ray.attempt import Attempt, PreemptedError
 from rayexp.launch.on_ray.head import HeadWatch
 from rayexp.launch.on_ray.remote_writer import NONCE, start_writer
 from rayexp.launch.placement import Placement
+from rayexp.launch.resuming import go_on
 from rayexp.launch.screen import Screen
 from rayexp.runs.run import Run
 
@@ -87,8 +89,9 @@ def supervise(
                 raise KeyboardInterrupt
             if failures > config.max_failures:
                 raise RunError(
-                    f"workers were lost {failures} times (max_failures: {config.max_failures}); last: {attempt.error}",
-                    f"; --resume {run.id} goes on from the newest checkpoint",
+                    f"workers were lost {counted(failures, 'time')} (max_failures: {config.max_failures}); "
+                    f"last: {attempt.error}",
+                    go_on(run.root),
                 )
             shown.say(f"workers lost ({attempt.error}); attempt {failures + 1} of {config.max_failures + 1}")
         else:

@@ -19,6 +19,7 @@ from rayexp.launch.job import WorkerJob
 from rayexp.launch.on_ray import remote_writer, reports
 from rayexp.launch.on_ray.rendezvous import node_address
 from rayexp.launch.on_ray.worker_fault import WorkerFaultError
+from rayexp.launch.resuming import go_on
 
 if TYPE_CHECKING:
     from rayexp.engine.group import WorkerGroup
@@ -52,7 +53,7 @@ def _train_loop(job: WorkerJob) -> None:
         raise UserError(f"{where}{error}") from None
     except WriteError as error:
         writer.log(rank, traceback.format_exc())
-        raise RunError(error, f"; --resume {job.run.name} goes on from the newest checkpoint") from None
+        raise RunError(error, go_on(job.run)) from None
     except (RunError, LostError):
         writer.log(rank, traceback.format_exc())
         raise

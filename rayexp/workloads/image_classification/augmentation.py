@@ -9,51 +9,49 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from rayexp.config import AugmentConfig
-from rayexp.engine.runtime import upload
 
 TRIES = 10
 DRAWS = 2 * TRIES + 3
 
 
-def boxes(config: AugmentConfig, draws: NDArray[np.float64], height: int, width: int) -> NDArray[np.float64]:
+def boxes(config: AugmentConfig, draws: Tensor, height: int, width: int) -> Tensor:
     """Crop boxes as torchvision's RandomResizedCrop.get_params draws them: up to ten tries of area and aspect ratio
     (log-uniform), otherwise the largest centred box with an allowed ratio. With `pad`, a window of the image's own
     size, shifted by up to `pad` pixels.
+
+    Computed in float64, where devices and libraries differ at most in the last bit of the exponential. That bit moves a
+    box only if a side lies within some 1e-13 pixels of a half.
 
     Args:
         draws: float64[n, DRAWS] in [0, 1).
         height, width: of the images, in pixels.
 
     Returns:
-        float64[n, 4]: top, left, height and width in whole pixels.
+        float64[n, 4], on the draws' device: top, left, height and width in whole pixels.
     """
-    n = len(draws)
     u, v = draws[:, 2 * TRIES], draws[:, 2 * TRIES + 1]
     if config.pad:
-        top, left = np.floor(u * (2 * config.pad + 1)) - config.pad, np.floor(v * (2 * config.pad + 1)) - config.pad
-        return np.stack([top, left, np.full(n, height), np.full(n, width)], 1).astype(np.float64)
+        top, left = ((one * (2 * config.pad + 1)).floor_() - config.pad for one in (u, v))
+        return torch.stack([top, left, torch.full_like(u, height), torch.full_like(u, width)], 1)
     area = height * width * (config.scale[0] + (config.scale[1] - config.scale[0]) * draws[:, :TRIES])
     low, high = math.log(config.ratio[0]), math.log(config.ratio[1])
-    ratio = np.exp(low + (high - low) * draws[:, TRIES : 2 * TRIES])
-    w, h = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
+    ratio = torch.exp(low + (high - low) * draws[:, TRIES : 2 * TRIES])
+    w, h = (area * ratio).sqrt_().round_(), (area / ratio).sqrt_().round_()
     fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
-    first = fits.argmax(1)
-    rows = np.arange(n)
-    h, w = h[rows, first], w[rows, first]
+    one_fits, first = fits.to(torch.uint8).max(1, keepdim=True)  # of several that fit, the first
+    none = one_fits[:, 0] == 0
     whole = width / height
     best = min(max(whole, config.ratio[0]), config.ratio[1])
-    fall_h, fall_w = (np.rint(width / best), width) if whole < best else (height, np.rint(height * best))
-    found = fits.any(1)
-    h, w = np.where(found, h, min(fall_h, height)), np.where(found, w, min(fall_w, width))
-    top = np.where(found, np.floor(u * (height - h + 1)), (height - h) // 2)
-    left = np.where(found, np.floor(v * (width - w + 1)), (width - w) // 2)
-    return np.stack([top, left, h, w], 1)
+    fall_h, fall_w = (round(width / best), width) if whole < best else (height, round(height * best))
+    h = h.gather(1, first)[:, 0].masked_fill_(none, min(fall_h, height))
+    w = w.gather(1, first)[:, 0].masked_fill_(none, min(fall_w, width))
+    top = torch.where(none, (height - h) / 2, u * (height - h + 1)).floor_()
+    left = torch.where(none, (width - w) / 2, v * (width - w + 1)).floor_()
+    return torch.stack([top, left, h, w], 1)
 
 
 def resampling(start: Tensor, length: Tensor, size: int, out: int, clip: bool = True) -> Tensor:
@@ -79,14 +77,15 @@ def resampling(start: Tensor, length: Tensor, size: int, out: int, clip: bool = 
     return weights / weights.sum(-1, keepdim=True)
 
 
-def augment(images: Tensor, config: AugmentConfig, draws: NDArray[np.float64]) -> Tensor:
-    """Augmented images fp32[n, 3, h, w] (0..255) from `images` uint8[n, h, w, 3] and `draws` float64[n, DRAWS]."""
+def augment(images: Tensor, config: AugmentConfig, draws: Tensor) -> Tensor:
+    """Augmented images fp32[n, 3, h, w] (0..255) from `images` uint8[n, h, w, 3] and `draws` float64[n, DRAWS], all on
+    one device and without waiting for it."""
     n, height, width, _ = images.shape
-    box = upload(boxes(config, draws, height, width).astype(np.float32), images.device)
+    box = boxes(config, draws, height, width).float()
     rows = resampling(box[:, 0], box[:, 2], height, height, clip=not config.pad)
     columns = resampling(box[:, 1], box[:, 3], width, width, clip=not config.pad)
     if config.flip:
-        mirrored = upload(draws[:, 2 * TRIES + 2] < 0.5, images.device)
+        mirrored = draws[:, 2 * TRIES + 2] < 0.5
         columns = torch.where(mirrored[:, None, None], columns.flip(1), columns)
     # [n, row, channel, column]: one product for all channels of an image, first over rows, then over columns.
     pixels = images.permute(0, 1, 3, 2).to(torch.float32, memory_format=torch.contiguous_format)

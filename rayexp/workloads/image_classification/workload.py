@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -14,17 +15,20 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
 from rayexp.config import IMAGE_DATA, ExperimentConfig, explain
-from rayexp.data import ImageData, open_data
+from rayexp.data import ImageData, ImageSplit, open_data
 from rayexp.engine import order
 from rayexp.engine.runtime import upload
 from rayexp.engine.workload import Batch, RecurrentState
 from rayexp.errors import UserError, nearest
 from rayexp.runs.records import Predictions
 from rayexp.workloads.image_classification.augmentation import DRAWS, augment
+from rayexp.workloads.image_classification.shapes import check_size
 
 # Channel means and standard deviations of ImageNet, as in pytorch/examples imagenet/main.py, here for 0..255.
 MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
 STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
+
+PIECE = 4096  # images that are copied to the device at once
 
 
 class Options(BaseModel):
@@ -32,8 +36,9 @@ class Options(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    stem: Literal["imagenet", "small"] = "imagenet"
-    """small: the first layer is a 3x3 convolution of stride 1 without pooling, for small images (ResNets)."""
+    stem: Literal["imagenet", "stride2", "small"] = "imagenet"
+    """The first layer of a ResNet. imagenet: 7x7 of stride 2, then pooling by 2, as torchvision has it. For small
+    images, 3x3 without pooling: stride2 halves the side, small keeps it (and takes four times the arithmetic)."""
     zero_init_residual: bool = False
     """Start every residual branch at zero (ResNets; Goyal et al. 2017)."""
 
@@ -46,7 +51,7 @@ class ImageClassification:
     shares_buffer = True
     together = True
 
-    def __init__(self, config: ExperimentConfig) -> None:
+    def __init__(self, config: ExperimentConfig, data: ImageData | None = None) -> None:
         if config.data.name not in IMAGE_DATA:
             raise UserError(f"data.name: image_classification reads {', '.join(IMAGE_DATA)}, not {config.data.name!r}")
         self.config = config
@@ -55,7 +60,9 @@ class ImageClassification:
         except ValidationError as error:
             raise UserError(explain(error, Options, "model")) from None
         check_name(config.model.name)
-        self.data: ImageData = open_data(config.data)
+        name, size = config.model.name, config.data.image_size
+        check_size(lambda pixels: build(name, self.options, 2, pixels), name, size)
+        self.data: ImageData = data or open_data(config.data)
         if len(self.data.train) < 2 * config.shards:
             raise UserError(
                 f"data: {len(self.data.train)} training images are too few for {config.shards} shards "
@@ -63,8 +70,8 @@ class ImageClassification:
             )
         self.cut = order.Cut(len(self.data.train), config.batch_size, config.shards)
         self._order: tuple[int, NDArray[np.int64]] = (0, np.empty(0, np.int64))
-        self._scale = torch.tensor([1 / s for s in STD])[:, None, None]
-        self._shift = torch.tensor([-m / s for m, s in zip(MEAN, STD, strict=True)])[:, None, None]
+        self._resident: dict[str, Tensor] = {}  # the pixels of a split, by its name
+        self._normal: dict[torch.device, tuple[Tensor, Tensor]] = {}  # shift and scale, by device
 
     # ------------------------------------------------------------------ model
 
@@ -88,19 +95,47 @@ class ImageClassification:
 
     def batch(self, epoch: int, step: int, shards: range, device: torch.device) -> Batch:
         """The augmented, normalised images of consecutive shards: fp32[n, 3, size, size] and int64[n]."""
-        if self._order[0] != epoch:
-            self._order = epoch, order.permutation(self.config.seed, epoch, len(self.data.train))
+        fed = {name: upload(array, device) for name, array in self.feed(epoch, step, shards).items()}
+        return self.assemble(fed, self.sizes(step, shards))
+
+    def feed(self, epoch: int, step: int, shards: range) -> dict[str, NDArray[Any]]:
+        """`samples` int64[n], their `labels` int64[n], the `key` int64[] of the epoch's augmentation, and, unless they
+        are resident, the pixels: `images` uint8[n, size, size, 3]."""
         positions = self.cut.positions(step, shards)
-        samples = self._order[1][positions.start : positions.stop]
-        images = upload(self.data.train.read(samples), device)
+        samples = self._permutation(epoch)[positions.start : positions.stop]
+        fed: dict[str, NDArray[Any]] = {
+            "samples": samples,
+            "labels": self.data.train.labels[samples],
+            "key": np.array(order.key(self.config.seed, "augment", epoch)),
+        }
+        return fed if self._resident else fed | {"images": self.data.train.read(samples)}
+
+    def assemble(self, fed: Mapping[str, Tensor], sizes: Sequence[int]) -> Batch:
+        """Pixels gathered, augmented and normalised: fp32[n, 3, size, size], and their labels int64[n]."""
+        samples = fed["samples"]
+        images = fed["images"] if "images" in fed else self._resident["train"].index_select(0, samples)
         recipe = self.config.data.augment
         if recipe is None:
             planes = images.permute(0, 3, 1, 2).float()
         else:
-            draws = order.uniform(order.key(self.config.seed, "augment", epoch), samples, DRAWS)
-            planes = augment(images, recipe, draws)
-        targets = upload(self.data.train.labels[samples], device)
-        return Batch((self._normalise(planes),), targets, self.sizes(step, shards), len(samples))
+            planes = augment(images, recipe, order.uniform_on(fed["key"], samples, DRAWS))
+        return Batch((self._normalise(planes),), fed["labels"], tuple(sizes), sum(sizes))
+
+    def resident_bytes(self) -> int:
+        """A byte for each value of every pixel of both splits."""
+        return sum(len(split) * math.prod(split.images.shape[1:]) for split in (self.data.train, self.data.val))
+
+    def resident(self, device: torch.device) -> None:
+        """Keep the pixels of both splits on the device: uint8[n, size, size, 3]."""
+        self._resident = {"train": _load(self.data.train, device), "val": _load(self.data.val, device)}
+
+    def _permutation(self, epoch: int) -> NDArray[np.int64]:
+        """The order of the samples in an epoch. Of the epochs that threads ask for, the latest is remembered."""
+        known, samples = self._order
+        if known != epoch:
+            samples = order.permutation(self.config.seed, epoch, len(self.data.train))
+            self._order = epoch, samples
+        return samples
 
     def sizes(self, step: int, shards: range) -> tuple[int, ...]:
         """Images of each shard."""
@@ -121,8 +156,13 @@ class ImageClassification:
         return {}
 
     def _normalise(self, planes: Tensor) -> Tensor:
-        self._shift, self._scale = self._shift.to(planes.device), self._scale.to(planes.device)
-        return torch.addcmul(self._shift, planes, self._scale).contiguous(memory_format=torch.channels_last)
+        if planes.device not in self._normal:
+            with torch.inference_mode(False):  # the first call may be an evaluation, the next one training
+                shift = torch.tensor([-m / s for m, s in zip(MEAN, STD, strict=True)], device=planes.device)
+                scale = torch.tensor([1 / s for s in STD], device=planes.device)
+            self._normal[planes.device] = shift[:, None, None], scale[:, None, None]
+        shift, scale = self._normal[planes.device]
+        return torch.addcmul(shift, planes, scale).contiguous(memory_format=torch.channels_last)
 
     # ------------------------------------------------------------------ evaluation
 
@@ -130,15 +170,19 @@ class ImageClassification:
         """Number of batches of validation images."""
         return -(-len(self.data.val) // self.config.batch_size)
 
-    def predict(self, model: nn.Module, stream: int, device: torch.device) -> Mapping[str, NDArray[Any]]:
+    def predict(self, model: nn.Module, stream: int, device: torch.device) -> Mapping[str, NDArray[Any] | Tensor]:
         """The five likeliest classes of each image, the confidence in the first, and the loss.
 
         Where the logits give no probabilities (one is NaN or infinite), `top5` is -1, `confidence` and `loss` are NaN.
         """
         size = self.config.batch_size
-        samples = np.arange(stream * size, min(len(self.data.val), (stream + 1) * size))
-        labels = upload(self.data.val.labels[samples], device)
-        planes = upload(self.data.val.read(samples), device).permute(0, 3, 1, 2).float()
+        samples = np.arange(stream * size, min(len(self.data.val), (stream + 1) * size), dtype=np.int64)
+        labels = self.data.val.labels[samples]
+        if self._resident:
+            images = self._resident["val"][stream * size : (stream + 1) * size]
+        else:
+            images = upload(self.data.val.read(samples), device)
+        planes = images.permute(0, 3, 1, 2).float()
         with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             logits = model(self._normalise(planes)).float()
         logs = F.log_softmax(logits, 1)
@@ -146,15 +190,19 @@ class ImageClassification:
         top = logs.sort(stable=True, dim=1, descending=True).indices[:, :5]
         broken = logs.isnan().any(1)
         confidence = logs.gather(1, top[:, :1])[:, 0].exp()
-        losses = F.nll_loss(logs, labels, reduction="none")
+        losses = F.nll_loss(logs, upload(labels, device), reduction="none")
         return {
-            "index": samples.astype(np.int64),
-            "label": labels.cpu().numpy(),
+            "index": samples,
+            "label": labels,
             # A sort puts NaN first, as if it were the likeliest class.
-            "top5": top.masked_fill(broken[:, None], -1).to(torch.int32).cpu().numpy(),
-            "confidence": confidence.masked_fill(broken, torch.nan).cpu().numpy(),
-            "loss": losses.masked_fill(broken, torch.nan).cpu().numpy(),
+            "top5": top.masked_fill(broken[:, None], -1).to(torch.int32),
+            "confidence": confidence.masked_fill(broken, torch.nan),
+            "loss": losses.masked_fill(broken, torch.nan),
         }
+
+    def mirrored(self, model: nn.Module) -> nn.Module:
+        """The model for mirrored evaluation: probabilities averaged over an image and its mirror image."""
+        return Mirrored(model)
 
     def predictions(self, parts: Sequence[Mapping[str, NDArray[Any]]]) -> Predictions:
         """Put the streams together, in their order."""
@@ -182,6 +230,33 @@ class ImageClassification:
             "train_sha": self.data.train.sha,
             "val_sha": self.data.val.sha,
         }
+
+
+class Mirrored(nn.Module):
+    """The logarithm of the mean of a classifier's probabilities for an image and for its mirror image.
+
+    Computed from log-probabilities, so that none that is tiny becomes zero.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        """fp32[n, classes] from images [n, 3, height, width] in channels_last."""
+        mirrored = images.flip(3).contiguous(memory_format=torch.channels_last)
+        logs = (F.log_softmax(self.model(each).float(), 1) for each in (images, mirrored))
+        return torch.logaddexp(*logs) - math.log(2)
+
+
+def _load(split: ImageSplit, device: torch.device) -> Tensor:
+    """The pixels of a split on the device: uint8[n, height, width, 3]. Copied by pieces, since a mapped file may be
+    larger than the host's memory."""
+    pixels = torch.empty(len(split), *split.images.shape[1:], dtype=torch.uint8, device=device)
+    for start in range(0, len(split), PIECE):
+        rows = np.arange(start, min(len(split), start + PIECE))
+        pixels[start : start + PIECE].copy_(torch.from_numpy(split.read(rows)))
+    return pixels
 
 
 def check_name(name: str) -> None:
@@ -224,8 +299,8 @@ def build(name: str, options: Options, classes: int, image_size: int) -> nn.Modu
         model: nn.Module = builder(weights=None, **kwargs)
     except (ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"model.name: {name} cannot be built for {image_size} px images ({error})") from error
-    if options.stem == "small":
-        model.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=1, bias=False)
+    if options.stem != "imagenet":
+        model.conv1 = nn.Conv2d(3, 64, 3, stride=1 if options.stem == "small" else 2, padding=1, bias=False)
         nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
         model.maxpool = nn.Identity()
     return model

@@ -49,7 +49,7 @@ def build(config: ExperimentConfig, words: int) -> LanguageNet:
     """
     options = options_of(config)
     with torch.device("meta"):  # torch's own initialisation would move the global generator
-        net = LanguageNet(config.model.name, options, config.data.bptt, words)
+        net = LanguageNet(config.model.name, options, config.data.bptt, words, config.cpu_kernels)
     net.to_empty(device="cpu")
     ranges = {f"body.{name}": r for name, r in net.body.ranges().items()}
     wide = EMBEDDING_RANGE if isinstance(options, RecurrentOptions) else 0.02 * 3**0.5
@@ -74,16 +74,18 @@ class LanguageNet(nn.Module):
         decoder: the output layer.
     """
 
-    def __init__(self, name: str, options: RecurrentOptions | TransformerOptions, window: int, words: int) -> None:
+    def __init__(
+        self, name: str, options: RecurrentOptions | TransformerOptions, window: int, words: int, cpu_kernels: bool
+    ) -> None:
         super().__init__()
-        self.encoder = Embedding(words, options.emsize)
+        self.encoder = Embedding(words, options.emsize, cpu_kernels)
         self.drop = Dropout(options.dropout, dim=1)
         self.body: Recurrent | Transformer
         if isinstance(options, TransformerOptions):
             self.body = Transformer(options, options.context + window)
         else:
             self.body = Recurrent(name, options)
-        self.decoder = Decoder(self.body.size, words, options.tied)
+        self.decoder = Decoder(self.body.size, words, options.tied, cpu_kernels)
 
     def advance(self, tokens: Tensor, state: BodyState) -> tuple[Tensor, BodyState]:
         """Read words and predict the next one: the logits [columns, words], and the state (see `body.begin`)."""
@@ -113,20 +115,22 @@ class LanguageNet(nn.Module):
 class Embedding(nn.Module):
     """Word vectors."""
 
-    def __init__(self, words: int, size: int) -> None:
+    def __init__(self, words: int, size: int, cpu_kernels: bool) -> None:
         super().__init__()
+        self.cpu_kernels = cpu_kernels
         self.weight = nn.Parameter(torch.empty(words, size))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """int64[...] -> [..., size]."""
-        return cpu.embedding(tokens, self.weight) if self.training else F.embedding(tokens, self.weight)
+        return cpu.embedding(tokens, self.weight, self.cpu_kernels and self.training)
 
 
 class Decoder(nn.Module):
     """The output layer. A tied one has no weight of its own, so that the weight has one name in checkpoints."""
 
-    def __init__(self, size: int, words: int, tied: bool) -> None:
+    def __init__(self, size: int, words: int, tied: bool, cpu_kernels: bool) -> None:
         super().__init__()
+        self.cpu_kernels = cpu_kernels
         self.weight = None if tied else nn.Parameter(torch.empty(words, size))
         self.bias = nn.Parameter(torch.empty(words))
 
@@ -135,4 +139,4 @@ class Decoder(nn.Module):
         weight = encoder_weight if self.weight is None else self.weight
         if targets is None:
             return F.linear(x, weight, self.bias)
-        return cpu.token_losses(x.flatten(0, 1), weight, self.bias, targets)
+        return cpu.token_losses(x.flatten(0, 1), weight, self.bias, targets, self.cpu_kernels)

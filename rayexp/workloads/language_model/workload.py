@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from rayexp.config import TEXT_DATA, ExperimentConfig
 from rayexp.data import TextData, open_data
 from rayexp.engine import order
+from rayexp.engine.evaluate import on_host
 from rayexp.engine.runtime import upload
 from rayexp.engine.workload import Batch, RecurrentState
 from rayexp.errors import UserError
@@ -38,7 +39,7 @@ class LanguageModel:
     batch_dim = 1
     together = False
 
-    def __init__(self, config: ExperimentConfig) -> None:
+    def __init__(self, config: ExperimentConfig, opened: TextData | None = None) -> None:
         self.config = config
         data = config.data
         if data.name not in TEXT_DATA:
@@ -50,7 +51,7 @@ class LanguageModel:
         # A tied matrix gets two gradients in a pass; the second one would be added after the other shard's.
         self.shares_buffer = not self.options.tied
         self.parts = ("h", "c") if config.model.name == "lstm" else ("h",)
-        self.data: TextData = open_data(data)
+        self.data: TextData = opened or open_data(data)
         self.words: int = len(self.data.vocabulary)
         needed = config.batch_size * (data.bptt + 1)
         if len(self.data.train) < needed:
@@ -80,12 +81,33 @@ class LanguageModel:
     def batch(self, epoch: int, step: int, shards: range, device: torch.device) -> Batch:
         """A window of the columns of consecutive shards: inputs (int64[time, columns],) and targets int64[time *
         columns]. The same in every epoch."""
+        fed = {name: upload(array, device) for name, array in self.feed(epoch, step, shards).items()}
+        return self.assemble(fed, self.sizes(step, shards))
+
+    def feed(self, epoch: int, step: int, shards: range) -> dict[str, NDArray[Any]]:
+        """`window` int64[time + 1, columns]: each row is the target of the row before it. Every window but an epoch's
+        last has `data.bptt` targets."""
         size = self.config.batch_size // self.config.shards
         start = step * self.config.data.bptt
         rows = self.columns[shards.start * size : shards.stop * size, start : start + self.config.data.bptt + 1]
-        window = upload(rows.T.astype(np.int64), device)
-        inputs, targets = window[:-1], window[1:].reshape(-1)
-        return Batch((inputs,), targets, (size,) * len(shards), targets.numel())
+        return {"window": rows.T.astype(np.int64)}
+
+    def assemble(self, fed: Mapping[str, Tensor], sizes: Sequence[int]) -> Batch:
+        """Inputs int64[time, columns] and targets int64[time * columns]."""
+        window = fed["window"]
+        targets = window[1:].reshape(-1)
+        return Batch((window[:-1],), targets, tuple(sizes), targets.numel())
+
+    def sizes(self, step: int, shards: range) -> tuple[int, ...]:
+        """Columns of each shard."""
+        return (self.config.batch_size // self.config.shards,) * len(shards)
+
+    def resident_bytes(self) -> int:
+        """None: a window is a few kilobytes."""
+        return 0
+
+    def resident(self, device: torch.device) -> None:
+        """Does nothing: windows are fed."""
 
     def initial_state(self, size: int, device: torch.device) -> RecurrentState:
         """Of a recurrent model the hidden state `h` (and `c`): zeros [layers, columns, hidden]. Of a transformer the
@@ -134,7 +156,7 @@ class LanguageModel:
         """Number of groups of neighbouring columns of the validation text."""
         return min(self.config.shards, self.config.data.eval_columns)
 
-    def predict(self, model: nn.Module, stream: int, device: torch.device) -> Mapping[str, NDArray[Any]]:
+    def predict(self, model: nn.Module, stream: int, device: torch.device) -> Mapping[str, NDArray[Any] | Tensor]:
         """Offset, word and loss of every predicted token of a group of columns, front to back."""
         return self._predict(model, self.data.valid, stream, device)
 
@@ -153,12 +175,13 @@ class LanguageModel:
         """`test_loss` and `test_ppl` of a model in eval mode on the test text, cut like the validation text."""
         with torch.inference_mode():
             parts = [self._predict(model, self.data.test, s, device) for s in range(self.val_streams())]
-        loss = float(np.mean(np.concatenate([part["loss"] for part in parts]), dtype=np.float64))
+        losses = np.concatenate([on_host(part)["loss"] for part in parts])
+        loss = float(np.mean(losses, dtype=np.float64))
         return {"test_loss": loss, "test_ppl": _perplexity(loss)}
 
     def _predict(
         self, model: nn.Module, text: NDArray[np.int32], stream: int, device: torch.device
-    ) -> dict[str, NDArray[Any]]:
+    ) -> dict[str, NDArray[Any] | Tensor]:
         columns = _columns(text, self.config.data.eval_columns)
         group = order.share(len(columns), self.val_streams(), stream)
         ours = columns[group.start : group.stop]
@@ -176,7 +199,7 @@ class LanguageModel:
         return {
             "offset": positions[group.start : group.stop, 1:].T.reshape(-1),
             "token": np.ascontiguousarray(ours[:, 1:].T).reshape(-1),
-            "loss": torch.cat(losses).cpu().numpy(),
+            "loss": torch.cat(losses),
         }
 
     # ---------------------------------------------------------------------- describing

@@ -84,11 +84,11 @@ def begun(lab: Any, wait: Wait, process: subprocess.Popen[str]) -> Run:
     return run
 
 
-def last_line(process: subprocess.Popen[str], code: int) -> str:
-    """What the driver said last; it must end with that exit code."""
+def last_lines(process: subprocess.Popen[str], code: int) -> list[str]:
+    """The two lines that the driver said last; it must end with that exit code."""
     _, err = process.communicate(timeout=120)
     assert process.returncode == code, err
-    return err.splitlines()[-1]
+    return err.splitlines()[-2:]
 
 
 @pytest.fixture
@@ -108,10 +108,10 @@ def test_a_replacement_without_data(lab: Any, train: Words, wait: Wait, undistur
     run = begun(lab, wait, process)
     lab.two.unplug()
     lab.reboot("two")
-    line = last_line(process, 2)
+    line, command = last_lines(process, 2)
     assert line.startswith("error: node two (")
     assert HERE in line
-    assert line.endswith(f"--resume {run.id} goes on")
+    assert command.startswith(f"go on with: rayexp train --resume {run.id}")
     assert run.meta()["status"] == "failed"
     assert next(run.resumable())[1]["step"] > 0
     kept = len(run.records())
@@ -132,9 +132,9 @@ def test_the_head_lost(lab: Any, train: Words, wait: Wait) -> None:
     run = begun(lab, wait, process)
     before = next(run.resumable())[1]["step"]
     os.kill(lab.head.pids("gcs_server")[0], signal.SIGKILL)
-    line = last_line(process, 1)
+    line, command = last_lines(process, 1)
     assert line.startswith(f"error: Ray's head ({lab.head.address}:6379) has ended; saved up to step ")
-    assert line.endswith(f"--resume {run.id} goes on")
+    assert command.startswith(f"go on with: rayexp train --resume {run.id}")
     assert run.meta()["status"] == "failed"
     assert next(run.resumable())[1]["step"] > before
     lab.restart()
@@ -152,9 +152,9 @@ def test_a_signal_to_everything(lab: Any, train: Words, wait: Wait) -> None:
             with contextlib.suppress(ProcessLookupError):
                 if pid != host.init:
                     os.kill(pid, signal.SIGTERM)
-    line = last_line(process, 143)
+    line, command = last_lines(process, 143)
     assert line.startswith("stopped; saved up to step ")
-    assert line.endswith(f"--resume {run.id} goes on")
+    assert command.startswith(f"go on with: rayexp train --resume {run.id}")
     assert run.meta()["status"] == "stopped"
     assert next(run.resumable())[1]["step"] >= before
     lab.restart()

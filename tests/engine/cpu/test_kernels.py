@@ -1,20 +1,22 @@
-"""RAYEXP_CPU_KERNELS=off: none of engine/cpu is used, the mathematics and `exact` stay, and the fingerprint tells."""
+"""`cpu_kernels: false`: none of engine/cpu is used, the mathematics and `exact` stay, and a resume keeps it."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rayexp.config import ExperimentConfig, parse
 from rayexp.engine import checkpoint, cpu
-from rayexp.engine.fingerprint import differences, fingerprint
-from rayexp.engine.runtime import configure
+from rayexp.engine.replica import fixed_weights
+from rayexp.engine.rng import seeded
 from rayexp.engine.trainer import StepDone, Trainer
-from rayexp.errors import UserError
+from rayexp.runs.integrity import changes
 
 Open = Callable[[ExperimentConfig], Trainer]
 PARTS = (
@@ -77,9 +79,8 @@ def test_off_is_the_same_mathematics(session: Open, monkeypatch: pytest.MonkeyPa
         expected |= {"keep_gradients_apart"}
     assert used == expected
     used.clear()
-    monkeypatch.setenv(cpu.SWITCH, "off")
-    plain = session(config(name, reduction=reduction))
-    assert not plain.stepper.together
+    plain = session(config(name, reduction=reduction, cpu_kernels=False))
+    assert not plain.stepper.passes.together
     plain_loss, plain_moved, _ = one_step(plain)
     assert not used
     assert loss == pytest.approx(plain_loss, rel=1e-5)
@@ -88,25 +89,57 @@ def test_off_is_the_same_mathematics(session: Open, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("name", list(TREES))
-def test_off_is_exact_too(session: Open, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setenv(cpu.SWITCH, "off")
-    found = {one_step(session(config(name, scaling={"lanes": lanes})))[2] for lanes in (1, 2, 3)}
+def test_off_is_exact_too(session: Open, name: str) -> None:
+    off = [config(name, cpu_kernels=False, scaling={"lanes": lanes}) for lanes in (1, 2, 3)]
+    found = {one_step(session(one))[2] for one in off}
     assert len(found) == 1
 
 
-def test_it_is_part_of_the_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken = {}
-    for value in (None, "", "on", "off"):
-        monkeypatch.delenv(cpu.SWITCH, raising=False)
-        if value is not None:
-            monkeypatch.setenv(cpu.SWITCH, value)
-        with configure(config("lstm"), torch.device("cpu"), 4) as runtime:
-            taken[value] = fingerprint(runtime)
-    assert taken[None] == taken[""] == taken["on"]
-    assert differences(taken["on"], taken["off"]) == ["environment RAYEXP_CPU_KERNELS=off, not unset"]
+def test_a_replicas_module_is_right_outside_of_the_engine_too(session: Open) -> None:
+    """What follows from the weights is kept while they stay, and neither after a step nor after one that failed."""
+    trainer = session(config("resnet"))
+    conv = trainer.stepper.passes.replicas[0].model.module.layer4[1].conv1
+    x = torch.randn(2, 512, 1, 1)
+
+    def right() -> bool:
+        conv.forward.draws.begin(seeded([0], x.device), [2])
+        out = conv(x)
+        assert type(out.grad_fn).__name__ == "_SmallMapBackward"
+        return torch.allclose(out, F.conv2d(x, conv.weight, padding=1), atol=1e-5)
+
+    for _ in zip(range(2), trainer.train(), strict=False):
+        assert right()
+    for error in (None, RuntimeError):
+        with contextlib.suppress(RuntimeError), fixed_weights(trainer.stepper.passes.replicas, trainer.runtime):
+            assert right()
+            trainer.master.params.mul_(2)
+            assert not right()
+            if error:
+                raise error
+        assert right()
 
 
-def test_another_value_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(cpu.SWITCH, "no")
-    with pytest.raises(UserError, match="RAYEXP_CPU_KERNELS: 'no'; allowed: on, off"):
-        configure(config("lstm"), torch.device("cpu"), 4)
+def test_a_resume_keeps_it_and_a_run_of_before_has_it() -> None:
+    before = config("lstm").model_dump(mode="json")
+    del before["cpu_kernels"]
+    old = parse(before, ExperimentConfig, "config.yaml")
+    assert changes(old, config("lstm", cpu_kernels=True)) == ""
+    assert changes(old, config("lstm", cpu_kernels=False)) == "cpu_kernels True -> False"
+
+
+class OnGPU(Tensor):
+    """Says that it is on a GPU."""
+
+    is_cuda = True
+
+
+def test_a_gpu_takes_the_whole_vocabulary_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for part in ("blocked_cross_entropy", "blocked_embedding"):
+        monkeypatch.setattr(cpu, part, None)
+    weight, bias, tokens = torch.randn(5000, 8), torch.randn(5000), torch.randint(5000, (6,))
+    vectors = cpu.embedding(tokens, weight.as_subclass(OnGPU), True)
+    assert torch.equal(vectors, F.embedding(tokens, weight))
+    losses = cpu.token_losses(vectors.as_subclass(OnGPU), weight, bias, tokens, True)
+    assert torch.equal(losses, F.cross_entropy(F.linear(vectors, weight, bias), tokens, reduction="none"))
+    with pytest.raises(TypeError):
+        cpu.embedding(tokens, weight, True)

@@ -4,20 +4,39 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-SMALL = """
-import torch, threading
-from rayexp.config import ExperimentConfig
-from rayexp.engine import runtime
+TRAINED = """
+import threading, torch
+from rayexp.config import ExperimentConfig, parse
+from rayexp.engine import checkpoint, runtime
 from rayexp.engine.cpu import memory
+from rayexp.engine.group import WorkerGroup
+from rayexp.engine.trainer import Trainer
+from rayexp.workloads import open_workload
+IMAGES = {
+    "data": {"name": "shapes", "max_train_samples": 32, "max_val_samples": 8, "image_size": 32},
+    "batch_size": 16, "shards": 4,
+}
+WORDS = {
+    "workload": "language_model",
+    "data": {"name": "python_docs", "max_train_tokens": 500, "max_val_tokens": 300, "bptt": 20},
+    "model": {"name": "lstm", "emsize": 16, "nhid": 16}, "batch_size": 8, "shards": 4,
+}
 def go():
-    with runtime.configure(ExperimentConfig(), torch.device("cpu"), 8, 1) as here:
-        print(memory._glibc() is not None, here.run([lambda: float(torch.ones(1 << 20).sum())]))
+    for tree in (IMAGES, WORDS):
+        config = parse({**tree, "scaling": {"lanes": 2}}, ExperimentConfig, "test")
+        with runtime.configure(config, torch.device("cpu"), config.shards) as here:
+            trainer = Trainer(config, open_workload(config), WorkerGroup(), here)
+            for _ in trainer.train():
+                pass
+            print(checkpoint.sha(trainer.state().tensors))
+print(memory._glibc() is not None)
 thread = threading.Thread(target=go)  # as in a worker of Ray
 thread.start()
 thread.join()
@@ -32,25 +51,42 @@ def run(code: str, *args: str, **env: str) -> str:
     return done.stdout.strip()
 
 
-@pytest.fixture
 def jemalloc() -> str:
     from importlib.util import find_spec
 
     found = list(Path("/usr/lib").glob("*/libjemalloc.so.2"))
     if (ray := find_spec("ray")) and ray.origin:
         found += list((Path(ray.origin).parent / "core").glob("libjemalloc.so*"))
-    if not found or sys.platform != "linux":
+    if not found:
         pytest.skip("no jemalloc here")
     return str(found[0])
 
 
-def test_another_allocator_is_left_alone(jemalloc: str) -> None:
-    assert run(SMALL, LD_PRELOAD=jemalloc) == "False [1048576.0]"
+def of_our_own(folder: Path) -> str:
+    """See allocator.c."""
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if not compiler:
+        pytest.skip("no C compiler here")
+    library, source = folder / "allocator.so", Path(__file__).parents[2] / "allocator.c"
+    done = subprocess.run([compiler, "-O1", "-shared", "-fPIC", "-fno-builtin", "-o", library, source], check=False)
+    if done.returncode:
+        pytest.skip("the C compiler cannot build a library")
+    return str(library)
+
+
+@pytest.fixture(scope="module")
+def bits() -> list[str]:
+    """What training comes to with glibc's allocator."""
+    told, *found = run(TRAINED).split()
+    assert told == "True"
+    return found
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="not glibc")
-def test_glibc_is_told_to_keep_memory() -> None:
-    assert run(SMALL) == "True [1048576.0]"
+@pytest.mark.parametrize("allocator", ["jemalloc", pytest.param("of our own", marks=pytest.mark.slow)])
+def test_under_another_allocator_training_has_the_same_bits(bits: list[str], tmp_path: Path, allocator: str) -> None:
+    library = jemalloc() if allocator == "jemalloc" else of_our_own(tmp_path)
+    assert run(TRAINED, LD_PRELOAD=library).split() == ["False", *bits]
 
 
 FAULTS = """

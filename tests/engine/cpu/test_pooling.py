@@ -28,6 +28,23 @@ def test_pooling_first_changes_no_bit() -> None:
     assert list(plain.state_dict()) == list(swapped.state_dict())
 
 
+class Again(torchvision.models.ResNet):
+    """Uses its rectifier where a plain ResNet does not."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.relu(super().forward(x))
+
+
+def test_a_subclass_may_use_its_rectifier_elsewhere() -> None:
+    torch.manual_seed(1)
+    model = Again(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=7).eval()
+    x = torch.randn(4, 3, 32, 32)
+    wanted = model(x)
+    pool_before_relu(model)
+    assert torch.equal(model(x), wanted)
+    assert wanted.min() == 0
+
+
 def test_a_stem_without_pooling_stays_as_it_is() -> None:
     model = torchvision.models.resnet18(num_classes=7)
     model.maxpool = nn.Identity()

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torchvision import models
 
 from rayexp.config import ExperimentConfig, parse
-from rayexp.engine import checkpoint, step
+from rayexp.engine import checkpoint, passes
 from rayexp.engine.batch_norm import per_shard
 from rayexp.engine.cpu import shardwise
 from rayexp.engine.reduction import Forest, total
-from rayexp.engine.rng import Draws
+from rayexp.engine.rng import Draws, seeded
 from rayexp.engine.trainer import StepDone, Trainer
 
 Open = Callable[[ExperimentConfig], Trainer]
@@ -46,10 +46,10 @@ def shas(session: Trainer) -> list[str]:
 def test_together_or_one_by_one(session: Open, monkeypatch: pytest.MonkeyPatch, model: str) -> None:
     together = session(config(model, epochs=1))
     found = shas(together)
-    alike = all(together.stepper.tried.values())  # else pairs are tried too
-    assert {len(sizes) for sizes in together.stepper.tried} == ({4} if alike else {4, 2})
-    assert len(together.stepper.tried) > 1
-    monkeypatch.setattr(step, "TOGETHER", 0)
+    alike = all(together.stepper.passes.tried.values())  # else pairs are tried too
+    assert {len(sizes) for sizes in together.stepper.passes.tried} == ({4} if alike else {4, 2})
+    assert len(together.stepper.passes.tried) > 1
+    monkeypatch.setattr(passes, "TOGETHER", 0)
     assert shas(session(config(model, epochs=1))) == found
 
 
@@ -62,9 +62,9 @@ def test_a_kernel_that_minds_the_batch_is_found_out(session: Open, monkeypatch: 
     monkeypatch.setattr(shardwise.F, "conv2d", minds)
     minding = session(config("squeezenet1_1", epochs=1))
     found = shas(minding)
-    assert minding.stepper.tried
-    assert not any(minding.stepper.tried.values())
-    monkeypatch.setattr(step, "TOGETHER", 0)
+    assert minding.stepper.passes.tried
+    assert not any(minding.stepper.passes.tried.values())
+    monkeypatch.setattr(passes, "TOGETHER", 0)
     assert shas(session(config("squeezenet1_1", epochs=1))) == found
 
 
@@ -88,7 +88,7 @@ def test_layers_are_what_they_were() -> None:
     assert shardwise.can_keep_apart(apart)
     per_shard(apart, draws)
     shardwise.keep_gradients_apart(apart, draws)
-    draws.begin([0, 1], sizes, x.device)
+    draws.begin(seeded([0, 1], x.device), sizes)
     apart(x).square().sum().backward()
     for name, parameter in apart.named_parameters():
         assert parameter.grad is not None
@@ -102,7 +102,7 @@ def test_a_linear_layers_gradients_are_added_shard_by_shard() -> None:
     shardwise.keep_gradients_apart(layer, draws)
 
     def gradients(x: Tensor, weight: Tensor, *sizes: int) -> tuple[Tensor, ...]:
-        draws.begin(range(len(sizes)), sizes, x.device)
+        draws.begin(seeded(range(len(sizes)), x.device), sizes)
         return torch.autograd.grad((layer(x) * weight).sum(), list(layer.parameters()))
 
     shards = zip(x.split(sizes), weight.split(sizes), sizes, strict=True)
@@ -117,6 +117,22 @@ def test_what_cannot() -> None:
     assert not shardwise.can_keep_apart(nn.Sequential(nn.Conv2d(3, 4, 3, padding="same")))
     assert not shardwise.can_keep_apart(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect")))
     assert not shardwise.can_keep_apart(nn.TransformerEncoderLayer(8, 2, 16))
+
+
+class Doubled(nn.Conv2d):
+    """A layer that is more than its base."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def test_a_subclass_keeps_its_own_forward() -> None:
+    model, draws, x = nn.Sequential(Doubled(3, 4, 3)), Draws(), torch.randn(2, 3, 8, 8)
+    wanted = model(x)
+    assert not shardwise.can_keep_apart(model)
+    shardwise.keep_gradients_apart(model, draws)
+    draws.begin(seeded([0], x.device), [2])
+    assert torch.equal(model(x), wanted)
 
 
 @given(st.integers(1, 40))

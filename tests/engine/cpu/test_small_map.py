@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from rayexp.engine.cpu.small_map import use_small_map_convolutions
-from rayexp.engine.rng import Draws
+from rayexp.engine.rng import Draws, seeded
 
 
 @pytest.mark.parametrize(("size", "stride"), [(1, 1), (2, 1), (1, 2), (2, 2), (3, 2), (4, 2)])
@@ -30,10 +30,16 @@ def test_a_small_map_convolution_is_the_convolution(n: int, cin: int, cout: int,
     assert x2.grad is not None
     assert torch.allclose(x2.grad, x.grad, atol=1e-4)
     assert torch.allclose(small[0].weight.grad, plain.weight.grad, atol=1e-4)
-    with torch.no_grad():
-        small[0].weight.mul_(2)
     by_products.begin_step()
-    assert torch.allclose(small(x2), 2 * out, atol=1e-3)
+    assert torch.equal(small(x2), out)
+    assert list(by_products.kept) == [size]
+    by_products.end_step()
+    for changed in (small[0].weight.data, small[0].weight.data.view(-1)):  # no version of the weight tells of these
+        with torch.no_grad():
+            changed.mul_(2)
+        by_now = torch.nn.functional.conv2d(x2, small[0].weight, stride=stride, padding=1)
+        assert torch.allclose(small(x2), by_now, atol=1e-3)
+    assert not by_products.kept
 
 
 @pytest.mark.parametrize(
@@ -106,7 +112,9 @@ def test_shards_keep_their_gradients_apart() -> None:
         gradients = []
         for part in parts:
             conv.weight.grad = None
-            draws.begin((0, 1) if len(parts) == 1 else (0,), (3, 2) if len(parts) == 1 else (len(part),), x.device)
+            draws.begin(
+                seeded((0, 1) if len(parts) == 1 else (0,), x.device), (3, 2) if len(parts) == 1 else (len(part),)
+            )
             conv(part).square().sum().backward()
             assert conv.weight.grad is not None
             gradients.append(conv.weight.grad)

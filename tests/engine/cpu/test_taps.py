@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from rayexp.engine.cpu import taps
 from rayexp.engine.cpu.shardwise import keep_gradients_apart
 from rayexp.engine.reduction import total
-from rayexp.engine.rng import Draws
+from rayexp.engine.rng import Draws, seeded
 
 SIZES = [5, 4, 3]
 
@@ -75,7 +75,7 @@ def test_where_it_pays(monkeypatch: pytest.MonkeyPatch, conv: nn.Conv2d, size: i
     x.grad = None
     apart, draws = nn.Sequential(conv), Draws()
     keep_gradients_apart(apart, draws)
-    draws.begin([0, 1], [4, 2], x.device)
+    draws.begin(seeded([0, 1], x.device), [4, 2])
     apart(x).square().sum().backward()
     assert bool(taken) == pays
     for found, wanted in zip([*[p.grad for p in conv.parameters()], x.grad], [*expected[0], expected[1]], strict=True):
@@ -87,7 +87,7 @@ def test_through_a_layer_too_it_is_written_into_the_buffer() -> None:
     conv, x, _ = layer()
     apart, draws = nn.Sequential(conv, nn.Conv2d(256, 128, 1, bias=False), conv), Draws()
     keep_gradients_apart(apart, draws)
-    draws.begin([0, 1, 2], SIZES, x.device)
+    draws.begin(seeded([0, 1, 2], x.device), SIZES)
     for uses, model in enumerate((apart[:1], apart), 1):
         conv.weight.uses, conv.weight.grad, conv.weight.into = 0, None, torch.empty_like(conv.weight)
         model(x).square().sum().backward()

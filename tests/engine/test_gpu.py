@@ -1,0 +1,191 @@
+"""The step on a GPU: captured, on streams, resident and staged, it has the bits of the eager one.
+
+benchmarks/gpu.py tries the same at full size, with workers and beside its peers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rayexp.config import ExperimentConfig, parse
+from rayexp.engine import checkpoint, runtime, step
+from rayexp.engine.group import WorkerGroup
+from rayexp.engine.passes import Passes
+from rayexp.engine.trainer import StepDone, Trainer
+from rayexp.errors import UserError
+from rayexp.workloads import open_workload
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA device here"),
+]
+
+TEXT = {"emsize": 64, "nhid": 64, "nlayers": 2, "dropout": 0.2}
+IMAGES: dict[str, Any] = {
+    "data": {"name": "shapes", "max_train_samples": 184, "max_val_samples": 64},  # the last batch has 56 of 64
+    "model": {"name": "resnet18"},
+    "batch_size": 64,
+}
+WORDS: dict[str, Any] = {
+    "workload": "language_model",
+    "data": {"name": "python_docs", "max_train_tokens": 3000, "max_val_tokens": 600, "bptt": 20},
+    "batch_size": 16,
+    "optimizer": {"momentum": 0, "clip": 0.25},
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "resnet18 bf16": {**IMAGES, "precision": "bf16"},
+    "resnet18 tf32": {**IMAGES, "precision": "tf32"},
+    "resnet18 ddp": {**IMAGES, "precision": "bf16", "reduction": "ddp"},
+    "mobilenet dropout": {**IMAGES, "model": {"name": "mobilenet_v3_small"}},
+    "lstm": {**WORDS, "model": {"name": "lstm", **TEXT}, "precision": "tf32"},
+    "gru": {**WORDS, "model": {"name": "gru", **TEXT}, "precision": "bf16"},
+    "rnn": {**WORDS, "model": {"name": "rnn_tanh", **TEXT}},
+    "transformer": {
+        **WORDS,
+        "model": {"name": "transformer", **TEXT, "nhead": 2, "context": 8},
+        "optimizer": {"name": "adamw", "clip": 1.0},
+        "precision": "bf16",
+    },
+}
+
+
+@pytest.fixture
+def opened(tmp_path: Path) -> Iterator[Callable[..., Trainer]]:
+    """A trainer of a family on the first GPU; keywords replace its keys."""
+    with contextlib.ExitStack() as stack:
+
+        def make(family: str, **changes: Any) -> Trainer:
+            tree = {"epochs": 2, "lr": 0.01, "storage_path": str(tmp_path), **FAMILIES[family], **changes}
+            config = parse(tree, ExperimentConfig, "test")
+            here = stack.enter_context(runtime.configure(config, torch.device("cuda", 0), config.shards))
+            return Trainer(config, open_workload(config), WorkerGroup(), here)
+
+        yield make
+
+
+def final(one: Trainer, capture: str = "graph") -> str:
+    """The hash of the state after all epochs, of which the last step of each is a shorter batch."""
+    for _ in one.train():
+        pass
+    assert one.stepper.capture.startswith(capture), one.stepper.capture
+    return checkpoint.sha(one.state().tensors)
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_captured_steps_have_the_bits_of_eager_ones(opened: Callable[..., Trainer], family: str) -> None:
+    expected = final(opened(family, capture=False), "eager: capture is false")
+    assert final(opened(family)) == expected
+    assert final(opened(family, capture=True)) == expected
+
+
+@pytest.mark.parametrize("family", ["resnet18 bf16", "mobilenet dropout", "lstm", "transformer"])
+def test_streams_change_no_bit(opened: Callable[..., Trainer], family: str) -> None:
+    found = {lanes: final(opened(family, scaling={"lanes": lanes})) for lanes in (1, 2, 4, 8)}
+    assert len(set(found.values())) == 1, found
+
+
+def test_resident_and_staged_data_give_the_same_bits(opened: Callable[..., Trainer]) -> None:
+    data = IMAGES["data"]
+    found = {kept: final(opened("resnet18 bf16", data={**data, "resident": kept})) for kept in (True, False)}
+    assert len(set(found.values())) == 1, found
+
+
+@pytest.mark.parametrize("family", ["resnet18 bf16", "lstm"])
+def test_resumed_steps_have_the_same_bits(opened: Callable[..., Trainer], family: str) -> None:
+    """The feeder goes on from within an epoch, and the recurrent state is that of the snapshot."""
+    first = opened(family)
+    for event in first.train(wanted=lambda done: done == 2):
+        if isinstance(event, StepDone) and first.global_step == 2 and event.settled:
+            files = checkpoint.encode(first.state())
+    again = opened(family)
+    again.load(checkpoint.decode(files))
+    assert final(again) == checkpoint.sha(first.state().tensors)
+
+
+@pytest.mark.parametrize("family", ["resnet18 bf16", "lstm"])
+def test_many_repeats_have_one_hash(opened: Callable[..., Trainer], family: str) -> None:
+    one = opened(family)
+    files, found = checkpoint.encode(one.state()), set()
+    for _ in range(10):
+        one.load(checkpoint.decode(files))
+        for event in one.train(wanted=lambda done: done == 3):
+            if isinstance(event, StepDone) and event.settled:
+                break
+        found.add(checkpoint.sha(one.replicated().tensors))
+    assert len(found) == 1
+
+
+def waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have every pass ask the device for a value, which no graph can hold."""
+    true = Passes.one
+
+    def one(*args: Any) -> float:
+        torch.zeros((), device="cuda").item()
+        return true(*args)
+
+    monkeypatch.setattr(Passes, "one", one)
+
+
+@pytest.mark.parametrize("family", ["resnet18 bf16", "mobilenet dropout", "lstm"])
+def test_what_cannot_be_captured_runs_eagerly(
+    opened: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    expected = final(opened(family))
+    present = torch.cuda.current_stream()
+    waits(monkeypatch)
+    one = opened(family)
+    assert final(one, "eager: ") == expected
+    assert "captur" in one.stepper.capture, "the reason is not told"
+    assert torch.cuda.current_stream() == present
+
+
+def test_capture_true_refuses_what_cannot_be_captured(
+    opened: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits(monkeypatch)
+    with pytest.raises(UserError, match=r"^capture: true, and this step cannot be captured"):
+        final(opened("lstm", capture=True))
+
+
+def test_a_graph_for_which_memory_is_short_has_fewer_streams(
+    opened: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = final(opened("mobilenet dropout"))
+    true, calls = step.Graph, itertools.count(1)
+
+    def graph(*args: Any) -> Any:
+        if next(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return true(*args)
+
+    monkeypatch.setattr(step, "Graph", graph)
+    one = opened("mobilenet dropout")
+    assert final(one) == expected
+    assert len(one.stepper.passes.replicas) == 4
+
+
+def test_a_step_for_which_memory_is_short_starts_again(
+    opened: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of a capture, and eagerly: the bits are those of eight streams."""
+    expected = final(opened("lstm"))
+    true, calls = Passes.compute, itertools.count(1)
+
+    def compute(passes: Passes, number: int, *args: Any) -> float:
+        seconds = true(passes, number, *args)
+        # The first eager step, and the first capture on the four streams that are left.
+        if (number, next(calls)) in ((5, 6), (2, 6 + 4 + 3)):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return seconds
+
+    monkeypatch.setattr(Passes, "compute", compute)
+    one = opened("lstm")
+    assert final(one) == expected
+    assert len(one.stepper.passes.replicas) == 2

@@ -1,0 +1,428 @@
+"""The step on static inputs, as a GPU runs it, here on a CPU: where "capturing" a step is calling the same function."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from rayexp.config import ExperimentConfig
+from rayexp.engine import checkpoint, gpu, runtime
+from rayexp.engine.gradients import ReplicaModel
+from rayexp.engine.group import WorkerGroup
+from rayexp.engine.passes import Passes
+from rayexp.engine.step import ControlFlags, Stepper
+from rayexp.engine.trainer import EpochDone, StepDone, Trainer
+from rayexp.errors import UserError
+from rayexp.workloads import open_workload
+
+Make = Callable[..., ExperimentConfig]
+Open = Callable[..., Trainer]
+
+TEXT = {"emsize": 16, "nhid": 16, "nlayers": 2, "dropout": 0.2}
+MODELS: dict[str, dict[str, Any]] = {
+    "lstm": {"name": "lstm", **TEXT},
+    "gru": {"name": "gru", **TEXT},
+    "rnn_relu": {"name": "rnn_relu", **TEXT},
+    "tied": {"name": "lstm", **TEXT, "tied": True},
+    "transformer": {"name": "transformer", **TEXT, "nhead": 2, "context": 4},
+}
+language = pytest.mark.parametrize("small", ["language_model"], indirect=True)
+
+
+@pytest.fixture
+def static() -> Iterator[Open]:
+    """A session whose steps are static, or with `static=False` ordinary ones of PyTorch's operations alone."""
+    with contextlib.ExitStack() as stack:
+
+        def make(config: ExperimentConfig, static: bool = True) -> Trainer:
+            data = config.data.model_copy(update={"max_train_tokens": 1500})  # five windows, the last one shorter
+            config = config.model_copy(update={"cpu_kernels": False, "data": data})
+            here = runtime.configure(config, torch.device("cpu"), config.shards, static=static)
+            return Trainer(config, open_workload(config), WorkerGroup(), stack.enter_context(here))
+
+        yield make
+
+
+def states(one: Trainer, steps: int | None = None) -> list[tuple[float, str]]:
+    """Loss and state_sha after each step, all of which are wanted."""
+    found = []
+    for event in one.train(wanted=lambda step: True):
+        if isinstance(event, StepDone):
+            assert event.settled
+            found.append((event.loss, checkpoint.sha(one.state().tensors)))
+            if len(found) == steps:
+                break
+    return found
+
+
+def losses(one: Trainer) -> list[tuple[int, float, bool]]:
+    """Step, loss, and whether the state was that of the step, as they come."""
+    return [(e.step, e.loss, e.settled) for e in one.train() if isinstance(e, StepDone)]
+
+
+# ---------------------------------------------------------------------- bits
+
+
+@pytest.mark.parametrize("reduction", ["exact", "ddp"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+def test_the_bits_of_an_ordinary_step(small: Make, static: Open, precision: str, reduction: str) -> None:
+    """Of a whole epoch, its shorter last batch too, on one replica and on two."""
+    # ddp's bits depend on the number of replicas.
+    found = {}
+    for lanes in (1, 2):
+        config = small(precision=precision, reduction=reduction, lr=0.01, scaling={"lanes": lanes})
+        found[lanes] = states(static(config))
+        assert found[lanes] == states(static(config, static=False))
+        assert len({sha for _, sha in found[lanes]}) == len(found[lanes]) > 3
+    assert (found[1] == found[2]) is (reduction == "exact")
+
+
+@language
+@pytest.mark.parametrize("model", list(MODELS))
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_every_language_model(small: Make, static: Open, model: str, precision: str) -> None:
+    config = small(model=MODELS[model], precision=precision, lr=0.1)
+    assert states(static(config), 3) == states(static(config, static=False), 3)
+
+
+@pytest.mark.parametrize("changes", [{"name": "adamw", "clip": 0.5}, {"name": "sgd", "momentum": 0.9}])
+def test_what_is_late_changes_no_bit(small: Make, static: Open, changes: dict[str, Any]) -> None:
+    config = small(optimizer=changes, lr=0.01, epochs=2)
+    late, ordinary = static(config), static(config, static=False)
+    told, expected = losses(late), losses(ordinary)
+    assert [t[:2] for t in told] == [t[:2] for t in expected]
+    assert [settled for *_, settled in told] == [step == late.steps for step, *_ in told]
+    assert all(settled for *_, settled in expected)
+    assert checkpoint.sha(late.state().tensors) == checkpoint.sha(ordinary.state().tensors)
+
+
+def test_a_program_for_each_shape_of_batch(small: Make, static: Open) -> None:
+    one = static(small(epochs=2, lr=0.01))
+    list(one.train())
+    programs = list(one.stepper._programs.values())
+    assert [program.runs for program in programs] == [2 * (one.steps - 1), 2]
+    assert all(program.compute and program.update for program in programs)
+    assert one.stepper.capture == "graph"
+
+
+def test_nothing_watches_the_gradients_of_a_static_step(
+    small: Make, static: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU a watched parameter binds backward passes to the stream that was present then."""
+    watched = []
+    true = ReplicaModel.watch
+    monkeypatch.setattr(ReplicaModel, "watch", lambda model, ready: watched.append(1) or true(model, ready))
+    static(small())
+    assert not watched
+    static(small(), static=False)
+    assert watched
+
+
+# ---------------------------------------------------------------------- control
+
+
+@pytest.mark.parametrize("flag", ["save", "stop"])
+def test_a_flag_is_heard_while_the_next_step_is_under_way(small: Make, static: Open, flag: str) -> None:
+    """It takes the state after that one, which every worker has."""
+    one = static(small(lr=0.01))
+    expected = [sha for _, sha in states(static(small(lr=0.01)))]
+    calls = itertools.count(1)
+    seen = []
+    for event in one.train(lambda: ControlFlags(**{flag: next(calls) == 2})):
+        if isinstance(event, StepDone):
+            seen.append((event.step, event.settled, event.save or event.stopped))
+            if event.save or event.stopped:
+                assert one.global_step == 3
+                assert checkpoint.sha(one.state().tensors) == expected[2]
+    rest = [] if flag == "stop" else [(s, s == one.steps, False) for s in range(4, one.steps + 1)]
+    assert seen == [(1, False, False), (2, False, False), (3, True, True), *rest]
+
+
+def test_a_wanted_state_is_that_of_its_step(small: Make, static: Open) -> None:
+    expected = [sha for _, sha in states(static(small(lr=0.01)))]
+    one = static(small(lr=0.01))
+    found = {}
+    for event in one.train(wanted=lambda step: step == 2):
+        if isinstance(event, StepDone) and event.settled:
+            found[event.step] = checkpoint.sha(one.state().tensors)
+    assert found == {2: expected[1], one.steps: expected[-1]}
+
+
+@pytest.mark.parametrize("at", [1, 3])
+def test_a_resumed_run_has_the_same_bits(small: Make, static: Open, at: int) -> None:
+    """Its first step is a program's first, which is not captured yet; recurrent states come from the snapshot."""
+    config = small(lr=0.01)
+    first = static(config)
+    expected = []
+    for event in first.train(wanted=lambda step: True):
+        if isinstance(event, StepDone):
+            expected.append((event.loss, checkpoint.sha(first.state().tensors)))
+            if event.step == at:
+                files = checkpoint.encode(first.state())
+    again = static(config)
+    again.load(checkpoint.decode(files))
+    assert states(again) == expected[at:]
+
+
+# ---------------------------------------------------------------------- what cannot be captured
+
+
+def fail(monkeypatch: pytest.MonkeyPatch, error: Exception, half: str = "compute", times: int = 1000) -> list[Stepper]:
+    """Have the next captures fail, as they do on a GPU: generators that took part are of no use afterwards."""
+    true = Stepper._captured
+    failed: list[Stepper] = []
+
+    def captured(stepper: Stepper, work: Callable[[], None]) -> Any:
+        program = next(p for p in stepper._programs.values() if p.runs and p.update is None)
+        if (program.compute is None) is (half == "compute") and len(failed) < times:
+            failed.append(stepper)
+            for generator in stepper.passes.generators.values():
+                torch.rand(1, generator=generator)
+            raise error
+        return true(stepper, work)
+
+    monkeypatch.setattr(Stepper, "_captured", captured)
+    return failed
+
+
+@pytest.mark.parametrize("half", ["compute", "update"])
+def test_what_cannot_be_captured_runs_as_it_stands(
+    small: Make, static: Open, monkeypatch: pytest.MonkeyPatch, half: str
+) -> None:
+    expected = states(static(small(lr=0.01)), 3)
+    failed = fail(monkeypatch, RuntimeError("\nCUDA error: not permitted\nwhen a stream is capturing"), half)
+    one = static(small(lr=0.01))
+    assert states(one, 3) == expected
+    assert one.stepper.capture == "eager: CUDA error: not permitted"
+    assert len(failed) == 1
+    assert all(p.compute is p.update is None for p in one.stepper._programs.values())
+
+
+@language
+def test_capture_true_makes_that_an_error(small: Make, static: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    fail(monkeypatch, RuntimeError("this model waits"))
+    one = static(small(capture=True))
+    with pytest.raises(UserError, match=r"^capture: true.*this model waits.*allowed: auto, false"):
+        states(one)
+
+
+@language
+def test_capture_false_captures_nothing(small: Make, static: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = fail(monkeypatch, RuntimeError("never"))
+    one = static(small(capture=False))
+    assert states(one, 3) == states(static(small(capture=False), static=False), 3)
+    assert not failed
+    assert one.stepper.capture.startswith("eager: ")
+
+
+def test_a_capture_that_is_short_of_memory_has_fewer_replicas(
+    small: Make, static: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = states(static(small(lr=0.01)), 3)
+    failed = fail(monkeypatch, torch.OutOfMemoryError("CUDA out of memory"), times=2)
+    one = static(small(lr=0.01, scaling={"lanes": 4}))
+    assert states(one, 3) == expected
+    assert len(failed) == 2
+    assert len(one.stepper.passes.replicas) == 1
+    assert one.stepper.capture == "graph"
+
+
+@pytest.mark.parametrize(("half", "lanes"), [("compute", 1), ("update", 2)])
+def test_too_little_memory_for_a_graph(
+    small: Make, static: Open, monkeypatch: pytest.MonkeyPatch, half: str, lanes: int
+) -> None:
+    expected = states(static(small(lr=0.01)), 3)
+    fail(monkeypatch, torch.OutOfMemoryError("CUDA out of memory"), half)
+    one = static(small(lr=0.01, scaling={"lanes": lanes}))
+    assert states(one, 3) == expected
+    assert len(one.stepper.passes.replicas) == lanes
+    assert one.stepper.capture == "eager: too little memory for a graph"
+
+
+def test_a_step_that_is_short_of_memory_starts_again_with_fewer_replicas(
+    small: Make, static: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the others had computed leaves nothing behind: no recurrent state, no number drawn."""
+    expected = states(static(small(lr=0.01)), 3)
+    true = Passes.compute
+    calls = itertools.count(1)
+
+    def compute(passes: Passes, number: int, *args: Any) -> float:
+        seconds = true(passes, number, *args)
+        if number == 3 and next(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return seconds
+
+    monkeypatch.setattr(Passes, "compute", compute)
+    one = static(small(lr=0.01, scaling={"lanes": 4}))
+    assert states(one, 3) == expected
+    assert len(one.stepper.passes.replicas) == 2
+
+
+@language
+def test_one_replica_that_is_short_of_memory_fails(small: Make, static: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    def compute(*args: Any) -> float:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Passes, "compute", compute)
+    with pytest.raises(torch.OutOfMemoryError):
+        states(static(small(scaling={"lanes": 2})), 1)
+
+
+# ---------------------------------------------------------------------- engine/gpu.py, on fakes
+
+
+class FakeStream:
+    """Notes what waits for what; as a context manager, is the present stream."""
+
+    made = 0
+
+    def __init__(self, *args: Any) -> None:
+        FakeStream.made += 1
+        self.name, self.waits = f"stream {FakeStream.made}", list[str]()
+
+    def wait_stream(self, other: FakeStream) -> None:
+        self.waits.append(other.name)
+
+    def wait_event(self, event: object) -> None:
+        self.waits.append("event")
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Stands for torch.cuda in engine/gpu.py."""
+    present = [FakeStream()]
+
+    @contextlib.contextmanager
+    def stream(which: FakeStream) -> Iterator[None]:
+        present.append(which)
+        yield
+        present.pop()
+
+    class Graph:
+        """A failed capture raises at its end, and leaves its stream behind (torch.cuda.graph)."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+        def __enter__(self) -> None:
+            present.append(FakeStream())
+
+        def __exit__(self, kind: object, *rest: object) -> None:
+            if kind is not None or fake.broken:
+                raise RuntimeError("CUDA error: the capture was invalidated")
+            present.pop()
+
+    fake = SimpleNamespace(
+        broken=False,
+        current_stream=lambda: present[-1],
+        set_stream=present.append,
+        stream=stream,
+        Stream=FakeStream,
+        Event=lambda: SimpleNamespace(record=lambda: None),
+        device=lambda device: contextlib.nullcontext(),
+        synchronize=lambda: None,
+        graph=Graph,
+        CUDAGraph=lambda: SimpleNamespace(
+            register_generator_state=lambda generator: None, pool=lambda: 1, replay=lambda: None
+        ),
+    )
+    monkeypatch.setattr(gpu.torch, "cuda", fake)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    return fake
+
+
+def test_streams_wait_for_what_was_before_and_are_waited_for(cuda: SimpleNamespace) -> None:
+    present, two = cuda.current_stream(), (FakeStream(), FakeStream(), FakeStream())
+    ran = gpu.side_by_side(two, [lambda: cuda.current_stream().name, lambda: cuda.current_stream().name])
+    assert ran == [two[0].name, two[1].name]
+    assert [one.waits for one in two] == [[present.name], [present.name], []]
+    assert present.waits == ran
+    assert cuda.current_stream() is present
+
+
+def test_a_failed_capture_names_the_reason_and_leaves_no_stream_behind(cuda: SimpleNamespace) -> None:
+    present = cuda.current_stream()
+    gpu.Graph(lambda: None, (), None)
+    assert cuda.current_stream() is present
+
+    def work() -> None:
+        raise RuntimeError("a value was asked for")
+
+    with pytest.raises(RuntimeError, match="a value was asked for"):
+        gpu.Graph(work, (), None)
+    assert cuda.current_stream() is present
+    cuda.broken = True
+    with pytest.raises(RuntimeError, match="invalidated"):
+        gpu.Graph(lambda: None, (), None)
+    assert cuda.current_stream() is present
+
+
+STEPS, EPOCHS = 3, 2
+
+
+def following(at: tuple[int, int]) -> tuple[int, int] | None:
+    epoch, step = at
+    if step + 1 < STEPS:
+        return epoch, step + 1
+    return (epoch + 1, 0) if epoch < EPOCHS else None
+
+
+def test_a_feeder_brings_every_batch_in_order(cuda: SimpleNamespace) -> None:
+    """From the start, and from within an epoch; what was fed ahead for nothing is dropped."""
+    fed: list[tuple[int, int]] = []
+
+    def feed(at: tuple[int, int]) -> Mapping[str, np.ndarray]:
+        fed.append(at)
+        return {"at": np.array(at)}
+
+    feeder = gpu.Feeder(feed, following, torch.device("cpu"))
+    wanted = [(epoch, step) for epoch in (1, 2) for step in range(STEPS)]
+    for at in wanted:
+        assert tuple(feeder.get(at)["at"].tolist()) == at
+        feeder.rest()
+        assert fed == wanted[: wanted.index(at) + 1 + gpu.AHEAD]
+    feeder.get((1, 1))
+    assert tuple(feeder.get((2, 1))["at"].tolist()) == (2, 1)
+    assert tuple(feeder.get((2, 2))["at"].tolist()) == (2, 2)
+    feeder.close()
+
+
+def test_a_feeder_uses_memory_again_once_the_present_stream_has_done_with_it(cuda: SimpleNamespace) -> None:
+    feeder = gpu.Feeder(lambda at: {"at": np.array(at)}, following, torch.device("cpu"))
+    present = cuda.current_stream()
+    given = feeder.get((1, 0))
+    assert feeder._given is given
+    assert feeder._stream.waits == [present.name]
+    feeder.get((1, 1))
+    assert feeder._given is not given
+    assert feeder._stream.waits == [present.name] * 2
+    assert present.waits == ["event"] * 2
+    feeder.close()
+
+
+def test_what_goes_wrong_in_feeding_is_raised(cuda: SimpleNamespace) -> None:
+    def feed(at: tuple[int, int]) -> Mapping[str, np.ndarray]:
+        if at == (1, 1):
+            raise OSError("the disk is gone")
+        return {"thread": np.array(threading.current_thread() is not threading.main_thread())}
+
+    feeder = gpu.Feeder(feed, following, torch.device("cpu"))
+    assert feeder.get((1, 0))["thread"]
+    with pytest.raises(OSError, match="the disk is gone"):
+        feeder.get((1, 1))
+    feeder.close()
+
+
+def test_an_epoch_still_ends_with_its_record(small: Make, static: Open) -> None:
+    one = static(small(lr=0.01))
+    done = list(one.train())[-1]
+    assert isinstance(done, EpochDone)
+    assert done.record.step == one.steps

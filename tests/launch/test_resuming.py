@@ -1,0 +1,57 @@
+"""What is said at the end of a run that can go on: the command, as it can be typed here."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+
+from rayexp.cli import _app
+from rayexp.errors import RunError, Stopped, last_words
+from rayexp.launch.resuming import go_on, here
+
+RUN = "20261124T072119Z-tiny_imagenet-6766"
+
+
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_the_folder_is_named_where_resume_would_not_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = f"; go on with: rayexp {command} --resume {RUN}"
+    assert go_on(tmp_path / "runs" / RUN, command) == said
+    assert go_on(Path("runs") / RUN, command) == said
+    assert go_on(tmp_path / "my runs" / RUN, command) == f"{said} --runs 'my runs'"
+    assert go_on(tmp_path.parent / "runs" / RUN, command) == f"{said} --runs {tmp_path.parent / 'runs'}"
+    assert here(tmp_path / "runs") == Path("runs")
+
+
+def test_what_is_said_can_be_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split(go_on(tmp_path / "my runs" / RUN).partition(": ")[2])
+    assert words == ["rayexp", "train", "--resume", RUN, "--runs", "my runs"]
+
+
+def test_in_a_job_of_a_cluster_it_is_submitted_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({"metadata": {"job_submission_id": "j1"}}))
+    assert go_on(Path("/home/me/runs") / RUN) == f"; go on with: rayexp submit CONFIG --resume {RUN}"
+
+
+def test_the_command_is_on_a_line_of_its_own(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = f"workers were lost 4 times; go on with: rayexp train --resume {RUN}"
+    assert last_words("stopped; saved up to step 3") == ["stopped; saved up to step 3"]
+    assert last_words(line) == ["workers were lost 4 times", f"go on with: rayexp train --resume {RUN}"]
+
+    def fail(**_: object) -> None:
+        raise RunError("workers were lost 4 times", go_on(Path("runs") / RUN))
+
+    monkeypatch.setattr(_app, "app", fail)
+    with pytest.raises(SystemExit):
+        _app.main()
+    said = f"error: workers were lost 4 times\ngo on with: rayexp train --resume {RUN}\n"
+    assert capsys.readouterr().err == said
+    assert str(Stopped(2, line)) == line
