@@ -273,7 +273,7 @@ def test_the_root_is_the_first_node_that_covers_all_shards(shards: int, root: tu
 # ---------------------------------------------------------------------- whole steps
 
 
-@pytest.mark.parametrize("workers", [2, 4])
+@pytest.mark.parametrize("workers", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_workers_with_static_steps_have_the_bits_of_one(small: Callable[..., ExperimentConfig], workers: int) -> None:
     """As on GPUs: passes, then the exchange, then the update. Over an epoch, whose last batch is a short one."""
     config, opening = small(cpu_kernels=False, lr=0.01), threading.Lock()

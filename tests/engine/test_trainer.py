@@ -51,7 +51,7 @@ def test_another_seed_is_another_model(small: Make, session: Open) -> None:
     assert shas(session(small(seed=0)), 1) != shas(session(small(seed=1)), 1)
 
 
-@pytest.mark.parametrize("reduction", ["exact", "ddp"])
+@pytest.mark.parametrize("reduction", ["exact", pytest.param("ddp", marks=pytest.mark.slow)])
 def test_resume_at_every_step_gives_the_same_bits(small: Make, session: Open, reduction: str) -> None:
     config = small(reduction=reduction, epochs=2, lr=0.01)
     first = session(config)
@@ -132,6 +132,7 @@ def test_state_survives_a_round_trip(small: Make, session: Open) -> None:
     assert set(one.workload.model().state_dict()) == set(back.weights())
 
 
+@pytest.mark.slow
 def test_the_loss_falls(small: Make, session: Open) -> None:
     one = session(small(epochs=8))
     epochs = [e.record for e in one.train() if isinstance(e, EpochDone)]

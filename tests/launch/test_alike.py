@@ -167,7 +167,8 @@ def test_exact_refuses_other_initial_weights(tiny: Tiny, plant: Plant) -> None:
 # ---------------------------------------------------------------------- patience
 
 
-@pytest.mark.parametrize("slow", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("slow", [0, 1])
 def test_a_worker_that_packs_for_longer_than_the_limit_is_waited_for(tiny: Tiny, plant: Plant, slow: int) -> None:
     environments = [{}, {}]
     environments[slow] = plant(SLOW)

@@ -138,6 +138,7 @@ def test_a_run_whose_lock_cannot_be_had_leaves_nothing_behind(
     assert made.meta()["status"] == "stopped"
 
 
+@pytest.mark.slow
 def test_a_file_system_without_flock_and_directory_fsync_will_do(
     tiny: Tiny, tmp_path: Path, faults: Callable[..., dict[str, str]]
 ) -> None:

@@ -173,6 +173,7 @@ def test_words_are_not_mirrored(tiny: Tiny) -> None:
         evaluate(made, 1, mirror=True)
 
 
+@pytest.mark.slow
 def test_a_model_that_is_not_finite_is_said_and_compared(
     tiny: Tiny, command: Callable[..., subprocess.Popen[str]]
 ) -> None:

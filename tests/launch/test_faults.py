@@ -37,6 +37,7 @@ def test_doctor_finds_this_machine_in_order(tmp_path: Path) -> None:
     assert not (tmp_path / "not").exists()
 
 
+@pytest.mark.slow
 def test_doctor_names_a_pair_that_does_not_fit(tmp_path: Path) -> None:
     (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
     done = subprocess.run(

@@ -132,6 +132,7 @@ IMAGES: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 def test_the_number_of_replicas_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     """With two threads a shard, whether there are cores for all of them or not."""
     monkeypatch.setenv("OMP_WAIT_POLICY", "passive")

@@ -201,6 +201,7 @@ def test_where_no_worker_is_here_nobody_is_killed(tmp_path: Path) -> None:
         bystander.wait()
 
 
+@pytest.mark.slow
 def test_ddp_is_not_equal_and_is_named(tiny: Tiny) -> None:
     verdict = verify(tiny(reduction="ddp", scaling={"lanes": 1}), [1, 2], steps=3, launcher="processes")
     assert not verdict.ok
