@@ -205,9 +205,8 @@ def configure(
         torch.cuda.set_device(device)
         torch.cuda.reset_peak_memory_stats(device)
         torch.set_num_threads(1)
-        # One large batch keeps a GPU busy; several small ones do when they run side by side.
-        count = 1 if config.reduction == "ddp" else min(config.scaling.lanes or STREAMS, shards)
-        return Runtime(device, 1, 1, None, before, gpu.streams(device, count), static is not False)
+        streams = gpu.streams(device, replicas_of(config, shards, on_gpu=True))
+        return Runtime(device, 1, 1, None, before, streams, static is not False)
     replicas = replicas_of(config, shards, cpus)
     threads = config.threads_per_shard or 1
     set_threads(threads if replicas == 1 else 1)
@@ -217,9 +216,14 @@ def configure(
     return Runtime(device, replicas, threads, pool, before, static=bool(static))
 
 
-def replicas_of(config: ExperimentConfig, shards: int, cpus: float | None = None) -> int:
-    """Number of replicas of a worker on the CPU (arguments as for `configure`)."""
-    fitting = sharing.replicas(_budget(cpus), config.threads_per_shard or 1, shards)
+def replicas_of(config: ExperimentConfig, shards: int, cpus: float | None = None, on_gpu: bool = False) -> int:
+    """Number of replicas of a worker on a CPU or on a GPU (other arguments as for `configure`)."""
+    if not on_gpu:
+        fitting = sharing.replicas(_budget(cpus), config.threads_per_shard or 1, shards)
+    elif config.reduction == "ddp":
+        return 1  # one large batch keeps a GPU busy; several small ones do when they run side by side
+    else:
+        fitting = STREAMS
     return min(config.scaling.lanes or fitting, shards)
 
 

@@ -265,7 +265,7 @@ def outline(config: ExperimentConfig, address: str | None = None, resume: Run | 
         "cpus_per_worker": plan.cpus,
         "gpus_per_worker": plan.gpus,
         "threads_per_shard": None if plan.gpu else config.threads_per_shard,
-        "lanes_per_worker": 1 if plan.gpu else replicas_of(config, config.shards // workers, plan.cpus),
+        "lanes_per_worker": replicas_of(config, config.shards // workers, plan.cpus, plan.gpu),
         "shards_per_worker": config.shards // workers,
         f"{workload.unit if workload.unit == 'images' else 'columns'}_per_worker": config.batch_size // workers,
         "steps_per_epoch": steps,

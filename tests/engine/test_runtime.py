@@ -67,3 +67,12 @@ def test_an_error_restores_too(users: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="in between"), runtime.configure(ExperimentConfig(), CPU, 8):
         raise ValueError("in between")
     assert settings() == users
+
+
+@pytest.mark.parametrize(
+    ("tree", "shards", "found"),
+    [({}, 8, 8), ({}, 4, 4), ({"scaling": {"lanes": 3}}, 8, 3), ({"reduction": "ddp"}, 8, 1)],
+)
+def test_replicas_on_a_gpu(tree: dict[str, Any], shards: int, found: int) -> None:
+    """As many shards as a worker has run on streams, up to eight; `ddp` makes one batch of them."""
+    assert runtime.replicas_of(parse(tree, ExperimentConfig, "test"), shards, 2, on_gpu=True) == found
