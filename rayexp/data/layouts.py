@@ -147,7 +147,7 @@ def _below(images: Iterable[str], folder: str) -> list[str]:
 def _flat(images: Iterable[str], folder: str) -> str:
     """What is wrong with a split that holds no class."""
     count = len(_below(images, folder))
-    return f"holds {count:,} image{'s' * (count > 1)} and no class folders" if count else "holds no images"
+    return f"holds {counted(count, 'image')} and no class folders" if count else "holds no images"
 
 
 def _no_empty_class(folder: Path, classes: Classes) -> None:

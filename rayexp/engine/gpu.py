@@ -130,10 +130,6 @@ class Feeder:
         """Wait until the thread does nothing, since a capture is about to begin."""
         concurrent.futures.wait([future for _, future in self._coming])
 
-    def close(self) -> None:
-        """End the thread."""
-        self._thread.shutdown(cancel_futures=True)
-
     def _begin(self, position: Position) -> None:
         self._coming.append((position, self._thread.submit(self._send, position)))
 

@@ -69,7 +69,14 @@ class Replica:
         """A gradient buffer for the next pass, with the model bound to it. All of it is zeroed, unless shards may share
         a buffer: then the pass overwrites the gradients, except those of which it writes the touched rows only. A plain
         pass overwrites all gradients."""
-        buffer = self._spare.pop() if self._spare else GradientBuffer(self.master.layout, self.master.device)
+        return self.bind(self._spare.pop() if self._spare else self.new_buffer(), touched)
+
+    def new_buffer(self) -> GradientBuffer:
+        """A gradient buffer that nobody else has."""
+        return GradientBuffer(self.master.layout, self.master.device)
+
+    def bind(self, buffer: GradientBuffer, touched: Sequence[Touched]) -> GradientBuffer:
+        """Prepare a buffer for the next pass as `take` does, and return it."""
         if self.plain:
             buffer.clear(())
             self.model.bind_stats(buffer)

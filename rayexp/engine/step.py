@@ -199,10 +199,10 @@ class Stepper:
         return (epoch + 1, 0) if epoch < self.config.epochs else None
 
     def _program(self, step: int, fed: Mapping[str, Tensor]) -> Program:
-        """What runs batches of this shape. On a CPU it is made anew each time, since nothing has to stay."""
+        """What runs batches of this shape."""
         sizes = self.workload.sizes(step, self.shards)
         shape = (sizes, tuple(sorted((name, tensor.shape) for name, tensor in fed.items())))
-        if not self.runtime.static or shape not in self._programs:
+        if shape not in self._programs:
             made = StepInputs(self.shards, sizes, self.runtime.device, self.workload.batch_dim, self.runtime.static)
             self._programs[shape] = Program(made)
         return self._programs[shape]
@@ -227,11 +227,7 @@ class Stepper:
 
             def run() -> float:
                 # A new buffer: the step's result is in one that may be used again.
-                buffer = GradientBuffer(self.master.layout, self.master.device)
-                if replica.plain:
-                    replica.model.bind_stats(buffer)
-                else:
-                    replica.model.bind(buffer, None)
+                buffer = replica.bind(replica.new_buffer(), ())
                 passes.seed(shards)
                 return passes.one(replica, buffer, inputs, shards)
 

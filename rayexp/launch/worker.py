@@ -247,8 +247,12 @@ class _Worker:
 
     def _wanted(self, global_step: int) -> bool:
         """Whether something is to be done with the state right after so many steps; the same on every worker."""
+        return self.job.trace or global_step == self.job.max_steps or self._due(global_step)
+
+    def _due(self, global_step: int) -> bool:
+        """Whether the configuration asks for a snapshot after so many steps."""
         every = self.config.checkpoint.every_steps
-        return self.job.trace or global_step == self.job.max_steps or (every is not None and global_step % every == 0)
+        return every is not None and global_step % every == 0
 
     def _step(self, event: StepDone) -> None:
         if event.first and self.lead:
@@ -257,8 +261,7 @@ class _Worker:
             self._say_capture(self.trainer.stepper.capture)
         if self.job.trace:
             self._trace(event)  # before the snapshot: a step that is saved is not done again
-        every = self.config.checkpoint.every_steps
-        due = event.save or (every is not None and self.trainer.global_step % every == 0)
+        due = event.save or self._due(self.trainer.global_step)
         if self.lead:
             self.steps.add(event)
         if event.stopped or (event.settled and due and event.step < event.steps):

@@ -110,7 +110,7 @@ class ImageJudgements:
         return len(self.names) <= FEW
 
 
-def judge(run: Run, epoch: int) -> ImageJudgements:
+def judgements_of(run: Run, epoch: int) -> ImageJudgements:
     """Read the judgements of an epoch.
 
     Raises:

@@ -9,7 +9,7 @@ from typing import Any
 from rayexp.display import seconds
 from rayexp.errors import UserError
 from rayexp.pages import plots
-from rayexp.pages.judgements import judge
+from rayexp.pages.judgements import judgements_of
 from rayexp.pages.language import LanguageSample
 from rayexp.pages.page import render, save
 from rayexp.runs.records import PHASES, EpochRecord, read_lines, step_line
@@ -40,7 +40,7 @@ def run_page(
     judgements, why_none = None, ""
     if unit == "images":
         try:
-            judgements = judge(run, (best or records[-1]).epoch)
+            judgements = judgements_of(run, (best or records[-1]).epoch)
         except UserError as error:
             why_none = str(error)
     steps = plots.step_curves(records, _steps(run))

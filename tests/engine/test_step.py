@@ -392,7 +392,6 @@ def test_a_feeder_brings_every_batch_in_order(cuda: SimpleNamespace) -> None:
     feeder.get((1, 1))
     assert tuple(feeder.get((2, 1))["at"].tolist()) == (2, 1)
     assert tuple(feeder.get((2, 2))["at"].tolist()) == (2, 2)
-    feeder.close()
 
 
 def test_a_feeder_uses_memory_again_once_the_present_stream_has_done_with_it(cuda: SimpleNamespace) -> None:
@@ -405,7 +404,6 @@ def test_a_feeder_uses_memory_again_once_the_present_stream_has_done_with_it(cud
     assert feeder._given is not given
     assert feeder._stream.waits == [present.name] * 2
     assert present.waits == ["event"] * 2
-    feeder.close()
 
 
 def test_what_goes_wrong_in_feeding_is_raised(cuda: SimpleNamespace) -> None:
@@ -418,7 +416,6 @@ def test_what_goes_wrong_in_feeding_is_raised(cuda: SimpleNamespace) -> None:
     assert feeder.get((1, 0))["thread"]
     with pytest.raises(OSError, match="the disk is gone"):
         feeder.get((1, 1))
-    feeder.close()
 
 
 def test_an_epoch_still_ends_with_its_record(small: Make, static: Open) -> None:

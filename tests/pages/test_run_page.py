@@ -15,7 +15,7 @@ from rayexp.data import open_data
 from rayexp.launch.driver import run as train
 from rayexp.launch.sample import WORDS
 from rayexp.pages import plots
-from rayexp.pages.judgements import PAIRS, WORST, judge
+from rayexp.pages.judgements import PAIRS, WORST, judgements_of
 from rayexp.pages.run_page import write_run_page
 from rayexp.runs.records import EpochRecord
 
@@ -102,7 +102,7 @@ def test_the_figures_are_those_of_the_predictions(makes, arrays):
     label = [0, 0, 0, 0, 1, 1, 2, 2, 2]
     first = [0, 0, 1, 2, 1, 0, 1, 1, 2]
     loss = [0.1, 0.2, 3.0, 2.0, 0.3, 4.0, 5.0, 1.0, 0.1]
-    found = judge(makes.images([arrays.images(label, first, classes=4, loss=loss)], 4), 1)
+    found = judgements_of(makes.images([arrays.images(label, first, classes=4, loss=loss)], 4), 1)
     assert found.names == ("thing 0", "thing 1", "thing 2")  # nothing is of class 3, or taken for it
     assert found.matrix.tolist() == [[2, 1, 1], [1, 1, 0], [0, 2, 1]]
     assert [(c.name, c.n, c.right) for c in found.classes] == [("thing 2", 3, 1), ("thing 0", 4, 2), ("thing 1", 2, 1)]
@@ -123,7 +123,7 @@ def test_what_is_not_finite_is_counted_apart_and_is_worst(makes, arrays):
     made = arrays.images([0, 1, 1], [0, 1, 0], classes=2, loss=[0.1, np.nan, 9.0], confidence=[0.9, np.nan, 0.5])
     made["top5"][1] = -1
     run = makes.images([made], 2)
-    found = judge(run, 1)
+    found = judgements_of(run, 1)
     assert (found.n, found.not_finite, found.matrix.sum()) == (3, 1, 2)
     assert found.matrix.tolist() == [[1, 0], [1, 0]]
     assert [(c.name, c.n, c.right) for c in found.classes] == [("thing 1", 2, 0), ("thing 0", 1, 1)]
@@ -145,8 +145,8 @@ def test_few_classes_are_a_table_and_many_a_heat_map(makes):
     page = page_of(many)
     assert 'class="confusion"' not in page
     assert page.count('id="fig-confusion"') == 1
-    assert len(judge(many, 1).pairs) == PAIRS
-    assert len(judge(many, 1).worst) == WORST
+    assert len(judgements_of(many, 1).pairs) == PAIRS
+    assert len(judgements_of(many, 1).worst) == WORST
     assert len(page) < 1_000_000
 
 
