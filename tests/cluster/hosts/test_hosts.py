@@ -138,7 +138,9 @@ def test_a_full_disk(lab: Any, send: Callable[..., Job], undisturbed: list[str])
     run = job.run("small/runs")
     ended = job.end()
     assert ended.returncode == 1
-    assert "No space left" in ended.stdout.strip().splitlines()[-1]
+    *_, error, how = ended.stdout.strip().splitlines()
+    assert "No space left" in error
+    assert how == f"go on with: rayexp train --resume {run.id} --runs /mnt/small/runs"
     kept = run.epochs()
     assert len(kept) >= 2
     assert [broken(run.checkpoint(epoch)) for epoch in kept] == [None] * len(kept)
