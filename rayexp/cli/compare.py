@@ -131,12 +131,12 @@ def report(
     out = out or run.root / "report.html"
     records = run.records()
     sample = None
-    if records and run.meta().get("workload") == "language_model":
+    if records and run.kind() == "tokens":
         from rayexp.launch.sample import language_sample
         from rayexp.runs.records import best
 
         say("the test text, and a text by the best epoch: a moment")
-        sample = language_sample(run, (best(records) or records[-1]).epoch)
+        sample = language_sample(run, (best(records, run.goals()) or records[-1]).epoch)
     write_run_page(out, run, sample)
     if as_json:
         told = {} if sample is None else {"test": sample.test, "text": sample.text}

@@ -153,7 +153,7 @@ def _fields(run: Run) -> dict[str, Any]:
         }
         if records:
             fields |= {"metric": NOT_FINITE, "last weights": records[-1].weights_sha[:12]}
-        if found := best(records):
+        if found := best(records, run.goals()):
             metrics = ", ".join(f"{name} {figure(value, '.2f')}" for name, value in found.metrics.items())
             fields |= {"best": found.epoch, "metric": metrics}
     except UserError as error:
@@ -192,7 +192,7 @@ def _show(run: Run, as_json: bool) -> None:
             tell(f"{name:<9} {value}")
     if not records:
         return
-    found, names = best(records), dict.fromkeys(name for r in records for name in r.metrics)
+    found, names = best(records, run.goals()), dict.fromkeys(name for r in records for name in r.metrics)
     tell()
     print_table(
         [

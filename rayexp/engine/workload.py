@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from rayexp.config import ExperimentConfig
 from rayexp.runs.records import Predictions
+from rayexp.runs.traits import Goal
 
 RecurrentState = dict[str, Tensor]
 """What a shard hands from a step to the next (the hidden state of a recurrent net), by name; empty where there is none.
@@ -49,7 +50,18 @@ class Workload(Protocol):
     that must be cheap."""
 
     unit: str
-    """What throughput counts: `images` or `tokens`."""
+    """What throughput counts: `images`, `tokens`, `samples`, or another word."""
+
+    kind: str
+    """The kind of its predictions (see records.Predictions): `images`, `tokens`, or `samples` for any other."""
+
+    goals: Mapping[str, Goal]
+    """Its metrics in the order in which they are shown, and whether `max` or `min` is better. The first decides which
+    epoch is the best. `val_loss` is always known."""
+
+    batch_unit: str
+    """What `batch_size` counts: `images`, `columns`, `samples`."""
+
     batch_dim: int
     """The dimension of activations along which samples lie: 0 for images, 1 for [time, columns, features]."""
 
@@ -136,12 +148,13 @@ class Workload(Protocol):
         """Put the arrays of all streams, in their order, together."""
 
     def metrics(self, predictions: Predictions) -> dict[str, float]:
-        """`val_loss` and the workload's own metrics: `acc1` and `acc5` in percent, or `ppl`. Computed in float64."""
+        """`val_loss` and the workload's own metrics: `acc1` and `acc5` in percent, or `ppl`; those of `goals`. Computed
+        in float64."""
 
     def describe(self) -> dict[str, Any]:
-        """The content of data.json, which describes the data to a reader who does not have it: `kind` (images or
-        tokens), `train_samples`, `val_samples`, `train_sha`, `val_sha`; `classes` and `val_names`, or `vocabulary`; and
-        `layout`, one line, where there was a choice of what to take for which split."""
+        """The content of data.json beside `kind`, which describes the data to a reader who does not have it:
+        `train_samples`, `val_samples`, `train_sha`, `val_sha`; `classes` and `val_names`, or `vocabulary`, where there
+        are such; and `layout`, one line, where there was a choice of what to take for which split."""
 
     def example(self) -> tuple[Any, ...]:
         """Inputs of the model's forward for one sample, for the layer table and the model graph."""

@@ -267,7 +267,7 @@ def outline(config: ExperimentConfig, address: str | None = None, resume: Run | 
         "threads_per_shard": None if plan.gpu else config.threads_per_shard,
         "lanes_per_worker": replicas_of(config, config.shards // workers, plan.cpus, plan.gpu),
         "shards_per_worker": config.shards // workers,
-        f"{workload.unit if workload.unit == 'images' else 'columns'}_per_worker": config.batch_size // workers,
+        f"{workload.batch_unit}_per_worker": config.batch_size // workers,
         "steps_per_epoch": steps,
         "steps": steps * config.epochs,
         "warnings": passed_over(config, plan.gpu),

@@ -29,7 +29,7 @@ class Evaluation:
 
     Attributes:
         predictions: one for each sample of the validation data.
-        metrics: the workload's own (`val_loss`, `acc1`, `acc5` | `ppl`), and those on test data where it has any.
+        metrics: the workload's own (`val_loss`, and `acc1`, `acc5` | `ppl` | others), and those on test data where it has any.
         weights_sha: the hash of the weights, as epochs.jsonl has it.
         stored: whether the predictions were stored now, because the run had none.
         equal: whether they equal the stored ones bit for bit (None: there were none, or they are mirrored); a sample
@@ -109,7 +109,7 @@ def evaluate(
             raise
         mirrored = getattr(workload, "mirrored", None)
         if mirror and mirrored is None:
-            raise UserError(f"--mirror: {run.id} is a {config.workload}; allowed for image_classification only")
+            raise UserError(f"--mirror: {config.workload}, which {run.id} is of, mirrors nothing; allowed for images")
         _same_data(run, workload.describe(), config)
         model = checkpoint.load_model(workload, files).to(configured.device)
         if mirror and mirrored is not None:

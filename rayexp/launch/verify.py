@@ -84,7 +84,7 @@ class Verdict:
     """The result of `verify`.
 
     Attributes:
-        unit: of rates: `images` or `tokens`.
+        unit: of rates: `images`, `tokens`, `samples`.
         trials: the first is the reference.
         contrast: the same worker counts with `reduction: ddp`; may be empty.
         differences: at most one for each trial but the first.
@@ -303,7 +303,7 @@ class _Bench:
         return made
 
     def _read(self, made: Run, label: str, workers: int) -> Trial:
-        self.unit = "tokens" if made.data().get("kind") == "tokens" else "images"
+        self.unit = made.unit()
         rows: dict[int, dict[str, Any]] = {}
         for line in (made.root / "trace.jsonl").read_text().splitlines():
             row = json.loads(line)

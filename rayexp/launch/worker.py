@@ -36,6 +36,7 @@ from rayexp.launch.precision import decided
 from rayexp.launch.saver import Saver
 from rayexp.launch.step_log import StepLog
 from rayexp.runs.records import EpochRecord
+from rayexp.runs.traits import Traits
 from rayexp.runs.writer import RunWriter
 
 PROGRESS_SECONDS = 0.3  # how often rank 0 reports where the epoch stands
@@ -106,7 +107,7 @@ class _Worker:
         self.runtime, self.workload, self.world_size, self.entered = configured, workload, world_size, entered
         self.leaving, self.epoch_done = leaving, epoch_done
         self.lead = group.rank == 0
-        self.dataset = workload.describe()
+        self.dataset = {"kind": workload.kind, **workload.describe()}
         self.data_shas = {key: self.dataset[key] for key in ("train_sha", "val_sha")}
         self.fingerprint = fingerprint(self.runtime)
         self.trainer = Trainer(self.config, workload, group, self.runtime)
@@ -190,9 +191,9 @@ class _Worker:
         lines = passed_over(self.config, self.runtime.device.type == "cuda")
         if self.config.precision == "bf16" and not self.runtime.has_bf16():
             lines.append("precision: this processor has no instructions for bf16; fp32 is many times as fast here")
-        images, batch = self.dataset.get("train_samples"), self.config.batch_size
-        if self.workload.unit == "images" and images is not None and batch > images:
-            lines.append(f"batch_size: {batch} is above the {images} training images: every step takes all of them")
+        there, batch, unit = self.dataset.get("train_samples"), self.config.batch_size, self.workload.unit
+        if self.workload.batch_unit == unit and there is not None and batch > there:
+            lines.append(f"batch_size: {batch} is above the {there} training {unit}: every step takes all of them")
         return lines
 
     def _compare(self) -> list[WorkerInfo]:
@@ -218,6 +219,7 @@ class _Worker:
     def _begin(self, measured: Mapping[str, float] | None, workers: Sequence[WorkerInfo]) -> None:
         meta = {
             "status": "running",
+            **Traits(self.workload.unit, self.workload.kind, self.workload.goals).to_json(),
             "world_size": self.world_size,
             "device": str(self.runtime.device.type),
             "lanes": self.runtime.side_by_side,

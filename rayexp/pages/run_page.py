@@ -34,11 +34,11 @@ def run_page(
 ) -> str:
     """The page as HTML; `diffs` are (link, words)."""
     meta = run.meta()
-    unit = "tokens" if meta.get("workload") == "language_model" else "images"
+    unit = run.unit()
     metrics = list(dict.fromkeys(name for record in records for name in record.metrics))
-    best = best_of(records)
+    best = best_of(records, run.goals())
     judgements, why_none = None, ""
-    if unit == "images":
+    if run.kind() == "images":
         try:
             judgements = judgements_of(run, (best or records[-1]).epoch)
         except UserError as error:
@@ -54,6 +54,7 @@ def run_page(
         best=best,
         nan=math.nan,
         unit=unit,
+        kind=run.kind(),
         seconds=seconds,
         phases=[p for p in PHASES if any(r.seconds.get(p, 0.0) > 0 for r in records)],
         total=sum(r.seconds.get("total", 0.0) for r in records),

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayexp.errors import UserError
+from rayexp.runs.traits import Goal
 from rayexp.system.disk import NEWEST
 
 T = TypeVar("T")
@@ -37,7 +38,7 @@ class EpochRecord:
         step: optimizer steps since the start of the run.
         train_loss: mean loss per sample (images) or per token (language), over the epoch, in nats.
         val_loss: mean validation loss, likewise.
-        metrics: `acc1`, `acc5` in percent (images), or `ppl` (language).
+        metrics: the workload's own: `acc1`, `acc5` in percent (images), `ppl` (language).
         lr: learning rate of the epoch's last step.
         samples_per_second: global training throughput (images/s or tokens/s) without evaluation and checkpointing.
             The first step of a process (compilation, warm-up) is left out, after a resume too, unless the epoch has
@@ -115,18 +116,38 @@ class EpochRecord:
 
     @property
     def finite(self) -> bool:
-        """Whether the epoch can be ranked: its validation loss, and its acc1 if it has one, are finite."""
-        return math.isfinite(self.val_loss) and math.isfinite(self.metrics.get("acc1", 0.0))
+        """Whether the validation loss is finite."""
+        return math.isfinite(self.val_loss)
 
 
-def best(records: Iterable[EpochRecord]) -> EpochRecord | None:
-    """The finite epoch with the highest acc1 (images) or the smallest validation loss (language), the earliest of
-    equals; None where there is none."""
+def best(records: Iterable[EpochRecord], goals: Mapping[str, Goal]) -> EpochRecord | None:
+    """The epoch that is best by the first of the goals (`Run.goals`), or by the validation loss where it has no such
+    metric; the earliest of equals. None where there is none.
 
-    def rank(record: EpochRecord) -> tuple[float, int]:
-        return (-record.metrics["acc1"] if "acc1" in record.metrics else record.val_loss, record.epoch)
+    An epoch without a finite validation loss does not count, nor does one whose metric is not finite; infinity is the
+    worst that a metric can be of which less is better (a perplexity).
+    """
+    first = next(iter(goals), "val_loss")
 
-    return min((r for r in records if r.finite), key=rank, default=None)
+    def cost(record: EpochRecord) -> float:
+        value = record.metrics.get(first, record.val_loss)
+        return -value if first in record.metrics and goals[first] == "max" else value
+
+    def counts(record: EpochRecord) -> bool:
+        return record.finite and -math.inf < cost(record) and (math.isfinite(cost(record)) or goals[first] == "min")
+
+    return min((r for r in records if counts(r)), key=lambda r: (cost(r), r.epoch), default=None)
+
+
+def ranges(numbers: list[int]) -> str:
+    """`1-4, 7`."""
+    parts: list[list[int]] = []
+    for n in numbers:
+        if parts and parts[-1][-1] == n - 1:
+            parts[-1][-1] = n
+        else:
+            parts.append([n, n])
+    return ", ".join(f"{a}-{b}" if a < b else f"{a}" for a, b in parts)
 
 
 def step_line(row: Any) -> dict[str, Any]:
@@ -204,6 +225,9 @@ class Predictions:
     probability of the first, `loss` float32[n] cross-entropy in nats (without label smoothing).
     Arrays of kind `tokens` (n tokens): `offset` int64[n] position of the token in the validation text,
     `token` int32[n] its id, `loss` float32[n] in nats.
+
+    Arrays of kind `samples` (n samples of any other workload): `index` int64[n], `loss` float32[n], and what else the
+    workload likes, each with n rows.
 
     Where a model's output is not finite nothing is predicted: `loss` (and `confidence`) are not finite either, every
     class in `top5` is -1, and the sample counts as wrong.

@@ -26,7 +26,8 @@ import psutil
 from rayexp.config import ExperimentConfig, read
 from rayexp.errors import UserError
 from rayexp.runs.manifest import broken, digest, file_fault
-from rayexp.runs.records import EpochRecord, Predictions, RunRef, best, one_line, read_lines, step_line
+from rayexp.runs.records import EpochRecord, Predictions, RunRef, best, one_line, ranges, read_lines, step_line
+from rayexp.runs.traits import Goal, traits_of
 from rayexp.system.disk import directories, find_directory, make_directory, now, write_atomic, write_json
 from rayexp.system.locks import DRIVER, is_locked
 
@@ -259,8 +260,7 @@ class Run:
         return sorted(int(text) for text in found if text.isdecimal())
 
     def best(self) -> int:
-        """The epoch with the smallest validation loss (images: the highest acc1), the earliest of equals; epochs whose
-        loss is not finite are skipped.
+        """The best epoch by the first of the goals, the earliest of equals (see records.best).
 
         Raises:
             UserError: no epoch is finished, or none has a finite loss.
@@ -268,9 +268,9 @@ class Run:
         records = self.records()
         if not records:
             raise UserError(f"{self.root}: no epoch has finished, so there is no best one")
-        found = best(records)
+        found = best(records, self.goals())
         if found is None:
-            epochs = _ranges(sorted(r.epoch for r in records))
+            epochs = ranges(sorted(r.epoch for r in records))
             raise UserError(f"{self.id}@best: no finite validation loss in epochs {epochs}, so there is no best one")
         return found.epoch
 
@@ -288,7 +288,7 @@ class Run:
         if ref == "last":
             return have[-1]
         if ref not in have:
-            raise UserError(f"{self.id}@{ref}: no such epoch; there are {_ranges(have)}")
+            raise UserError(f"{self.id}@{ref}: no such epoch; there are {ranges(have)}")
         return int(ref)
 
     def predictions(self, epoch: int) -> Predictions:
@@ -345,6 +345,21 @@ class Run:
         except (OSError, ValueError, TypeError):
             return False
 
+    # ------------------------------------------------------------------ what the workload says of it
+
+    def unit(self) -> str:
+        """What throughput counts: `images`, `tokens`, `samples`."""
+        return traits_of(self.meta()).unit
+
+    def kind(self) -> str:
+        """The kind of its predictions: `images`, `tokens` or `samples` (see records.Predictions)."""
+        return traits_of(self.meta()).kind
+
+    def goals(self) -> Mapping[str, Goal]:
+        """Its metrics in the order in which they are shown, and whether `max` or `min` is better; the first decides
+        which epoch is the best. The validation loss is always known."""
+        return traits_of(self.meta()).goals
+
     # ------------------------------------------------------------------ writing, for drivers
 
     def update(self, **fields: Any) -> None:
@@ -376,14 +391,3 @@ def resolve(text: str, storage: Path) -> tuple[Run, int]:
     ref = RunRef.parse(text)
     run = Run.find(ref.run, storage)
     return run, run.epoch(ref.epoch)
-
-
-def _ranges(numbers: list[int]) -> str:
-    """`1-4, 7`."""
-    parts: list[list[int]] = []
-    for n in numbers:
-        if parts and parts[-1][-1] == n - 1:
-            parts[-1][-1] = n
-        else:
-            parts.append([n, n])
-    return ", ".join(f"{a}-{b}" if a < b else f"{a}" for a, b in parts)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from rayexp.errors import UserError
 from rayexp.runs.records import EpochRecord, Predictions, RunRef, best
+from rayexp.runs.traits import Goal
 
 RECORD = EpochRecord(
     epoch=2,
@@ -161,7 +162,7 @@ def epochs(values: list[float], metric: str | None) -> list[EpochRecord]:
     ],
 )
 def test_the_best_epoch(values: list[float], metric: str | None, wanted: int | None) -> None:
-    found = best(epochs(values, metric))
+    found = best(epochs(values, metric), {"acc1": "max"})
     assert (found and found.epoch) == wanted
 
 
@@ -171,20 +172,39 @@ def test_accuracy_decides_over_the_loss_and_a_lost_loss_rules_an_epoch_out() -> 
         replace(RECORD, epoch=2, val_loss=1.0, metrics={"acc1": 30.0}),
         replace(RECORD, epoch=3, val_loss=math.nan, metrics={"acc1": 95.0}),
     ]
-    found = best(rows)
+    found = best(rows, {"acc1": "max", "acc5": "max"})
     assert found is not None
     assert found.epoch == 1
 
 
 def test_a_perplexity_too_large_for_a_number_does_not_rule_out_a_finite_loss() -> None:
-    found = best([replace(RECORD, val_loss=800.0, metrics={"ppl": math.inf})])
-    assert found is not None
+    rows = [replace(RECORD, epoch=e, val_loss=v, metrics={"ppl": p}) for e, v, p in ((1, 800.0, math.inf), (2, 5.0, 9.0))]
+    assert best(rows[:1], {"ppl": "min"}) is rows[0]
+    assert best(rows, {"ppl": "min"}) is rows[1]
+
+
+@pytest.mark.parametrize(
+    ("goals", "values", "wanted"),
+    [
+        ({"rmse": "min"}, [3.0, 1.0, 2.0], 2),
+        ({"f1": "max"}, [3.0, 1.0, 3.0], 1),
+        ({"rmse": "min", "f1": "max"}, [math.nan, 2.0, -math.inf], 2),
+        ({"f1": "max"}, [math.inf, 1.0, math.nan], 2),
+        ({"f1": "max"}, [math.nan, math.nan], None),
+        ({}, [1.0, 2.0], 1),  # by the loss, which is the same throughout
+    ],
+)
+def test_the_first_goal_decides(goals: dict[str, Goal], values: list[float], wanted: int | None) -> None:
+    name = next(iter(goals), "rmse")
+    rows = [replace(RECORD, epoch=e, val_loss=1.0, metrics={"f1": 0.0, name: v}) for e, v in enumerate(values, 1)]
+    found = best(rows, goals)
+    assert (found and found.epoch) == wanted
 
 
 @given(st.lists(st.floats(), min_size=1), st.booleans())
 def test_no_other_epoch_is_better_than_the_best(values: list[float], accuracy: bool) -> None:
     finite = [v for v in values if math.isfinite(v)]
-    found = best(epochs(values, "acc1" if accuracy else None))
+    found = best(epochs(values, "acc1" if accuracy else None), {"acc1": "max"})
     if not finite:
         assert found is None
         return

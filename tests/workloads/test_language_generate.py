@@ -43,7 +43,7 @@ def make_run(tmp_path: Path):
         work = open_workload(config)
         tensors = {f"model.{name}": tensor * 8 for name, tensor in work.model().state_dict().items()}
         run = Run.create(config, argv=[])
-        write_json(run.data_path, work.describe())
+        write_json(run.data_path, {"kind": work.kind, **work.describe()})
         write_directory(run.checkpoint(1), encode(State({"epoch": 1, "step": 1}, tensors)))
         return run
 

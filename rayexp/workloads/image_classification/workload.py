@@ -21,6 +21,7 @@ from rayexp.engine.runtime import upload
 from rayexp.engine.workload import Batch, RecurrentState
 from rayexp.errors import UserError, nearest
 from rayexp.runs.records import Predictions
+from rayexp.runs.traits import IMAGES
 from rayexp.workloads.image_classification.augmentation import DRAWS, augment
 from rayexp.workloads.image_classification.shapes import check_size
 
@@ -46,7 +47,8 @@ class Options(BaseModel):
 class ImageClassification:
     """The workload `image_classification` (see engine/workload.py)."""
 
-    unit = "images"
+    unit, kind, goals = IMAGES.unit, IMAGES.kind, IMAGES.goals
+    batch_unit = "images"
     batch_dim = 0
     shares_buffer = True
     together = True
@@ -221,7 +223,6 @@ class ImageClassification:
     def describe(self) -> dict[str, Any]:
         """The classes with their names, and the names of the validation images."""
         return {
-            "kind": "images",
             **({"layout": self.data.layout} if self.data.layout else {}),
             "classes": [list(one) for one in self.data.classes],
             "val_names": list(self.data.val.names),

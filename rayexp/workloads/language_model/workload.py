@@ -25,6 +25,7 @@ from rayexp.engine.runtime import upload
 from rayexp.engine.workload import Batch, RecurrentState
 from rayexp.errors import UserError
 from rayexp.runs.records import Predictions
+from rayexp.runs.traits import TOKENS
 from rayexp.workloads.language_model.model import build, options_of
 from rayexp.workloads.language_model.recurrent import RecurrentOptions
 
@@ -35,7 +36,8 @@ EVAL_TOKENS = 512
 class LanguageModel:
     """The workload `language_model` (see engine/workload.py)."""
 
-    unit = "tokens"
+    unit, kind, goals = TOKENS.unit, TOKENS.kind, TOKENS.goals
+    batch_unit = "columns"
     batch_dim = 1
     together = False
 
@@ -207,7 +209,6 @@ class LanguageModel:
     def describe(self) -> dict[str, Any]:
         """The content of data.json."""
         return {
-            "kind": "tokens",
             "train_samples": len(self.data.train),
             "val_samples": len(self.data.valid),
             "test_samples": len(self.data.test),
