@@ -29,7 +29,8 @@ class Evaluation:
 
     Attributes:
         predictions: one for each sample of the validation data.
-        metrics: the workload's own (`val_loss`, and `acc1`, `acc5` | `ppl` | others), and those on test data where it has any.
+        metrics: the workload's own (`val_loss`, and `acc1`, `acc5` | `ppl` | others), and those on test data where it
+            has any.
         weights_sha: the hash of the weights, as epochs.jsonl has it.
         stored: whether the predictions were stored now, because the run had none.
         equal: whether they equal the stored ones bit for bit (None: there were none, or they are mirrored); a sample

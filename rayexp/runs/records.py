@@ -124,17 +124,20 @@ def best(records: Iterable[EpochRecord], goals: Mapping[str, Goal]) -> EpochReco
     """The epoch that is best by the first of the goals (`Run.goals`), or by the validation loss where it has no such
     metric; the earliest of equals. None where there is none.
 
-    An epoch without a finite validation loss does not count, nor does one whose metric is not finite; infinity is the
-    worst that a metric can be of which less is better (a perplexity).
+    An epoch without a finite validation loss does not count, nor does one whose metric is not finite. But a metric of
+    which less is better may be too large for a number (a perplexity): then it is the worst.
     """
     first = next(iter(goals), "val_loss")
+    high = goals.get(first) == "max"
 
     def cost(record: EpochRecord) -> float:
         value = record.metrics.get(first, record.val_loss)
-        return -value if first in record.metrics and goals[first] == "max" else value
+        if high and first in record.metrics:
+            return -value
+        return math.inf if math.isnan(value) else value
 
     def counts(record: EpochRecord) -> bool:
-        return record.finite and -math.inf < cost(record) and (math.isfinite(cost(record)) or goals[first] == "min")
+        return record.finite and -math.inf < cost(record) and (math.isfinite(cost(record)) or not high)
 
     return min((r for r in records if counts(r)), key=lambda r: (cost(r), r.epoch), default=None)
 

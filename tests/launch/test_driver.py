@@ -385,3 +385,13 @@ def test_a_dry_run_touches_nothing(tiny: Tiny, tmp_path: Path, command: Command)
     assert shown["plan"]["workers"] == 2
     assert shown["plan"]["steps"] == 3 * shown["plan"]["steps_per_epoch"]
     assert {path.name for path in tmp_path.iterdir()} == {"c.yaml"}
+
+
+def test_a_run_says_what_its_workload_counts_and_aims_at(tiny: Tiny) -> None:
+    made = run(tiny(epochs=1), argv=[])
+    assert (made.unit(), made.kind(), made.goals()) == ("tokens", "tokens", {"ppl": "min"})
+    meta = made.meta()
+    assert (meta["unit"], meta["kind"], meta["goals"]) == ("tokens", "tokens", {"ppl": "min"})
+    assert made.data()["kind"] == "tokens"
+    made.update(unit="words", kind="samples", goals={"ppl": "max"})
+    assert (made.unit(), made.kind(), made.goals()) == ("words", "samples", {"ppl": "max"})

@@ -77,7 +77,7 @@ def test_every_record_is_json_and_comes_back(
     expected = {k: None if isinstance(v, float) and math.isinf(v) else v for k, v in plain(record).items()}
     assert plain(again) == expected
     assert set(again.metrics) == set(metrics)
-    assert again.finite == (math.isfinite(record.val_loss) and math.isfinite(metrics.get("acc1", 0)))
+    assert again.finite == math.isfinite(record.val_loss)
 
 
 def test_not_finite_is_null_in_json_and_nan_in_memory() -> None:
@@ -178,9 +178,11 @@ def test_accuracy_decides_over_the_loss_and_a_lost_loss_rules_an_epoch_out() -> 
 
 
 def test_a_perplexity_too_large_for_a_number_does_not_rule_out_a_finite_loss() -> None:
-    rows = [replace(RECORD, epoch=e, val_loss=v, metrics={"ppl": p}) for e, v, p in ((1, 800.0, math.inf), (2, 5.0, 9.0))]
-    assert best(rows[:1], {"ppl": "min"}) is rows[0]
-    assert best(rows, {"ppl": "min"}) is rows[1]
+    for lost in (math.inf, math.nan):  # on disk both are null
+        values = ((1, 800.0, lost), (2, 5.0, 9.0))
+        rows = [replace(RECORD, epoch=epoch, val_loss=loss, metrics={"ppl": ppl}) for epoch, loss, ppl in values]
+        assert best(rows[:1], {"ppl": "min"}) is rows[0]
+        assert best(rows, {"ppl": "min"}) is rows[1]
 
 
 @pytest.mark.parametrize(
@@ -191,6 +193,7 @@ def test_a_perplexity_too_large_for_a_number_does_not_rule_out_a_finite_loss() -
         ({"rmse": "min", "f1": "max"}, [math.nan, 2.0, -math.inf], 2),
         ({"f1": "max"}, [math.inf, 1.0, math.nan], 2),
         ({"f1": "max"}, [math.nan, math.nan], None),
+        ({"rmse": "min"}, [-math.inf], None),
         ({}, [1.0, 2.0], 1),  # by the loss, which is the same throughout
     ],
 )
