@@ -41,8 +41,9 @@ def environment(version: str, folder: Path) -> Path:
     python = folder / "bin" / "python"
     packages = sysconfig.get_path("purelib", vars={"base": str(folder)})
     Path(packages, "zz_shared.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--no-deps", f"ray=={version}"]
-    subprocess.run(install, check=True)
+    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--no-deps"]
+    # Ignoring what is seen through the path file: this environment's own Ray may be of that version.
+    subprocess.run([*install, "--ignore-installed", f"ray=={version}"], check=True)
     return python
 
 
