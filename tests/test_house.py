@@ -29,13 +29,14 @@ FLOORS = (
     ("cluster",),
     ("launch",),
     ("grid",),
+    ("library",),
     ("cli", "__main__"),
 )
 # Reads what lies on disk, and nothing that trains.
 DIFF = {"errors", "display", "system", "config", "runs", "data", "pages", "diff"}
 ROOMS = {
     "ray": ("launch/*", "cluster/*", "grid/run.py", "grid/screen.py"),
-    "torch": ("engine/*", "workloads/*", "launch/worker.py", "grid/baseline.py"),
+    "torch": ("engine/*", "workloads/*", "launch/worker.py", "grid/baseline.py", "library/checkpoints.py"),
     "torchvision": ("engine/*", "workloads/*", "launch/worker.py", "grid/baseline.py"),
     "safetensors": ("engine/*", "diff/weights.py"),
     "typer": ("cli/*",),
@@ -97,7 +98,7 @@ def trespasses(house: Path) -> list[str]:
             if part == "diff":
                 allowed = other in DIFF
             else:
-                allowed = floor(other) <= floor(part) if other != "diff" else part in ("grid", "cli")
+                allowed = floor(other) <= floor(part) if other != "diff" else part in ("grid", "library", "cli")
             if not allowed:
                 found.append(f"{where}: rayexp.{other}")
     return found

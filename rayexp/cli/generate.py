@@ -40,23 +40,25 @@ def generate(
     run, epoch = resolve(ref, runs)
 
     from rayexp.data.text import EOS, UNK
+    from rayexp.engine import settings
     from rayexp.workloads.language_model import generate as text
 
-    writer = text.open_generator(run, epoch)
-    start, unknown = text.read_prompt(prompt, writer)
-    if unknown:
-        instead = "read as <unk>" if UNK in writer.vocabulary else "left out"
-        say(f"prompt: not in the vocabulary, {instead}: {', '.join(dict.fromkeys(unknown))}")
-    began = time.perf_counter()
-    numbers = text.generate(
-        writer.net,
-        start or [writer.vocabulary.index(EOS)],
-        words,
-        temperature=temperature,
-        top_k=top_k,
-        seed=seed,
-    )
-    said = [writer.vocabulary[n] for n in (*start, *numbers)]
+    with settings.threads(1):
+        writer = text.open_generator(run, epoch)
+        start, unknown = text.read_prompt(prompt, writer)
+        if unknown:
+            instead = "read as <unk>" if UNK in writer.vocabulary else "left out"
+            say(f"prompt: not in the vocabulary, {instead}: {', '.join(dict.fromkeys(unknown))}")
+        began = time.perf_counter()
+        numbers = text.generate(
+            writer.net,
+            start or [writer.vocabulary.index(EOS)],
+            words,
+            temperature=temperature,
+            top_k=top_k,
+            seed=seed,
+        )
+        said = [writer.vocabulary[n] for n in (*start, *numbers)]
     took = time.perf_counter() - began
     if out:
         write_atomic(out, text.lines(said))

@@ -130,6 +130,10 @@ class ImagesReport:
         """A class's short name, see `short_names`; `not finite` for None."""
         return NOT_FINITE if label is None else self.short[label]
 
+    def to_dict(self) -> dict[str, Any]:
+        """What `--json` prints."""
+        return self.to_json()
+
     def to_json(self) -> dict[str, Any]:
         """The keys that scripts may rely on: n, acc1, acc5, churn, gained, lost, mcnemar_p, flips."""
 

@@ -118,6 +118,10 @@ class TextReport:
         """The same report with a verdict."""
         return replace(self, max_drop=max_drop)
 
+    def to_dict(self) -> dict[str, Any]:
+        """What `--json` prints."""
+        return self.to_json()
+
     def to_json(self) -> dict[str, Any]:
         """The keys that scripts may rely on: n, ppl, churn, gained, lost, paired_p, flips (the largest 1,000)."""
         intervals = self.ppl_interval

@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from rayexp.engine.runtime import set_threads
+from rayexp.engine.settings import set_threads
 from rayexp.engine.workload import Workload
 from rayexp.errors import RunError
 from rayexp.runs.manifest import sealed

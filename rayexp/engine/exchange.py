@@ -24,7 +24,7 @@ from torch import Tensor
 from rayexp.engine.gradients import GradientBuffer, ParameterLayout, Touched
 from rayexp.engine.group import WorkerGroup
 from rayexp.engine.reduction import Forest, Node, forest_nodes
-from rayexp.engine.runtime import set_threads
+from rayexp.engine.settings import set_threads
 
 T = TypeVar("T")
 

@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 
 from rayexp.config import ExperimentConfig
 from rayexp.engine import cpu, gpu
+from rayexp.engine.settings import WORKSPACE, Settings, pin_models, pin_precision, set_threads
 from rayexp.system import threads as sharing
 from rayexp.system.cores import cores
 
 STREAMS = 8
 """Replicas of a worker on a GPU; more small batches side by side gain nothing (measured on an H200)."""
-_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 T = TypeVar("T")
 
 
@@ -48,7 +48,7 @@ class Runtime:
     replicas: int
     threads: int
     pool: ThreadPoolExecutor | None
-    before: _Settings
+    before: Settings
     streams: tuple[torch.cuda.Stream, ...] = ()
     static: bool = False
 
@@ -193,14 +193,16 @@ def configure(
         cpus: cores that this worker may use; None: all of the process's.
         static: see `Runtime`; None: on a GPU.
     """
-    before = _Settings.now()
+    before = Settings.now()
     # Makes cuBLAS deterministic; set over what is there, since another workspace may mean other kernels.
-    os.environ[_WORKSPACE] = ":4096:8"
+    os.environ[WORKSPACE] = ":4096:8"
     cpu.save_page_faults(config.cpu_kernels)
     torch.use_deterministic_algorithms(config.reduction == "exact" or device.type == "cpu", warn_only=False)
     torch.backends.cudnn.benchmark = device.type == "cuda" and config.reduction == "ddp"
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = config.precision == "tf32"
+    pin_precision(tf32=config.precision == "tf32" and device.type == "cuda")
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.set_grad_enabled(True)
+    pin_models()
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -229,51 +231,3 @@ def replicas_of(config: ExperimentConfig, shards: int, cpus: float | None = None
 
 def _budget(cpus: float | None) -> int:
     return max(1, min(cores(), int(cpus) if cpus else cores()))
-
-
-def set_threads(threads: int) -> None:
-    """Set the number of intra-op threads of the calling thread.
-
-    Every thread that computes beside replicas takes one: once GNU OpenMP has more threads than there are cores, all of
-    them sleep at every barrier from then on.
-    """
-    torch.get_num_threads()  # otherwise the thread's first operation would set the number of the latest caller
-    torch.set_num_threads(threads)
-
-
-@dataclass(frozen=True)
-class _Settings:
-    """The settings of a process that `configure` changes."""
-
-    threads: int
-    deterministic: int
-    fill: bool
-    benchmark: bool
-    tf32: tuple[bool, bool]
-    workspace: str | None
-    device: int | None
-
-    @classmethod
-    def now(cls) -> _Settings:
-        return cls(
-            threads=torch.get_num_threads(),
-            deterministic=torch.get_deterministic_debug_mode(),
-            fill=torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
-            benchmark=torch.backends.cudnn.benchmark,
-            tf32=(torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32),
-            workspace=os.environ.get(_WORKSPACE),
-            device=torch.cuda.current_device() if torch.cuda.is_initialized() else None,  # type: ignore[no-untyped-call]
-        )
-
-    def restore(self) -> None:
-        set_threads(self.threads)
-        torch.set_deterministic_debug_mode(self.deterministic)
-        torch.utils.deterministic.fill_uninitialized_memory = self.fill  # type: ignore[attr-defined]
-        torch.backends.cudnn.benchmark = self.benchmark
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = self.tf32
-        if self.workspace is None:
-            os.environ.pop(_WORKSPACE, None)
-        else:
-            os.environ[_WORKSPACE] = self.workspace
-        if self.device is not None:
-            torch.cuda.set_device(self.device)

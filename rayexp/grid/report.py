@@ -147,6 +147,10 @@ class CompareReport:
         """`images` or `tokens`."""
         return self.cells[0].measured.unit if self.cells else "samples"
 
+    def to_dict(self) -> dict[str, Any]:
+        """What `--json` prints."""
+        return self.to_json()
+
     def to_json(self) -> dict[str, Any]:
         """For `--json`; scripts may rely on `cells`, `failed`, `skipped`, `equal_weights`, `fits` and `forecasts`."""
         return {

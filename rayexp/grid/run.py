@@ -129,13 +129,16 @@ def _cpu_name() -> str:
 # ---------------------------------------------------------------------- running
 
 
-def go(comparison: Comparison, *, address: str | None = None, console: Console | None = None) -> None:
+def go(
+    comparison: Comparison, *, address: str | None = None, console: Console | None = None, guest: bool = False
+) -> None:
     """Run what is missing. Failed cells are rows with their error; the others go on.
 
     Args:
         comparison: new or interrupted.
         address: of a running Ray; None: as for `train`.
         console: where progress is shown; None: nowhere. What Ray says goes to logs/driver.log.
+        guest: whether the process is another program's, whose stdout and stderr stay where they are.
 
     Raises:
         UserError: another process is at it.
@@ -150,7 +153,8 @@ def go(comparison: Comparison, *, address: str | None = None, console: Console |
                 for cell, repeat in comparison.missing()
             ]
             if jobs:
-                with chatter_to(comparison.root / "logs" / "driver.log", console):
+                log = comparison.root / "logs" / "driver.log"
+                with contextlib.nullcontext() if guest else chatter_to(log, console):
                     _tune(comparison, jobs, address, Follower(comparison, console, len(jobs)))
         except BaseException as error:
             stopped = isinstance(error, KeyboardInterrupt)

@@ -23,6 +23,7 @@ from rayexp.data import open_data
 from rayexp.display import counted
 from rayexp.errors import HeadLostError, RunError, Stopped, UserError, last_words
 from rayexp.launch import placement as planning
+from rayexp.launch.callbacks import Listeners, listening
 from rayexp.launch.job import WorkerJob
 from rayexp.launch.placement import Placement
 from rayexp.launch.resuming import go_on
@@ -53,6 +54,8 @@ def run(
     max_steps: int | None = None,
     trace: bool = False,
     parent: str | None = None,
+    callbacks: Sequence[object] = (),
+    guest: bool = False,
 ) -> Run:
     """Train, and return the finished run.
 
@@ -67,11 +70,14 @@ def run(
         max_steps: stop (and save) after that many steps of the whole run.
         trace: write the hashes of every step to trace.jsonl.
         parent: the id of the comparison this run belongs to.
+        callbacks: objects that are told of steps and epochs, see launch/callbacks.py.
+        guest: whether the process is another program's: its stdout and stderr stay where they are, and it is never
+            ended from here.
 
     Raises:
         UserError: the configuration, the data or the machine does not allow it. A run that has not begun is removed;
             one that holds anything that training has made is kept.
-        RunError: the run failed; run.json says so.
+        RunError: the run failed; run.json says so. Or a callback has raised an error: the last whole step is saved.
         Stopped: a signal asked it to stop; the last whole step is saved and run.json says `stopped`.
     """
     began = mark(started)
@@ -108,18 +114,24 @@ def run(
                 shared_gpu=0 < plan.gpus < 1,
             )
 
+        heard: Listeners | None = None
         try:
-            status = _supervise(made, config, job, address, console, stopping)
+            with listening(made, callbacks, stopping.halt) as heard:
+                status = _supervise(made, config, job, address, console, stopping, guest)
         except BaseException as error:
             if _status(made) == "done":
                 return made  # a signal after the end of the run, or the end of its Ray, changes nothing
             _fail(made, error, stopping, fresh=resume is None)
+            if heard is not None and heard.failure is not None:
+                raise _failed_callback(made, heard.failure, _status(made)) from heard.failure[1]
             if stopping() or isinstance(error, KeyboardInterrupt):
                 number = stopping.number or int(getattr(error, "number", signal.SIGINT))
                 raise _stopped(made, number, _own_fault(error)) from error
             if isinstance(error, UserError | HeadLostError) and _holds_work(made):
                 raise type(error)(error, f"; {_saved(made)}") from error
             raise
+        if heard.failure is not None:
+            raise _failed_callback(made, heard.failure, status) from heard.failure[1]
     if status == "stopped" and (max_steps is None or _steps_done(made) < max_steps):
         raise _stopped(made, stopping.number or signal.SIGINT)
     return made
@@ -221,6 +233,16 @@ def _stopped(run: Run, number: int, fault: str = "") -> Stopped:
     return Stopped(number, f"stopped; {fault + '; ' if fault else ''}{_saved(run)}")
 
 
+def _failed_callback(run: Run, failure: tuple[str, BaseException], status: str) -> RunError:
+    """A callback's error as that of the run, which has saved; run.json has it, too."""
+    name, error = failure
+    line = f"callback {name}: {type(error).__name__}: {' '.join(str(error).split())[:500]}"
+    if status == "done":
+        return RunError(line, f"; {run.id} is done")
+    run.update(error=line)
+    return RunError(line, f"; {_saved(run)}")
+
+
 def _saved(run: Run) -> str:
     step = _steps_done(run)
     return (f"saved up to step {step}" if step else f"nothing is saved yet in {run.id}") + go_on(run.root)
@@ -284,6 +306,7 @@ def _supervise(
     address: str | None,
     console: Console | None,
     stopping: Stopping,
+    guest: bool,
 ) -> str:
     if config.scaling.num_workers == 0:
         from rayexp.launch.local import attempt, here
@@ -302,18 +325,21 @@ def _supervise(
 
     session.prepare(address)  # also: where nobody answers, that is said before Ray is imported
     ray_imported = _imported("rayexp.launch.on_ray.supervise")
-    with chatter_to(run.logs / "ray.log", console), screen(run, console) as shown, ray_imported as imports:
+    quiet = contextlib.nullcontext() if guest else chatter_to(run.logs / "ray.log", console)
+    with quiet, screen(run, console) as shown, ray_imported as imports:
         shown.phase("starting Ray")
         stopping.say = shown.say
 
         def last(why: str) -> None:
-            """End this process, which hangs in a call to a Ray that has ended."""
+            """End this process, which hangs in a call to a Ray that has ended. (A guest leaves that to Ray, which ends
+            its drivers.)"""
             status = _status(run)
             if status != "done":
                 _fail(run, HeadLostError(why), stopping, fresh=False)
             shown.close()
             shown.say("\n".join(last_words(f"{'stopped' if stopping() else f'error: {why}'}; {_saved(run)}")))
-            os._exit(0 if status == "done" else 128 + stopping.number if stopping.number else 1)
+            if not guest:
+                os._exit(0 if status == "done" else 128 + stopping.number if stopping.number else 1)
 
         with session.session(address) as own_ray:
             if own_ray:

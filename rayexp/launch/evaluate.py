@@ -97,10 +97,8 @@ def evaluate(
     if root is not None:
         there = config.data.model_copy(update={"root": root.expanduser().resolve()})
         config = config.model_copy(update={"data": there})
-    # One process, whatever the run had: the number of workers does not change a model's output.
-    alone = config.model_copy(update={"scaling": config.scaling.model_copy(update={"num_workers": 0})})
-    gpu = placement.make(alone, [here()]).gpu
-    with runtime.configure(config, runtime.device("cuda" if gpu else "cpu"), config.shards) as configured:
+    device = runtime.device("cuda" if on_gpu(config) else "cpu")
+    with runtime.configure(config, device, config.shards) as configured:
         try:
             workload = workloads.open_workload(config)
         except UserError as error:
@@ -137,6 +135,13 @@ def evaluate(
     else:
         equal = run.predictions(epoch).same_as(predictions)
     return Evaluation(predictions, metrics, weights_sha, missing, equal)
+
+
+def on_gpu(config: ExperimentConfig) -> bool:
+    """Whether one process of this machine computes on a GPU for a run, whatever the run had: the number of workers does
+    not change a model's output."""
+    alone = config.model_copy(update={"scaling": config.scaling.model_copy(update={"num_workers": 0})})
+    return placement.make(alone, [here()]).gpu
 
 
 def _same_data(run: Run, found: Mapping[str, Any], config: ExperimentConfig) -> None:

@@ -12,7 +12,7 @@ WORDS = 100
 
 def language_sample(run: Run, epoch: int) -> LanguageSample:
     """Evaluate the checkpoint of an epoch, and let it write; what the run directory or the data does not allow is
-    left out with the reason. From here on this process computes on one thread (see `open_generator`)."""
+    left out with the reason."""
     test, why_no_test, text, why_no_text = None, "", "", ""
     try:
         metrics = evaluate(run, epoch).metrics
@@ -28,8 +28,10 @@ def language_sample(run: Run, epoch: int) -> LanguageSample:
 
 def _write(run: Run, epoch: int) -> str:
     from rayexp.data.text import EOS
+    from rayexp.engine import settings
     from rayexp.workloads.language_model import generate
 
-    writer = generate.open_generator(run, epoch)
-    numbers = generate.generate(writer.net, [writer.vocabulary.index(EOS)], WORDS)
+    with settings.threads(1):
+        writer = generate.open_generator(run, epoch)
+        numbers = list(generate.generate(writer.net, [writer.vocabulary.index(EOS)], WORDS))
     return generate.lines([writer.vocabulary[n] for n in numbers])

@@ -31,10 +31,16 @@ class Stopping:
         self.number: signal.Signals | None = None
         self.say: Callable[[str], None] = lambda text: None
         self._at = 0.0
+        self._halted = False
 
     def __call__(self) -> bool:
-        """Whether a signal has arrived."""
-        return self.number is not None
+        """Whether a signal has arrived, or the program has asked."""
+        return self._halted or self.number is not None
+
+    def halt(self) -> None:
+        """Ask the run to save and stop without a signal."""
+        self._halted = True
+        self.run.stop_path.touch()
 
     def ask(self, number: signal.Signals) -> None:
         """Handle a signal.

@@ -133,6 +133,10 @@ class Verdict:
         first = self.differences[0]
         return f"DIFFERENT: workers {first.label}, first at step {first.step}, tensor {first.tensor}"
 
+    def to_dict(self) -> dict[str, Any]:
+        """What `--json` prints."""
+        return self.to_json()
+
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         differences = [asdict(d) for d in self.differences]
@@ -148,6 +152,7 @@ def verify(
     launcher: Launcher = "ray",
     contrast: bool = True,
     console: Console | None = None,
+    guest: bool = False,
 ) -> Verdict:
     """Compare the worker counts; the first is the reference.
 
@@ -158,6 +163,7 @@ def verify(
         launcher: `ray`: as `rayexp train` does; `processes`: plain processes of this machine.
         contrast: also run `reduction: ddp`.
         console: where progress is shown; None: nowhere.
+        guest: as for `driver.run`.
 
     Raises:
         UserError: a worker count is not allowed.
@@ -171,7 +177,7 @@ def verify(
     with tempfile.TemporaryDirectory(prefix="rayexp-verify-") as folder:
         beside = contrast and config.reduction == "exact"
         total = len(configs) * (1 + beside) + kill
-        bench = _Bench(Path(folder), steps, launcher, TrialScreen(console, Path(folder), total, steps))
+        bench = _Bench(Path(folder), steps, launcher, TrialScreen(console, Path(folder), total, steps), guest)
         with bench.session(console, any(workers)):
             trials = [bench.run(c, str(n), n, worded(n)) for n, c in configs.items()]
             if kill:
@@ -212,8 +218,8 @@ def _with(config: ExperimentConfig, workers: int) -> ExperimentConfig:
 class _Bench:
     """Runs trials, each in a run directory that is removed afterwards."""
 
-    def __init__(self, folder: Path, steps: int, launcher: Launcher, screen: TrialScreen) -> None:
-        self.folder, self.steps, self.launcher, self.screen = folder, steps, launcher, screen
+    def __init__(self, folder: Path, steps: int, launcher: Launcher, screen: TrialScreen, guest: bool) -> None:
+        self.folder, self.steps, self.launcher, self.screen, self.guest = folder, steps, launcher, screen, guest
         self.unit = "samples"
         self.killer: Killer | None = None
         self.threads: int | None = None  # of a shard, as the first trial decides it
@@ -224,7 +230,7 @@ class _Bench:
         if self.launcher != "ray" or not needed:
             yield
             return
-        with chatter_to(self.folder / "ray.log", console):
+        with contextlib.nullcontext() if self.guest else chatter_to(self.folder / "ray.log", console):
             from rayexp.launch.on_ray import session
 
             with session.session(None):
@@ -239,7 +245,7 @@ class _Bench:
                 if workers and self.launcher == "processes":
                     made = self._processes(config, workers)
                 else:
-                    made = train(config, argv=["verify"], max_steps=self.steps, trace=True)
+                    made = train(config, argv=["verify"], max_steps=self.steps, trace=True, guest=self.guest)
         # Its directory is thrown away: there is nothing to read in it, and nothing to go on with.
         except Stopped as stopped:
             raise Stopped(stopped.number) from stopped

@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 
 from rayexp.errors import UserError
+from rayexp.runs.records import one_line
 from rayexp.system.disk import inside
 
 SEAL = "sha256"
@@ -157,3 +158,24 @@ def _json(data: bytes) -> Any:
         return json.loads(data)
     except (ValueError, RecursionError):
         return None
+
+
+def read_meta(path: Path, newest: int) -> dict[str, Any]:
+    """run.json.
+
+    Args:
+        newest: the layout that is known here.
+
+    Raises:
+        UserError: it is not a run's, is damaged, or was written by a newer rayexp.
+    """
+    try:
+        meta = json.loads(path.read_bytes())
+        layout = meta["layout"]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a run's description ({one_line(error)})") from error
+    if not isinstance(layout, int) or layout > newest:
+        raise UserError(f"{path}: layout {layout} is newer than this rayexp knows ({newest}); upgrade rayexp")
+    if not isinstance(meta.get("status"), str):
+        raise UserError(f"{path}: damaged, it has no status")
+    return dict(meta)

@@ -15,7 +15,6 @@ import contextlib
 import json
 import os
 import socket
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +24,12 @@ import psutil
 
 from rayexp.config import ExperimentConfig, read
 from rayexp.errors import UserError
-from rayexp.runs.manifest import broken, digest, file_fault
+from rayexp.runs.manifest import broken, digest, file_fault, read_meta
+from rayexp.runs.newest import newest_first
 from rayexp.runs.records import EpochRecord, Predictions, RunRef, best, one_line, ranges, read_lines, step_line
+from rayexp.runs.table import columns, to_pandas
 from rayexp.runs.traits import Goal, traits_of
-from rayexp.system.disk import directories, find_directory, make_directory, now, write_atomic, write_json
+from rayexp.system.disk import NEWEST, directories, find_directory, make_directory, now, write_atomic, write_json
 from rayexp.system.locks import DRIVER, is_locked
 
 __all__ = ["Run", "broken", "epoch_name", "resolve", "step_name"]
@@ -96,6 +97,14 @@ class Run:
     def locate(cls, name: str, storage: Path) -> Run:
         """Like `find`, but the run may be damaged."""
         return cls(find_directory(name, storage, "run.json", "run", "`rayexp runs` lists them; "))
+
+    @classmethod
+    def open(cls, ref: str | Path, runs: str | Path = "runs") -> Run:
+        """The run that `ref` names, as on the command line: a path, a name, or a checkpoint (`RUN@best`), whose run it
+        is (UserError: there is none)."""
+        return (
+            resolve(str(ref), Path(runs))[0] if "@" in str(ref).removeprefix(NEWEST) else cls.find(str(ref), Path(runs))
+        )
 
     @classmethod
     def all(cls, storage: Path) -> builtins.list[Run]:
@@ -185,18 +194,7 @@ class Run:
         Raises:
             UserError: it is not a run, is damaged, or was written by a newer rayexp.
         """
-        try:
-            meta = json.loads(self.meta_path.read_bytes())
-            layout = meta["layout"]
-        except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
-            raise UserError(f"{self.meta_path}: not a run's description ({one_line(error)})") from error
-        if not isinstance(layout, int) or layout > LAYOUT:
-            raise UserError(
-                f"{self.meta_path}: layout {layout} is newer than this rayexp knows ({LAYOUT}); upgrade rayexp"
-            )
-        if not isinstance(meta.get("status"), str):
-            raise UserError(f"{self.meta_path}: damaged, it has no status")
-        return dict(meta)
+        return read_meta(self.meta_path, LAYOUT)
 
     def status(self) -> str:
         """`running`, `done`, `failed` or `stopped`; `died` where run.json says running but no driver holds the lock.
@@ -291,6 +289,18 @@ class Run:
             raise UserError(f"{self.id}@{ref}: no such epoch; there are {ranges(have)}")
         return int(ref)
 
+    def at(self, epoch: int | str) -> str:
+        """A reference to a checkpoint of this run, from its number, `best` or `last`; see `epoch`."""
+        return f"{self.root}@{self.epoch(epoch)}"
+
+    def table(self) -> dict[str, builtins.list[Any]]:
+        """The finished epochs by column; see table.columns."""
+        return columns(self.records())
+
+    def to_pandas(self) -> Any:
+        """The same as a pandas.DataFrame, one row for each epoch (UserError: pandas is not installed)."""
+        return to_pandas(self.records())
+
     def predictions(self, epoch: int) -> Predictions:
         """The model's predictions after that epoch.
 
@@ -309,22 +319,7 @@ class Run:
 
         The order comes from the directories' names; the content is empty where a state.json cannot be read.
         """
-        found = []
-        for path in self.checkpoints.glob("[es]*_*"):
-            kind, _, digits = path.name.partition("_")
-            if kind not in ("epoch", "step") or not digits.isdecimal():
-                continue
-            try:
-                state = dict(json.loads((path / "state.json").read_bytes()))
-            except (OSError, ValueError, RecursionError, TypeError):
-                state = {}
-            found.append((kind == "epoch", int(digits), path, state))
-        lengths = [s["steps"] for _, _, _, s in found if isinstance(s.get("steps"), int) and s["steps"] > 0]
-        steps = Counter(lengths).most_common(1)[0][0] if lengths else 1  # per epoch; one state.json may be damaged
-        # After an epoch's last step there may be one of each kind; that of the epoch counts as the newer.
-        found.sort(key=lambda f: (f[1] * steps if f[0] else f[1], f[0]), reverse=True)
-        for _, _, path, state in found:
-            yield path, state
+        return newest_first(self.checkpoints)
 
     def files(self) -> dict[str, str]:
         """The manifest in run.json: name -> sha256; empty where an older rayexp made the run."""

@@ -22,7 +22,13 @@ def open_workload(config: ExperimentConfig, data: Any = None) -> Workload:
     Raises:
         UserError: the configuration or the data does not fit.
     """
-    module, _, name = WORKLOADS[config.workload].partition(":")
-    kind = getattr(importlib.import_module(module), name)
+    kind: Any = workload_class(config)
     workload: Workload = kind(config) if data is None else kind(config, data)
     return workload
+
+
+def workload_class(config: ExperimentConfig) -> type[Workload]:
+    """The class of the workload that a configuration names."""
+    module, _, name = WORKLOADS[config.workload].partition(":")
+    kind: type[Workload] = getattr(importlib.import_module(module), name)
+    return kind

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -17,12 +16,14 @@ from torch import Tensor, nn
 from rayexp.config import IMAGE_DATA, ExperimentConfig, explain
 from rayexp.data import ImageData, ImageSplit, open_data
 from rayexp.engine import order
+from rayexp.engine.portable import Portable
 from rayexp.engine.runtime import upload
 from rayexp.engine.workload import Batch, RecurrentState
 from rayexp.errors import UserError, nearest
 from rayexp.runs.records import Predictions
 from rayexp.runs.traits import IMAGES
 from rayexp.workloads.image_classification.augmentation import DRAWS, augment
+from rayexp.workloads.image_classification.portable import STRIDES, arguments, portable_classifier, ranked, recipe
 from rayexp.workloads.image_classification.shapes import check_size
 
 # Channel means and standard deviations of ImageNet, as in pytorch/examples imagenet/main.py, here for 0..255.
@@ -187,20 +188,26 @@ class ImageClassification:
         planes = images.permute(0, 3, 1, 2).float()
         with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             logits = model(self._normalise(planes)).float()
-        logs = F.log_softmax(logits, 1)
-        # A stable sort, so that of equal logits the lower class comes first on every device.
-        top = logs.sort(stable=True, dim=1, descending=True).indices[:, :5]
-        broken = logs.isnan().any(1)
-        confidence = logs.gather(1, top[:, :1])[:, 0].exp()
+        logs, top, confidence = ranked(logits, 5)
         losses = F.nll_loss(logs, upload(labels, device), reduction="none")
         return {
             "index": samples,
             "label": labels,
-            # A sort puts NaN first, as if it were the likeliest class.
-            "top5": top.masked_fill(broken[:, None], -1).to(torch.int32),
-            "confidence": confidence.masked_fill(broken, torch.nan),
-            "loss": losses.masked_fill(broken, torch.nan),
+            "top5": top.to(torch.int32),
+            "confidence": confidence[:, 0],
+            "loss": losses.masked_fill(logs.isnan().any(1), torch.nan),
         }
+
+    @classmethod
+    def portable(
+        cls, config: ExperimentConfig, described: Mapping[str, Any], weights: Mapping[str, Tensor]
+    ) -> Portable:
+        """See engine/workload.py. The model is torchvision's own."""
+        options, size, classes = Options(**config.model.options), config.data.image_size, described["classes"]
+        with torch.random.fork_rng(devices=[]):
+            model = build(config.model.name, options, len(classes), size)
+        lines = recipe(config.model.name, options.stem, len(classes), size)
+        return portable_classifier(model, weights, lines, config.model.name, classes, (size, MEAN, STD))
 
     def mirrored(self, model: nn.Module) -> nn.Module:
         """The model for mirrored evaluation: probabilities averaged over an image and its mirror image."""
@@ -283,14 +290,9 @@ def build(name: str, options: Options, classes: int, image_size: int) -> nn.Modu
     from torchvision import models
 
     builder = models.get_model_builder(name)
-    known = inspect.signature(builder).parameters
-    kwargs: dict[str, Any] = {"num_classes": classes}
-    if name.startswith("vit_"):
-        kwargs["image_size"] = image_size
-    if name.startswith("maxvit"):
-        kwargs["input_size"] = (image_size, image_size)
-    if "aux_logits" in known or name in ("googlenet", "inception_v3"):
-        kwargs |= {"aux_logits": False, "init_weights": True}
+    kwargs = arguments(name, classes, image_size)
+    if "aux_logits" in kwargs:
+        kwargs["init_weights"] = True
     resnet = name.startswith(("resnet", "resnext", "wide_resnet"))
     if not resnet and (options.stem != "imagenet" or options.zero_init_residual):
         raise UserError(f"model.stem, model.zero_init_residual: only ResNets have them, not {name}")
@@ -301,7 +303,7 @@ def build(name: str, options: Options, classes: int, image_size: int) -> nn.Modu
     except (ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"model.name: {name} cannot be built for {image_size} px images ({error})") from error
     if options.stem != "imagenet":
-        model.conv1 = nn.Conv2d(3, 64, 3, stride=1 if options.stem == "small" else 2, padding=1, bias=False)
+        model.conv1 = nn.Conv2d(3, 64, 3, stride=STRIDES[options.stem], padding=1, bias=False)
         nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
         model.maxpool = nn.Identity()
     return model

@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from rayexp.config import ExperimentConfig
 from rayexp.data.text import EOS, UNK
 from rayexp.engine import order
-from rayexp.engine.checkpoint import FIELDS, TENSORS, decode
+from rayexp.engine.settings import models
 from rayexp.errors import RunError, UserError
-from rayexp.runs.run import Run, broken
+from rayexp.runs.run import Run
 from rayexp.workloads.language_model.model import LanguageNet, build
+from rayexp.workloads.saved import read_state
 
 READ_AT_ONCE = 256  # words of a prompt
 
@@ -42,32 +43,26 @@ class TextGenerator:
 
 
 def open_generator(run: Run, epoch: int) -> TextGenerator:
-    """The model after an epoch of a run. Needs the run directory only, not the data. From here on this process computes
-    on one thread, since the number of threads may change the last bit of a logit.
+    """The model after an epoch of a run. Needs the run directory only, not the data. Compute with one thread
+    (`engine.settings.threads`), since their number may change the last bit of a logit.
 
     Raises:
         UserError: the run is of another workload, or the epoch has no checkpoint.
         RunError: the checkpoint is damaged.
     """
-    torch.set_num_threads(1)
     config = run.config()
     if config.workload != "language_model":
         raise UserError(f"{run.id}: generate needs a language_model, this run is of {config.workload}")
-    folder = run.checkpoint(epoch)
-    if not folder.is_dir():
-        raise UserError(f"{run.id}@{epoch}: has no checkpoint in {folder.parent}")
-    why = broken(folder)
-    if why:
-        raise RunError(f"{folder}: {why}")
-    state = decode({name: (folder / name).read_bytes() for name in (TENSORS, FIELDS)})
+    state = read_state(run, epoch)
     vocabulary = tuple(run.data().get("vocabulary", ()))
     if not vocabulary:
         raise UserError(f"{run.data_path}: holds no vocabulary")
-    net = build(config, len(vocabulary))
+    with models():
+        net = build(config, len(vocabulary))
     try:
         net.load_state_dict(state.weights())
     except RuntimeError as error:
-        raise RunError(f"{folder}: does not fit the run's model ({error})") from error
+        raise RunError(f"{run.checkpoint(epoch)}: does not fit the run's model ({error})") from error
     return TextGenerator(net.eval(), vocabulary, config, str(state.fields["weights_sha"]))
 
 

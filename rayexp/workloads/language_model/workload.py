@@ -21,12 +21,14 @@ from rayexp.config import TEXT_DATA, ExperimentConfig
 from rayexp.data import TextData, open_data
 from rayexp.engine import order
 from rayexp.engine.evaluate import on_host
+from rayexp.engine.portable import Portable
 from rayexp.engine.runtime import upload
 from rayexp.engine.workload import Batch, RecurrentState
 from rayexp.errors import UserError
 from rayexp.runs.records import Predictions
 from rayexp.runs.traits import TOKENS
 from rayexp.workloads.language_model.model import build, options_of
+from rayexp.workloads.language_model.plain import plain
 from rayexp.workloads.language_model.recurrent import RecurrentOptions
 
 # Tokens evaluated at once: a recurrent model gives the same losses for any window, and long windows are faster.
@@ -221,6 +223,29 @@ class LanguageModel:
     def example(self) -> tuple[Any, ...]:
         """One column of one window."""
         return (torch.zeros(self.config.data.bptt, 1, dtype=torch.int64),)
+
+    @classmethod
+    def portable(
+        cls, config: ExperimentConfig, described: Mapping[str, Any], weights: Mapping[str, Tensor]
+    ) -> Portable:
+        """See engine/workload.py. The model is a graph of PyTorch's layers."""
+        vocabulary = list(described["vocabulary"])
+        net = build(config, len(vocabulary))
+        net.load_state_dict(weights)
+        return Portable(
+            model=plain(net.eval()),
+            weights=weights,
+            inputs=(torch.zeros(config.data.bptt, 2, dtype=torch.int64),),
+            axes=({0: "time", 1: "columns"},),
+            build=(),
+            about={
+                "task": "language model",
+                "architecture": config.model.name,
+                "vocabulary": vocabulary,
+                "input": "int64[time, columns]: numbers of words, in the order of vocabulary; <eos> ends a line",
+                "output": f"float32[time, columns, {len(vocabulary)}]: logits of the word after each",
+            },
+        )
 
 
 def _columns(tokens: NDArray[np.int32], count: int) -> NDArray[np.int32]:
