@@ -14,6 +14,7 @@ from rayexp.engine.reduction import total
 from rayexp.engine.rng import Draws
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_FORWARDS = {kind.forward for kind in BATCH_NORMS}
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 
 
@@ -68,7 +69,7 @@ def per_shard(model: nn.Module, draws: Draws, compiled: bool = False) -> None:
     """
     for module in model.modules():
         if isinstance(module, BATCH_NORMS):
-            make = _formula if compiled else _forward
+            make = _one_by_one if type(module).forward not in _FORWARDS else _formula if compiled else _forward
             module.forward = make(module, draws)  # type: ignore[method-assign]
 
 
@@ -84,9 +85,10 @@ def _formula(norm: BatchNorm, draws: Draws) -> Any:
         across = [i for i in range(parts.ndim) if i not in (0, 2)]  # [shards, samples, channels, ...]
         variance, mean = torch.var_mean(parts, across, correction=0, keepdim=True)
         terms = each * math.prod(x.shape[2:])
-        with torch.no_grad():
-            norm.running_mean.add_(mean.flatten(1).sum(0))  # type: ignore[union-attr]
-            norm.running_var.add_(variance.flatten(1).sum(0) * (terms / max(1, terms - 1)))  # type: ignore[union-attr]
+        if norm.running_mean is not None and norm.running_var is not None:
+            with torch.no_grad():
+                norm.running_mean.add_(mean.flatten(1).sum(0))
+                norm.running_var.add_(variance.flatten(1).sum(0) * (terms / max(1, terms - 1)))
         out = (parts - mean) * torch.rsqrt(variance + norm.eps)
         if norm.affine:
             shape = (-1, *[1] * (x.ndim - 2))
@@ -100,9 +102,35 @@ def _formula(norm: BatchNorm, draws: Draws) -> Any:
 def _forward(norm: BatchNorm, draws: Draws) -> Any:
     def forward(x: Tensor) -> Tensor:
         sums = (norm.running_mean, norm.running_var)
-        weight = norm.weight if norm.affine else torch.ones_like(norm.running_mean)  # type: ignore[arg-type]
-        bias = norm.bias if norm.affine else torch.zeros_like(norm.running_mean)  # type: ignore[arg-type]
+        if sums[0] is None:  # it keeps no statistics
+            kind = torch.promote_types(x.dtype, torch.float32)
+            mean, variance = torch.zeros(2, norm.num_features, device=x.device, dtype=kind)
+            sums = mean, variance
+        weight = norm.weight if norm.affine else torch.ones_like(sums[0])  # type: ignore[arg-type]
+        bias = norm.bias if norm.affine else torch.zeros_like(sums[0])  # type: ignore[arg-type]
         out: Tensor = _PerShard.apply(x, weight, bias, draws.sizes, norm.eps, sums)
         return out
+
+    return forward
+
+
+def _one_by_one(norm: BatchNorm, draws: Draws) -> Any:
+    """Of a subclass that does more than to normalise: its own forward, shard by shard."""
+    own = norm.forward
+
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        sums = norm.running_mean, norm.running_var
+        parts, statistics = [], []
+        for part in torch.split(x, list(draws.sizes)):
+            if sums[0] is not None and sums[1] is not None:
+                norm.running_mean, norm.running_var = torch.zeros_like(sums[0]), torch.zeros_like(sums[1])
+            parts.append(own(part, *args, **kwargs))
+            # Cloned: a backward pass refuses statistics that have changed since.
+            statistics.append([None if s is None else s.clone() for s in (norm.running_mean, norm.running_var)])
+        norm.running_mean, norm.running_var = sums
+        for into, each in zip(sums, zip(*statistics, strict=True), strict=True):
+            if into is not None:
+                into.add_(total(each))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     return forward

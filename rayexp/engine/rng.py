@@ -134,8 +134,15 @@ def _keyed(name: str, layer: Any, draws: Draws, dim: int) -> nn.Module | None:
         keyed = StochasticDepth(layer.p, layer.mode)
         keyed.draws = draws
         return keyed
-    elif isinstance(layer, nn.Dropout1d | nn.Dropout2d | nn.Dropout3d | nn.AlphaDropout | nn.FeatureAlphaDropout):
-        raise UserError(f"model: {name} ({kind}) has no form with draws per shard; allowed: nn.Dropout")
-    elif isinstance(getattr(layer, "dropout", None), float) and layer.dropout:
-        raise UserError(f"model: {name} ({kind}) draws dropout by itself; allowed: a dropout of 0 there")
+    elif (refused := unkeyed(layer)) is not None:
+        raise UserError(f"model: {name} ({kind}) {refused[0]}; allowed: {refused[1]}")
+    return None
+
+
+def unkeyed(layer: Any) -> tuple[str, str] | None:
+    """Why a random layer has no keyed form, and what is allowed instead; None where it has one, or needs none."""
+    if isinstance(layer, nn.Dropout1d | nn.Dropout2d | nn.Dropout3d | nn.AlphaDropout | nn.FeatureAlphaDropout):
+        return "has no form with draws per shard", "nn.Dropout"
+    if isinstance(getattr(layer, "dropout", None), float) and layer.dropout:
+        return "draws dropout by itself", "a dropout of 0 there"
     return None

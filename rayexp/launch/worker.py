@@ -30,6 +30,7 @@ from rayexp.engine.trainer import EpochDone, StepDone, Trainer
 from rayexp.engine.workload import Workload
 from rayexp.errors import UserError
 from rayexp.launch.alike import WorkerInfo, everyone, unlike, unlike_weights
+from rayexp.launch.contract import before_training
 from rayexp.launch.fence import end_with_parent
 from rayexp.launch.job import WorkerJob
 from rayexp.launch.precision import decided
@@ -129,6 +130,8 @@ class _Worker:
             for warning in self._config_warnings():
                 self._warn(warning)
         self._resume()
+        if not self.trainer.global_step:
+            self._check_contract()
         workers = self._compare()
         measured = None
         if self.job.measure_link and self.group.world > 1:
@@ -195,6 +198,13 @@ class _Worker:
         if self.workload.batch_unit == unit and there is not None and batch > there:
             lines.append(f"batch_size: {batch} is above the {there} training {unit}: every step takes all of them")
         return lines
+
+    def _check_contract(self) -> None:
+        """Refuse (UserError) a model of the user's own that does what the engine cannot keep."""
+        model = self.trainer.master.model
+        for warning in before_training(self.config, self.workload, model, self.group, self.runtime):
+            if self.lead:
+                self._warn(warning)
 
     def _compare(self) -> list[WorkerInfo]:
         """All workers; UserError where they differ in what the reduction needs to be alike."""

@@ -1,8 +1,8 @@
-"""The contract that a model must keep so that the engine keeps its promises, checked in a process's first step.
+"""What every model is watched for in a process's first step, before any weight has changed.
 
 A module that draws from a global generator draws other numbers with another number of workers. A buffer that training
 writes, and that is not a running statistic of a batch norm, is neither reduced nor saved. A batch norm that runs twice
-in a pass would write two statistics into one place. Each is refused by name, before any weight has changed.
+in a pass would write two statistics into one place. Each is refused by name.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from rayexp.engine.batch_norm import BATCH_NORMS
 from rayexp.engine.checkpoint import sha
+from rayexp.engine.contract.breach import Breach
 from rayexp.errors import UserError
 
 
@@ -44,21 +45,37 @@ class FirstStep:
         Raises:
             UserError: a buffer was written, or a batch norm ran twice.
         """
+        if found := self.found():
+            raise UserError(str(found[0]))
+
+    def found(self) -> list[Breach]:
+        """Stop watching, and return all batch norms that ran twice, and all buffers that were written."""
         for hook in self._hooks:
             hook.remove()
-        for name, times in self._most.items():
-            if times > 1:
-                raise UserError(
-                    f"model: the batch norm {name} runs {times} times in a pass and has one place for its statistics; "
-                    "allowed: one batch norm for each place"
-                )
+        twice = [
+            Breach(
+                "model",
+                name,
+                f"the batch norm {name} runs {times} times in a pass and has one place for its statistics",
+                "one batch norm for each place",
+                "always",
+            )
+            for name, times in self._most.items()
+            if times > 1
+        ]
         now = self._foreign()
-        for name in [*self.buffers, *now]:
-            if self.buffers.get(name) != now.get(name):
-                raise UserError(
-                    f"model: training writes the buffer {name}, which no worker reduces and no checkpoint holds; "
-                    "allowed: the running statistics of batch norms, and buffers that stay as they are"
-                )
+        written = [
+            Breach(
+                "model",
+                name,
+                f"training writes the buffer {name}, which no worker reduces and no checkpoint holds",
+                "the running statistics of batch norms, and buffers that stay as they are",
+                "always",
+            )
+            for name in dict.fromkeys([*self.buffers, *now])
+            if self.buffers.get(name) != now.get(name)
+        ]
+        return twice + written
 
     def _counting(self, name: str) -> Callable[..., None]:
         def count(module: nn.Module, inputs: Any) -> None:

@@ -1,0 +1,36 @@
+"""`rayexp check`: the contract check of a configuration, in this process."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rayexp import workloads
+from rayexp.cluster.job_context import resolve_paths
+from rayexp.config import ExperimentConfig
+from rayexp.launch import placement
+from rayexp.launch.local import here
+
+if TYPE_CHECKING:
+    from rayexp.engine.contract.breach import Contract
+
+
+def check(config: ExperimentConfig) -> Contract:
+    """Try a configuration's model on a few samples, in this process, and name all that breaks a promise.
+
+    Nothing is trained or written, and the generators and settings of this process are left as they were.
+
+    Raises:
+        UserError: the configuration, the data or the machine does not allow it.
+    """
+    from rayexp.engine import runtime
+    from rayexp.engine.contract import check as trying
+    from rayexp.engine.contract.setting import SHARDS
+
+    config = resolve_paths(config).absolute()
+    alone = config.model_copy(update={"scaling": config.scaling.model_copy(update={"num_workers": 0, "lanes": 1})})
+    device = runtime.device("cuda" if placement.make(alone, [here()]).gpu else "cpu")
+    with runtime.configure(alone, device, len(SHARDS)) as configured:
+        if alone.precision == "auto":
+            decided = "bf16" if device.type == "cuda" and configured.has_bf16() else "fp32"
+            alone = alone.model_copy(update={"precision": decided})
+        return trying.check(alone, workloads.open_workload, configured)

@@ -1,0 +1,164 @@
+"""`rayexp check`, and the same check before the first step of a model that is not shipped."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rayexp.cli import main
+from rayexp.config import ExperimentConfig
+from rayexp.engine.contract.check import check as tried
+from rayexp.errors import UserError
+from rayexp.launch import contract
+from rayexp.launch.check import check
+from rayexp.launch.driver import run
+from rayexp.runs.run import Run
+from rayexp.workloads.image_classification.workload import ImageClassification
+
+Tiny = Callable[..., ExperimentConfig]
+IMAGES = {
+    "workload": "image_classification",
+    "data": {"name": "shapes", "max_train_samples": 32, "max_val_samples": 16, "image_size": 32},
+    "model": {"name": "squeezenet1_1"},
+    "batch_size": 16,
+    "epochs": 1,
+    "lr": 0.01,
+    "optimizer": {},
+}
+
+
+class Own(nn.Module):
+    """A classifier of the user's own."""
+
+    def __init__(self, dropout: float = 0.0, spare: bool = False) -> None:
+        super().__init__()
+        self.dropout_share = dropout
+        self.conv = nn.Conv2d(3, 8, 8, stride=8)
+        self.head = nn.Linear(8, 20)
+        if spare:
+            self.spare = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x).relu().mean((2, 3))
+        return self.head(F.dropout(x, self.dropout_share, self.training))
+
+
+@pytest.fixture
+def own(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Make the image workload build a model of one's own."""
+
+    def replace(**options: Any) -> None:
+        def model(self: ImageClassification) -> nn.Module:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                return Own(**options)
+
+        monkeypatch.setattr(ImageClassification, "model", model)
+
+    return replace
+
+
+@pytest.fixture
+def typed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., Any]:
+    """`rayexp check` of a configuration: exit code, stdout, stderr."""
+
+    def ask(config: ExperimentConfig, *words: str) -> tuple[int, str, str]:
+        path = tmp_path / "config.yaml"
+        path.write_text(config.to_yaml())
+        monkeypatch.setattr(sys, "argv", ["rayexp", "check", str(path), *words])
+        with pytest.raises(SystemExit) as end:
+            main()
+        return (end.value.code, *capsys.readouterr())
+
+    return ask
+
+
+def test_a_configuration_that_is_kept_ends_with_0(tiny: Tiny, typed: Callable[..., Any], tmp_path: Path) -> None:
+    code, out, err = typed(tiny())
+    assert (code, err) == (0, "")
+    assert out.startswith("kept: lstm can be trained with reduction exact (tried: its structure, two builds, ")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_is_refused_ends_with_1(tiny: Tiny, typed: Callable[..., Any], own: Callable[..., None]) -> None:
+    own(dropout=0.3, spare=True)
+    code, out, err = typed(tiny(**IMAGES))
+    lines = out.splitlines()
+    assert code == 1
+    assert lines[0].startswith("model: the model (Own) draws from PyTorch's global generator, ")
+    assert lines[-1].startswith("REFUSED with reduction exact: 1 breach (tried: ")
+    assert err.startswith("warning: model: the parameter spare.weight gets no gradient")
+    code, out, _ = typed(tiny(**IMAGES), "--json")
+    found = json.loads(out)
+    assert code == 1
+    assert (found["ok"], found["reduction"]) == (False, "exact")
+    assert [breach["module"] for breach in found["refused"]] == [""]
+    assert {breach["module"] for breach in found["warnings"]} == {"spare.weight", "spare.bias"}
+    code, out, err = typed(tiny(**IMAGES), "reduction=ddp")
+    assert code == 0
+    assert "warning: model: the model (Own) draws from PyTorch's global generator" in err
+
+
+def test_wrong_input_ends_with_2(tiny: Tiny, typed: Callable[..., Any]) -> None:
+    code, out, err = typed(tiny(), "lr=-1")
+    assert (code, out) == (2, "")
+    assert "lr" in err
+
+
+def test_a_model_of_ones_own_is_checked_before_its_first_step(
+    tiny: Tiny, own: Callable[..., None], tmp_path: Path
+) -> None:
+    own(dropout=0.3)
+    with pytest.raises(UserError, match=r"^model: the model \(Own\) draws from PyTorch's global generator"):
+        run(tiny(**IMAGES), argv=[])
+    assert Run.all(tmp_path / "runs") == []
+
+
+def test_what_should_be_known_is_a_warning_of_the_run(tiny: Tiny, own: Callable[..., None]) -> None:
+    own(spare=True)
+    warnings = run(tiny(**IMAGES), argv=[]).meta()["warnings"]
+    assert sum("gets no gradient" in warning for warning in warnings) == 2
+
+
+def test_the_check_changes_no_bit_of_what_follows(
+    tiny: Tiny, own: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own()
+    checked = run(tiny(**IMAGES), argv=[]).records()[-1].state_sha
+    monkeypatch.setattr(contract, "is_shipped", lambda *_: True)
+    assert run(tiny(**IMAGES), argv=[]).records()[-1].state_sha == checked
+
+
+def test_shipped_models_and_resumed_runs_are_not_held_up(
+    tiny: Tiny, own: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def counting(config: ExperimentConfig, *rest: Any) -> Any:
+        asked.append(config.model.name)
+        return tried(config, *rest)
+
+    monkeypatch.setattr(contract, "check", counting)
+    run(tiny(epochs=1), argv=[])
+    assert asked == []
+    own()
+    made = run(tiny(**IMAGES), argv=[])
+    assert len(asked) == 1
+    run(tiny(**{**IMAGES, "epochs": 2}), argv=[], resume=made)
+    assert len(asked) == 1
+
+
+def test_more_than_one_breach_is_counted(tiny: Tiny, own: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    own(dropout=0.3)
+    found = check(tiny(**IMAGES))
+    monkeypatch.setattr(type(found), "refused", property(lambda self: [*self.breaches, *self.breaches]))
+    with pytest.raises(UserError, match=r"; and 1 more, which `rayexp check CONFIG` lists$"):
+        run(tiny(**IMAGES), argv=[])
