@@ -64,6 +64,23 @@ def folder(text: str | Path) -> Path:
     return Path(text)
 
 
+def moved_data(overrides: list[str], command: str) -> Path | None:
+    """DIR of `data.root=DIR`, the one key that can be set where a run is read; None: it is not set.
+
+    Raises:
+        UserError: another key is set.
+    """
+    from rayexp.errors import UserError
+
+    root = None
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key != "data.root" or not value:
+            raise UserError(f"{override!r}: {command} takes data.root=DIR only; all else is as the run was trained")
+        root = Path(value)
+    return root
+
+
 RunsOption = Annotated[
     Path, typer.Option("--runs", metavar="DIR", parser=folder, help="Folder of run directories.", show_default=True)
 ]

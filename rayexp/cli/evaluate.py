@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from rayexp.cli import _complete
-from rayexp.cli._app import RUNS, JsonOption, RunsOption, app
+from rayexp.cli._app import RUNS, JsonOption, RunsOption, app, moved_data
 from rayexp.cli._output import print_json, say, tell, terminal_width
 
 
@@ -40,7 +39,7 @@ def evaluate(
     from rayexp.cli._progress import Progress, summary
     from rayexp.runs.run import resolve
 
-    root = _moved(moved or [])
+    root = moved_data(moved or [], "evaluate")
     run, epoch = resolve(ref, runs)
     say(f"judging with {run.id}@{epoch}")
 
@@ -73,16 +72,3 @@ def evaluate(
         say(
             "these differ from the predictions that training stored: another device or other versions round differently"
         )
-
-
-def _moved(overrides: list[str]) -> Path | None:
-    """DIR of `data.root=DIR`; nothing else of a run can be set (UserError)."""
-    from rayexp.errors import UserError
-
-    root = None
-    for override in overrides:
-        key, _, value = override.partition("=")
-        if key != "data.root" or not value:
-            raise UserError(f"{override!r}: evaluate takes data.root=DIR only; all else is as the run was trained")
-        root = Path(value)
-    return root
