@@ -13,7 +13,7 @@ from rayexp.cli._output import print_json, print_table, tell
 CODES = {"proven": 0, "differs": 1, "damaged": 1, "inconclusive": 3}
 
 
-@app.command(short_help="Train stretches of a finished run again: are the stored bits its own?")
+@app.command(short_help="Prove a finished run: train parts of it again.")
 def audit(
     run: Annotated[
         str,

@@ -9,7 +9,7 @@ from rayexp.cli._output import print_json, say, tell
 from rayexp.display import counted
 
 
-@app.command(short_help="Try your own model: what would break a promise?")
+@app.command(short_help="Try your own model for what training cannot keep.")
 def check(
     config: ConfigArgument,
     overrides: OverridesArgument = None,

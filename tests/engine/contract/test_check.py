@@ -19,7 +19,6 @@ from torch.utils.checkpoint import checkpoint
 
 from rayexp.config import ExperimentConfig, parse
 from rayexp.data import open_data
-from rayexp.engine import checkpoint as states
 from rayexp.engine import runtime
 from rayexp.engine.contract.breach import Contract
 from rayexp.engine.contract.check import check, is_shipped
@@ -539,10 +538,3 @@ def test_shipped_is_known_by_name_and_package() -> None:
     named = SimpleNamespace(model=SimpleNamespace(name="mine.py:make"))
     assert not is_shipped(named, workload, workload.model())  # type: ignore[arg-type]
     assert not is_shipped(config, SimpleNamespace(), workload.model())  # type: ignore[arg-type]
-
-
-def test_the_weights_of_a_run_are_those_of_the_seed_after_a_check(tried: Tried) -> None:
-    config = parse({**TREE, "model": {"name": "squeezenet1_1"}}, ExperimentConfig, "test")
-    before = states.sha(open_workload(config).model().state_dict())
-    examined(config)
-    assert states.sha(open_workload(config).model().state_dict()) == before
