@@ -4,6 +4,9 @@
     train/<class>/...  alone                     a part of each class is held out for validation
     <class>/...                                  the same; only if no folder's name looks like that of a split
 
+A `train/` of images alone is a class only among classes: beside a folder that by its name holds none (`plots/`), or
+with far more images than any other, it is refused, since it may be a split whose images nobody has sorted.
+
 `test/` beside train/ is ignored. Images outside class folders are left out and reported. Anything else is refused.
 """
 
@@ -27,6 +30,13 @@ SPLITS = {
 ROLE = {name: role for role, names in SPLITS.items() for name in names}
 # Names that look like a split rather than a class.
 SPLIT_LIKE = re.compile(r"(train|val|valid|test|eval|dev)(ing|idation|uation)?[-_ ]?(sets?|images?|imgs|data|\d{4})?")
+# Names of folders that lie beside images and are no classes.
+NO_CLASS = frozenset(
+    ("plots", "plot", "figures", "figs", "masks", "mask", "labels", "annotations", "segmentation", "segmentations")
+    + ("images", "imgs", "image", "data", "unlabeled", "unlabelled", "unsorted", "unsup", "extra", "samples", "sample")
+    + ("output", "outputs", "results", "predictions", "thumbnails", "thumbs", "backup", "tmp", "temp", "misc", "other")
+)
+UNLIKE = 3  # a class called train has at most so many times the images of the largest other
 ACCEPTED = (
     "accepted: train/<class>/ with val|valid|validation/<class>/ (test/ is set aside), train/<class>/, or <class>/"
 )
@@ -76,6 +86,8 @@ def find_layout(root: Path, files: Iterable[str]) -> FolderLayout:
         raise _refused(root, f"{suspects[0]}/ looks like a split, and there {flat}")
     if roles["train"] and not any(_below(images, name) for name in folders if name not in roles["train"]):
         raise _refused(root, f"{roles['train'][0]}/ {_flat(images, roles['train'][0])}")
+    if roles["train"]:
+        _train_is_a_class(root, images, roles["train"][0])
     return _classes(root, images, loose, folders)
 
 
@@ -119,6 +131,16 @@ def _classes(root: Path, images: list[str], loose: list[str], folders: list[str]
             raise _refused(root, f"{_some(inside)} lie in {name}/; name that folder: data.root={root / name}")
     summary = _line(["train from the class folders", "val: a fifth of each class, held out"], loose)
     return FolderLayout(classes, {}, ("train/", "val/"), summary)
+
+
+def _train_is_a_class(root: Path, images: list[str], train: str) -> None:
+    """Refuse a folder `train` whose images may be unsorted rather than of one class."""
+    counts = {name: len(files) for name, files in by_class(images, "").items()}
+    own = counts.pop(train, 0)
+    other = next((name for name in sorted(counts) if name.lower() in NO_CLASS), max(counts, key=lambda n: counts[n]))
+    if other.lower() in NO_CLASS or own > UNLIKE * counts[other]:
+        beside = f"beside it is {other}/ with {counts[other]:,}, which is no second class"
+        raise _refused(root, f"{train}/ {_flat(images, train)}, and {beside}")
 
 
 def by_class(images: Iterable[str], below: str) -> Classes:

@@ -102,6 +102,12 @@ def test_classes_whose_names_only_begin_like_a_split(tmp_path, tiny, name):
     assert taken(root)[0] == sorted(["cat", name])
 
 
+@pytest.mark.parametrize("sizes", [{"train": 6, "car": 2}, {"train": 2, "car": 9}, {"train": 7, "car": 1, "bus": 3}])
+def test_a_class_called_train_among_classes_of_like_size(tmp_path, tiny, sizes):
+    root = lay(tmp_path / "d", tiny, *(f"{c}/{k}.png" for c, n in sizes.items() for k in range(n)))
+    assert taken(root)[0] == sorted(sizes)
+
+
 FLAT = ["cat/0.png", "cat/1.png", "dog/0.png", "dog/1.png"]
 REFUSED = {
     "plots": ([*two("train"), *two("val"), "plots/loss.png"], "beside train/ there is plots/ with 1 image; move it"),
@@ -120,6 +126,18 @@ REFUSED = {
     "classes and sorted train": ([*FLAT, *two("train")], "beside train/ there is cat/ with 2 images"),
     "train alone, unsorted": (["train/0.png", "train/1.png"], "train/ holds 2 images and no class folders"),
     "train alone, empty": (["train/", "x.png"], "train/ holds no images"),
+    "train, unsorted, and plots": (
+        [*(f"train/{k}.png" for k in range(4)), "plots/0.png", "plots/1.png"],
+        "train/ holds 4 images and no class folders, and beside it is plots/ with 2, which is no second class",
+    ),
+    "train, unsorted, a class and masks": (
+        [f"{folder}/{k}.png" for folder in ("train", "cat", "Masks") for k in range(3)],
+        "train/ holds 3 images and no class folders, and beside it is Masks/ with 3",
+    ),
+    "train, unsorted, and something small": (
+        [*(f"train/{k}.png" for k in range(7)), "holdout/0.png", "holdout/1.png"],
+        "train/ holds 7 images and no class folders, and beside it is holdout/ with 2",
+    ),
     "train and unknown": ([*two("train"), *two("holdout")], "beside train/ there is holdout/ with 4 images; move it"),
     "train and eval": ([*two("train"), *two("eval")], "beside train/ there is eval/ with 4 images; move it away"),
     "years": (["train2017/0.png", "val2017/0.png"], "train2017/ looks like a split"),
