@@ -88,7 +88,7 @@ def session(address: str | None, for_tune: bool = False) -> Iterator[bool]:
     Gives whether this Ray was started here, for this block alone.
 
     Raises:
-        UserError: there is no Ray at that address, or none can be started here.
+        UserError: there is no Ray at that address, it is of another version, or none can be started here.
     """
     if _connected():
         yield False
@@ -111,6 +111,10 @@ def session(address: str | None, for_tune: bool = False) -> Iterator[bool]:
                 started = _connect(options)
         except ConnectionError as error:
             raise UserError(f"{address}: no Ray answers there ({' '.join(str(error).split())[:200]})") from error
+        except RuntimeError as error:
+            if unlike := _unlike(str(error)):
+                raise UserError(f"{address}: {unlike}") from error
+            raise
         there = head.Head.joined(own=not address)
         try:
             yield not address
@@ -150,6 +154,20 @@ def _connect(options: Mapping[str, Any]) -> list[psutil.Process]:
             raise Stopped(signal.SIGTERM) from error
         raise
     return [child for child in psutil.Process().children() if child not in others] if own else []
+
+
+def _unlike(said: str) -> str:
+    """What differs between the Ray that is there and this one, by what `ray.init` says of it; else an empty string."""
+    there, here = (
+        dict(re.findall(r"^\s*(Ray|Python): (\S+)", part, re.MULTILINE))
+        for part in said.partition("This process on")[::2]
+    )
+    both = [(name, there[name], here[name]) for name in ("Ray", "Python") if name in there and name in here]
+    unlike = [(name, theirs, ours) for name, theirs, ours in both if theirs != ours]
+    if not said.startswith("Version mismatch") or not unlike:
+        return ""
+    theirs, ours = (" and ".join(f"{row[0]} {row[side]}" for row in unlike) for side in (1, 2))
+    return f"this Ray has {theirs}, and here is {ours}; both sides need the same versions of Ray and Python"
 
 
 @contextlib.contextmanager
