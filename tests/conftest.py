@@ -3,6 +3,7 @@ directories made from arrays."""
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import json
@@ -15,6 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import psutil
@@ -148,6 +150,69 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
         return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
 
     return run
+
+
+# What a page says of itself; each is an expression in JavaScript.
+MEASURES = {
+    # Elements that reach beyond the window or that scroll sideways, and how far the page itself does.
+    "overflow": """
+        [...document.querySelectorAll('body *')]
+            .filter(e => e.getClientRects().length && !e.closest('.skip, noscript, svg *'))
+            .filter(e => e.getBoundingClientRect().right > innerWidth + 1
+                || (e.scrollWidth > e.clientWidth + 1 && getComputedStyle(e).overflowX !== 'visible'))
+            .map(e => `${e.tagName}.${e.getAttribute('class')}: ${e.textContent.trim().slice(0, 60)}`)
+            .concat(document.documentElement.scrollWidth > innerWidth ? [document.documentElement.scrollWidth] : [])
+            .slice(0, 9)""",
+    # Words that stand on several lines; but for names that may be longer than a line.
+    "broken": r"""
+        (() => {
+            const found = [], range = document.createRange();
+            const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+            while (texts.nextNode()) {
+                const node = texts.currentNode;
+                if (node.parentElement.closest('script, style, noscript, details:not([open]), pre')) continue;
+                for (const word of node.data.matchAll(/[\p{L}\p{N}_.]+/gu)) {
+                    if (word[0].length > 20) continue;
+                    range.setStart(node, word.index);
+                    range.setEnd(node, word.index + word[0].length);
+                    if (new Set([...range.getClientRects()].map(r => Math.round(r.top))).size > 1) found.push(word[0]);
+                }
+            }
+            return found.slice(0, 9);
+        })()""",
+}
+
+
+@pytest.fixture
+def measured(chromium: Callable[..., str], tmp_path: Path) -> Callable[[dict[str, str], int, str], dict[str, Any]]:
+    """What pages, by name, say of themselves in windows so many pixels wide (see MEASURES).
+
+    A window is not made as narrow as a telephone; a frame is, and one browser opens them all.
+    """
+
+    def measured(pages: dict[str, str], width: int, measure: str) -> dict[str, Any]:
+        frames = []
+        for number, page in enumerate(pages.values()):
+            script = (
+                f"<script>addEventListener('load', () => setTimeout(() => parent.postMessage("
+                f"[{number}, {MEASURES[measure]}], '*'), 50))</script></body>"
+            )
+            (tmp_path / f"inside{number}.html").write_text(page.replace("</body>", script))
+            frames.append(f'<iframe src="inside{number}.html" width="{width}" height="800" style="border:0"></iframe>')
+        collect = (
+            "<pre id=found></pre><script>addEventListener('message', event => "
+            "document.getElementById('found').append(btoa(encodeURIComponent(JSON.stringify(event.data))) + ' '))"
+            "</script>"
+        )
+        (tmp_path / "outside.html").write_text(collect + "".join(frames))
+        dom = chromium("--dump-dom", "--virtual-time-budget=20000", (tmp_path / "outside.html").as_uri())
+        found = re.search(r'<pre id="found">([^<]*)</pre>', dom)
+        assert found is not None, dom[:500]
+        said = dict(json.loads(unquote(base64.b64decode(one).decode())) for one in found[1].split())
+        assert sorted(said) == list(range(len(pages)))
+        return {name: said[number] for number, name in enumerate(pages)}
+
+    return measured
 
 
 # ---------------------------------------------------------------------- runs made from arrays

@@ -32,9 +32,34 @@ ROLE = {name: role for role, names in SPLITS.items() for name in names}
 SPLIT_LIKE = re.compile(r"(train|val|valid|test|eval|dev)(ing|idation|uation)?[-_ ]?(sets?|images?|imgs|data|\d{4})?")
 # Names of folders that lie beside images and are no classes.
 NO_CLASS = frozenset(
-    ("plots", "plot", "figures", "figs", "masks", "mask", "labels", "annotations", "segmentation", "segmentations")
-    + ("images", "imgs", "image", "data", "unlabeled", "unlabelled", "unsorted", "unsup", "extra", "samples", "sample")
-    + ("output", "outputs", "results", "predictions", "thumbnails", "thumbs", "backup", "tmp", "temp", "misc", "other")
+    {
+        *(
+            "plot",
+            "plots",
+            "figs",
+            "figures",
+            "mask",
+            "masks",
+            "labels",
+            "annotations",
+            "segmentation",
+            "segmentations",
+        ),
+        *("data", "image", "images", "imgs", "sample", "samples", "extra", "unlabeled", "unlabelled", "unsorted"),
+        *(
+            "output",
+            "outputs",
+            "predictions",
+            "results",
+            "thumbnails",
+            "thumbs",
+            "backup",
+            "misc",
+            "other",
+            "temp",
+            "tmp",
+        ),
+    }
 )
 UNLIKE = 3  # a class called train has at most so many times the images of the largest other
 ACCEPTED = (

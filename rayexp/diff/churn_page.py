@@ -41,10 +41,10 @@ def churn_page(report: ChurnReport) -> str:
 def _ticks(report: ChurnReport) -> list[tuple[float, int]]:
     """Where the curves' plot is labelled with an epoch; numbers of four digits need twice the room."""
     count = len(report.epochs)
-    return [(round(_x(i, count), 1), report.epochs[i].epoch) for i in _marks(count, 20 if count < 1000 else 10)]
+    return [(round(_x(i, count), 1), report.epochs[i].epoch) for i in _marks(count, 12 if count < 1000 else 8)]
 
 
-def _marks(count: int, labels: int = 20) -> list[int]:
+def _marks(count: int, labels: int = 12) -> list[int]:
     """About so many of `count` positions, to be labelled."""
     every = max(1, round(count / labels))
     return [i for i in range(count) if i % every == 0 or (i == count - 1 and i % every > every // 2)]
@@ -57,4 +57,6 @@ def _x(i: int, count: int) -> float:
 def _points(report: ChurnReport, name: str) -> list[tuple[float, float]]:
     count = len(report.epochs)
     values = [(i, getattr(e, name)) for i, e in enumerate(report.epochs)]
+    if name == "settled":
+        del values[-1]  # it is what the others are settled against
     return [(round(_x(i, count), 1), round(HEIGHT * (1 - v / 100), 1)) for i, v in values if v is not None]

@@ -8,10 +8,11 @@ import numpy as np
 
 from rayexp.diff.images_report import KINDS, ImagesReport
 from rayexp.diff.pair import config_changes
+from rayexp.diff.statistics import LEVEL
 from rayexp.diff.weights import WeightsReport
 from rayexp.display import printable
 from rayexp.errors import UserError
-from rayexp.pages.page import render
+from rayexp.pages.page import p_value, render
 from rayexp.pages.pictures import read_pictures
 from rayexp.pages.plots import interval_plot
 
@@ -24,6 +25,7 @@ def image_page(report: ImagesReport, weights: WeightsReport | None = None) -> st
     return render(
         "diff_images.html.j2",
         r=report,
+        lead=lead(report),
         checkpoints=[(side, c, acc1, acc5, loss) for side, c, acc1, acc5, loss in _sides(report)],
         changes=config_changes(report.a, report.b),
         weights=weights,
@@ -37,6 +39,21 @@ def image_page(report: ImagesReport, weights: WeightsReport | None = None) -> st
         pictured=sum(map(bool, pictures)),
         why_not=why_not,
     )
+
+
+def lead(r: ImagesReport) -> str:
+    """Which of the two is better, if either, in a sentence."""
+    if r.equal:
+        return f"A and B say the same of every image (acc1 {r.acc1[0]:.2f} %)."
+    acc1 = f"acc1 {r.acc1[0]:.2f} → {r.acc1[1]:.2f} %"
+    span = f"{r.difference:+.2f} points, 95 % interval {r.interval[0]:+.2f} to {r.interval[1]:+.2f}"
+    if r.mcnemar_p >= 1 - LEVEL:
+        return (
+            f"Neither is shown to be better: {acc1} ({span}), which chance alone may do (p = {p_value(r.mcnemar_p)})."
+        )
+    sign = "" if r.mcnemar_p < 1e-300 else "= "
+    better = "B" if r.difference > 0 else "A"
+    return f"{better} is better: {acc1} ({span}), more than chance explains (p {sign}{p_value(r.mcnemar_p)})."
 
 
 def _sides(r: ImagesReport) -> Any:

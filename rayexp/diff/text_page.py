@@ -9,10 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayexp.diff.pair import config_changes
+from rayexp.diff.statistics import LEVEL
 from rayexp.diff.text import TextReport, WordChange
 from rayexp.diff.weights import WeightsReport
-from rayexp.display import NOT_FINITE
-from rayexp.pages.page import render
+from rayexp.display import NOT_FINITE, counted, figure
+from rayexp.pages.page import p_value, render
 from rayexp.pages.plots import interval_plot
 
 SHORTEST, LONGEST = 100, 220  # tokens of a passage; it ends at the end of a line where there is one between
@@ -47,6 +48,7 @@ def text_page(report: TextReport, weights: WeightsReport | None = None) -> str:
     return render(
         "diff_text.html.j2",
         r=report,
+        lead=lead(report),
         changes=config_changes(report.a, report.b),
         weights=weights,
         interval=percent,
@@ -56,6 +58,23 @@ def text_page(report: TextReport, weights: WeightsReport | None = None) -> str:
         passages=_passages(report),
         legend=legend(),
     )
+
+
+def lead(r: TextReport) -> str:
+    """Which of the two is better, if either, in a sentence."""
+    if r.equal:
+        return f"A and B give the same probability to every token (perplexity {figure(r.ppl[0], '.2f')})."
+    ppl = f"perplexity {figure(r.ppl[0], '.2f')} → {figure(r.ppl[1], '.2f')}"
+    if r.broken:
+        return f"{counted(r.broken, 'token')} of {r.n:,} have no finite probability, so neither can be called better."
+    if r.ratio_interval is None or r.paired_p is None:
+        return f"The text is too short to tell which is better ({ppl})."
+    low, high = (100 * (x - 1) for x in r.ratio_interval)
+    span = f"{100 * (r.ratio - 1):+.2f} %, 95 % interval {low:+.2f} to {high:+.2f} %"
+    if r.paired_p >= 1 - LEVEL:
+        return f"Neither is shown to be better: {ppl} ({span}), which chance alone may do (p = {p_value(r.paired_p)})."
+    better = "B" if r.ratio < 1 else "A"
+    return f"{better} is better: {ppl} ({span}), more than chance explains (p = {p_value(r.paired_p)})."
 
 
 def _rank(x: float) -> float:

@@ -89,6 +89,3 @@ def _table(rows: list[dict[str, str]]) -> dict[str, Any]:
     # Numbers stand right; a column is one where its filled cells begin with a digit.
     right = [all(row[n][:1].isdigit() for row in rows if row[n]) and n not in ("weights", "on") for n in names]
     return {"names": names, "rows": [[row[n] for n in names] for row in rows], "right": right}
-
-
-# ---------------------------------------------------------------------- one run

@@ -8,7 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rayexp.pages.plots import COLOURS, LINES, MARKERS, draw, short, stacked_bars
+from rayexp.pages.plots import (
+    COLOURS,
+    INK,
+    LINES,
+    MARKERS,
+    PALE,
+    bar_height,
+    draw,
+    legend,
+    name_rows,
+    narrow,
+    rows_height,
+    short,
+    stacked_bars,
+)
 
 if TYPE_CHECKING:
     from rayexp.grid.families import Family
@@ -23,18 +37,18 @@ def rates(report: CompareReport, kind: str) -> str:
         for y, entry in enumerate(entries):
             low, high = entry.rate.interval
             value = entry.rate.value
-            ax.barh(y, value, height=0.62, color="#cfe3f3", edgecolor="#0072B2", linewidth=0.8)
-            ax.plot([low, high], [y, y], color="#17191e", linewidth=1.6, solid_capstyle="butt")
+            ax.barh(y, value, height=bar_height(ax), color=PALE, edgecolor=COLOURS[0], linewidth=0.8)
+            ax.plot([low, high], [y, y], color=INK, linewidth=1.6, solid_capstyle="butt")
             dots = [r.throughput for r in entry.measured.repeats]
-            ax.plot(dots, [y] * len(dots), "o", markersize=3.6, color="#D55E00", markeredgewidth=0)
+            ax.plot(dots, [y] * len(dots), "o", markersize=3.6, color=COLOURS[3], markeredgewidth=0)
             ax.text(max(high, value), y, f"  {short(value)}", va="center", fontsize=8.5)
-        ax.set_yticks(range(len(entries)), [entry.cell.id for entry in entries])
-        ax.set_ylim(len(entries) - 0.4, -0.6)
-        ax.set_xlim(0, 1.14 * max(max(entry.rate.interval[1], entry.rate.value) for entry in entries))
-        ax.grid(visible=False, axis="y")
-        ax.set_xlabel(f"{report.unit} per second (over all steps; line: 95 % interval; dots: repeats)")
+        name_rows(ax, [entry.cell.id for entry in entries])
+        ax.set_xlim(
+            0, (1.3 if narrow(ax) else 1.12) * max(max(entry.rate.interval[1], entry.rate.value) for entry in entries)
+        )
+        ax.set_xlabel(f"{report.unit} per second")
 
-    return draw(f"fig-rates-{kind}", 0.75 + 0.3 * len(entries), fill)
+    return draw(f"fig-rates-{kind}", fill=fill, **rows_height(len(entries), 0.6))
 
 
 def speedup(report: CompareReport, kind: str) -> str | None:
@@ -47,7 +61,7 @@ def speedup(report: CompareReport, kind: str) -> str | None:
     def fill(ax: Any) -> None:
         first = min(entry.cell.devices for entry in entries)
         last = max([entry.cell.devices for entry in entries] + [o.devices for f in families for o in f.forecasts])
-        ax.plot([first, last], [1, last / first], color="#8c8c8c", linewidth=1, label="ideal")
+        ax.plot([first, last], [1, last / first], color=COLOURS[6], linewidth=1, label="ideal")
         for i, family in enumerate(families):
             name = family.name.removeprefix(f"{kind}, ")
             colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
@@ -68,9 +82,9 @@ def speedup(report: CompareReport, kind: str) -> str | None:
         ax.minorticks_off()
         ax.set_xlabel("GPUs" if kind == "gpu" else "CPU cores")
         ax.set_ylabel("scaled speed-up" if report.config.mode == "weak" else "speed-up")
-        ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8.5)
+        legend(ax)
 
-    return draw(f"fig-speedup-{kind}", 3.6, fill)
+    return draw(f"fig-speedup-{kind}", 3.6, fill, narrow_height=4.2)
 
 
 def _points(
@@ -128,9 +142,7 @@ def losses(report: CompareReport) -> str:
         ax.set_xlabel("seconds since the command, start-up included")
         ax.set_ylabel("validation loss (nats)")
         ax.set_xlim(left=0)
-        ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8.5)
+        legend(ax)
 
-    return draw("fig-losses", max(3.0, 0.4 + 0.22 * len(entries)), fill)
-
-
-# ---------------------------------------------------------------------- one run
+    extra = 0.22 * len(entries)
+    return draw("fig-losses", max(3.0, 0.4 + extra), fill, narrow_height=3.0 + extra)

@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from rayexp import __version__
-from rayexp.display import figure, printable
+from rayexp.display import counted, figure, printable
 from rayexp.errors import UserError
+from rayexp.pages.plots import DARK, variable
 from rayexp.system.disk import write_atomic
 
 TEMPLATES = Path(__file__).parent / "templates"
+# The CSS variables for the colours of the figures: name, light, dark.
+INKS = [(variable(light), light.lower(), dark) for light, dark in DARK.items()]
 
 
 def render(template: str, **values: Any) -> str:
@@ -28,8 +31,9 @@ def render(template: str, **values: Any) -> str:
     )
     environment.filters["p"] = p_value
     environment.filters["figure"] = figure
+    environment.filters["counted"] = counted
     made = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
-    return environment.get_template(template).render(version=__version__, made=made, **values)
+    return environment.get_template(template).render(version=__version__, made=made, inks=INKS, **values)
 
 
 def _shown(value: Any) -> Any:

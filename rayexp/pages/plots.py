@@ -4,32 +4,43 @@ from __future__ import annotations
 
 import io
 import math
+import re
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rayexp.runs.records import PHASES, EpochRecord
 
-if TYPE_CHECKING:
-    pass
-
 # Okabe and Ito's palette, which survives colour blindness.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C8C8C", "#F0E442")
 # The same for the phases, in an order that alternates dark and light, so that neighbours differ in grey too.
 PHASE_COLOURS = ("#0072B2", "#F0E442", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#555555", "#BBBBBB")
+INK, GRID, PAPER, PALE = "#17191e", "#d5d9e0", "#ffffff", "#cfe3f3"
+# What a page that is dark shows in place of a colour; it has a variable for each, `--ink-0072b2`.
+DARK = {
+    INK: "#e8eaee", GRID: "#363b45", PAPER: "#14161a", PALE: "#1f4766", "#0072B2": "#4aa3df", "#009E73": "#2bbf94",
+    "#D55E00": "#f5843f", "#CC79A7": "#de93be", "#8C8C8C": "#a4abb8", "#555555": "#7d8490", "#BBBBBB": "#cfd3da",
+}  # fmt: skip
 MARKERS = "osD^vPX*"
 LINES = ("-", "--", ":", "-.")
-WIDTH = 7.2  # inches: a column of the page, and of A4
+WIDE, NARROW = 9.6, 4.0  # inches: a figure across a page, and across a telephone's
+NAMED = 48  # classes whose names find room at a heat map's axes
 POINTS = 1000  # of a curve over the steps; of longer runs, each is a mean
 STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 9.5,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
-    "grid.color": "#dddddd",
+    "grid.color": GRID,
     "grid.linewidth": 0.6,
     "axes.axisbelow": True,
     "legend.frameon": False,
@@ -37,21 +48,100 @@ STYLE: Any = {
 }
 
 
-def draw(name: str, height: float, fill: Callable[[Any], None], columns: int = 1) -> str:
-    """An SVG of axes that `fill` draws on; `name` keeps its ids apart from those of other figures on the page."""
+def draw(
+    name: str,
+    height: float,
+    fill: Callable[[Any], None],
+    panels: int = 1,
+    width: float = WIDE,
+    narrow_height: float | None = None,
+) -> str:
+    """Two SVGs of what `fill` draws, one for a page's width and one for a telephone's, of which the page shows one.
+
+    They have no ground, and the page's colours.
+
+    Args:
+        name: keeps the ids of a figure apart from those of others on the page, and is that of its caption.
+        height: in inches, of a panel.
+        fill: is given the axes, a list of them where there are several panels; called twice.
+        panels: how many axes; as many in a row as there is room for.
+        width: in inches, where a figure does not want all of WIDE.
+        narrow_height: of a panel on a telephone.
+    """
+    columns = panels if panels <= 3 else 2 if panels == 4 else 3
+    wide = _svg(f"{name}-wide", (width, height), fill, panels, columns)
+    narrow = _svg(f"{name}-narrow", (NARROW, narrow_height or height), fill, panels, 1)
+    share = f' style="max-width:{100 * width / WIDE:.0f}%"' if width < WIDE else ""
+    return (
+        wide.replace("<svg", f'<svg role="img" aria-labelledby="{name}" class="for-wide"{share}', 1)
+        + "\n"
+        + narrow.replace("<svg", f'<svg role="img" aria-labelledby="{name}" class="for-narrow"', 1)
+    )
+
+
+def _svg(salt: str, size: tuple[float, float], fill: Callable[[Any], None], panels: int, columns: int) -> str:
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
-        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    rows = -(-panels // columns)
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": salt}):
+        figure = Figure(figsize=(size[0], rows * size[1]), layout="constrained")
         FigureCanvasSVG(figure)
-        axes = figure.subplots(1, columns, squeeze=False)[0]
-        fill(axes[0] if columns == 1 else axes)
+        axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+        for unused in axes[panels:]:
+            unused.set_visible(False)
+        fill(axes[0] if panels == 1 else axes[:panels])
         out = io.StringIO()
-        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
     text = out.getvalue()
-    return text[text.index("<svg") :].replace("<svg", f'<svg role="img" aria-labelledby="{name}"', 1)
+    return re.sub(r"#[0-9a-f]{6}(?=[;\"])", _variable, text[text.index("<svg") :])
+
+
+def _variable(found: re.Match[str]) -> str:
+    return f"var({variable(found[0])}, {found[0]})" if found[0] in _THEMED else found[0]
+
+
+def variable(colour: str) -> str:
+    """The name of the CSS variable that stands for a colour of a figure."""
+    return f"--ink-{colour[1:].lower()}"
+
+
+_THEMED = frozenset(colour.lower() for colour in DARK)
+
+
+def narrow(ax: Any) -> bool:
+    """Whether the axes are those of a telephone's figure."""
+    return bool(ax.figure.get_figwidth() <= NARROW)
+
+
+def legend(ax: Any) -> None:
+    """A legend that covers nothing: to the right of the axes, below them on a telephone."""
+    place = "outside lower center" if narrow(ax) else "outside right upper"
+    ax.figure.legend(*ax.get_legend_handles_labels(), loc=place, fontsize=8.5)
+
+
+def name_rows(ax: Any, names: Sequence[str]) -> None:
+    """Name the horizontal bars at 0, 1, ..., the first on top: beside them, or on a telephone above them."""
+    ax.grid(visible=False, axis="y")
+    if not narrow(ax):
+        ax.set_yticks(range(len(names)), [textwrap.fill(name, 40) for name in names])
+        ax.set_ylim(len(names) - 0.4, -0.6)
+        return
+    ax.set_yticks([])
+    ax.set_ylim(len(names) - 0.7, -1)
+    for y, name in enumerate(names):
+        ax.text(0, y - 0.26, textwrap.fill(name, 46), va="bottom", fontsize=8.5, linespacing=1.0)
+
+
+def bar_height(ax: Any) -> float:
+    """Of horizontal bars that stand one apart."""
+    return 0.44 if narrow(ax) else 0.64
+
+
+def rows_height(count: int, extra: float) -> dict[str, float]:
+    """The heights of a figure with so many horizontal bars and `extra` inches of axis and legend, for `draw`."""
+    return {"height": extra + 0.3 * count, "narrow_height": extra + 0.25 + 0.46 * count}
 
 
 # ---------------------------------------------------------------------- comparison
@@ -73,70 +163,80 @@ def stacked_bars(name: str, labels: Sequence[str], bars: Sequence[dict[str, floa
             i = PHASES.index(phase)
             values = np.array([bar.get(phase, 0.0) for bar in bars])
             ax.barh(
-                range(len(bars)), values, left=left, height=0.66, color=PHASE_COLOURS[i],
-                edgecolor="white", linewidth=0.5, label=phase,
+                range(len(bars)), values, left=left, height=bar_height(ax), color=PHASE_COLOURS[i], edgecolor=PAPER,
+                linewidth=0.5, label=phase,
             )  # fmt: skip
             left += values
         for y, total in enumerate(left):
             ax.text(total, y, f" {short(total)} s", va="center", fontsize=8.5)
-        ax.set_yticks(range(len(bars)), labels)
-        ax.set_ylim(len(bars) - 0.4, -0.6)
-        ax.set_xlim(0, 1.13 * longest)
-        ax.grid(visible=False, axis="y")
+        name_rows(ax, labels)
+        ax.set_xlim(0, (1.25 if narrow(ax) else 1.1) * longest)
         ax.set_xlabel(axis)
-        ax.figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=8.5)
+        columns = 3 if narrow(ax) else len(PHASES)
+        ax.figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=columns, fontsize=8.5)
 
-    return draw(name, 1.25 + 0.3 * len(bars), fill)
+    return draw(name, fill=fill, **rows_height(len(bars), 1.0))
 
 
-def curves(records: Sequence[EpochRecord]) -> str:
-    """Losses, and accuracies or perplexity, over the epochs."""
+def curves(records: Sequence[EpochRecord], metrics: Sequence[str]) -> str:
+    """Losses, and each metric on axes of its own, over the epochs.
+
+    Args:
+        records: the epochs.
+        metrics: names of the metrics to draw, at most five of them.
+    """
     epochs = [r.epoch for r in records]
-    names = [n for n in ("acc1", "acc5", "ppl") if n in records[0].metrics] or list(records[0].metrics)
+    shown = metrics[:5]
 
     def fill(axes: Any) -> None:
-        left, right = axes
-        left.plot(epochs, [r.train_loss for r in records], "o-", color=COLOURS[0], markersize=4, label="training")
-        left.plot(epochs, [r.val_loss for r in records], "s--", color=COLOURS[3], markersize=4, label="validation")
-        left.set_ylabel("loss (nats)")
-        for i, name in enumerate(names):
+        losses, *others = np.atleast_1d(axes)
+        losses.plot(epochs, [r.train_loss for r in records], "o-", color=COLOURS[0], markersize=4, label="training")
+        losses.plot(epochs, [r.val_loss for r in records], "s--", color=COLOURS[3], markersize=4, label="validation")
+        losses.set_ylabel("loss (nats)")
+        losses.legend(fontsize=8.5)
+        for i, (ax, name) in enumerate(zip(others, shown, strict=True)):
             values = [r.metrics.get(name, math.nan) for r in records]
-            right.plot(
-                epochs, values, MARKERS[i] + LINES[i % 4], color=COLOURS[(2, 4, 1)[i % 3]], markersize=4, label=name
-            )
-        right.set_ylabel("perplexity" if names == ["ppl"] else "accuracy (%)" if "acc1" in names else "metric")
-        for ax in axes:
+            ax.plot(epochs, values, f"{MARKERS[i % len(MARKERS)]}-", color=COLOURS[(2, 4, 1)[i % 3]], markersize=4)
+            ax.set_ylabel(metric_label(name))
+        for ax in (losses, *others):
             ax.set_xlabel("epoch")
             ax.xaxis.get_major_locator().set_params(integer=True)
-            ax.legend(fontsize=8.5)
 
-    return draw("fig-curves", 2.9, fill, columns=2)
+    return draw("fig-curves", 2.7, fill, panels=1 + len(shown))
 
 
-def pace(records: Sequence[EpochRecord], unit: str, with_lr: bool) -> str:
-    """Throughput over the epochs; `with_lr`: also the learning rate."""
-    epochs = [r.epoch for r in records]
-    shown = [([r.samples_per_second for r in records], f"{unit} per second")]
-    if with_lr:
-        shown.insert(0, ([r.lr for r in records], "learning rate"))
+def metric_label(name: str) -> str:
+    """What an axis says of a metric."""
+    return {"acc1": "acc1 (%)", "acc5": "acc5 (%)", "ppl": "perplexity"}.get(name, name)
+
+
+def pace(records: Sequence[EpochRecord], unit: str) -> str:
+    """Learning rate and throughput over the epochs."""
 
     def fill(axes: Any) -> None:
-        for ax, (values, label) in zip(np.atleast_1d(axes), shown, strict=True):
-            ax.plot(epochs, values, "o-", color=COLOURS[0], markersize=4)
-            ax.set_ylim(0, 1.08 * max(values))
-            ax.set_ylabel(label)
-            ax.set_xlabel("epoch")
-            ax.xaxis.get_major_locator().set_params(integer=True)
+        rate, speed = axes
+        _over_epochs(rate, records, [r.lr for r in records], "learning rate")
+        _over_epochs(speed, records, [r.samples_per_second for r in records], f"{unit} per second")
 
-    return draw("fig-pace", 2.4 if with_lr else 1.9, fill, columns=len(shown))
+    return draw("fig-pace", 2.4, fill, panels=2)
 
 
-def step_curves(records: Sequence[EpochRecord], lines: Sequence[Mapping[str, Any]]) -> str:
-    """Loss and learning rate over the optimizer steps, with the validation losses; empty where no step's is known.
+def _over_epochs(ax: Any, records: Sequence[EpochRecord], values: Sequence[float], label: str) -> None:
+    ax.plot([r.epoch for r in records], values, "o-", color=COLOURS[0], markersize=4)
+    ax.set_ylim(0, 1.08 * max(values))
+    ax.set_ylabel(label)
+    ax.set_xlabel("epoch")
+    ax.xaxis.get_major_locator().set_params(integer=True)
+
+
+def step_curves(records: Sequence[EpochRecord], lines: Sequence[Mapping[str, Any]], unit: str) -> str:
+    """Loss and learning rate over the optimizer steps, with the validation losses, and the throughput over the epochs;
+    empty where no step's loss is known.
 
     Args:
         records: the epochs.
         lines: of steps.jsonl, see `Run.steps`.
+        unit: of the throughput.
     """
     ends = {r.epoch: r.step for r in records}
     found = []
@@ -150,7 +250,7 @@ def step_curves(records: Sequence[EpochRecord], lines: Sequence[Mapping[str, Any
     step, loss, lr = thinned(np.array(sorted(found), dtype=np.float64))
 
     def fill(axes: Any) -> None:
-        left, right = axes
+        left, middle, right = axes
         left.plot(step, loss, color=COLOURS[5], linewidth=0.8, label="training")
         left.plot(step, smoothed(loss), color=COLOURS[0], linewidth=1.6, label="training, smoothed")
         left.plot(
@@ -162,14 +262,15 @@ def step_curves(records: Sequence[EpochRecord], lines: Sequence[Mapping[str, Any
         margin = 0.06 * (high - low) or 0.1
         left.set_ylim(max(0.0, low - margin), high + margin)
         left.legend(fontsize=8.5)
-        right.plot(step, lr, color=COLOURS[0])
-        right.set_ylabel("learning rate")
-        right.set_ylim(0, 1.08 * float(lr.max()))
-        for ax in axes:
+        middle.plot(step, lr, color=COLOURS[0])
+        middle.set_ylabel("learning rate")
+        middle.set_ylim(0, 1.08 * float(lr.max()))
+        for ax in (left, middle):
             ax.set_xlabel("step")
             ax.xaxis.get_major_locator().set_params(integer=True)
+        _over_epochs(right, records, [r.samples_per_second for r in records], f"{unit} per second")
 
-    return draw("fig-steps", 2.9, fill, columns=2)
+    return draw("fig-steps", 2.7, fill, panels=3)
 
 
 def thinned(points: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -189,20 +290,32 @@ def smoothed(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray((sums[high] - sums[low]) / (high - low))
 
 
-def heat_map(matrix: NDArray[np.int64]) -> str:
-    """Shares of each row (a class's images) by column (predictions), on a scale that shows small ones too."""
-    from matplotlib.colors import PowerNorm
+def heat_map(matrix: NDArray[np.int64], names: Sequence[str]) -> str:
+    """Shares of each row (a class's images) by column (predictions), on a scale that shows small ones too.
+
+    Args:
+        matrix: int64[classes, classes].
+        names: of the classes; they stand at the axes where there is room.
+    """
+    from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 
     share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    # From nothing to full, so that it stands on any ground.
+    scale = LinearSegmentedColormap.from_list("share", [(0.1, 0.45, 0.85, 0.0), (0.1, 0.45, 0.85, 1.0)])
 
     def fill(ax: Any) -> None:
-        shown = ax.imshow(share, cmap="magma_r", norm=PowerNorm(0.5, 0, 1), interpolation="none")
+        shown = ax.imshow(share, cmap=scale, norm=PowerNorm(0.5, 0, 1), interpolation="none")
         ax.grid(visible=False)
         ax.set_xlabel("predicted class")
         ax.set_ylabel("class")
-        ax.figure.colorbar(shown, ax=ax, shrink=0.8, label="share of the class's images")
+        if len(names) <= NAMED and not narrow(ax):
+            written = [textwrap.shorten(name, 24, placeholder="...") for name in names]
+            ax.set_xticks(range(len(names)), written, rotation=90, fontsize=7)
+            ax.set_yticks(range(len(names)), written, fontsize=7)
+        where = {"location": "bottom", "shrink": 0.9} if narrow(ax) else {"shrink": 0.8}
+        ax.figure.colorbar(shown, ax=ax, label="share of the class's images", **where)
 
-    return draw("fig-confusion", 5.6, fill)
+    return draw("fig-confusion", 6.0, fill, width=7.6, narrow_height=4.6)
 
 
 def run_phases(records: Sequence[EpochRecord]) -> str:

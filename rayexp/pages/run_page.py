@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from rayexp.display import seconds
+from rayexp.display import figure, seconds
 from rayexp.errors import UserError
 from rayexp.pages import plots
 from rayexp.pages.judgements import judgements_of
@@ -35,7 +35,8 @@ def run_page(
     """The page as HTML; `diffs` are (link, words)."""
     meta = run.meta()
     unit = run.unit()
-    metrics = list(dict.fromkeys(name for record in records for name in record.metrics))
+    found = dict.fromkeys(name for record in records for name in record.metrics)
+    metrics = [*(name for name in run.goals() if name in found), *(name for name in found if name not in run.goals())]
     best = best_of(records, run.goals())
     judgements, why_none = None, ""
     if run.kind() == "images":
@@ -43,12 +44,13 @@ def run_page(
             judgements = judgements_of(run, (best or records[-1]).epoch)
         except UserError as error:
             why_none = str(error)
-    steps = plots.step_curves(records, _steps(run))
+    steps = plots.step_curves(records, _steps(run), unit)
     return render(
         "report_run.html.j2",
         run=run,
         meta=meta,
         status=run.status(),
+        lead=lead(records, best),
         records=records,
         metrics=metrics,
         best=best,
@@ -59,17 +61,39 @@ def run_page(
         phases=[p for p in PHASES if any(r.seconds.get(p, 0.0) > 0 for r in records)],
         total=sum(r.seconds.get("total", 0.0) for r in records),
         startup=(meta.get("startup_seconds") or {}).get("to_first_step"),
-        curves=plots.curves(records),
+        curves=plots.curves(records, metrics),
         steps=steps,
-        pace=plots.pace(records, unit, with_lr=not steps),
+        pace="" if steps else plots.pace(records, unit),
         bars=plots.run_phases(records),
         config=run.config_path.read_text(encoding="utf-8"),
         diffs=diffs,
         judgements=judgements,
         why_none=why_none,
-        heat_map=plots.heat_map(judgements.matrix) if judgements and not judgements.few else "",
+        heat_map=plots.heat_map(judgements.matrix, judgements.names) if judgements and not judgements.few else "",
         sample=sample,
     )
+
+
+def lead(records: list[EpochRecord], best: EpochRecord | None) -> str:
+    """What came of the run, in two sentences: its best epoch, and what followed it."""
+    last = records[-1]
+    if best is None:
+        return f"No epoch of {len(records)} has a finite validation loss, so there is no best one."
+    metrics = [
+        f"{name} {figure(value)}{' %' if name.startswith('acc') else ''}" for name, value in best.metrics.items()
+    ]
+    found = f"Epoch {best.epoch} is the best: {', '.join([*metrics, f'validation loss {figure(best.val_loss)}'])}."
+    if len(records) == 1:
+        return found
+    if best is last:
+        return f"{found} It is also the last: more epochs may be better still."
+    if not last.finite:
+        return f"{found} The last epoch ({last.epoch}) is not finite."
+    if last.train_loss < best.train_loss and last.val_loss > best.val_loss:
+        fell = f"the training loss fell from {figure(best.train_loss)} to {figure(last.train_loss)}"
+        rose = f"the validation loss rose from {figure(best.val_loss)} to {figure(last.val_loss)}"
+        return f"{found} From there to epoch {last.epoch} {fell} and {rose}: the model overfits."
+    return f"{found} No later epoch is better, up to the last ({last.epoch})."
 
 
 def _steps(run: Run) -> list[dict[str, Any]]:

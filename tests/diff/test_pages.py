@@ -19,9 +19,11 @@ from rayexp.diff.churn import diff_all
 from rayexp.diff.churn_page import churn_page
 from rayexp.diff.images import diff_images
 from rayexp.diff.images_page import image_page, thumbnails
+from rayexp.diff.images_page import lead as images_lead
 from rayexp.diff.page import write_page
 from rayexp.diff.pair import read_pair
 from rayexp.diff.text import diff_text
+from rayexp.diff.text_page import lead as text_lead
 from rayexp.diff.text_page import text_page
 from rayexp.diff.weights import diff_weights
 from rayexp.display import short_names
@@ -193,6 +195,57 @@ def test_contrast():
             assert (light + 0.05) / (dark + 0.05) >= 4.5, (text, ground, colours)
 
 
+def test_the_verdict_comes_first_then_the_picture_then_the_figures(pages):
+    for name in ("pictures", "hostile", "text"):
+        order = [
+            pages[name].index(words) for words in ('class="lead"', 'class="stack"', 'class="span"', 'class="cards"')
+        ]
+        assert order == sorted(order), name
+
+
+def test_what_the_verdict_says_of_images(makes, arrays):
+    label = np.zeros(40, int)
+    right, mixed, wrong = label, np.arange(40) % 2, label + 1
+    run = makes.images([arrays.images(label, x, classes=3) for x in (right, mixed, wrong, mixed[::-1])], 3)
+    said = [images_lead(image_report(run, epochs)) for epochs in ((2, 1), (1, 2), (1, 1), (2, 4), (1, 3))]
+    assert said[0].startswith("B is better: acc1 50.00 → 100.00 % (+50.00 points, 95 % interval +")
+    assert said[0].endswith("more than chance explains (p = 1.9e-06).")
+    assert said[1].startswith("A is better: acc1 100.00 → 50.00 % (-50.00 points, 95 % interval -")
+    assert said[2] == "A and B say the same of every image (acc1 100.00 %)."
+    assert said[3].startswith("Neither is shown to be better: acc1 50.00 → 50.00 % (+0.00 points, 95 % interval -")
+    assert said[3].endswith("which chance alone may do (p = 1.00).")
+
+
+def test_what_the_verdict_says_of_texts(makes, arrays):
+    rng = np.random.default_rng(0)
+    token, loss = rng.integers(0, 4, 4000), rng.gamma(2, 1, 4000)
+    other = loss + rng.normal(0, 0.5, 4000)
+    epochs = [loss, loss + 0.5, other, np.where(token == 1, np.nan, loss)]
+    run = makes.text([arrays.tokens(token, x) for x in epochs], ["<eos>", "b", "c", "d"])
+    reports = [diff_text(*read_pair((run, a), (run, b))) for a, b in ((1, 2), (2, 1), (1, 1), (1, 3), (1, 4))]
+    said = [text_lead(report) for report in reports]
+    assert said[0].startswith("A is better: perplexity ")
+    assert "(+64.87 %, 95 % interval +" in said[0]
+    assert said[1].startswith("B is better: perplexity ")
+    assert said[2].startswith("A and B give the same probability to every token (perplexity ")
+    assert said[3].startswith("Neither is shown to be better: perplexity ")
+    assert said[4].endswith(" of 4,000 have no finite probability, so neither can be called better.")
+    short = makes.text([arrays.tokens(token[:30], x[:30]) for x in (loss, other)], ["<eos>", "b", "c", "d"], name="s")
+    assert text_lead(diff_text(*read_pair((short, 1), (short, 2)))).startswith("The text is too short to tell")
+
+
+def test_the_last_epoch_is_not_called_settled(makes):
+    """It is what the others are settled against, so 100 % says nothing of it."""
+    page = churn_page(diff_all(makes.random_images(200, 4, 3), [1, 2, 3]))
+    rows = re.findall(r'<tr><th scope="row" class="n">(\d)</th>(.*?)</tr>', page.split("<details>")[0])
+    assert [epoch for epoch, _ in rows] == ["1", "2", "3"]
+    cells = [re.findall(r'<td class="n">([^<]*)</td>', row) for _, row in rows]
+    assert [bool(row[2]) and bool(row[3]) for row in cells] == [True, True, False]
+    settled = re.search(r'class="curve settled" points="([^"]*)"', page)
+    assert len(settled[1].split()) == 2
+    assert "100.0" not in page.split("<details>")[0].split("<tbody>")[1]
+
+
 # ---------------------------------------------------------------------- in a browser
 
 WATCH = "<script>addEventListener('error', e => document.documentElement.dataset.error = e.message)</script>"
@@ -234,6 +287,12 @@ class TestBrowser:
         dom = look(image_page(r), f"filter=lost&class={label}")
         assert self.cards(dom) == ["lost"] * len(expected)
         assert expected[0].name in dom
+        assert f"{expected[0].name}, label {label}<" in dom
+        counts = dict(re.findall(r'data-count="(\w+)">([\d,]+)<', dom))
+        ours = [f.kind for f in r.flips if f.label == label]
+        assert counts == {"all": f"{len(ours)}"} | {
+            kind: str(ours.count(kind)) for kind in ("lost", "gained", "other_wrong")
+        }
         dom = look(image_page(r), "filter=nonsense&class=99999&sort=x&find=no-such-name")
         assert self.cards(dom) == []
         assert "No image fits this filter." in dom
@@ -269,6 +328,23 @@ class TestBrowser:
         assert 0 < worse < everything
         assert f"<title>{everything}</title>" in look(pages["text"], act=shown)
         assert f"<title>{worse}</title>" in look(pages["text"], "filter=worse", act=shown)
+
+    def test_tokens_are_read_without_pointing(self, pages, look):
+        """By touch, and by Tab and the arrow keys."""
+        shown = "{ const p = document.getElementById('said'); document.title = p.hidden + '|' + p.textContent }"
+        tokens = re.findall(r'<i(?: class="\w+")? title="([^"]+)">([^<]*)</i>', pages["text"])[:3]
+        said = [f"{word}: {both}" for both, word in tokens]
+        assert all("A " in line and ", B " in line for line in said)
+        assert "<title>true|</title>" in look(pages["text"], act=shown)
+        touch = "document.querySelectorAll('.passage i')[1].click();"
+        assert f"<title>false|{said[1]}</title>" in look(pages["text"], act=touch + shown)
+        key = "document.querySelector('.passage .t').dispatchEvent(new KeyboardEvent('keydown', {key: '%s'}));"
+        focus = "document.querySelector('.passage .t').focus();"
+        assert f"<title>false|{said[0]}</title>" in look(pages["text"], act=focus + shown)
+        both = focus + 2 * (key % "ArrowRight")
+        assert f"<title>false|{said[2]}</title>" in look(pages["text"], act=both + shown)
+        assert f"<title>false|{said[1]}</title>" in look(pages["text"], act=both + key % "ArrowLeft" + shown)
+        assert "<title>true|" in look(pages["text"], act=both + key % "Escape" + shown)
 
     def test_six_thousand_flips_without_lag(self, makes, look):
         r = image_report(makes.random_images(10_000, 100, 8, seed=1), (1, 8))

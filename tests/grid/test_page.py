@@ -30,8 +30,9 @@ def test_the_page_is_one_offline_file(grids):
     assert not re.findall(r'(?:src|href)="(?!#)[^"]*:', page.replace('xlink:href="#', 'xlink:href="#'))
     assert "@import" not in page
     assert "url(http" not in page
-    ids = re.findall(r'\sid="(fig-[a-z-]+)"', page)
+    ids = re.findall(r'<figcaption id="(fig-[a-z-]+)"', page)
     assert len(ids) == len(set(ids)) >= 4
+    assert page.count("<svg") == 2 * len(ids)  # for a screen and for a telephone
 
 
 def test_the_same_comparison_gives_the_same_figures(grids):
@@ -78,7 +79,7 @@ def test_report_of_a_run(grids, tmp_path):
     out = tmp_path / "page.html"
     write_run_page(out, run)
     page = out.read_text()
-    assert page.count("<svg") == 3
+    assert page.count("<figcaption") == 3
     assert "diff_1_2.html" in page
     assert "20.00" in page  # acc1 of the second epoch
 
@@ -87,6 +88,37 @@ def test_report_of_a_run_without_epochs_is_refused(tmp_path):
     run = Run.create(parse({"storage_path": str(tmp_path)}, ExperimentConfig, "x"), argv=[])
     with pytest.raises(UserError, match="no epoch has finished"):
         write_run_page(tmp_path / "page.html", run)
+
+
+@pytest.fixture
+def large(grids):
+    """The page of a grid with thirty-two cells of long names."""
+    scaling = [
+        {"num_workers": n, "use_gpu": False, "cpus_per_worker": c, "lanes": 1} for n in (1, 2, 4, 8) for c in (1, 2)
+    ]
+    comparison = grids.plan(
+        cpus=16, scaling=scaling, precision=["fp32", "bf16"], baseline=False, name="a-grid-with-quite-a-long-name",
+        price_per_device_hour={"cpu": 0.04}, target={"acc1": 15}, base={"name": "an_experiment_of_a_long_name"},
+    )  # fmt: skip
+    rates = {cell.id: 50.0 + 11 * i for i, cell in enumerate(comparison.cells())}
+    assert len(rates) == 32
+    return compare_page(read_report(grids.fill(comparison, rates, spread=0.01)))
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [390, 1280])
+def test_thirty_cells_fit_a_telephone_and_a_screen(large, measured, width):
+    assert measured({"page": large}, width, "overflow") == {"page": []}
+
+
+@pytest.mark.browser
+def test_thirty_cells_break_no_word_on_paper(large, measured):
+    assert measured({"page": large.replace("@media print", "@media all")}, 690, "broken") == {"page": []}
+
+
+def test_the_verdict_comes_first_then_pictures_then_tables(large):
+    order = [large.index(words) for words in ('class="lead"', 'class="plot"', "<table>")]
+    assert order == sorted(order)
 
 
 @pytest.mark.browser

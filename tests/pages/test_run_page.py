@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 
 import numpy as np
@@ -16,8 +17,8 @@ from rayexp.launch.driver import run as train
 from rayexp.launch.sample import WORDS
 from rayexp.pages import plots
 from rayexp.pages.judgements import PAIRS, WORST, judgements_of
-from rayexp.pages.run_page import write_run_page
-from rayexp.runs.records import EpochRecord
+from rayexp.pages.run_page import lead, write_run_page
+from rayexp.runs.records import EpochRecord, best
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 
@@ -40,7 +41,7 @@ def drawn(monkeypatch, records, lines):
     seen = []
     thinned = plots.thinned
     monkeypatch.setattr(plots, "thinned", lambda points: seen.append(points) or thinned(points))
-    svg = plots.step_curves(records, lines)
+    svg = plots.step_curves(records, lines, "images")
     return svg, [tuple(row) for row in seen[0].tolist()] if seen else []
 
 
@@ -51,7 +52,7 @@ def test_one_epoch_has_a_curve(makes, arrays):
     run.steps_path.write_text(json.dumps({"epoch": 1, "first": True, "loss": [3.0, 2.0], "lr": [0.1, 0.2]}) + "\n")
     run.epochs_path.write_text(run.epochs_path.read_text().replace('"step": 1', '"step": 2'))
     page = page_of(run)
-    assert page.count('id="fig-steps"') == 1
+    assert page.count('<figcaption id="fig-steps">') == 1
     assert "Learning rate and throughput" not in page  # the rate is drawn over the steps
 
 
@@ -144,7 +145,7 @@ def test_few_classes_are_a_table_and_many_a_heat_map(makes):
     )
     page = page_of(many)
     assert 'class="confusion"' not in page
-    assert page.count('id="fig-confusion"') == 1
+    assert page.count('<figcaption id="fig-confusion">') == 1
     assert len(judgements_of(many, 1).pairs) == PAIRS
     assert len(judgements_of(many, 1).worst) == WORST
     assert len(page) < 1_000_000
@@ -242,31 +243,43 @@ def test_without_checkpoint_and_data_the_page_is_there(words, tmp_path):
     assert 'id="fig-steps"' in page
 
 
-# ---------------------------------------------------------------------- in a browser
+# ---------------------------------------------------------------------- the verdict
 
-MEASURE = (
-    "<script>addEventListener('load', () => "
-    "parent.postMessage(`${document.documentElement.scrollWidth} ${innerWidth}`, '*'))</script></head>"
+
+def epoch(number, train_loss, val_loss, acc1):
+    return EpochRecord(number, number, train_loss, val_loss, {"acc1": acc1}, 0.1, 1.0, {"total": 1.0}, "a")
+
+
+@pytest.mark.parametrize(
+    ("records", "said"),
+    [
+        ([epoch(1, 2.0, 2.0, 30.0)], "Epoch 1 is the best: acc1 30 %, validation loss 2."),
+        (
+            [epoch(1, 2.0, 2.0, 30.0), epoch(2, 1.0, 1.5, 48.73)],
+            "Epoch 2 is the best: acc1 48.73 %, validation loss 1.5. It is also the last: more epochs may be better "
+            "still.",
+        ),
+        (
+            [epoch(1, 2.0, 2.0, 30.0), epoch(2, 1.0, 2.5, 29.0), epoch(3, 0.5, 3.0, 28.0)],
+            "Epoch 1 is the best: acc1 30 %, validation loss 2. From there to epoch 3 the training loss fell from 2 to "
+            "0.5 and the validation loss rose from 2 to 3: the model overfits.",
+        ),
+        (
+            [epoch(1, 2.0, 2.0, 30.0), epoch(2, 2.1, 2.5, 29.0)],
+            "Epoch 1 is the best: acc1 30 %, validation loss 2. No later epoch is better, up to the last (2).",
+        ),
+        (
+            [epoch(1, 2.0, 2.0, 30.0), epoch(2, 1.0, math.nan, 1.0)],
+            "Epoch 1 is the best: acc1 30 %, validation loss 2. The last epoch (2) is not finite.",
+        ),
+        ([epoch(1, 2.0, math.nan, 1.0)], "No epoch of 1 has a finite validation loss, so there is no best one."),
+    ],
 )
-# A window is not made as narrow as a telephone; a frame is.
-FRAME = (
-    "<script>addEventListener('message', event => document.title = event.data)</script>"
-    '<iframe src="inside.html" width="390" height="800" style="border:0"></iframe>'
-)
+def test_the_verdict(records, said):
+    assert lead(records, best(records)) == said
 
 
-@pytest.mark.browser
-@pytest.mark.parametrize("classes", [8, 20, 200])
-def test_nothing_scrolls_sideways_on_a_telephone(makes, chromium, tmp_path, classes):
-    run = makes.random_images(
-        50 * classes, classes, 2, names=[f"a_long_name_of_a_file_{i}.JPEG" for i in range(50 * classes)]
-    )
-    steps = [{"epoch": e, "first": e == 1, "loss": [2.0, 1.0], "lr": [0.1, 0.1]} for e in (1, 2)]
-    run.steps_path.write_text("".join(json.dumps(line) + "\n" for line in steps))
-    (tmp_path / "inside.html").write_text(page_of(run).replace("</head>", MEASURE, 1))
-    (tmp_path / "outside.html").write_text(FRAME)
-    dom = chromium("--dump-dom", "--virtual-time-budget=3000", (tmp_path / "outside.html").as_uri())
-    found = re.search(r"<title>(\d+) (\d+)</title>", dom)
-    assert found is not None, dom[:500]
-    assert found[2] == "390"
-    assert int(found[1]) <= 390
+def test_the_verdict_stands_before_the_pictures_and_these_before_the_figures(makes):
+    page = page_of(makes.random_images(100, 4, 2))
+    order = [page.index(f'class="{name}"') for name in ("lead", "plot", "cards")]
+    assert order == sorted(order)

@@ -6,6 +6,7 @@ const form = document.querySelector(".filters"), grid = document.getElementById(
 const more = document.getElementById("more"), count = document.getElementById("count");
 const PAGE = 120, SIGN = { lost: "▼ lost", gained: "▲ gained", other_wrong: "◆ wrong in another way", not_finite: "✕ not finite" };
 const CSS = { other_wrong: "other", not_finite: "broken" };
+const number = n => n.toLocaleString("en");
 let rows = [], shown = 0;
 
 const counts = new Map();
@@ -44,7 +45,7 @@ function card(i) {
   } else left.append(make("div", "none"));
   left.append(make("div", "sign", SIGN[kind]));
   const body = make("div", "body");
-  body.append(make("div", "true", data.words[label]), make("div", "soft", `${data.name[i]} ${label}`));
+  body.append(make("div", "true", data.words[label]), make("div", "soft", `${data.name[i]}, label ${label}`));
   body.append(said("A", data.a[i], data.ca[i], data.a[i] === label));
   body.append(said("B", data.b[i], data.cb[i], data.b[i] === label));
   item.append(left, body);
@@ -57,7 +58,6 @@ function page() {
   shown += next.length;
   more.hidden = shown >= rows.length;
   more.textContent = `Show ${Math.min(PAGE, rows.length - shown)} more`;
-  const number = n => n.toLocaleString("en");
   count.textContent = rows.length ? `${number(rows.length)} images, the first ${number(shown)} shown.` : "No image fits this filter.";
   if (shown === rows.length && shown) count.textContent = `${number(shown)} image${shown > 1 ? "s" : ""}.`;
 }
@@ -73,10 +73,13 @@ const ORDER = {
 function filter() {
   const words = Object.fromEntries(new FormData(form));
   const kind = data.kinds.indexOf(words.filter), find = words.find.trim().toLowerCase();
-  rows = data.name.map((_, i) => i).filter(i =>
-    (kind < 0 || data.kind[i] === kind) && (words.class === "" || data.label[i] === +words.class) &&
-    (!find || data.name[i].toLowerCase().includes(find)));
-  rows.sort(ORDER[words.sort]);
+  const all = data.name.map((_, i) => i).filter(i =>
+    (words.class === "" || data.label[i] === +words.class) && (!find || data.name[i].toLowerCase().includes(find)));
+  for (const place of form.querySelectorAll("[data-count]")) {
+    const wanted = data.kinds.indexOf(place.dataset.count);
+    place.textContent = number(wanted < 0 ? all.length : all.filter(i => data.kind[i] === wanted).length);
+  }
+  rows = all.filter(i => kind < 0 || data.kind[i] === kind).sort(ORDER[words.sort]);
   document.body.dataset.filter = words.filter;
   grid.replaceChildren();
   shown = 0;

@@ -1,0 +1,141 @@
+"""Every page on a telephone, on a screen and on paper: nothing is cut, scrolls sideways or breaks a word, and dark is
+dark."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rayexp.diff.churn import diff_all
+from rayexp.diff.churn_page import churn_page
+from rayexp.diff.images import diff_images
+from rayexp.diff.images_page import image_page
+from rayexp.diff.pair import read_pair
+from rayexp.diff.text import diff_text
+from rayexp.diff.text_page import text_page
+from rayexp.diff.weights import diff_weights
+from rayexp.pages import plots
+from rayexp.pages.language import LanguageSample
+from rayexp.pages.page import TEMPLATES
+from rayexp.pages.run_page import write_run_page
+
+LONG = "a_long_name_of_a_file_with_many_words_in_it"
+
+
+def run_page_of(run, sample=None):
+    path = run.root / "report.html"
+    write_run_page(path, run, sample)
+    return path.read_text()
+
+
+@pytest.fixture
+def pages(makes, arrays):
+    """Every page of a run and of a diff by name, with long names in it."""
+    found = {}
+    steps = [{"epoch": e, "first": e == 1, "loss": [2.0, 1.0], "lr": [0.1, 0.1]} for e in (1, 2)]
+    layers = [{f"layer{i}.0.conv1.weight": np.full((2, 2), e + i, np.float32) for i in range(4)} for e in (1, 2)]
+    for classes in (8, 20, 200):
+        n = 20 * classes
+        run = makes.random_images(
+            n, classes, 2, name=f"c{classes}", names=[f"{LONG}_{i}.JPEG" for i in range(n)],
+            words=[f"{LONG[: 5 + i % 30]} {i}" for i in range(classes)], weights=layers,
+        )  # fmt: skip
+        run.steps_path.write_text("".join(json.dumps(line) + "\n" for line in steps))
+        found[f"run of {classes} classes"] = run_page_of(run)
+    found["diff of images"] = image_page(diff_images(*read_pair((run, 1), (run, 2))), diff_weights((run, 1), (run, 2)))
+    found["churn"] = churn_page(diff_all(makes.random_images(100, 4, 24, name="churn"), list(range(1, 25))))
+    rng = np.random.default_rng(0)
+    token, loss = rng.integers(0, 6, 4000), rng.gamma(2, 1, 4000)
+    text = makes.text(
+        [arrays.tokens(token, loss), arrays.tokens(token, loss + rng.normal(0, 1, 4000))],
+        ["<eos>", "cat", "dog", "sat", "= = a heading = =", LONG],
+    )
+    found["diff of texts"] = text_page(diff_text(*read_pair((text, 1), (text, 2))).within(2.0))
+    sample = LanguageSample(2, {"test_loss": 5.0, "test_ppl": 148.4}, "", f"the {LONG} of\n the {LONG * 3}", "", 40)
+    found["run of a text"] = run_page_of(text, sample)
+    return found
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [390, 1280])
+def test_nothing_is_cut_or_scrolls_sideways(pages, measured, width):
+    assert measured(pages, width, "overflow") == {name: [] for name in pages}
+
+
+@pytest.mark.browser
+def test_no_word_is_broken_on_paper(pages, measured):
+    paper = {name: page.replace("@media print", "@media all") for name, page in pages.items()}
+    assert all(page != pages[name] for name, page in paper.items())
+    assert measured(paper, 690, "broken") == {name: [] for name in pages}  # A4 within its margins
+
+
+@pytest.mark.browser
+def test_dark_pages_have_no_light_ground(pages, chromium, tmp_path):
+    for name, page in pages.items():
+        path, shot = tmp_path / "page.html", tmp_path / "page.png"
+        # As a screen that prefers dark has it; without the validation images, which are what they are.
+        path.write_text(re.sub(r"@media screen and \(prefers-color-scheme: dark\)", "@media all", page))
+        chromium(f"--screenshot={shot}", "--window-size=1280,4000", path.as_uri())
+        light = np.asarray(Image.open(shot).convert("L")) > 200
+        assert light.mean() < 0.05, name  # letters and lines
+        blocks = light[: len(light) // 40 * 40].reshape(len(light) // 40, 40, 32, 40).mean((1, 3))
+        assert blocks.max() < 0.85, name
+
+
+def luminance(colour):
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(first, second):
+    dark, light = sorted((luminance(first), luminance(second)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+def test_figures_stand_out_from_both_grounds():
+    """Text by 4.5 : 1 and lines by 3 : 1 (WCAG 2.2); but for the yellow, the orange and the pale ones, which fill
+    bars."""
+    grounds = re.findall(r"--page: (#[0-9a-f]{6})", (TEMPLATES / "diff_base.html.j2").read_text())
+    assert grounds == [plots.PAPER, plots.DARK[plots.PAPER]]
+    light, dark = grounds
+    assert contrast(plots.INK, light) >= 4.5
+    assert contrast(plots.DARK[plots.INK], dark) >= 4.5
+    for colour in ("#0072B2", "#009E73", "#D55E00", "#8C8C8C", "#555555"):
+        assert contrast(colour, light) >= 3, colour
+    for colour in {*plots.COLOURS, *plots.PHASE_COLOURS}:
+        assert contrast(plots.DARK.get(colour, colour), dark) >= 3, colour
+
+
+def test_figures_take_the_colours_of_the_page(makes):
+    page = run_page_of(makes.random_images(3000, 200, 2))
+    drawn = "".join(re.findall(r"<svg.*?</svg>", page, re.S))
+    for light in ("#17191e", "#d5d9e0", "#0072b2"):
+        assert f"var(--ink-{light[1:]}, {light})" in drawn
+        assert f"--ink-{light[1:]}: {light};" in page
+    alone = re.sub(r"var\(--ink-[0-9a-f]{6}, #[0-9a-f]{6}\)", "", drawn)
+    assert set(re.findall(r"(?:fill|stroke): (#[0-9a-f]{6})", alone)) <= {c.lower() for c in plots.COLOURS}
+    assert "#ffffff" not in alone
+
+
+def test_each_figure_is_drawn_for_a_screen_and_for_a_telephone(makes):
+    page = run_page_of(makes.random_images(100, 4, 2))
+    wide, narrow = (
+        re.findall(rf'<svg role="img" aria-labelledby="([a-z-]+)" class="for-{w}"', page) for w in ("wide", "narrow")
+    )
+    assert wide == narrow == ["fig-curves", "fig-pace", "fig-phases"]
+    assert all(page.count(f'<figcaption id="{name}">') == 1 for name in wide)
+
+
+def test_every_metric_has_axes_of_its_own(makes, monkeypatch):
+    seen = []
+    monkeypatch.setattr(plots, "draw", lambda name, height, fill, panels=1, **_: seen.append((name, panels)) or "")
+    run = makes.random_images(100, 4, 2)
+    plots.curves(run.records(), ["acc1", "acc5"])
+    plots.curves(run.records(), [])
+    plots.curves(run.records(), list("abcdefg"))
+    assert [panels for _, panels in seen] == [3, 1, 6]
