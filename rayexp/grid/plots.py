@@ -48,7 +48,8 @@ def rates(report: CompareReport, kind: str) -> str:
         )
         ax.set_xlabel(f"{report.unit} per second")
 
-    return draw(f"fig-rates-{kind}", fill=fill, **rows_height(len(entries), 0.6))
+    wide, high = rows_height(len(entries), 0.6)
+    return draw(f"fig-rates-{kind}", wide, fill, narrow_height=high)
 
 
 def speedup(report: CompareReport, kind: str) -> str | None:

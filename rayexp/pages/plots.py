@@ -139,9 +139,10 @@ def bar_height(ax: Any) -> float:
     return 0.44 if narrow(ax) else 0.64
 
 
-def rows_height(count: int, extra: float) -> dict[str, float]:
-    """The heights of a figure with so many horizontal bars and `extra` inches of axis and legend, for `draw`."""
-    return {"height": extra + 0.3 * count, "narrow_height": extra + 0.25 + 0.46 * count}
+def rows_height(count: int, extra: float) -> tuple[float, float]:
+    """The heights of a figure with so many horizontal bars and `extra` inches of axis and legend: of the wide one, and
+    of the narrow one."""
+    return extra + 0.3 * count, extra + 0.25 + 0.46 * count
 
 
 # ---------------------------------------------------------------------- comparison
@@ -175,7 +176,8 @@ def stacked_bars(name: str, labels: Sequence[str], bars: Sequence[dict[str, floa
         columns = 3 if narrow(ax) else len(PHASES)
         ax.figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=columns, fontsize=8.5)
 
-    return draw(name, fill=fill, **rows_height(len(bars), 1.0))
+    wide, high = rows_height(len(bars), 1.0)
+    return draw(name, wide, fill, narrow_height=high)
 
 
 def curves(records: Sequence[EpochRecord], metrics: Sequence[str]) -> str:
