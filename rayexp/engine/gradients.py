@@ -364,11 +364,14 @@ class ReplicaModel:
         self.bind_stats(buffer)
 
     def finish_pass(self) -> None:
-        """End a pass: zero the gradients of the parameters that it did not use."""
+        """End a pass: zero the gradients of the parameters that it did not use, and fetch those that a backward pass of
+        the model's own has put beside the buffer."""
         for parameter, gradient in zip(self._parameters, self._buffer.gradients, strict=True):
             parameter.uses = 0  # type: ignore[attr-defined]
             if parameter.grad is None:
                 parameter.grad = gradient.zero_()
+            elif parameter.grad is not gradient:
+                parameter.grad = gradient.copy_(parameter.grad)
 
     def _completed(self, ready: Callable[[int], None], index: int, *_: object) -> None:
         parameter, gradient = self._parameters[index], self._buffer.gradients[index]

@@ -134,11 +134,17 @@ def kept() -> dict[str, Make]:
         "group norm": lambda: Net(norm=nn.GroupNorm(2, 8)),
         "frozen": lambda: Net(nn.Linear(8, 8).requires_grad_(False)),
         "parametrized": lambda: Net(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))),
+        "in float32 only": lambda: Net(layer(lambda s, x: x.float() @ torch.eye(8))()),
+        "not finite when moved": lambda: Net(layer(lambda s, x: x * s.root.sqrt(), root=zero_parameter)()),
         "zero at the start": lambda: zeroed(Net(nn.Linear(8, 8))),
     }
 
 
-def zeroed(net: Net) -> Net:
+def zero_parameter() -> nn.Parameter:
+    return nn.Parameter(torch.full((8,), 1e-4))
+
+
+def zeroed(net: Any) -> Any:
     nn.init.zeros_(net.head.weight)
     return net
 
@@ -236,7 +242,7 @@ def replacing(self: Any, x: Tensor) -> Tensor:
 
 
 class Rough(torch.autograd.Function):
-    """Adds to the gradient of a weight by itself, in two parts."""
+    """Sets the gradient of a weight by itself; where there is one already, it adds to it sample by sample."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -247,10 +253,11 @@ class Rough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,), weight = ctx.saved_tensors, ctx.weight
-        whole = torch.zeros_like(weight) if weight.grad is None else weight.grad
-        for g, part in zip(grad, x, strict=True):
-            whole = whole + torch.outer(g, part)
-        weight.grad = whole
+        if weight.grad is None:
+            weight.grad = grad.t() @ x
+        else:
+            for g, part in zip(grad, x, strict=True):
+                weight.grad.add_(torch.outer(g, part))
         return grad @ weight, None
 
 
@@ -368,9 +375,23 @@ REFUSED: dict[str, tuple[Make, str]] = {
         r"what middle\.1 \(Layer\) makes of a sample depends on",
     ),
     "the batch's size": (fresh(lambda s, x: x / x.shape[0]), r"what middle\.1 \(Layer\) makes of a sample depends on"),
-    "the batch's size, hidden": (
-        lambda: zeroed(fresh(lambda s, x: x / x.shape[0])()),  # type: ignore[arg-type]
+    "the batch's size, behind zeros": (
+        lambda: zeroed(
+            fresh(lambda s, x: x + s.gamma * (x / x.shape[0]), gamma=lambda: nn.Parameter(torch.zeros(8)))()
+        ),
         r"what middle\.1 \(Layer\) makes of a sample depends on",
+    ),
+    "the batch's size, in float32 only": (
+        fresh(lambda s, x: x.float() @ torch.eye(8) / x.shape[0]),
+        r"(what middle\.1 \(Layer\)|what it) makes of a sample depends on",
+    ),
+    "a cache, in evaluation": (
+        fresh(lambda s, x: x if s.training else cached(s, x), kept=lambda: None),
+        r"in evaluation, middle\.1 \(Layer\) makes something else of the same samples after others",
+    ),
+    "dropout, in evaluation": (
+        fresh(lambda s, x: x if s.training else F.dropout(x, 0.3)),
+        r"middle\.1 \(Layer\) draws from PyTorch's global generator in evaluation",
     ),
     "the batch's mean, in evaluation": (
         fresh(lambda s, x: x if s.training else x - x.mean(0)),
@@ -385,7 +406,7 @@ REFUSED: dict[str, tuple[Make, str]] = {
     "other parameters": (fresh(replacing), r"a pass replaces the parameter middle\.1\.own\.bias"),
     "a gradient in parts": (
         fresh(rough, matrix=lambda: nn.Parameter(torch.eye(8))),
-        r"(the gradient of middle\.1\.matrix is added in several parts|a copy computes|gets no gradient)",
+        r"the gradient of middle\.1\.matrix is added in several parts, between which another shard's comes",
     ),
     "a lambda": (lambdas, r"a copy does not use its parameter extra\.weight"),
     "hooks of a parameter": (hooked, r"a copy computes another gradient of head\.weight: hooks of parameters"),
