@@ -3,6 +3,7 @@
 from rayexp.config.compare import CompareConfig as CompareConfig
 from rayexp.config.experiment import IMAGE_DATA as IMAGE_DATA
 from rayexp.config.experiment import TEXT_DATA as TEXT_DATA
+from rayexp.config.experiment import UNDECIDED as UNDECIDED
 from rayexp.config.experiment import AugmentConfig as AugmentConfig
 from rayexp.config.experiment import CheckpointConfig as CheckpointConfig
 from rayexp.config.experiment import DataConfig as DataConfig

@@ -28,6 +28,8 @@ IMAGE_DATA = ("shapes", "tiny_imagenet", "folder")
 TEXT_DATA = ("python_docs", "wikitext2", "text")
 IMAGES_ONLY = ("max_train_samples", "max_val_samples", "image_size", "resident", "augment")
 TEXT_ONLY = ("max_train_tokens", "max_val_tokens", "bptt", "eval_columns")
+UNDECIDED = {"precision": "auto", "threads_per_shard": None}
+"""Keys that a run decides once, when it begins, and the value that leaves them open."""
 NO_URI = (
     "expected a folder (local, or a shared one that is mounted); `rayexp collect RUN --to URI` takes a run to s3:// or "
     "gs://, and `rayexp collect URI` brings it back"

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rayexp.cluster.job_context import job_id, resolve_paths
-from rayexp.config import ExperimentConfig, passed_over
+from rayexp.config import UNDECIDED, ExperimentConfig, passed_over
 from rayexp.data import open_data
 from rayexp.display import counted
 from rayexp.errors import HeadLostError, RunError, Stopped, UserError, last_words
@@ -157,25 +157,23 @@ def finished_line(run: Run, config: ExperimentConfig) -> str:
 
 
 def _as_begun(run: Run, config: ExperimentConfig) -> ExperimentConfig:
-    """The configuration of a resume, with what was decided when the run began and is not asked for now: `precision`
-    where it is auto, and `threads_per_shard`. A run that has trained without the latter, on a GPU or before there was
-    this key, had one."""
+    """The configuration of a resume, with what was decided when the run began and is not asked for now."""
     check_config(run)
-    begun, decided = run.config(), dict[str, Any]()
-    if config.precision == "auto":
-        decided["precision"] = begun.precision
-    if config.threads_per_shard is None:
-        decided["threads_per_shard"] = begun.threads_per_shard or (1 if _holds_work(run) else None)
+    begun = run.config()
+    decided = {key: getattr(begun, key) for key, open_ in UNDECIDED.items() if getattr(config, key) == open_}
+    if decided.get("threads_per_shard", 1) is None and _holds_work(run):
+        decided["threads_per_shard"] = 1  # it has trained on a GPU, or before there was this key
     return config.model_copy(update=decided)
 
 
 def _decided(run: Run, config: ExperimentConfig, plan: Placement) -> ExperimentConfig:
-    """The configuration with what its first attempt decides; config.yaml has it, too."""
-    decided = planning.with_threads(config, plan, cores())
-    if decided is not config:
-        kept = run.config().model_copy(update={"threads_per_shard": decided.threads_per_shard})
-        run.write(run.config_path.name, kept.to_yaml())
-    return decided
+    """The configuration with what its first attempt decides; config.yaml has it, too. (What the devices decide is up to
+    the workers: launch/precision.py.)"""
+    found = planning.with_threads(config, plan, cores())
+    if found is config:
+        return config
+    kept = RunWriter(run).decide("threads_per_shard", found.threads_per_shard)
+    return config.model_copy(update={"threads_per_shard": kept})
 
 
 def _reopen(run: Run, config: ExperimentConfig, argv: Sequence[str]) -> None:

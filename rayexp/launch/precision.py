@@ -19,5 +19,5 @@ def decided(job: WorkerJob, group: WorkerGroup, writer: RunWriter, runtime: Runt
     capable = runtime.device.type == "cuda" and runtime.has_bf16()
     everyone = group.gather(b"bf16" if capable else b"fp32")
     found = "bf16" if all(one == b"bf16" for one in everyone) else "fp32"
-    kept = group.broadcast(writer.decide_precision(found).encode() if group.rank == 0 else None).decode()
+    kept = group.broadcast(writer.decide("precision", found).encode() if group.rank == 0 else None).decode()
     return job.model_copy(update={"config": job.config.model_copy(update={"precision": kept})})

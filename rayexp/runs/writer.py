@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rayexp.config import UNDECIDED
 from rayexp.runs.manifest import SEAL, STATE, digest, state_fault
 from rayexp.runs.records import EpochRecord, read_lines, step_line
 from rayexp.runs.run import Run, broken, epoch_name, step_name
@@ -100,17 +101,21 @@ class RunWriter:
 
     # ------------------------------------------------------------------ writing
 
-    def decide_precision(self, precision: str) -> str:
-        """Put the precision that `auto` comes to into config.yaml, unless an earlier attempt has decided it.
+    def decide(self, key: str, value: Any) -> Any:
+        """Put into config.yaml what a key that it leaves open comes to, unless an earlier attempt has decided that.
+
+        Args:
+            key: one of config.UNDECIDED.
+            value: what is proposed.
 
         Returns:
-            The precision that the run has from now on.
+            The value that the run has from now on.
         """
         config = self.run.config()
-        if config.precision == "auto":
-            config = config.model_copy(update={"precision": precision})
+        if getattr(config, key) == UNDECIDED[key]:
+            config = config.model_copy(update={key: value})
             self.run.write(self.run.config_path.name, config.to_yaml())
-        return config.precision
+        return getattr(config, key)
 
     def note(self, fields: Mapping[str, Any]) -> None:
         """Set fields of run.json."""
