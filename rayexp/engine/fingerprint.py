@@ -46,7 +46,7 @@ def fingerprint(runtime: Runtime) -> dict[str, Any]:
         "cpu": None if cuda else processor(),
         "torch": torch.__version__,
         "numpy": np.__version__,
-        "cuda": torch.version.cuda if cuda else None,
+        "cuda": (torch.version.cuda or f"ROCm {torch.version.hip}") if cuda else None,
         "cudnn": torch.backends.cudnn.version() if cuda else None,  # type: ignore[no-untyped-call]
         "libraries": _libraries(),
         "threads_per_lane": runtime.threads,
@@ -145,7 +145,8 @@ def _results(device: torch.device) -> Iterator[Tensor]:
         yield from (f(z) for f in (torch.exp, torch.tanh, torch.sigmoid, torch.erf, F.silu))
         heads = z.view(2, 3, 8, 60)
         yield F.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
-        yield (rows.bfloat16() @ matrix.bfloat16().t()).float()
+        if device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False):
+            yield (rows.bfloat16() @ matrix.bfloat16().t()).float()
 
         with torch.no_grad():
             layer = nn.LSTM(40, 40, device="meta").to_empty(device=device)

@@ -193,7 +193,8 @@ class _Worker:
         """A line for every setting that this machine, these data or another setting overrules."""
         lines = passed_over(self.config, self.runtime.device.type == "cuda")
         if self.config.precision == "bf16" and not self.runtime.has_bf16():
-            lines.append("precision: this processor has no instructions for bf16; fp32 is many times as fast here")
+            what = "GPU" if self.runtime.device.type == "cuda" else "processor"
+            lines.append(f"precision: this {what} has no instructions for bf16; fp32 is many times as fast here")
         there, batch, unit = self.dataset.get("train_samples"), self.config.batch_size, self.workload.unit
         if self.workload.batch_unit == unit and there is not None and batch > there:
             lines.append(f"batch_size: {batch} is above the {there} training {unit}: every step takes all of them")
