@@ -9,6 +9,7 @@ to step is a tensor that stays in its place (engine/inputs.py).
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -25,9 +26,20 @@ AHEAD = 3
 """Batches that are fed ahead: one under way, one ready, one for a late disk."""
 
 
+_failed: list[torch.cuda.CUDAGraph] = []
+"""Graphs whose capture failed. Before torch 2.13 the allocator goes on asking them which stream is theirs."""
+
+
+@functools.cache
+def stream_for(device: torch.device, use: str) -> torch.cuda.Stream:
+    """The stream for one use, the same one as long as this process lives. PyTorch has 32 streams a device, which it
+    hands out in turn: with new ones for every run two uses would come to share one, and to wait for each other."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
 def streams(device: torch.device, count: int) -> tuple[torch.cuda.Stream, ...]:
     """Streams on which so many replicas run side by side; none for one, which runs on the present stream."""
-    return tuple(torch.cuda.Stream(device) for _ in range(count)) if count > 1 else ()  # type: ignore[no-untyped-call]
+    return tuple(stream_for(device, f"replica {i}") for i in range(count)) if count > 1 else ()
 
 
 def side_by_side(streams: Sequence[torch.cuda.Stream], tasks: Sequence[Callable[[], T]]) -> list[T]:
@@ -55,7 +67,8 @@ class Graph:
 
     Raises:
         RuntimeError: `work` waits for the device, or does something else that cannot be captured. Generators that took
-            part refuse to draw from then on.
+            part refuse to draw from then on (before torch 2.13), except the global one. What the capture had allocated
+            stays allocated as long as the process lives (up to torch 2.14 at least).
     """
 
     def __init__(self, work: Callable[[], object], generators: Iterable[torch.Generator], pool: Graph | None) -> None:
@@ -66,20 +79,30 @@ class Graph:
         # Other threads may use the device meanwhile: one feeds it, another saves a checkpoint.
         shared = None if pool is None else pool._graph.pool()
         present = torch.cuda.current_stream()
+        own = stream_for(present.device, "capture")
         failure: BaseException | None = None
         try:
-            with torch.cuda.graph(self._graph, pool=shared, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self._graph, pool=shared, stream=own, capture_error_mode="thread_local"):
                 try:
                     work()
                 except BaseException as error:
                     failure = error
                     raise
-        except RuntimeError:
+        except BaseException:
             # A capture that failed raises once more at its end, which hides the reason and leaves its stream behind.
             torch.cuda.set_stream(present)
+            self._clean_up(present.device)
             if failure is not None:
                 raise failure from None
             raise
+
+    def _clean_up(self, device: torch.device) -> None:
+        """Undo what a failed capture leaves behind, as far as PyTorch lets one."""
+        self._graph.reset()
+        _failed.append(self._graph)
+        # Every capture takes part of the global generator along, which then counts as being captured for ever.
+        default = torch.cuda.default_generators[device.index]
+        default.graphsafe_set_state(default.clone_state())
 
     def __call__(self) -> None:
         """Launch the captured work on the present stream."""
@@ -102,7 +125,7 @@ class Feeder:
         device: torch.device,
     ) -> None:
         self._feed, self._following, self._device = feed, following, device
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._stream = stream_for(device, "feeder")
         self._given: dict[str, Tensor] = {}
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "feeder")
         self._coming: deque[tuple[Position, concurrent.futures.Future[tuple[dict[str, Tensor], Any]]]] = deque()

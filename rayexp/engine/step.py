@@ -147,8 +147,12 @@ class Stepper:
         self.passes.begin(epoch, step, program.inputs)
         marks = [begun, self.runtime.mark()]
         watched = self._watch()
+        made = 0.0  # seconds of the passes that made batches; in a static step they are part of its work
         with self.passes.fixed_weights():
-            made = self._static(program, marks) if self.runtime.static else self._overlapped(program, touched, marks)
+            if self.runtime.static:
+                self._static(program, marks)
+            else:
+                made = self._overlapped(program, touched, marks)
         if watched is not None:
             self._check_first_step(*watched, program.inputs)
         marks.append(self.runtime.mark())
@@ -259,7 +263,7 @@ class Stepper:
 
     # ------------------------------------------------------------------ streams: captured, the exchange in between
 
-    def _static(self, program: Program, marks: list[Any]) -> float:
+    def _static(self, program: Program, marks: list[Any]) -> None:
         """Compute and add up over all workers."""
         states = self.passes.states() if program.runs < 2 else {}
         while True:
@@ -278,7 +282,6 @@ class Stepper:
                 where = self.exchange.buckets[bucket]
                 self.exchange.send(bucket, [buffer.tensor[where] for _, buffer in program.held])
             self.exchange.finish()
-        return 0.0
 
     def _forest(self, program: Program) -> None:
         """This worker's part of the tree. The buffers are given back at once: only the coming step overwrites
@@ -307,7 +310,7 @@ class Stepper:
         so that libraries have chosen their kernels and memory is there."""
         if self._capturing and program.runs and getattr(program, half) is None:
             try:
-                setattr(program, half, self._captured(work))
+                setattr(program, half, self._captured(work, draws=half == "compute"))
                 self.capture = "graph"
             except RuntimeError as error:
                 self.passes.renew_generators()
@@ -319,12 +322,12 @@ class Stepper:
         captured = getattr(program, half)
         (captured or work)()
 
-    def _captured(self, work: Callable[[], None]) -> Callable[[], object]:
+    def _captured(self, work: Callable[[], None], draws: bool) -> Callable[[], object]:
         if self.runtime.device.type != "cuda":
             return work
         if self._feeder is not None:
             self._feeder.rest()
-        drawing = self.passes.generators.values() if self.passes.replicas[0].draws_numbers else ()
+        drawing = self.passes.generators.values() if draws and self.passes.replicas[0].draws_numbers else ()
         graph = Graph(work, drawing, self._first_graph)
         self._first_graph = self._first_graph or graph
         return graph

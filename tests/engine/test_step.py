@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from types import SimpleNamespace
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from rayexp.config import ExperimentConfig
-from rayexp.engine import checkpoint, gpu, runtime
+from rayexp.engine import checkpoint
 from rayexp.engine.gradients import ReplicaModel
-from rayexp.engine.group import WorkerGroup
 from rayexp.engine.passes import Passes
 from rayexp.engine.step import ControlFlags, Stepper
 from rayexp.engine.trainer import EpochDone, StepDone, Trainer
 from rayexp.errors import UserError
-from rayexp.workloads import open_workload
 
 Make = Callable[..., ExperimentConfig]
 Open = Callable[..., Trainer]
@@ -35,20 +29,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "transformer": {"name": "transformer", **TEXT, "nhead": 2, "context": 4},
 }
 language = pytest.mark.parametrize("small", ["language_model"], indirect=True)
-
-
-@pytest.fixture
-def static() -> Iterator[Open]:
-    """A session whose steps are static, or with `static=False` ordinary ones of PyTorch's operations alone."""
-    with contextlib.ExitStack() as stack:
-
-        def make(config: ExperimentConfig, static: bool = True) -> Trainer:
-            data = config.data.model_copy(update={"max_train_tokens": 1500})  # five windows, the last one shorter
-            config = config.model_copy(update={"cpu_kernels": False, "data": data})
-            here = runtime.configure(config, torch.device("cpu"), config.shards, static=static)
-            return Trainer(config, open_workload(config), WorkerGroup(), stack.enter_context(here))
-
-        yield make
 
 
 def states(one: Trainer, steps: int | None = None) -> list[tuple[float, str]]:
@@ -180,14 +160,14 @@ def fail(monkeypatch: pytest.MonkeyPatch, error: Exception, half: str = "compute
     true = Stepper._captured
     failed: list[Stepper] = []
 
-    def captured(stepper: Stepper, work: Callable[[], None]) -> Any:
+    def captured(stepper: Stepper, work: Callable[[], None], draws: bool) -> Any:
         program = next(p for p in stepper._programs.values() if p.runs and p.update is None)
         if (program.compute is None) is (half == "compute") and len(failed) < times:
             failed.append(stepper)
             for generator in stepper.passes.generators.values():
                 torch.rand(1, generator=generator)
             raise error
-        return true(stepper, work)
+        return true(stepper, work, draws)
 
     monkeypatch.setattr(Stepper, "_captured", captured)
     return failed
@@ -275,147 +255,6 @@ def test_one_replica_that_is_short_of_memory_fails(small: Make, static: Open, mo
     monkeypatch.setattr(Passes, "compute", compute)
     with pytest.raises(torch.OutOfMemoryError):
         states(static(small(scaling={"lanes": 2})), 1)
-
-
-# ---------------------------------------------------------------------- engine/gpu.py, on fakes
-
-
-class FakeStream:
-    """Notes what waits for what; as a context manager, is the present stream."""
-
-    made = 0
-
-    def __init__(self, *args: Any) -> None:
-        FakeStream.made += 1
-        self.name, self.waits = f"stream {FakeStream.made}", list[str]()
-
-    def wait_stream(self, other: FakeStream) -> None:
-        self.waits.append(other.name)
-
-    def wait_event(self, event: object) -> None:
-        self.waits.append("event")
-
-
-@pytest.fixture
-def cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """Stands for torch.cuda in engine/gpu.py."""
-    present = [FakeStream()]
-
-    @contextlib.contextmanager
-    def stream(which: FakeStream) -> Iterator[None]:
-        present.append(which)
-        yield
-        present.pop()
-
-    class Graph:
-        """A failed capture raises at its end, and leaves its stream behind (torch.cuda.graph)."""
-
-        def __init__(self, *args: Any, **kwargs: Any) -> None: ...
-
-        def __enter__(self) -> None:
-            present.append(FakeStream())
-
-        def __exit__(self, kind: object, *rest: object) -> None:
-            if kind is not None or fake.broken:
-                raise RuntimeError("CUDA error: the capture was invalidated")
-            present.pop()
-
-    fake = SimpleNamespace(
-        broken=False,
-        current_stream=lambda: present[-1],
-        set_stream=present.append,
-        stream=stream,
-        Stream=FakeStream,
-        Event=lambda: SimpleNamespace(record=lambda: None),
-        device=lambda device: contextlib.nullcontext(),
-        synchronize=lambda: None,
-        graph=Graph,
-        CUDAGraph=lambda: SimpleNamespace(
-            register_generator_state=lambda generator: None, pool=lambda: 1, replay=lambda: None
-        ),
-    )
-    monkeypatch.setattr(gpu.torch, "cuda", fake)
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
-    return fake
-
-
-def test_streams_wait_for_what_was_before_and_are_waited_for(cuda: SimpleNamespace) -> None:
-    present, two = cuda.current_stream(), (FakeStream(), FakeStream(), FakeStream())
-    ran = gpu.side_by_side(two, [lambda: cuda.current_stream().name, lambda: cuda.current_stream().name])
-    assert ran == [two[0].name, two[1].name]
-    assert [one.waits for one in two] == [[present.name], [present.name], []]
-    assert present.waits == ran
-    assert cuda.current_stream() is present
-
-
-def test_a_failed_capture_names_the_reason_and_leaves_no_stream_behind(cuda: SimpleNamespace) -> None:
-    present = cuda.current_stream()
-    gpu.Graph(lambda: None, (), None)
-    assert cuda.current_stream() is present
-
-    def work() -> None:
-        raise RuntimeError("a value was asked for")
-
-    with pytest.raises(RuntimeError, match="a value was asked for"):
-        gpu.Graph(work, (), None)
-    assert cuda.current_stream() is present
-    cuda.broken = True
-    with pytest.raises(RuntimeError, match="invalidated"):
-        gpu.Graph(lambda: None, (), None)
-    assert cuda.current_stream() is present
-
-
-STEPS, EPOCHS = 3, 2
-
-
-def following(at: tuple[int, int]) -> tuple[int, int] | None:
-    epoch, step = at
-    if step + 1 < STEPS:
-        return epoch, step + 1
-    return (epoch + 1, 0) if epoch < EPOCHS else None
-
-
-def test_a_feeder_brings_every_batch_in_order(cuda: SimpleNamespace) -> None:
-    """From the start, and from within an epoch; what was fed ahead for nothing is dropped."""
-    fed: list[tuple[int, int]] = []
-
-    def feed(at: tuple[int, int]) -> Mapping[str, np.ndarray]:
-        fed.append(at)
-        return {"at": np.array(at)}
-
-    feeder = gpu.Feeder(feed, following, torch.device("cpu"))
-    wanted = [(epoch, step) for epoch in (1, 2) for step in range(STEPS)]
-    for at in wanted:
-        assert tuple(feeder.get(at)["at"].tolist()) == at
-        feeder.rest()
-        assert fed == wanted[: wanted.index(at) + 1 + gpu.AHEAD]
-    feeder.get((1, 1))
-    assert tuple(feeder.get((2, 1))["at"].tolist()) == (2, 1)
-    assert tuple(feeder.get((2, 2))["at"].tolist()) == (2, 2)
-
-
-def test_a_feeder_uses_memory_again_once_the_present_stream_has_done_with_it(cuda: SimpleNamespace) -> None:
-    feeder = gpu.Feeder(lambda at: {"at": np.array(at)}, following, torch.device("cpu"))
-    present = cuda.current_stream()
-    given = feeder.get((1, 0))
-    assert feeder._given is given
-    assert feeder._stream.waits == [present.name]
-    feeder.get((1, 1))
-    assert feeder._given is not given
-    assert feeder._stream.waits == [present.name] * 2
-    assert present.waits == ["event"] * 2
-
-
-def test_what_goes_wrong_in_feeding_is_raised(cuda: SimpleNamespace) -> None:
-    def feed(at: tuple[int, int]) -> Mapping[str, np.ndarray]:
-        if at == (1, 1):
-            raise OSError("the disk is gone")
-        return {"thread": np.array(threading.current_thread() is not threading.main_thread())}
-
-    feeder = gpu.Feeder(feed, following, torch.device("cpu"))
-    assert feeder.get((1, 0))["thread"]
-    with pytest.raises(OSError, match="the disk is gone"):
-        feeder.get((1, 1))
 
 
 def test_an_epoch_still_ends_with_its_record(small: Make, static: Open) -> None:
