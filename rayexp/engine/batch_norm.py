@@ -20,8 +20,8 @@ BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 
 
 def folded(norm: BatchNorm, shards: int, x: Tensor) -> Tensor:
-    """Normalise shards of equal size as if each had channels of its own: a few large kernels instead of many small ones,
-    on which a GPU idles. Adds the shards' statistics to the norm's.
+    """Normalise shards of equal size as if each had channels of its own: a few large kernels instead of many small
+    ones, on which a GPU idles. Adds the shards' statistics to the norm's.
 
     Args:
         norm: its running statistics are fp32[channels].
