@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -116,17 +117,23 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
             assert fake.capture is None, "an event of before is waited for in a capture"
             self.waits.append("event")
 
-    present = [Stream()]
+    first = Stream()
+
+    class Streams(threading.local):  # a thread has a present stream of its own
+        def __init__(self) -> None:
+            self.stack = [first]
+
+    present = Streams()
 
     @contextlib.contextmanager
     def stream(which: Stream) -> Iterator[None]:
         if fake.capture is not None:
             fake.capture.enters(which)
-        present.append(which)
+        present.stack.append(which)
         try:
             yield
         finally:
-            present.pop()
+            present.stack.pop()
 
     class Graph:
         """A failed capture raises at its end, and leaves its stream behind (torch.cuda.graph)."""
@@ -136,7 +143,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
 
         def __enter__(self) -> None:
             assert fake.capture is None, "a capture within another one"
-            present.append(self.stream)
+            present.stack.append(self.stream)
             fake.capture, fake.captured = FakeCapture(self.stream), fake.captured + 1
 
         def __exit__(self, kind: object, *rest: object) -> None:
@@ -144,7 +151,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
             if kind is not None or fake.broken:
                 raise RuntimeError("CUDA error: the capture was invalidated")
             capture.ends()
-            present.pop()
+            present.stack.pop()
 
     class CUDAGraph:
         def __init__(self) -> None:
@@ -179,7 +186,8 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
 
     fake.default_generators = [Generator()]
     fake.graph, fake.CUDAGraph, fake.Stream, fake.synchronize = Graph, CUDAGraph, Stream, synchronize
-    fake.stream, fake.set_stream, fake.current_stream = stream, present.append, lambda *args: present[-1]
+    fake.stream, fake.current_stream = stream, lambda *args: present.stack[-1]
+    fake.set_stream = lambda which: present.stack.append(which)
     fake.Event = lambda **kwargs: SimpleNamespace(record=lambda: None)
     fake.device = lambda device: contextlib.nullcontext()
     fake.mem_get_info = lambda device: (80 << 30, 80 << 30)

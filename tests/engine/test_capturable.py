@@ -26,6 +26,7 @@ from rayexp.engine import gpu, passes, runtime
 from rayexp.engine.gradients import ReplicaModel
 from rayexp.engine.group import WorkerGroup
 from rayexp.engine.runtime import Runtime
+from rayexp.engine.settings import Settings
 from rayexp.engine.step import ControlFlags, Stepper
 from rayexp.engine.trainer import Trainer
 from rayexp.workloads import open_workload
@@ -163,7 +164,7 @@ class Tracing:
         model = workload.model()
         self._patch.setattr(workload, "model", lambda: model)
         streams = gpu.streams(GPU, runtime.replicas_of(config, config.shards, on_gpu=True))
-        here = Runtime(GPU, 1, 1, None, runtime._Settings.now(), streams, True)
+        here = Runtime(GPU, 1, 1, None, Settings.now(), streams, True)
         with self.on():
             # What Module.to would do, which fake tensors refuse.
             self._patch.setattr(nn.Module, "to", lambda module, *args: module)
