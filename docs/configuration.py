@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
 from rayexp.config import IMAGE_DATA, TEXT_DATA, CompareConfig, ExperimentConfig
-from rayexp.config.components import WORKLOADS
+from rayexp.config.components import OPTIMIZERS, SCHEDULES, WORKLOADS
 from rayexp.workloads.image_classification.workload import Options as ImageOptions
 from rayexp.workloads.language_model.model import MODELS
 from rayexp.workloads.language_model.recurrent import RecurrentOptions
@@ -27,11 +27,20 @@ from rayexp.workloads.language_model.transformer import TransformerOptions
 PAGE = Path(__file__).with_suffix(".md")
 LIMITS = {"minimum": "≥ {}", "exclusiveMinimum": "> {}", "maximum": "≤ {}", "exclusiveMaximum": "< {}"}
 TYPES = {"string": "text", "integer": "integer", "number": "number", "boolean": "true or false", "null": "null"}
+OWN = ", or [your own](your-own-model.md)"
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names) + OWN
+
+
 # Checked by a validator, so the schema does not name them.
 ALLOWED = {
-    "workload": ", ".join(f"`{name}`" for name in WORKLOADS),
-    "data.name": ", ".join(f"`{name}`" for name in (*IMAGE_DATA, *TEXT_DATA)),
-    "model.name": "a classifier of torchvision's, or " + ", ".join(f"`{name}`" for name in MODELS),
+    "workload": _names(WORKLOADS),
+    "data.name": _names((*IMAGE_DATA, *TEXT_DATA)),
+    "model.name": "a classifier of torchvision's, " + _names(MODELS),
+    "optimizer.name": _names(OPTIMIZERS),
+    "schedule.name": _names(SCHEDULES),
 }
 HEAD = """\
 # Configuration

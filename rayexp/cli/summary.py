@@ -68,11 +68,17 @@ def _open(config: ExperimentConfig, classes: int | None) -> Workload:
     """The workload, with its data only where that is needed to know the number of classes or words."""
     from rayexp import workloads
     from rayexp.config import IMAGE_DATA
+    from rayexp.config.components import WORKLOADS
     from rayexp.data.outline import OUTPUTS, outline
     from rayexp.errors import UserError
 
     root, name = config.data.root, config.data.name
-    if classes is None and name in OUTPUTS and not (root and root.expanduser().exists()):
+    if (
+        classes is None
+        and name in OUTPUTS
+        and config.workload in WORKLOADS
+        and not (root and root.expanduser().exists())
+    ):
         classes = OUTPUTS[name]
         if root:
             say(f"{root} is not there: {classes:,} {'classes' if name in IMAGE_DATA else 'words'}, as {name} has")

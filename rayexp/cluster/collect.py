@@ -19,7 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rayexp.cluster.sources import RunSource, Storage, below
+from rayexp.config.code import FOLDER
 from rayexp.errors import RunError, UserError
+from rayexp.runs.code import hashes_of
 from rayexp.runs.integrity import RECORDS, described, faults, predictions_fault
 from rayexp.runs.manifest import state_fault
 from rayexp.runs.records import EpochRecord
@@ -121,6 +123,8 @@ class _Copy:
         for name, data in files.items():
             if name not in self.damaged and name != EPOCHS:
                 self._attempt(name, lambda n=name, d=data: write_atomic(self._target(n), d))  # type: ignore[misc]
+        for name, sha in hashes_of(json.loads(self.meta)).items():
+            self._attempt(f"{FOLDER}/{name}", lambda n=name, s=sha: self._code(n, s))  # type: ignore[misc]
         fetched = []
         for epoch, row in rows.items():
             self._attempt(f"epoch {epoch}", lambda r=row: self._predictions(r))  # type: ignore[misc]
@@ -189,6 +193,13 @@ class _Copy:
     def _target(self, path: str) -> Path:
         """The path of a run's file in the copy; all that is written passes here (UserError: it leads outside)."""
         return inside(self.run.root, path)
+
+    def _code(self, name: str, sha: str) -> bool:
+        target = self._target(f"{FOLDER}/{name}")
+        if target.exists() and _sha(target) == sha:
+            return False
+        self._file(f"{FOLDER}/{name}", target, sha)
+        return True
 
     def _predictions(self, row: EpochRecord) -> bool:
         path = f"predictions/{self.run.predictions_path(row.epoch).name}"

@@ -1,4 +1,5 @@
-"""What a run needs wherever it is sent: a folder with the package's source and the configuration, and a command.
+"""What a run needs wherever it is sent: a folder with the package's source, the configuration and the user's own code,
+and a command.
 
 Data, runs and environments stay where they are. Every way of sending a run (`jobs` is Ray's) starts from here.
 """
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import rayexp
 from rayexp.config import ExperimentConfig
+from rayexp.config.code import FOLDER, read_code
 from rayexp.errors import UserError
 
 LIMIT = 100 * 2**20  # bytes; Ray's dashboard refuses larger packages
@@ -32,7 +34,7 @@ class Package:
 
 
 def pack(config: ExperimentConfig, into: Path) -> Package:
-    """Copy the package's source and write the configuration into a folder.
+    """Copy the package's source and the user's code into a folder, and write the configuration there.
 
     Raises:
         UserError: it is more than Ray takes; the largest files are named.
@@ -44,7 +46,11 @@ def pack(config: ExperimentConfig, into: Path) -> Package:
             target = into / source.name / inner
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
-    (into / CONFIG).write_text(config.to_yaml(), encoding="utf-8")
+    for name, data in read_code(config.code).items():
+        target = into / FOLDER / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(data)
+    (into / CONFIG).write_text(config.to_yaml(FOLDER), encoding="utf-8")
     files = {str(p.relative_to(into)): p.stat().st_size for p in sorted(into.rglob("*")) if p.is_file()}
     package = Package(into, files)
     if package.size > LIMIT:

@@ -1,8 +1,8 @@
 """The configuration: what a user may write in a YAML file. Import from here, not from the modules below."""
 
 from rayexp.config.compare import CompareConfig as CompareConfig
-from rayexp.config.experiment import IMAGE_DATA as IMAGE_DATA
-from rayexp.config.experiment import TEXT_DATA as TEXT_DATA
+from rayexp.config.components import IMAGE_DATA as IMAGE_DATA
+from rayexp.config.components import TEXT_DATA as TEXT_DATA
 from rayexp.config.experiment import UNDECIDED as UNDECIDED
 from rayexp.config.experiment import AugmentConfig as AugmentConfig
 from rayexp.config.experiment import CheckpointConfig as CheckpointConfig

@@ -14,18 +14,17 @@ from pydantic import (
     ConfigDict,
     Field,
     PositiveInt,
+    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
 
-from rayexp.config import yaml_tree
-from rayexp.config.components import WORKLOADS
+from rayexp.config import components, yaml_tree
+from rayexp.config.code import relocate
+from rayexp.config.components import IMAGE_DATA, OPTIMIZERS, SCHEDULES, TEXT_DATA, WORKLOADS
 from rayexp.config.fields import alternatives
-from rayexp.errors import nearest
 
-IMAGE_DATA = ("shapes", "tiny_imagenet", "folder")
-TEXT_DATA = ("python_docs", "wikitext2", "text")
 IMAGES_ONLY = ("max_train_samples", "max_val_samples", "image_size", "resident", "augment")
 TEXT_ONLY = ("max_train_tokens", "max_val_tokens", "bptt", "eval_columns")
 UNDECIDED = {"precision": "auto", "threads_per_shard": None}
@@ -65,6 +64,18 @@ class Section(BaseModel):
         return value
 
 
+class OpenSection(Section):
+    """A section whose further keys are the options of a component that does not come with rayexp (see components.py);
+    ExperimentConfig refuses them for the others."""
+
+    model_config = ConfigDict(extra="allow")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The further keys."""
+        return dict(self.model_extra or {})
+
+
 class AugmentConfig(Section):
     """Random resized crop and horizontal flip, drawn per sample from (seed, epoch, sample)."""
 
@@ -87,12 +98,13 @@ class AugmentConfig(Section):
         return self
 
 
-class DataConfig(Section):
-    """Which data, where it is, and how much of it."""
+class DataConfig(OpenSection):
+    """Which data, where it is, and how much of it. The further keys of your own dataset are its options."""
 
     name: str = "shapes"
     """The dataset. Images: shapes (drawn by rayexp), tiny_imagenet, folder (your own, one folder per class). Text:
-    python_docs (the documentation that comes with Python), wikitext2, text (your own files)."""
+    python_docs (the documentation that comes with Python), wikitext2, text (your own files). Or your own dataset, by
+    reference."""
     root: Path | None = None
     """The folder that `rayexp data fetch` filled, or your own; required except for shapes and python_docs."""
     max_train_samples: PositiveInt | None = None
@@ -115,17 +127,9 @@ class DataConfig(Section):
     eval_columns: PositiveInt = 10
     """Text: number of columns of equal length into which the validation text is cut."""
 
-    @field_validator("name")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        known = (*IMAGE_DATA, *TEXT_DATA)
-        if name not in known:
-            raise ValueError(f"unknown data {name!r}{nearest(name, known)}; allowed: {', '.join(known)}")
-        return name
-
     @model_validator(mode="after")
     def _root_where_needed(self) -> Self:
-        if self.root is None and self.name not in ("shapes", "python_docs"):
+        if self.root is None and self.name in ("tiny_imagenet", "folder", "wikitext2", "text"):
             raise ValueError(f"root: {self.name} needs the folder that `rayexp data fetch` filled (data.root=DIR)")
         return self
 
@@ -137,7 +141,7 @@ class ModelConfig(BaseModel):
 
     name: str = "resnet18"
     """The model. image_classification: an image classifier of torchvision. language_model: lstm, gru, rnn_tanh,
-    rnn_relu or transformer."""
+    rnn_relu or transformer. Or your own, by reference; the further keys are its options."""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -145,11 +149,12 @@ class ModelConfig(BaseModel):
         return dict(self.model_extra or {})
 
 
-class OptimizerConfig(Section):
-    """SGD or AdamW; `lr` and `weight_decay` are at the top level of the configuration."""
+class OptimizerConfig(OpenSection):
+    """SGD or AdamW, or your own; `lr` and `weight_decay` are at the top level of the configuration."""
 
-    name: Literal["sgd", "adamw"] = "sgd"
-    """The update rule, that of torch.optim.SGD or torch.optim.AdamW."""
+    name: str = "sgd"
+    """The update rule: sgd or adamw, those of torch.optim.SGD and torch.optim.AdamW. Or your own, by reference; the
+    further keys are its options."""
     momentum: Fraction = 0.9
     """sgd: the momentum factor, from 0 (none) to 1."""
     nesterov: bool = False
@@ -163,6 +168,11 @@ class OptimizerConfig(Section):
     decay_norm_and_bias: bool = True
     """false: no weight decay on biases and normalisation layers (every one-dimensional parameter)."""
 
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        return components.check_name("optimizer.name", name, OPTIMIZERS)
+
     @model_validator(mode="after")
     def _nesterov(self) -> Self:
         if self.nesterov and self.momentum == 0:
@@ -170,13 +180,14 @@ class OptimizerConfig(Section):
         return self
 
 
-class ScheduleConfig(Section):
+class ScheduleConfig(OpenSection):
     """How the learning rate changes during training."""
 
-    name: Literal["constant", "step", "cosine", "onecycle", "plateau"] = "constant"
+    name: str = "constant"
     """constant: `lr` throughout. step: multiplied by `gamma` every `step_epochs`. cosine: half a cosine from `lr` down
     to `min_lr`. onecycle: linearly from `lr` / 25 up to `lr`, then down to `min_lr`. plateau: multiplied by `gamma`
-    after an epoch whose validation loss is no better than the best."""
+    after an epoch whose validation loss is no better than the best. Or your own, by reference; the further keys are its
+    options."""
     warmup_epochs: NonNegative = 0
     """Rise linearly from 0 to `lr` over this many epochs, which may be a fraction; not with onecycle, which rises by
     itself."""
@@ -189,10 +200,16 @@ class ScheduleConfig(Section):
     peak: Fraction = 0.3
     """onecycle: share of the run, from 0 to 1, after which the rate is highest."""
 
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        return components.check_name("schedule.name", name, SCHEDULES)
+
     @property
     def depends_on_epochs(self) -> bool:
-        """Whether the rate of a step depends on how many epochs the run has, so that none can be added later."""
-        return self.name in ("cosine", "onecycle")
+        """Whether the rate of a step depends on how many epochs the run has, so that none can be added later. Of a
+        schedule of the user's own that is not known here, so it counts as one that does."""
+        return self.name not in ("constant", "step", "plateau")
 
 
 class ScaleConfig(Section):
@@ -238,7 +255,10 @@ class ExperimentConfig(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")] = "run"
     """Part of the run directory's name: 1 to 64 letters, digits, `_`, `.` or `-`; the first is a letter or a digit."""
     workload: str = "image_classification"
-    """What is trained: image_classification or language_model."""
+    """What is trained: image_classification or language_model. Or your own workload, by reference."""
+    code: tuple[str, ...] | None = None
+    """The code of your own that travels with the run: files, packages, folders of modules, patterns; relative to this
+    file. null: where a reference names a file, the Python files of this file's folder."""
     data: DataConfig = DataConfig()
     """Which data, where it is, and how much of it."""
     model: ModelConfig = ModelConfig()
@@ -292,12 +312,40 @@ class ExperimentConfig(Section):
     @field_validator("workload")
     @classmethod
     def _known_workload(cls, name: str) -> str:
-        if name not in WORKLOADS:
-            raise ValueError(f"unknown workload {name!r}{nearest(name, WORKLOADS)}; allowed: {', '.join(WORKLOADS)}")
-        return name
+        return components.check_name("workload", name, WORKLOADS)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, tree: Any) -> Any:
+        """Refuse unknown keys where they are no options of a component of the user's own."""
+        if not isinstance(tree, dict):
+            return tree
+        sections: list[tuple[str, type[OpenSection], tuple[str, ...]]] = [
+            ("optimizer", OptimizerConfig, OPTIMIZERS),
+            ("schedule", ScheduleConfig, SCHEDULES),
+        ]
+        if tree.get("workload", "image_classification") in tuple(WORKLOADS):
+            sections.append(("data", DataConfig, (*IMAGE_DATA, *TEXT_DATA)))
+        for name, kind, shipped in sections:
+            keys = tree.get(name)
+            if isinstance(keys, dict) and keys.get("name", kind.model_fields["name"].default) in shipped:
+                for key in (key for key in keys if isinstance(key, str) and key not in kind.model_fields):
+                    line: Any = {"type": "extra_forbidden", "loc": (name, key), "input": keys[key]}
+                    raise ValidationError.from_exception_data(cls.__name__, [line])
+        return tree
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
+        if self.workload in WORKLOADS:
+            try:
+                components.check_name("data.name", self.data.name, (*IMAGE_DATA, *TEXT_DATA))
+            except ValueError as error:
+                raise ValueError(f"data.name: {error}") from None
+        if components.is_reference(self.model.name):
+            try:
+                components.check_name("model.name", self.model.name, ())
+            except ValueError as error:
+                raise ValueError(f"model.name: {error}") from None
         if self.batch_size % self.shards:
             allowed = [n for n in range(1, min(self.batch_size, 64) + 1) if self.batch_size % n == 0]
             raise ValueError(f"shards: {self.shards} does not divide batch_size {self.batch_size}; allowed: {allowed}")
@@ -319,11 +367,20 @@ class ExperimentConfig(Section):
         """The numbers of workers (besides 0) that divide `shards`."""
         return [n for n in range(1, self.shards + 1) if self.shards % n == 0]
 
-    def to_yaml(self) -> str:
-        """The resolved configuration as YAML; `load` gives an equal one back."""
-        return yaml_tree.dump(self.model_dump(mode="json"))
+    def to_yaml(self, code: str | None = None) -> str:
+        """The resolved configuration as YAML; `load` gives an equal one back.
+
+        Args:
+            code: the name of a folder beside the file that holds a copy of the code that travels; None: there is none,
+                and references lead to the files themselves.
+        """
+        tree = self.model_dump(mode="json")
+        relocate(tree, code)
+        return yaml_tree.dump(tree)
 
     def absolute(self) -> ExperimentConfig:
         """The same with absolute paths, because workers run in other directories."""
         data = self.data.model_copy(update={"root": self.data.root and self.data.root.expanduser().resolve()})
-        return self.model_copy(update={"data": data, "storage_path": self.storage_path.expanduser().resolve()})
+        code = self.code and tuple(str(Path(entry).expanduser().absolute()) for entry in self.code)
+        changes = {"data": data, "code": code, "storage_path": self.storage_path.expanduser().resolve()}
+        return self.model_copy(update=changes)

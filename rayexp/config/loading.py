@@ -8,9 +8,10 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from rayexp.config import yaml_tree
+from rayexp.config import code, yaml_tree
 from rayexp.config.compare import CompareConfig
-from rayexp.config.experiment import IMAGE_DATA, IMAGES_ONLY, TEXT_DATA, TEXT_ONLY, DataConfig, ExperimentConfig
+from rayexp.config.components import IMAGE_DATA, OPTIMIZERS, SCHEDULES, TEXT_DATA, WORKLOADS
+from rayexp.config.experiment import IMAGES_ONLY, TEXT_ONLY, DataConfig, ExperimentConfig
 from rayexp.config.fields import explain
 from rayexp.config.shipped import find_config
 from rayexp.errors import UserError
@@ -31,14 +32,21 @@ def load(path: Path | str, overrides: Sequence[str] = (), kind: type[ConfigT] = 
 def read(path: Path | str, overrides: Sequence[str] = (), kind: type[ConfigT] = ExperimentConfig) -> ConfigT:  # type: ignore[assignment]
     """Read a YAML file, apply `KEY=VALUE` overrides, and check the result.
 
+    References to files and the entries of `code` are relative to the file, in overrides to the working directory.
+
     Raises:
         UserError: no such file, no YAML mapping, another kind of configuration, an unknown key, a value that is not
             allowed; the line names it.
     """
     tree = yaml_tree.read(Path(path), kind)
     _refuse_other_kind(tree, kind, str(path))
+    if kind is ExperimentConfig:
+        code.anchor(tree, Path(path).parent)
     for override in overrides:
         yaml_tree.set_override(tree, override, kind)
+    if kind is ExperimentConfig:
+        code.anchor(tree, Path.cwd(), [override.partition("=")[0] for override in overrides])
+        code.settle(tree, Path(path).parent, str(path))
     return parse(tree, kind, str(path))
 
 
@@ -63,9 +71,10 @@ def refuse_contradictions(config: ExperimentConfig, source: str) -> None:
     rules still opens.
     """
     data, schedule = config.data, config.schedule
-    images = data.name in IMAGE_DATA
+    images = data.name in IMAGE_DATA or (data.name not in TEXT_DATA and config.workload == "image_classification")
     kind, names = ("text", TEXT_DATA) if images else ("images", IMAGE_DATA)
-    for key in TEXT_ONLY if images else IMAGES_ONLY:
+    own = config.workload not in WORKLOADS  # which reads what it likes
+    for key in () if own else TEXT_ONLY if images else IMAGES_ONLY:
         if getattr(data, key) != DataConfig.model_fields[key].default:
             raise UserError(f"{source}: data.{key} is for {kind} ({', '.join(names)}); data.name is {data.name}")
     if schedule.min_lr > config.lr:
@@ -100,7 +109,7 @@ def passed_over(config: ExperimentConfig, on_gpu: bool) -> list[str]:
     lines = []
     for part, keys in _READ_BY.items():
         section = getattr(config, part)
-        for key, names in keys.items():
+        for key, names in keys.items() if section.name in (*OPTIMIZERS, *SCHEDULES) else ():
             if section.name not in names and getattr(section, key) != type(section).model_fields[key].default:
                 lines.append(f"{part}.{key} is for {' and '.join(names)}, {part}.name is {section.name}: not used")
     if not on_gpu and config.precision == "tf32":

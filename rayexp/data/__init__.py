@@ -6,6 +6,7 @@ The data are memory-mapped arrays, never copies: all workers of a machine share 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ DATASETS = {
     "wikitext2": "rayexp.data.wikitext2",
     "text": "rayexp.data.text",
 }
+OWN = "rayexp.data.own"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +90,13 @@ class TextData:
     sha: dict[str, str]
 
 
-def open_data(config: DataConfig) -> Any:
+def open_data(config: DataConfig, code: Sequence[str] | None = None, text: bool = False) -> Any:
     """The data that a configuration names, packed on first use: ImageData or TextData.
+
+    Args:
+        config: the section `data`.
+        code: the configuration's `code`, for a dataset of the user's own.
+        text: whether such a one gives text, not images.
 
     Raises:
         UserError: the data is missing, damaged, too small, or cannot be read; the line names file and folder.
@@ -98,4 +105,6 @@ def open_data(config: DataConfig) -> Any:
 
     if config.root is not None:
         check_readable(config.root.expanduser())
+    if config.name not in DATASETS:
+        return importlib.import_module(OWN).open_data(config, code, text)
     return importlib.import_module(DATASETS[config.name]).open_data(config)

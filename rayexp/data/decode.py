@@ -69,7 +69,7 @@ def rgb(data: bytes, size: int | None) -> Image.Image:
     if size:
         with contextlib.suppress(Exception):  # a broken EXIF tag does not make a broken image
             image = ImageOps.exif_transpose(image)
-    image = _eight_bits(image).convert("RGB")
+    image = eight_bits(image).convert("RGB")
     return fit(image, size) if size else image
 
 
@@ -83,7 +83,7 @@ def fit(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
+def eight_bits(image: Image.Image) -> Image.Image:
     """Scale grey images of more than 8 bits to 8 bits; Pillow would clip them, which makes nearly all pixels white.
 
     16-bit (and 12-bit) images have a known white. 32-bit integers and floats have none: white may be 1.0, 255 or

@@ -5,21 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rayexp.config import DataConfig
-from rayexp.data import DATASETS, TextData, folder, packed, python_docs, shapes, text
+from rayexp.config import DataConfig, ExperimentConfig, code, parse
+from rayexp.config.components import is_reference
+from rayexp.data import DATASETS, TextData, folder, own, packed, python_docs, shapes, text
 from rayexp.data.fetch import check_readable
 from rayexp.data.pack import PARTIAL, done
 from rayexp.errors import UserError, nearest
 
 
 def describe(target: str, check: bool = False) -> dict[str, Any]:
-    """Counts, classes or vocabulary size, and hashes of a dataset by name or of a folder, packed or not.
+    """Counts, classes or vocabulary size, and hashes of a dataset by name or of a folder, packed or not; or counts and
+    classes of a dataset of images of the user's own, by reference.
 
     `kind` is `images` or `text`. With `check`, all packed data are read and compared with their hashes.
 
     Raises:
         UserError: there is no such dataset or folder, or it is damaged.
     """
+    if is_reference(target):
+        return _own(target)
     root = Path(target).expanduser()
     check_readable(root)
     if target == "python_docs":
@@ -45,6 +49,23 @@ def describe(target: str, check: bool = False) -> dict[str, Any]:
     if check:
         packed.check(root)
     return summary
+
+
+def _own(name: str) -> dict[str, Any]:
+    """A dataset of the user's own, by a reference relative to the working directory; nothing is packed."""
+    tree: dict[str, Any] = {"data": {"name": name}}
+    code.anchor(tree, Path.cwd())
+    code.settle(tree, Path.cwd(), "data info")
+    config = parse(tree, ExperimentConfig, "data info")
+    plan = own.make_plan(own.Recipe(config.data.name, config.data, config.code))
+    labels = {split: [label for _, _, label in items] for split, items in plan.splits.items()}
+    return {
+        "kind": "images",
+        "name": name,
+        "packed": "no: on first use, into the cache",
+        **{split: len(of) for split, of in labels.items()},
+        "classes": packed.class_table(plan.classes, labels),
+    }
 
 
 def _text(data: TextData) -> dict[str, Any]:

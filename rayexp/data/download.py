@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import time
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from rayexp.errors import FULL, UserError, WriteError
+from rayexp.system.cache import cache_dir as cache_dir
 from rayexp.system.disk import TEMPORARY
 from rayexp.system.locks import locked
 
@@ -24,13 +24,6 @@ KNOWN = {TINY_IMAGENET: "md5:90528d7ca1a48142e341f4ef8d21d0de"}
 ATTEMPTS = 5
 BLOCK = 1 << 20
 TIMEOUT = (15, 60)  # seconds to connect, and between two pieces
-
-
-def cache_dir() -> Path:
-    """The folder for downloaded and packed data: RAYEXP_CACHE, $XDG_CACHE_HOME/rayexp or ~/.cache/rayexp."""
-    if own := os.environ.get("RAYEXP_CACHE"):
-        return Path(own).expanduser().absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "rayexp"
 
 
 def download(url: str, known_hash: str | None = None) -> Path:

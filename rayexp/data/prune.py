@@ -136,6 +136,10 @@ def _images(path: Path) -> Entry | None:
         meta = read_meta(path)
     except UserError as error:
         return _entry(path, "images", "", f"damaged ({error})")
+    if meta["dataset"] == "own":
+        return _entry(
+            path, f"images, {meta['image_size']} px", str(meta["source"]), None, "kept: by a dataset of yours"
+        )
     of = uses.users(path) or [str(meta["source"])]
     what = f"images, {meta['image_size']} px"
     states = [_state(path, meta, Path(root)) for root in of]

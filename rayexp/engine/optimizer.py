@@ -18,6 +18,7 @@ from torch.optim.sgd import sgd
 
 from rayexp.config import ExperimentConfig
 from rayexp.engine.gradients import COUNT, ParameterLayout, Touched
+from rayexp.engine.own_rules import open_rule
 from rayexp.engine.runtime import Runtime
 
 _CHUNK = 1 << 20  # elements on a CPU; 4 MiB of each of three or four buffers stay in a last-level cache
@@ -31,7 +32,8 @@ class Optimizer:
         config: the configuration's `optimizer` section.
         layout: where parameters lie in the buffers.
         params: fp32[P], the master's.
-        state: fp32[P] by name (momentum_buffer, exp_avg, exp_avg_sq), laid out like the parameters.
+        rule: the update rule, where it is the user's own.
+        state: fp32[P] by name (momentum_buffer, exp_avg, exp_avg_sq, or the rule's), laid out like the parameters.
         sparse: whether only the touched rows of an embedding are updated, because the others cannot change.
         chunks: slices of `params` (in elements) and their weight decay; together they cover everything but the touched
             parameters of a `sparse` optimizer.
@@ -44,11 +46,15 @@ class Optimizer:
         self, config: ExperimentConfig, layout: ParameterLayout, params: Tensor, touched: Sequence[Touched] = ()
     ) -> None:
         self.config, self.layout, self.params = config.optimizer, layout, params
+        self.rule = open_rule(config)
         adam = config.optimizer.name == "adamw"
+        names: Sequence[str]
         names = ("exp_avg", "exp_avg_sq") if adam else ("momentum_buffer",) if config.optimizer.momentum else ()
+        if self.rule is not None:
+            names = self.rule.state
         self.state = {name: torch.zeros_like(params) for name in names}
         # Without momentum and decay, SGD does not change an element whose gradient is zero.
-        self.sparse = not names and config.weight_decay == 0
+        self.sparse = self.rule is None and not names and config.weight_decay == 0
         head = layout.head_size
         apart = [(t.start - head, t.stop - head) for t in touched] if self.sparse else []
         # `decayed` lies between two parameters, so no edge falls inside what is left out.
@@ -111,6 +117,9 @@ class Optimizer:
 
     def _advance(self, part: _Part, lr: Tensor, done: Tensor) -> None:
         c = self.config
+        if self.rule is not None:
+            self.rule.update(part.params, part.gradient, part.state, lr, done, part.decay)
+            return
         if c.name == "adamw":
             adamw(
                 [part.params],

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from rayexp.config import ExperimentConfig
+from rayexp.engine.own_rules import open_schedule
 
 
 class Schedule:
@@ -18,6 +19,7 @@ class Schedule:
         total: optimizer steps of the run.
         factor: by which `plateau` has shrunk the rate so far.
         best: the lowest validation loss so far.
+        own: the factor of the rate at a step, where the schedule is the user's own.
     """
 
     def __init__(self, config: ExperimentConfig, steps: int) -> None:
@@ -25,6 +27,7 @@ class Schedule:
         self.total = config.epochs * steps
         self.factor = 1.0
         self.best = math.inf
+        self.own = open_schedule(config, steps)
 
     def lr(self, step: int) -> float:
         """The learning rate of global step `step`, counted from 0."""
@@ -33,6 +36,8 @@ class Schedule:
         if c.name == "onecycle":
             return self._onecycle(step)
         rise = min(1.0, (step + 1) / warmup) if warmup else 1.0
+        if self.own is not None:
+            return self.peak * rise * self.own(step)
         if c.name == "step":
             return self.peak * rise * c.gamma ** (step // self.steps // c.step_epochs)
         if c.name == "cosine" and step >= warmup:

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from rayexp.cluster.job_context import job_id, resolve_paths
 from rayexp.config import UNDECIDED, ExperimentConfig, passed_over
+from rayexp.config.code import FOLDER
+from rayexp.config.components import WORKLOADS
 from rayexp.data import open_data
 from rayexp.display import counted
 from rayexp.errors import HeadLostError, RunError, Stopped, UserError, last_words
@@ -29,6 +31,8 @@ from rayexp.launch.placement import Placement
 from rayexp.launch.resuming import go_on
 from rayexp.launch.screen import chatter_to, screen
 from rayexp.launch.stopping import Stopping, stoppable
+from rayexp.runs.code import check_code
+from rayexp.runs.code import kept as with_copy
 from rayexp.runs.integrity import check_config, check_unchanged, is_finished
 from rayexp.runs.manifest import state_fault
 from rayexp.runs.run import Run
@@ -85,11 +89,13 @@ def run(
     if resume is not None:
         config = _as_begun(resume, config)
         check_unchanged(resume, config)
+        check_code(resume.root, resume.meta(), config)
         if is_finished(resume, config):
             if console is not None:
                 console.print(finished_line(resume, config), markup=False, highlight=False, soft_wrap=True)
             return resume
     made = resume or Run.create(config, argv=list(argv), parent=parent)
+    config = with_copy(made.root, config)
     with _driving(made, fresh=resume is None) as driver, stoppable(made) as stopping:
         if resume is not None:
             _reopen(made, config, argv)
@@ -183,7 +189,7 @@ def _reopen(run: Run, config: ExperimentConfig, argv: Sequence[str]) -> None:
     resumed = [*meta.get("resumed", ()), {"argv": list(argv), "after": meta["status"]}]
     where = {"pid": os.getpid(), "host": socket.gethostname()}
     run.update(status="running", error=None, finished=None, resumed=resumed, **where)
-    run.write(run.config_path.name, kept.to_yaml())  # after the status: a run that is done has all its epochs
+    run.write(run.config_path.name, kept.to_yaml(FOLDER))  # after the status: a run that is done has all its epochs
 
 
 def _fail(run: Run, error: BaseException, stopping: Stopping, fresh: bool) -> None:
@@ -267,6 +273,8 @@ def outline(config: ExperimentConfig, address: str | None = None, resume: Run | 
     if resume is not None:
         config = _as_begun(resume, config)
         check_unchanged(resume, config)
+        check_code(resume.root, resume.meta(), config)
+        config = with_copy(resume.root, config)
     nodes = [here()]
     address = address or os.environ.get("RAY_ADDRESS")
     if address and config.scaling.num_workers != 0:
@@ -340,8 +348,9 @@ def _supervise(
                 os._exit(0 if status == "done" else 128 + stopping.number if stopping.number else 1)
 
         with session.session(address) as own_ray:
-            if own_ray:
-                open_data(config.data)  # what is missing is refused at once, and the data is packed once
+            if own_ray and config.workload in WORKLOADS:  # one of the user's own reads its data as it likes
+                # What is missing is refused at once, and the data is packed once.
+                open_data(config.data, config.code, text=config.workload == "language_model")
             imports.join()
             from rayexp.launch.on_ray.head import watched
             from rayexp.launch.on_ray.supervise import supervise

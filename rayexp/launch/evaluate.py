@@ -12,9 +12,11 @@ from typing import Any
 from numpy.typing import NDArray
 
 from rayexp.config import ExperimentConfig
+from rayexp.config.references import provide
 from rayexp.errors import RunError, UserError
 from rayexp.launch import placement
 from rayexp.launch.local import here
+from rayexp.runs.code import code_of
 from rayexp.runs.manifest import digest, seal_predictions
 from rayexp.runs.records import Predictions
 from rayexp.runs.run import Run, broken
@@ -94,6 +96,8 @@ def evaluate(
         raise RunError(f"{folder}: {why}")
     files = {file.name: file.read_bytes() for file in folder.iterdir()}
     config = run.config()
+    if config.code:
+        provide(config.code, code_of(run.root))
     if root is not None:
         there = config.data.model_copy(update={"root": root.expanduser().resolve()})
         config = config.model_copy(update={"data": there})

@@ -16,7 +16,8 @@ def language_sample(run: Run, epoch: int) -> LanguageSample:
     test, why_no_test, text, why_no_text = None, "", "", ""
     try:
         metrics = evaluate(run, epoch).metrics
-        test = {name: metrics[name] for name in ("test_loss", "test_ppl")}
+        test = {name: metrics[name] for name in ("test_loss", "test_ppl") if name in metrics} or None
+        why_no_test = "" if test else f"{run.config().workload} has no test data"
     except (UserError, RunError) as error:
         why_no_test = str(error)
     try:

@@ -18,6 +18,7 @@ import torch
 
 from rayexp import workloads
 from rayexp.config import passed_over
+from rayexp.config.references import provide
 from rayexp.display import counted
 from rayexp.engine import checkpoint, link, runtime
 from rayexp.engine.checkpoint import FIELDS, TENSORS
@@ -73,6 +74,8 @@ def work(
     """
     entered = time.monotonic()
     config = job.config
+    if config.code:
+        provide(config.code, writer.code())
     try:
         with runtime.configure(config, device, config.shards // world, job.cpus) as configured:
             workload = workloads.open_workload(config)

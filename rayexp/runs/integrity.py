@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rayexp.config import ExperimentConfig, parse, read
+from rayexp.config.code import FOLDER
 from rayexp.errors import UserError
+from rayexp.runs.code import code_faults
 from rayexp.runs.manifest import SEAL, digest, has_valid_seal, state_fault
 from rayexp.runs.records import EpochRecord, Predictions, read_lines, step_line
 from rayexp.runs.run import Run, broken, epoch_name
@@ -48,7 +50,8 @@ def examine(run: Run) -> list[Finding]:
         run.meta()
     except UserError as error:
         return [Finding("run.json", "damaged", str(error))]
-    return [*described(run), *_predictions(run), *_checkpoints(run)]
+    code = (_finding(f"{FOLDER}/{name}", why, covered=True) for name, why in code_faults(run.root, run.meta()))
+    return [*described(run), *code, *_predictions(run), *_checkpoints(run)]
 
 
 def faults(run: Run) -> list[str]:
@@ -157,14 +160,15 @@ def changes(before: ExperimentConfig, after: ExperimentConfig, free: tuple[str, 
 
     Args:
         before, after: what to compare.
-        free: None: FREE, and `epochs` where the run only gets longer and its steps so far stay what they are.
+        free: beside `code`, of which the content is compared (code.check_code). None: FREE, and `epochs` where the run
+            only gets longer and its steps so far stay what they are.
     """
     if free is None:
         longer = after.epochs > before.epochs and not after.schedule.depends_on_epochs
         free = (*FREE, "epochs") if longer else FREE
     # A run without this key has trained with one: see launch.driver.
     first, second = (
-        _flat(config.model_dump(mode="json") | {"threads_per_shard": config.threads_per_shard or 1})
+        _flat(config.model_dump(mode="json", exclude={"code"}) | {"threads_per_shard": config.threads_per_shard or 1})
         for config in (before, after)
     )
     return "; ".join(

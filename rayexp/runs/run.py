@@ -3,7 +3,7 @@
     runs/<utc>-<name>-<4 hex>/
       run.json  config.yaml  data.json  epochs.jsonl  steps.jsonl  progress.json
       checkpoints/epoch_007/{state.safetensors, state.json}   checkpoints/step_00000123/   (inside an epoch)
-      predictions/epoch_007.npz   tb/   logs/
+      predictions/epoch_007.npz   tb/   logs/   code/
 
 Every file and every checkpoint directory is complete or absent (see disk.py). Nothing here knows torch or Ray.
 """
@@ -23,7 +23,9 @@ from typing import Any
 import psutil
 
 from rayexp.config import ExperimentConfig, read
+from rayexp.config.code import FOLDER
 from rayexp.errors import UserError
+from rayexp.runs.code import keep_code
 from rayexp.runs.manifest import broken, digest, file_fault, read_meta
 from rayexp.runs.newest import newest_first
 from rayexp.runs.records import EpochRecord, Predictions, RunRef, best, one_line, ranges, read_lines, step_line
@@ -64,7 +66,8 @@ class Run:
         """
         config = config.absolute()
         run = cls(make_directory(config.storage_path, config.name))
-        write_atomic(run.config_path, config.to_yaml())
+        code, text = keep_code(run.root, config), config.to_yaml(FOLDER)
+        write_atomic(run.config_path, text)
         meta = {
             "layout": LAYOUT,
             "id": run.root.name,
@@ -77,7 +80,8 @@ class Run:
             "parent": parent,
             "pid": os.getpid(),
             "host": socket.gethostname(),
-            "files": {"config.yaml": digest(config.to_yaml().encode())},
+            **code,
+            "files": {"config.yaml": digest(text.encode())},
         }
         write_json(run.meta_path, meta)
         return run

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayexp.config import UNDECIDED
+from rayexp.config.code import FOLDER
+from rayexp.runs.code import code_of
 from rayexp.runs.manifest import SEAL, STATE, digest, state_fault
 from rayexp.runs.records import EpochRecord, read_lines, step_line
 from rayexp.runs.run import Run, broken, epoch_name, step_name
@@ -99,6 +101,10 @@ class RunWriter:
         notes += [f"{self.run.steps_path.name}: {note}" for note in damaged]
         return notes
 
+    def code(self) -> dict[str, bytes]:
+        """The files of the run's code, by name (UserError where one is damaged)."""
+        return code_of(self.run.root)
+
     # ------------------------------------------------------------------ writing
 
     def decide(self, key: str, value: Any) -> Any:
@@ -114,7 +120,7 @@ class RunWriter:
         config = self.run.config()
         if getattr(config, key) == UNDECIDED[key]:
             config = config.model_copy(update={key: value})
-            self.run.write(self.run.config_path.name, config.to_yaml())
+            self.run.write(self.run.config_path.name, config.to_yaml(FOLDER))
         return getattr(config, key)
 
     def note(self, fields: Mapping[str, Any]) -> None:

@@ -70,7 +70,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_directory(path: Path, files: Mapping[str, bytes]) -> None:
-    """Write a directory of files in one step; an existing one is replaced.
+    """Write a directory of files (their names may have folders in them) in one step; an existing one is replaced.
 
     Raises:
         WriteError: it cannot be written; the existing one is still there.
@@ -82,6 +82,7 @@ def write_directory(path: Path, files: Mapping[str, bytes]) -> None:
         try:
             temporary.mkdir()
             for name, data in files.items():
+                (temporary / name).parent.mkdir(parents=True, exist_ok=True)
                 _write(temporary / name, data)
             sync_directory(temporary)
             if path.exists():

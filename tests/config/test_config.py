@@ -25,6 +25,7 @@ from rayexp.errors import UserError
 DEFAULTS: dict[str, Any] = {
     "name": "run",
     "workload": "image_classification",
+    "code": None,
     "data": {
         "name": "shapes",
         "root": None,
@@ -96,8 +97,9 @@ FROM_0 = ([0, 0.5, 1e300], [-1e-9, float("inf"), float("nan"), True])
 SWITCH = ([True, False], ["perhaps", 2])
 LIMITS: dict[str, tuple[list[Any], list[Any]]] = {
     "name": (["a", "0", "A.b_c-d", "x" * 64], ["", "-a", ".a", "a b", "a/b", "ä", "x" * 65, "a\nb"]),
-    "workload": (["image_classification", "language_model"], ["image", "", None]),
-    "data.name": (["shapes", "python_docs"], ["shape", "", None]),
+    "workload": (["image_classification", "language_model", "a.b:C", "a.py:C"], ["image", "", None, "a:", "a/b:C"]),
+    "code": ([None, [], ["./a.py", "b"]], ["a.py", 3, [3], [None]]),
+    "data.name": (["shapes", "python_docs", "a.b:C", "./a.py:C"], ["shape", "", None, "a:", ":C", "a b:C"]),
     "data.root": ([None, "x", "/x/y"], [3, ["x"]]),
     "data.max_train_samples": OPTIONAL_COUNT,
     "data.max_val_samples": OPTIONAL_COUNT,
@@ -111,20 +113,20 @@ LIMITS: dict[str, tuple[list[Any], list[Any]]] = {
     "data.augment.pad": ([0, 4], [-1, 0.5]),
     "data.bptt": COUNT,
     "data.eval_columns": COUNT,
-    "model.name": (["resnet18", "anything"], [3, None]),
+    "model.name": (["resnet18", "anything", "a.b:C", "/x/a.py:C.d"], [3, None, "a:", "a-b:C"]),
     "epochs": COUNT,
     "batch_size": ([8, 64], [0, -8, 12.5]),
     "lr": ABOVE_0,
     "weight_decay": FROM_0,
     "label_smoothing": ([0, 0.99], [-0.1, 1]),
-    "optimizer.name": (["sgd", "adamw"], ["adam", None]),
+    "optimizer.name": (["sgd", "adamw", "a.b:C", "a.py:C"], ["adam", None, "a:"]),
     "optimizer.momentum": SHARE,
     "optimizer.nesterov": SWITCH,
     "optimizer.betas": ([[0, 0.5], [0.9, 0.95]], [[0.9], [0.9, 1.1], [0.9, 1], [1, 0.9], 0.9]),
     "optimizer.eps": ABOVE_0,
     "optimizer.clip": ([None, *ABOVE_0[0]], ABOVE_0[1]),
     "optimizer.decay_norm_and_bias": SWITCH,
-    "schedule.name": (["constant", "step", "cosine", "onecycle", "plateau"], ["cos", None]),
+    "schedule.name": (["constant", "step", "cosine", "onecycle", "plateau", "a.b:C"], ["cos", None, "a:"]),
     "schedule.warmup_epochs": FROM_0,
     "schedule.step_epochs": COUNT,
     "schedule.gamma": ABOVE_0,
@@ -233,7 +235,7 @@ def test_limits_of_a_grid(key: str) -> None:
 @pytest.mark.parametrize(
     ("key", "expected"),
     [
-        ("epoch", "unknown key epoch (did you mean epochs?); allowed: name, workload, data,"),
+        ("epoch", "unknown key epoch (did you mean epochs?); allowed: name, workload, code, data,"),
         ("data.bppt", "unknown key data.bppt (did you mean bptt?); allowed: name, root,"),
         ("data.augment.flp", "unknown key data.augment.flp (did you mean flip?); allowed: scale, ratio, flip, pad"),
         ("optimizer.lr", "unknown key optimizer.lr"),

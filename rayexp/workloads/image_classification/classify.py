@@ -10,7 +10,7 @@ from torch import nn
 from rayexp.config import ExperimentConfig
 from rayexp.engine import runtime
 from rayexp.workloads.image_classification.portable import ranked
-from rayexp.workloads.image_classification.workload import MEAN, STD
+from rayexp.workloads.image_classification.workload import MEAN, STD, format_of, own_model
 
 
 class Classifier:
@@ -29,7 +29,8 @@ class Classifier:
     def __enter__(self) -> Classifier:
         # One shard: the number of replicas changes no bit, and one batch after the other comes in.
         self._runtime = runtime.configure(self.config, self.device, shards=1)
-        self.model = self.model.eval().to(self.device).to(memory_format=torch.channels_last)
+        self.format = format_of(own_model(self.config))
+        self.model = self.model.eval().to(self.device).to(memory_format=self.format)
         shift, scale = [-m / s for m, s in zip(MEAN, STD, strict=True)], [1 / s for s in STD]
         self._normal = [torch.tensor(values, device=self.device)[:, None, None] for values in (shift, scale)]
         return self
@@ -42,7 +43,7 @@ class Classifier:
         probabilities float32[n, count]; classes are -1 where the model's output is not finite."""
         planes = runtime.upload(images, self.device).permute(0, 3, 1, 2).float()
         shift, scale = self._normal
-        planes = torch.addcmul(shift, planes, scale).contiguous(memory_format=torch.channels_last)
+        planes = torch.addcmul(shift, planes, scale).contiguous(memory_format=self.format)
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
         with torch.inference_mode(), autocast:
             logits = self.model(planes).float()

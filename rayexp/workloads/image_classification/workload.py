@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
-from rayexp.config import IMAGE_DATA, ExperimentConfig, explain
+from rayexp.config import IMAGE_DATA, TEXT_DATA, ExperimentConfig, explain
 from rayexp.data import ImageData, ImageSplit, open_data
 from rayexp.engine import order
 from rayexp.engine.portable import Portable
@@ -24,7 +24,9 @@ from rayexp.runs.records import Predictions
 from rayexp.runs.traits import IMAGES
 from rayexp.workloads.image_classification.augmentation import DRAWS, augment
 from rayexp.workloads.image_classification.portable import STRIDES, arguments, portable_classifier, ranked, recipe
-from rayexp.workloads.image_classification.shapes import check_size
+from rayexp.workloads.image_classification.shapes import check_own, check_size
+from rayexp.workloads.own_model import OwnModel, is_own
+from rayexp.workloads.samples import SampleWorkload
 
 # Channel means and standard deviations of ImageNet, as in pytorch/examples imagenet/main.py, here for 0..255.
 MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
@@ -45,45 +47,45 @@ class Options(BaseModel):
     """Start every residual branch at zero (ResNets; Goyal et al. 2017)."""
 
 
-class ImageClassification:
+class ImageClassification(SampleWorkload):
     """The workload `image_classification` (see engine/workload.py)."""
 
     unit, kind, goals = IMAGES.unit, IMAGES.kind, IMAGES.goals
     batch_unit = "images"
-    batch_dim = 0
-    shares_buffer = True
     together = True
 
     def __init__(self, config: ExperimentConfig, data: ImageData | None = None) -> None:
-        if config.data.name not in IMAGE_DATA:
-            raise UserError(f"data.name: image_classification reads {', '.join(IMAGE_DATA)}, not {config.data.name!r}")
-        self.config = config
-        try:
-            self.options = Options(**config.model.options)
-        except ValidationError as error:
-            raise UserError(explain(error, Options, "model")) from None
-        check_name(config.model.name)
-        name, size = config.model.name, config.data.image_size
-        check_size(lambda pixels: build(name, self.options, 2, pixels), name, size)
-        self.data: ImageData = data or open_data(config.data)
-        if len(self.data.train) < 2 * config.shards:
+        if config.data.name in TEXT_DATA:
             raise UserError(
-                f"data: {len(self.data.train)} training images are too few for {config.shards} shards "
-                f"(at least {2 * config.shards})"
+                f"data.name: image_classification reads {', '.join(IMAGE_DATA)} and datasets of your own, "
+                f"not {config.data.name!r}"
             )
-        self.cut = order.Cut(len(self.data.train), config.batch_size, config.shards)
-        self._order: tuple[int, NDArray[np.int64]] = (0, np.empty(0, np.int64))
+        name, size = config.model.name, config.data.image_size
+        self.make: Callable[[int, int], nn.Module]  # of classes and pixels
+        own = own_model(config)
+        self.format = format_of(own)
+        if own is not None:
+            self.make = lambda classes, pixels: own.build(num_classes=classes, image_size=pixels)
+            check_own(lambda: self.make(2, size), own, size, 2)
+        else:
+            try:
+                options = Options(**config.model.options)
+            except ValidationError as error:
+                raise UserError(explain(error, Options, "model")) from None
+            check_name(name)
+            self.make = lambda classes, pixels: build(name, options, classes, pixels)
+            check_size(lambda pixels: self.make(2, pixels), name, size)
+        self.data: ImageData = data or open_data(config.data, config.code)
+        super().__init__(config, self.data.train, self.data.val)
         self._resident: dict[str, Tensor] = {}  # the pixels of a split, by its name
         self._normal: dict[torch.device, tuple[Tensor, Tensor]] = {}  # shift and scale, by device
 
     # ------------------------------------------------------------------ model
 
-    def model(self) -> nn.Module:
-        """The named model with one output for each class, in channels_last."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(order.key(self.config.seed, "init"))
-            model = build(self.config.model.name, self.options, len(self.data.classes), self.config.data.image_size)
-        return model.to(memory_format=torch.channels_last)
+    def build(self) -> nn.Module:
+        """The named model with one output for each class; torchvision's in channels_last."""
+        model = self.make(len(self.data.classes), self.config.data.image_size)
+        return model.to(memory_format=self.format)
 
     def example(self) -> tuple[Tensor]:
         """One black image."""
@@ -92,20 +94,10 @@ class ImageClassification:
 
     # ------------------------------------------------------------------ training
 
-    def steps(self) -> int:
-        """Optimizer steps of an epoch."""
-        return self.cut.steps
-
-    def batch(self, epoch: int, step: int, shards: range, device: torch.device) -> Batch:
-        """The augmented, normalised images of consecutive shards: fp32[n, 3, size, size] and int64[n]."""
-        fed = {name: upload(array, device) for name, array in self.feed(epoch, step, shards).items()}
-        return self.assemble(fed, self.sizes(step, shards))
-
     def feed(self, epoch: int, step: int, shards: range) -> dict[str, NDArray[Any]]:
         """`samples` int64[n], their `labels` int64[n], the `key` int64[] of the epoch's augmentation, and, unless they
         are resident, the pixels: `images` uint8[n, size, size, 3]."""
-        positions = self.cut.positions(step, shards)
-        samples = self._permutation(epoch)[positions.start : positions.stop]
+        samples = self.samples(epoch, step, shards)
         fed: dict[str, NDArray[Any]] = {
             "samples": samples,
             "labels": self.data.train.labels[samples],
@@ -132,31 +124,11 @@ class ImageClassification:
         """Keep the pixels of both splits on the device: uint8[n, size, size, 3]."""
         self._resident = {"train": _load(self.data.train, device), "val": _load(self.data.val, device)}
 
-    def _permutation(self, epoch: int) -> NDArray[np.int64]:
-        """The order of the samples in an epoch. Of the epochs that threads ask for, the latest is remembered."""
-        known, samples = self._order
-        if known != epoch:
-            samples = order.permutation(self.config.seed, epoch, len(self.data.train))
-            self._order = epoch, samples
-        return samples
-
-    def sizes(self, step: int, shards: range) -> tuple[int, ...]:
-        """Images of each shard."""
-        return self.cut.sizes(step, shards)
-
-    def initial_state(self, size: int, device: torch.device) -> RecurrentState:
-        """Empty: images hand nothing to the next step."""
-        return {}
-
     def loss(self, model: nn.Module, batch: Batch, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
         """The sum of the cross-entropies."""
         logits = model(*batch.inputs).float()
         smoothing = self.config.label_smoothing
         return F.cross_entropy(logits, batch.targets, reduction="sum", label_smoothing=smoothing), {}
-
-    def touched_rows(self, epoch: int, step: int) -> dict[str, NDArray[np.int64]]:
-        """None: every gradient is dense."""
-        return {}
 
     def _normalise(self, planes: Tensor) -> Tensor:
         if planes.device not in self._normal:
@@ -165,13 +137,9 @@ class ImageClassification:
                 scale = torch.tensor([1 / s for s in STD], device=planes.device)
             self._normal[planes.device] = shift[:, None, None], scale[:, None, None]
         shift, scale = self._normal[planes.device]
-        return torch.addcmul(shift, planes, scale).contiguous(memory_format=torch.channels_last)
+        return torch.addcmul(shift, planes, scale).contiguous(memory_format=self.format)
 
     # ------------------------------------------------------------------ evaluation
-
-    def val_streams(self) -> int:
-        """Number of batches of validation images."""
-        return -(-len(self.data.val) // self.config.batch_size)
 
     def predict(self, model: nn.Module, stream: int, device: torch.device) -> Mapping[str, NDArray[Any] | Tensor]:
         """The five likeliest classes of each image, the confidence in the first, and the loss.
@@ -179,7 +147,7 @@ class ImageClassification:
         Where the logits give no probabilities (one is NaN or infinite), `top5` is -1, `confidence` and `loss` are NaN.
         """
         size = self.config.batch_size
-        samples = np.arange(stream * size, min(len(self.data.val), (stream + 1) * size), dtype=np.int64)
+        samples = self.stream(stream)
         labels = self.data.val.labels[samples]
         if self._resident:
             images = self._resident["val"][stream * size : (stream + 1) * size]
@@ -202,21 +170,21 @@ class ImageClassification:
     def portable(
         cls, config: ExperimentConfig, described: Mapping[str, Any], weights: Mapping[str, Tensor]
     ) -> Portable:
-        """See engine/workload.py. The model is torchvision's own."""
-        options, size, classes = Options(**config.model.options), config.data.image_size, described["classes"]
+        """See engine/workload.py. The model is torchvision's, or the user's own."""
+        size, classes, own = config.data.image_size, described["classes"], own_model(config)
         with torch.random.fork_rng(devices=[]):
-            model = build(config.model.name, options, len(classes), size)
-        lines = recipe(config.model.name, options.stem, len(classes), size)
+            if own is None:
+                options = Options(**config.model.options)
+                model = build(config.model.name, options, len(classes), size)
+                lines = recipe(config.model.name, options.stem, len(classes), size)
+            else:
+                model = own.build(num_classes=len(classes), image_size=size)
+                lines = own.lines(num_classes=len(classes), image_size=size)
         return portable_classifier(model, weights, lines, config.model.name, classes, (size, MEAN, STD))
 
     def mirrored(self, model: nn.Module) -> nn.Module:
         """The model for mirrored evaluation: probabilities averaged over an image and its mirror image."""
         return Mirrored(model)
-
-    def predictions(self, parts: Sequence[Mapping[str, NDArray[Any]]]) -> Predictions:
-        """Put the streams together, in their order."""
-        arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        return Predictions("images", self.data.val.sha, arrays)
 
     def metrics(self, predictions: Predictions) -> dict[str, float]:
         """Mean loss, and accuracies in percent. An image without a finite output counts as wrong."""
@@ -232,11 +200,7 @@ class ImageClassification:
         return {
             **({"layout": self.data.layout} if self.data.layout else {}),
             "classes": [list(one) for one in self.data.classes],
-            "val_names": list(self.data.val.names),
-            "train_samples": len(self.data.train),
-            "val_samples": len(self.data.val),
-            "train_sha": self.data.train.sha,
-            "val_sha": self.data.val.sha,
+            **super().describe(),
         }
 
 
@@ -267,16 +231,32 @@ def _load(split: ImageSplit, device: torch.device) -> Tensor:
     return pixels
 
 
+def own_model(config: ExperimentConfig) -> OwnModel | None:
+    """The model of the user's own that a configuration names; None where it is torchvision's."""
+    if not is_own("model.name", config.model.name, torchvision_names):
+        return None
+    return OwnModel.open(config, ("num_classes", "image_size"))
+
+
+def format_of(own: OwnModel | None) -> torch.memory_format:
+    """How weights and images are laid out."""
+    return torch.channels_last if own is None or own.channels_last else torch.contiguous_format
+
+
+def torchvision_names() -> list[str]:
+    """The names of torchvision's classification models."""
+    from torchvision import models
+
+    return list(models.list_models(module=models))
+
+
 def check_name(name: str) -> None:
     """Check that torchvision has a classification model of this name.
 
     Raises:
         UserError: it has not.
     """
-    from torchvision import models
-
-    names = models.list_models(module=models)
-    if name not in names:
+    if name not in (names := torchvision_names()):
         shown = ", ".join(n for n in names if n.startswith(("resnet", "mobilenet", "vit_b")))
         raise UserError(f"model.name: torchvision has no {name!r}{nearest(name, names)}; for example {shown}")
 

@@ -19,7 +19,8 @@ from rayexp.engine import order
 from rayexp.engine.settings import models
 from rayexp.errors import RunError, UserError
 from rayexp.runs.run import Run
-from rayexp.workloads.language_model.model import LanguageNet, build
+from rayexp.workloads.language_model.model import MODELS, LanguageNet, build
+from rayexp.workloads.own_model import is_own
 from rayexp.workloads.saved import read_state
 
 READ_AT_ONCE = 256  # words of a prompt
@@ -51,8 +52,11 @@ def open_generator(run: Run, epoch: int) -> TextGenerator:
         RunError: the checkpoint is damaged.
     """
     config = run.config()
-    if config.workload != "language_model":
-        raise UserError(f"{run.id}: generate needs a language_model, this run is of {config.workload}")
+    if config.workload != "language_model" or is_own("model.name", config.model.name, lambda: MODELS):
+        raise UserError(
+            f"{run.id}: generate needs a language_model ({', '.join(MODELS)}), this run is of {config.workload}, "
+            f"{config.model.name}"
+        )
     state = read_state(run, epoch)
     vocabulary = tuple(run.data().get("vocabulary", ()))
     if not vocabulary:

@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from rayexp.config import TEXT_DATA, ExperimentConfig
+from rayexp.config import IMAGE_DATA, TEXT_DATA, ExperimentConfig
 from rayexp.data import TextData, open_data
 from rayexp.engine import order
 from rayexp.engine.evaluate import on_host
@@ -27,9 +28,10 @@ from rayexp.engine.workload import Batch, RecurrentState
 from rayexp.errors import UserError
 from rayexp.runs.records import Predictions
 from rayexp.runs.traits import TOKENS
-from rayexp.workloads.language_model.model import build, options_of
+from rayexp.workloads.language_model.model import MODELS, build, options_of
 from rayexp.workloads.language_model.plain import plain
 from rayexp.workloads.language_model.recurrent import RecurrentOptions
+from rayexp.workloads.own_model import OwnModel, is_own
 
 # Tokens evaluated at once: a recurrent model gives the same losses for any window, and long windows are faster.
 EVAL_TOKENS = 512
@@ -46,16 +48,20 @@ class LanguageModel:
     def __init__(self, config: ExperimentConfig, opened: TextData | None = None) -> None:
         self.config = config
         data = config.data
-        if data.name not in TEXT_DATA:
-            raise UserError(f"data.name: language_model reads {', '.join(TEXT_DATA)}, got {data.name!r}")
+        if data.name in IMAGE_DATA:
+            raise UserError(
+                f"data.name: language_model reads {', '.join(TEXT_DATA)} and datasets of your own, got {data.name!r}"
+            )
         if config.label_smoothing:
             raise UserError("label_smoothing: language_model has none; set it to 0")
-        self.options = options_of(config)
+        own = is_own("model.name", config.model.name, lambda: MODELS)
+        self.own = OwnModel.open(config, ("vocabulary",)) if own else None
+        self.options = None if own else options_of(config)
         self.recurrent = isinstance(self.options, RecurrentOptions)
         # A tied matrix gets two gradients in a pass; the second one would be added after the other shard's.
-        self.shares_buffer = not self.options.tied
+        self.shares_buffer = self.options is None or not self.options.tied
         self.parts = ("h", "c") if config.model.name == "lstm" else ("h",)
-        self.data: TextData = opened or open_data(data)
+        self.data: TextData = opened or open_data(data, config.code, text=True)
         self.words: int = len(self.data.vocabulary)
         needed = config.batch_size * (data.bptt + 1)
         if len(self.data.train) < needed:
@@ -73,8 +79,13 @@ class LanguageModel:
         self.val_sha = hashlib.sha256(f"{self.data.sha['valid']} in {data.eval_columns} columns".encode()).hexdigest()
 
     def model(self) -> nn.Module:
-        """A freshly initialised model on the CPU."""
-        return build(self.config, self.words)
+        """A freshly initialised model on the CPU. What one of the user's own draws from PyTorch's generator follows
+        from the seed; it takes the numbers of words int64[time, columns] and gives logits [time, columns, words]."""
+        if self.own is None:
+            return build(self.config, self.words)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(order.key(self.config.seed, "init"))
+            return self.own.build(vocabulary=self.words)
 
     # ---------------------------------------------------------------------- training
 
@@ -121,7 +132,7 @@ class LanguageModel:
             return {
                 name: torch.zeros(shape, device=device) for name in ("hc" if self.config.model.name == "lstm" else "h")
             }
-        if self.options.context == 0:
+        if self.options is None or self.options.context == 0:
             return {}
         return {"tokens": torch.full((self.options.context, size), self._line_end, device=device)}
 
@@ -132,8 +143,8 @@ class LanguageModel:
 
     def touched_rows(self, epoch: int, step: int) -> dict[str, NDArray[np.int64]]:
         """Of an untied embedding, the words of the global batch's window, sorted."""
-        if self.options.tied or not self.recurrent:  # a transformer's context reaches back into earlier windows
-            return {}
+        if self.options is None or self.options.tied or not self.recurrent:
+            return {}  # a transformer's context reaches back into earlier windows
         start = step * self.config.data.bptt
         stop = min(start + self.config.data.bptt, self.columns.shape[1] - 1)
         return {"encoder.weight": np.unique(self.columns[:, start:stop]).astype(np.int64)}
@@ -142,6 +153,14 @@ class LanguageModel:
         self, model: nn.Module, tokens: Tensor, targets: Tensor, state: RecurrentState
     ) -> tuple[Tensor, RecurrentState]:
         """The losses of a window, float32[time * columns], and the state after it."""
+        if self.own is not None:
+            logits = model(tokens)
+            if logits.shape != (*tokens.shape, self.words):
+                raise UserError(
+                    f"model.name: {self.own.name} gives {tuple(logits.shape)} for words {tuple(tokens.shape)}; "
+                    f"expected logits, {(*tokens.shape, self.words)}"
+                )
+            return F.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="none"), {}
         if self.recurrent:
             losses, after = model(tokens, targets, tuple(state[name] for name in self.parts))
             return losses, {name: part.detach() for name, part in zip(self.parts, after, strict=True)}
@@ -228,16 +247,23 @@ class LanguageModel:
     def portable(
         cls, config: ExperimentConfig, described: Mapping[str, Any], weights: Mapping[str, Tensor]
     ) -> Portable:
-        """See engine/workload.py. The model is a graph of PyTorch's layers."""
+        """See engine/workload.py. The model is a graph of PyTorch's layers, or the user's own."""
         vocabulary = list(described["vocabulary"])
-        net = build(config, len(vocabulary))
-        net.load_state_dict(weights)
+        if is_own("model.name", config.model.name, lambda: MODELS):
+            own = OwnModel.open(config, ("vocabulary",))
+            with torch.random.fork_rng(devices=[]):
+                found, build_lines = own.build(vocabulary=len(vocabulary)), own.lines(vocabulary=len(vocabulary))
+            found.load_state_dict(weights)
+        else:
+            net = build(config, len(vocabulary))
+            net.load_state_dict(weights)
+            found, build_lines = plain(net.eval()), []
         return Portable(
-            model=plain(net.eval()),
+            model=found.eval(),
             weights=weights,
             inputs=(torch.zeros(config.data.bptt, 2, dtype=torch.int64),),
             axes=({0: "time", 1: "columns"},),
-            build=(),
+            build=tuple(build_lines),
             about={
                 "task": "language model",
                 "architecture": config.model.name,

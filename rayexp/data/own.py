@@ -1,0 +1,334 @@
+"""A dataset of the user's own: a class or a function, named by reference, that gives images with labels, or text.
+
+It is called with `split="train"` and `split="val"` (text: and `split="test"`), with `root` if it asks for that, and
+with its options. What it gives is packed once into the cache, under the hash of its code, its options, and the files
+below `root`; from then on it is data like any other.
+
+Images: `len(dataset)`, and `dataset[i]` an (image, label). An image is of Pillow's, an array [height, width(, 1 or 3)]
+or a tensor [1 or 3, height, width], of bytes or of floats from 0 to 1; a label counts from 0. Attributes that save time
+or give names: `targets` (the labels), `classes` (a name of each), `names` (a name of each image).
+Text: an iterable of lines; words have white space between them.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from rayexp.config import DataConfig
+from rayexp.config.references import arguments, call, failure, load_component, source_sha, use
+from rayexp.data import ImageData, TextData, pool, text, uses
+from rayexp.data.decode import answer, eight_bits, fit
+from rayexp.data.fetch import FileSource, list_folder
+from rayexp.data.folder_cache import home
+from rayexp.data.pack import Item, PackPlan, done, pack
+from rayexp.data.packed import open_packed
+from rayexp.errors import UserError
+from rayexp.system.cache import cache_dir
+from rayexp.system.disk import write_directory
+
+VERSION = 1  # of what is made of a dataset; part of the key
+CHUNK = 256  # samples whose labels are read in one call
+KEYS = ("root", "image_size")  # of `data`, which a dataset may ask for by name
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What makes the dataset.
+
+    Attributes:
+        name: as it stands in the configuration.
+        config: the section `data`.
+        code: the configuration's `code`.
+    """
+
+    name: str
+    config: DataConfig
+    code: tuple[str, ...] | None
+
+    def component(self) -> Any:
+        """The class or function."""
+        return load_component("data.name", self.name, self.code)
+
+    def make(self, split: str) -> Any:
+        """The dataset of a split (UserError where it cannot be made)."""
+        component = self.component()
+        offered = {key: getattr(self.config, key) for key in KEYS} | {"split": split}
+        given = arguments("data", self.name, component, self.config.options, offered, ("split",))
+        if "split" not in given:
+            raise UserError(f"data.name: {self.name} takes no `split`; it is called with split='train' and split='val'")
+        if "root" in given and given["root"] is None:
+            raise UserError(f"data.root: {self.name} asks for a folder (data.root=DIR)")
+        return call("data.name", self.name, component, given, self.code)
+
+    def key(self, size: int | None) -> str:
+        """sha256 of all that what is packed depends on, without the pixels."""
+        root = self.config.root
+        files = list_folder(root) if root is not None and root.is_dir() else {}
+        parts: list[Any] = [VERSION, self.name, source_sha(self.component(), self.code), self.config.options, size]
+        parts += [str(root), sorted(files.items())]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """For the pool's processes, which import the copy of the code: it may have come from another host."""
+        copy = use(self.code)
+        code = None if copy is None else [str(copy)]
+        return json.dumps({"name": self.name, "config": self.config.model_dump(mode="json"), "code": code})
+
+    @classmethod
+    def from_json(cls, text: str) -> Recipe:
+        """The inverse of `to_json`."""
+        fields = json.loads(text)
+        code = fields["code"] and tuple(fields["code"])
+        return cls(fields["name"], DataConfig.model_validate(fields["config"]), code)
+
+
+@dataclass(frozen=True, slots=True)
+class OwnPlan(PackPlan):
+    """A PackPlan whose decoder is told the recipe instead of a file."""
+
+    recipe: str = ""
+
+    def call(self, part: Sequence[Item]) -> list[Any]:
+        """See PackPlan."""
+        return [self.recipe, [file for file, _, _ in part], [label for _, _, label in part], self.size]
+
+
+def open_data(config: DataConfig, code: Sequence[str] | None, text: bool) -> ImageData | TextData:
+    """The images, or the text, of a dataset of the user's own."""
+    return open_text(config, code) if text else open_images(config, code)
+
+
+def _short(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "_-" else "-" for c in name)[:40]
+
+
+# ---------------------------------------------------------------------- images
+
+
+def open_images(config: DataConfig, code: Sequence[str] | None) -> ImageData:
+    """The images of a dataset of the user's own, packed on first use.
+
+    Raises:
+        UserError: it cannot be imported or made, or a sample is no image with a label; the line says where.
+    """
+    recipe = Recipe(config.name, config, code and tuple(code))  # type: ignore[arg-type]
+    key = recipe.key(config.image_size)
+    packed = home() / f"{_short(config.name)}-{key[:16]}"
+    if not done(packed):
+        pack(packed, lambda: make_plan(recipe, key))
+    data = open_packed(packed, config)
+    uses.hold(packed, data.train.images)
+    return data
+
+
+def make_plan(recipe: Recipe, key: str = "") -> OwnPlan:
+    """Plan how to pack a dataset: its labels and names are read, its images are not.
+
+    Raises:
+        UserError: as `open_images`.
+    """
+    datasets = {split: recipe.make(split) for split in ("train", "val")}
+    labels = {split: _labels(recipe, split, dataset) for split, dataset in datasets.items()}
+    classes = _classes(recipe, datasets["train"], labels)
+    splits = {}
+    for split, dataset in datasets.items():
+        names = [str(name) for name in getattr(dataset, "names", ())] or [
+            f"{split}_{i}" for i in range(len(labels[split]))
+        ]
+        if len(names) != len(labels[split]):
+            raise UserError(
+                f"data.name: {recipe.name} has {len(names)} names and {len(labels[split])} samples ({split})"
+            )
+        splits[split] = [
+            (f"{split}/{i}", name, label) for i, (name, label) in enumerate(zip(names, labels[split], strict=True))
+        ]
+    # Its listing, of which the key is made, stands for the dataset.
+    source = FileSource(Path(recipe.name), "", {recipe.name: (0, int(key or "0", 16))}, url=recipe.name)
+    return OwnPlan(
+        dataset="own",
+        source=source,
+        classes=classes,
+        splits=splits,
+        size=recipe.config.image_size,
+        resize=True,
+        layout=f"{recipe.name}, split train and val",
+        decoder="rayexp.data.own:decode",
+        recipe=recipe.to_json(),
+    )
+
+
+def _labels(recipe: Recipe, split: str, dataset: Any) -> list[int]:
+    """The labels of a split: its `targets`, or what its samples say."""
+    try:
+        count = len(dataset)
+    except TypeError:
+        raise UserError(
+            f"data.name: {recipe.name} gives a {type(dataset).__name__} for split={split!r}; expected a dataset with "
+            "__len__ and __getitem__"
+        ) from None
+    if not count:
+        raise UserError(f"data.name: {recipe.name} has no samples for split={split!r}")
+    _check_repeats(recipe, split, dataset)
+    if (targets := getattr(dataset, "targets", None)) is not None:
+        labels = [_label(recipe, split, i, value) for i, value in enumerate(targets)]
+        if len(labels) != count:
+            raise UserError(f"data.name: {recipe.name} has {len(labels)} targets and {count} samples ({split})")
+        return labels
+    text = recipe.to_json()
+    calls = [[text, split, start, min(count, start + CHUNK)] for start in range(0, count, CHUNK)]
+    found = pool.ordered("rayexp.data.own:labels", iter(calls), min(pool.cores(), len(calls)))
+    return [int(label) for part in found for label in np.frombuffer(part, np.int64)]
+
+
+def _check_repeats(recipe: Recipe, split: str, dataset: Any) -> None:
+    """Refuse a dataset that gives another image when asked again."""
+    first, second = (np.asarray(_picture(recipe, split, 0, _sample(recipe, split, dataset, 0)[0])) for _ in range(2))
+    if not np.array_equal(first, second):
+        raise UserError(
+            f"data.name: {recipe.name} gives another image when sample 0 of {split} is read again; images are packed "
+            "once, and what is random belongs into data.augment"
+        )
+
+
+def _classes(recipe: Recipe, dataset: Any, labels: Mapping[str, list[int]]) -> tuple[tuple[str, str], ...]:
+    """(id, name) of each class, by the dataset's `classes`, else the labels' numbers."""
+    most = max(max(of) for of in labels.values()) + 1
+    given = getattr(dataset, "classes", None)
+    if given is None:
+        return tuple((str(i), str(i)) for i in range(max(2, most)))
+    names = [(str(one), str(one)) if isinstance(one, str) else tuple(map(str, one)) for one in given]
+    if len(names) < most or len(names) < 2 or any(len(one) != 2 for one in names):
+        raise UserError(f"data.name: {recipe.name} has {len(names)} classes, and labels up to {most - 1}")
+    return tuple((one[0], one[1]) for one in names)
+
+
+def labels(recipe: str, split: str, start: int, stop: int) -> bytes:
+    """The labels of some samples, int64, in the pool."""
+    made, dataset = _made(recipe, split)
+    found = [_label(made, split, i, _sample(made, split, dataset, i)[1]) for i in range(start, stop)]
+    return np.array(found, np.int64).tobytes()
+
+
+def decode(recipe: str, names: list[str], labels: list[int], size: int) -> bytes:
+    """The pixels of some samples, in the pool (see decode.decode); names are `train/17`."""
+    pixels = np.empty((len(names), size, size, 3), np.uint8)
+    for row, (name, label) in enumerate(zip(names, labels, strict=True)):
+        split, _, number = name.partition("/")
+        made, dataset = _made(recipe, split)
+        image, found = _sample(made, split, dataset, int(number))
+        if _label(made, split, int(number), found) != label:
+            raise UserError(
+                f"data.name: {made.name}: sample {number} of {split} has the label {found}, its targets say {label}"
+            )
+        pixels[row] = np.asarray(fit(_picture(made, split, int(number), image), size))
+    return answer(pixels)
+
+
+@functools.lru_cache(maxsize=2)
+def _made(recipe: str, split: str) -> tuple[Recipe, Any]:
+    made = Recipe.from_json(recipe)
+    return made, made.make(split)
+
+
+def _sample(recipe: Recipe, split: str, dataset: Any, number: int) -> tuple[Any, Any]:
+    try:
+        image, label = dataset[number]
+    except Exception as error:
+        why = failure(error, recipe.code)
+        raise UserError(
+            f"data.name: {recipe.name}: sample {number} of {split} cannot be read as (image, label) ({why})"
+        ) from error
+    return image, label
+
+
+def _label(recipe: Recipe, split: str, number: int, value: Any) -> int:
+    try:
+        label = operator.index(value)
+    except TypeError:
+        label = -1
+    if label < 0:
+        raise UserError(
+            f"data.name: {recipe.name}: sample {number} of {split} has the label {value!r}; expected a number from 0"
+        )
+    return label
+
+
+def _picture(recipe: Recipe, split: str, number: int, image: Any) -> Image.Image:
+    """A sample's image in RGB."""
+    try:
+        if not isinstance(image, Image.Image):
+            image = Image.fromarray(_bytes(image))
+        return eight_bits(image).convert("RGB")
+    except (ValueError, TypeError) as error:
+        raise UserError(f"data.name: {recipe.name}: sample {number} of {split} is no image ({error})") from error
+
+
+def _bytes(image: Any) -> NDArray[np.uint8]:
+    """An array or a tensor as uint8[height, width(, 3)]."""
+    if hasattr(image, "detach"):  # a tensor of PyTorch's
+        array = image.detach().cpu().numpy()
+        if array.ndim == 3:
+            array = np.moveaxis(array, 0, -1)
+    else:
+        array = np.asarray(image)
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)) or 0 in array.shape:
+        raise ValueError(f"shape {np.shape(image)}; expected height x width, with 1 or 3 channels (a tensor: in front)")
+    if array.dtype.kind == "f":
+        if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
+            raise ValueError("floats outside of 0 to 1")
+        array = np.rint(array * 255).astype(np.uint8)
+    if array.dtype != np.uint8:
+        raise ValueError(f"{array.dtype}; allowed: uint8, or floats from 0 to 1")
+    return np.ascontiguousarray(array)
+
+
+# ---------------------------------------------------------------------- text
+
+
+def open_text(config: DataConfig, code: Sequence[str] | None) -> TextData:
+    """The text of a dataset of the user's own, encoded on first use; the vocabulary is that of `train`.
+
+    Raises:
+        UserError: it cannot be imported or made, or gives no lines of text.
+    """
+    recipe = Recipe(config.name, config, code and tuple(code))  # type: ignore[arg-type]
+    packed = cache_dir() / "text" / f"{_short(config.name)}-{recipe.key(None)[:16]}"
+    if not done(packed):
+        splits = {
+            to: text.words("\n".join(_lines(recipe, split)), f"{recipe.name}, split {split}") for to, split in _TEXT
+        }
+        vocabulary, tokens = text.encode(splits, known=("train",))
+        write_directory(packed, text.packed_files("own", vocabulary, tokens))
+    return text.read_packed(packed, config)
+
+
+_TEXT = (("train", "train"), ("valid", "val"), ("test", "test"))
+
+
+def _lines(recipe: Recipe, split: str) -> list[str]:
+    made = recipe.make(split)
+    try:
+        lines = list(made)
+    except Exception as error:
+        raise UserError(
+            f"data.name: {recipe.name}: the lines of {split} cannot be read ({failure(error, recipe.code)})"
+        ) from error
+    for number, line in enumerate(lines):
+        if not isinstance(line, str):
+            raise UserError(
+                f"data.name: {recipe.name}: line {number} of {split} is {type(line).__name__}; expected lines of text"
+            )
+    return [part for line in lines for part in line.removesuffix("\n").split("\n")]
