@@ -41,5 +41,5 @@ def check(
             f"REFUSED with reduction {contract.reduction}: {counted(len(contract.refused), 'breach')} (tried: {tried})"
         )
     else:
-        tell(f"kept: {experiment.model.name} can be trained with reduction {contract.reduction} (tried: {tried})")
+        tell(f"kept: {experiment.subject} can be trained with reduction {contract.reduction} (tried: {tried})")
     raise typer.Exit(1 if contract.refused else 0)

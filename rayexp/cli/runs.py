@@ -14,6 +14,7 @@ from rayexp.display import NOT_FINITE, counted, figure, short
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from rayexp.config import ExperimentConfig
     from rayexp.grid.comparison import Comparison
     from rayexp.runs.run import Run
 
@@ -182,7 +183,7 @@ def _show(run: Run, as_json: bool) -> None:
         "path": run.root,
         "status": run.status(),
         "error": meta.get("error"),
-        "workload": f"{meta.get('workload')}, {run.config().model.name}, data {run.config().data.name}",
+        "workload": _workload(run.config()),
         "where": _where(meta),
         "created": meta.get("created"),
         "finished": meta.get("finished"),
@@ -212,6 +213,12 @@ def _show(run: Run, as_json: bool) -> None:
         ],
         drop=("workers", "samples/s", "lr", "step", "seconds", *list(names)[:0:-1]),
     )
+
+
+def _workload(config: ExperimentConfig) -> str:
+    """`image_classification, resnet18, data shapes`; a workload of the user's own may have neither model nor data."""
+    names = [config.workload, config.subject, f"data {config.data.name}"]
+    return ", ".join(names if config.subject != config.workload else names[:1])
 
 
 def _where(meta: dict[str, Any]) -> str | None:

@@ -44,7 +44,7 @@ def summary(
         print_json({"layers": [dataclasses.asdict(layer) for layer in inner], "total": dataclasses.asdict(whole)})
         return
     example = workload.example()[0]
-    tell(f"{experiment.model.name}, input {_input(tuple(example.shape), workload.batch_dim)}")
+    tell(f"{experiment.subject}, input {_input(tuple(example.shape), workload.batch_dim)}")
     print_table(
         [
             {

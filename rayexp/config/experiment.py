@@ -363,6 +363,11 @@ class ExperimentConfig(Section):
         return self
 
     @property
+    def subject(self) -> str:
+        """What is trained, in a word: the model; a workload of the user's own, which may name no model."""
+        return self.model.name if self.workload in WORKLOADS else self.workload
+
+    @property
     def allowed_workers(self) -> list[int]:
         """The numbers of workers (besides 0) that divide `shards`."""
         return [n for n in range(1, self.shards + 1) if self.shards % n == 0]

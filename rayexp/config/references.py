@@ -29,7 +29,8 @@ from rayexp.config.components import GROUPS, entry_points, is_file, is_reference
 from rayexp.config.fields import explain
 from rayexp.errors import UserError, nearest
 from rayexp.system.cache import cache_dir
-from rayexp.system.disk import write_directory
+from rayexp.system.disk import naming, write_directory
+from rayexp.system.locks import locked
 
 SHOWN = 8  # names listed in an error
 
@@ -90,8 +91,11 @@ def use(entries: Sequence[str] | None) -> Path | None:
     if sha == _IN_USE.sha and _IN_USE.root is not None and _whole(_IN_USE.root, files):
         return _IN_USE.root
     root = cache_dir() / "code" / sha[:32]
-    if not _whole(root, files):
-        write_directory(root, dict(files))
+    with naming(root):
+        root.parent.mkdir(parents=True, exist_ok=True)
+        with locked(root.parent / f"{root.name}.lock"):  # workers of one host begin at the same time
+            if not _whole(root, files):
+                write_directory(root, dict(files))
     _forget()
     _IN_USE.root, _IN_USE.sha = root, sha
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):

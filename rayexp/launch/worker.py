@@ -74,8 +74,8 @@ def work(
     """
     entered = time.monotonic()
     config = job.config
-    if config.code:
-        provide(config.code, writer.code())
+    if config.code and (code := writer.code()):
+        provide(config.code, code)
     try:
         with runtime.configure(config, device, config.shards // world, job.cpus) as configured:
             workload = workloads.open_workload(config)

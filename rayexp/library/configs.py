@@ -9,7 +9,16 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rayexp.config import CompareConfig, ExperimentConfig, find_config, load, parse, refuse_contradictions, yaml_tree
+from rayexp.config import (
+    CompareConfig,
+    ExperimentConfig,
+    code,
+    find_config,
+    load,
+    parse,
+    refuse_contradictions,
+    yaml_tree,
+)
 from rayexp.errors import UserError
 
 Config = str | PathLike[str] | Mapping[str, Any] | ExperimentConfig
@@ -50,6 +59,12 @@ def read(config: Config | CompareConfig, overrides: Overrides, kind: type[KindT]
     changed = copy.deepcopy(dict(tree))
     for word in words:
         yaml_tree.set_override(changed, word, kind)
+    if (
+        kind is ExperimentConfig
+    ):  # references to files count from the working directory; those of one that is, are known
+        keys = [word.partition("=")[0] for word in words] if isinstance(config, kind) else None
+        code.anchor(changed, Path.cwd(), keys)
+        code.settle(changed, Path.cwd(), "config")
     parsed = parse(changed, kind, "config")
     if isinstance(parsed, ExperimentConfig):
         refuse_contradictions(parsed, "config")

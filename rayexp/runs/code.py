@@ -17,13 +17,9 @@ from rayexp.system.disk import inside, write_directory
 SHOWN = 5  # files named in an error
 
 
-def keep_code(root: Path, config: ExperimentConfig) -> dict[str, Any]:
-    """Copy the code of a configuration into a run's directory; returns what run.json says of it: nothing without code.
-
-    Raises:
-        UserError: a file is not there, or it is too much.
-    """
-    if not (files := read_code(config.code)):
+def keep_code(root: Path, files: Mapping[str, bytes]) -> dict[str, Any]:
+    """Copy code into a run's directory; returns what run.json says of it: nothing without code."""
+    if not files:
         return {}
     write_directory(root / FOLDER, files)
     hashes = {name: digest(data) for name, data in files.items()}

@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 
 from rayexp.config import ExperimentConfig, read
-from rayexp.config.code import FOLDER
+from rayexp.config.code import FOLDER, read_code
 from rayexp.errors import UserError
 from rayexp.runs.code import keep_code
 from rayexp.runs.manifest import broken, digest, file_fault, read_meta
@@ -62,11 +62,12 @@ class Run:
         """Make a fresh run directory under `config.storage_path`, with run.json (status `running`) and config.yaml.
 
         Raises:
-            UserError: the directory cannot be made.
+            UserError: the directory cannot be made, or code that is to travel is not there.
         """
         config = config.absolute()
+        files = read_code(config.code)
         run = cls(make_directory(config.storage_path, config.name))
-        code, text = keep_code(run.root, config), config.to_yaml(FOLDER)
+        code, text = keep_code(run.root, files), config.to_yaml(FOLDER)
         write_atomic(run.config_path, text)
         meta = {
             "layout": LAYOUT,

@@ -262,7 +262,7 @@ class RunWriter:
             return
         config = self.run.config()
         hyperparameters = {
-            "model": config.model.name,
+            "model": config.subject,
             "batch_size": config.batch_size,
             "lr": config.lr,
             "weight_decay": config.weight_decay,

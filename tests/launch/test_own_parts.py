@@ -191,7 +191,7 @@ def test_what_is_no_workload_is_told_in_a_line(tmp_path: Path, text: str, line: 
         (["train", "mine/own_model.yaml", "--dry-run"], "own_model.py:SmallNet"),
         (["summary", "mine/own_model.yaml"], "features.0"),
         (["summary", "mine/own_model.yaml", "--classes", "7"], "231"),
-        (["summary", "mine/own_workload.yaml"], "Linear"),
+        (["summary", "mine/own_workload.yaml"], "own_workload.py:Regression, input 3"),
         (["data", "info", "mine/own_dataset.py:Spots"], "600 train and 150 val images of 3 classes"),
     ],
 )
@@ -228,3 +228,11 @@ def test_the_examples_train(mine: Path) -> None:
     ):
         made = run(load(mine / f"{name}.yaml", overrides), argv=[])
         assert made.status() == "done"
+
+
+def test_where_the_code_is_gone_no_run_is_begun(mine: Path, tmp_path: Path) -> None:
+    config = load(mine / "own_workload.yaml", NUMBERS)
+    shutil.rmtree(mine)
+    with pytest.raises(UserError, match=r"^code: .*mine/\*\*/\*.py: no such file or folder"):
+        run(config, argv=[])
+    assert not (tmp_path / "runs").exists()

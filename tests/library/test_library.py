@@ -214,3 +214,12 @@ def test_predict_answers_for_arrays_pictures_and_files(runs: Path, pictures: Run
         rayexp.predict(pictures, np.zeros((3, 3)))
     with pytest.raises(UserError, match="a language model reads lines of text, got int"):
         rayexp.predict("words@1", [3], runs=runs)
+
+
+def test_a_model_of_ones_own_is_named_relative_to_where_one_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "net.py").write_text("")
+    monkeypatch.chdir(tmp_path)
+    config = rayexp.load_config({"model": {"name": "./net.py:Net", "width": 3}}, {"epochs": 2})
+    assert (config.model.name, config.code) == ("net.py:Net", (f"{tmp_path}/**/*.py",))
+    monkeypatch.chdir("/")  # one that is a configuration already knows where its code lies
+    assert rayexp.load_config(config, {"epochs": 2}) == config
