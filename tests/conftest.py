@@ -271,7 +271,7 @@ class Makes:
                 right = arrays["top5"] == arrays["label"][:, None]
                 metrics = {"acc1": 100 * float(right[:, 0].mean()), "acc5": 100 * float(right.any(1).mean())}
             else:
-                metrics = {"ppl": float(np.exp(loss))}
+                metrics = {"ppl": float(np.exp(loss))} if kind == "tokens" else {}
             record = {
                 "epoch": epoch, "step": epoch, "train_loss": loss, "val_loss": loss, **metrics, "lr": 0.1,
                 "samples_per_second": 1.0, "seconds": {"total": 1.0}, "weights_sha": sha,
@@ -311,6 +311,21 @@ class Makes:
         }  # fmt: skip
         config = {"data": {"name": "python_docs"}}
         return self._run("language_model", epochs, "tokens", data, name, config, data_sha, weights)
+
+    def samples(
+        self, epochs, *, name="regression", names=None, unit="samples", goals=None, data_sha="f" * 64, config=None
+    ):
+        """A run of a foreign workload whose epochs have these losses, or these arrays."""
+        made = [
+            x if isinstance(x, dict) else {"index": np.arange(len(x)), "loss": np.asarray(x, dtype=np.float32)}
+            for x in epochs
+        ]
+        n = len(made[0]["loss"])
+        data = {"kind": "samples", "train_samples": n, "val_samples": n, "train_sha": "t" * 64, "val_sha": data_sha}
+        data |= {"val_names": names} if names else {}
+        run = self._run("image_classification", made, "samples", data, name, config, data_sha, None)
+        run.update(unit=unit, kind="samples", goals={"val_loss": "min"} if goals is None else goals)
+        return run
 
     def random_images(self, n, classes, epochs, seed=0, **more):
         """A run that gets better from epoch to epoch and changes its mind less and less."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from rayexp.cli._app import app, main
 from rayexp.cli import (  # noqa: F401  (in the order of --help)
-    quickstart, configs, data, check, train, verify, audit, runs, summary, doctor, diff, evaluate, predict, generate,
-    export, compare, cluster,
+    quickstart, configs, data, check, train, verify, audit, runs, summary, doctor, diff, noise, evaluate, predict,
+    generate, export, compare, cluster,
 )  # fmt: skip
 
 __all__ = ["app", "main"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
+from rayexp.cli._diff_more import p_value, show_samples
 from rayexp.cli._output import print_table, tell, terminal_width
 from rayexp.cli._table import table
 from rayexp.display import NOT_FINITE, counted, figure, short
@@ -12,6 +13,8 @@ from rayexp.display import NOT_FINITE, counted, figure, short
 if TYPE_CHECKING:
     from rayexp.diff.churn import ChurnReport
     from rayexp.diff.images_report import ImagesReport
+    from rayexp.diff.report import Report
+    from rayexp.diff.samples import SamplesReport
     from rayexp.diff.text import TextReport
     from rayexp.diff.weights import WeightsReport
 
@@ -20,14 +23,35 @@ MATRIX_EPOCHS = 24  # a wider matrix does not fit a terminal
 LISTED_EPOCHS = 60  # of longer runs, as many are listed, evenly spread
 
 
-def show(report: ImagesReport | TextReport, limit: int) -> None:
-    """Everything but the verdict."""
+def show(report: Report, limit: int) -> None:
+    """Everything but noise, slices, weights and the verdict."""
     from rayexp.diff.images_report import ImagesReport
+    from rayexp.diff.samples import SamplesReport
 
     if isinstance(report, ImagesReport):
         show_images(report, limit)
+    elif isinstance(report, SamplesReport):
+        _show_samples(report, limit)
     else:
         show_text(report, limit)
+
+
+def _show_samples(report: SamplesReport, limit: int) -> None:
+    r = report
+    if _same(r):
+        return
+    sides = zip("AB", r.loss, (r.a, r.b), strict=True)
+    print_table(
+        [
+            {"": side, "loss": loss, **{k: v[i] for k, v in r.metrics.items()}, "checkpoint": checkpoint.name}
+            for i, (side, loss, checkpoint) in enumerate(sides)
+        ],
+        f"{r.n:,} validation {r.unit}",
+        drop=tuple(r.metrics),
+    )
+    _changes(r)
+    _not_finite(r, r.unit)
+    show_samples(r, limit)
 
 
 def show_images(report: ImagesReport, limit: int) -> None:
@@ -45,25 +69,18 @@ def show_images(report: ImagesReport, limit: int) -> None:
     )
     _changes(r)
     low, high = r.interval
-    tell(f"acc1 {r.difference:+.2f} points, 95 % interval {low:+.2f} to {high:+.2f}; {_p(r.mcnemar_p)} (exact McNemar)")
+    said = f"acc1 {r.difference:+.2f} points, 95 % interval {low:+.2f} to {high:+.2f}"
+    tell(f"{said}; {p_value(r.mcnemar_p)} (exact McNemar)")
     if r.detectable is None:
         tell("with so few images judged differently, no difference could be told from chance with 80 % power")
     else:
         tell(f"a true difference of {r.detectable:.2f} points would be found by this test with 80 % power at this n")
-    print_table(
-        [
-            {"": "A right", "B right": f"{r.both_right:,}", "B wrong": f"{r.lost:,} lost"},
-            {
-                "": "A wrong",
-                "B right": f"{r.gained:,} gained",
-                "B wrong": f"{r.both_wrong:,}, {r.other_wrong:,} of them wrong in another way",
-            },
-        ]
-    )
+    print_table(_pairs(r))
     _not_finite(r, "images")
     tell(f"churn {100 * r.churn / r.n:.1f} %: {r.churn:,} predictions changed")
     for kind, (a, b) in r.confidence.items():
-        tell(f"  {KIND[kind]:<12} {r.count(kind):>7,}   median confidence A {a:.2f}, B {b:.2f}")
+        sure = f"median confidence A {figure(a, '.2f')}, B {figure(b, '.2f')}"
+        tell(f"  {KIND[kind]:<12} {r.count(kind):>7,}   {sure}")
     if not r.flips:
         return
     tell()
@@ -72,9 +89,21 @@ def show_images(report: ImagesReport, limit: int) -> None:
     _list(r, limit)
 
 
+def _pairs(r: ImagesReport) -> list[dict[str, str]]:
+    """What A and B make of the images: right, wrong, or not finite where there are such."""
+    cells = [[f"{count:,}" for count in row] for row in r.table]
+    cells[0][1] += " lost"
+    cells[1][0] += " gained"
+    cells[1][1] += f", {r.other_wrong:,} of them wrong in another way"
+    states = ["right", "wrong", *([NOT_FINITE] if r.broken else [])]
+    return [
+        {"": f"A {was}", **{f"B {now}": cells[i][j] for j, now in enumerate(states)}} for i, was in enumerate(states)
+    ]
+
+
 def _classes(r: ImagesReport) -> None:
     surely = sum(c.adjusted_p < 0.05 for c in r.classes)
-    moved = [c for c in r.classes if c.gained != c.lost]
+    moved = [c for c in r.classes if c.gained != c.lost or c.not_finite]
     shown = moved if len(moved) <= 10 else [*moved[:5], *moved[-5:]]
     if not shown:
         return
@@ -87,6 +116,7 @@ def _classes(r: ImagesReport) -> None:
             "B right": c.right_b,
             "lost": c.lost,
             "gained": c.gained,
+            **({NOT_FINITE: c.not_finite} if r.broken else {}),
             "adjusted p": f"{c.adjusted_p:.2g}",
         }
         for c in shown
@@ -144,15 +174,18 @@ def show_text(report: TextReport, limit: int) -> None:
     if not r.broken:
         line += f" ({figure(100 * (r.ratio - 1), '+.2f')} %)"
     if r.ratio_interval and r.paired_p is not None:
-        line += f", 95 % interval {_span(r.ratio_interval, '.4f')}; {_p(r.paired_p)} (sign flips of {r.unit})"
+        line += f", 95 % interval {_span(r.ratio_interval, '.4f')}; {p_value(r.paired_p)} (sign flips of {r.unit})"
     elif not r.broken:
         line += "; the text is too short for an interval"
     tell(line)
     _not_finite(r, "tokens")
     also = ", or are not finite" if r.broken else ""
     tell(f"churn {100 * r.churn / r.n:.1f} %: {r.churn:,} tokens got more than twice or less than half of A's{also}")
-    tell(f"  lost   {r.lost:>9,}")
-    tell(f"  gained {r.gained:>9,}\n")
+    tell(f"  lost       {r.lost:>9,}")
+    tell(f"  gained     {r.gained:>9,}")
+    if r.broken:
+        tell(f"  {NOT_FINITE} {r.broken:>9,}")
+    tell()
     if not r.churn and r.ratio == 1:
         return
     worse = [w for w in r.words[:limit] if w.total > 0]
@@ -166,13 +199,19 @@ def show_text(report: TextReport, limit: int) -> None:
                 ],
                 f"{title}, by their part in the total",
             )
+    broken = sorted((w for w in r.words if w.not_finite), key=lambda w: -w.not_finite)[:limit]
+    if broken:
+        print_table(
+            [{"word": w.word, "count": w.count, NOT_FINITE: w.not_finite} for w in broken],
+            "words without a finite loss; they are in no sum",
+        )
 
 
 def show_churn(report: ChurnReport) -> None:
     """The answer, the epochs, and the matrix where it fits."""
     r = report
     tell(r.answer())
-    counts = ("forgotten", "learned") if r.kind == "images" else ("halved", "doubled")
+    counts = r.events
     every = max(1, -(-len(r.epochs) // LISTED_EPOCHS))
     listed = [e for i, e in enumerate(r.epochs) if i % every == 0 or e is r.epochs[-1]]
     broken = any(e.not_finite for e in r.epochs)
@@ -230,14 +269,21 @@ def show_weights(report: WeightsReport, limit: int) -> None:
             tell(f"only in {side} (or in another shape): {', '.join(names[:limit])}")
 
 
-def show_verdict(report: ImagesReport | TextReport) -> None:
+def show_verdict(report: Report) -> None:
     """The last line, for people and for CI logs."""
+    from rayexp.diff.images_report import ImagesReport
+    from rayexp.diff.samples import SamplesReport
+
     if report.ruling:
-        unit = "points of acc1" if hasattr(report, "acc1") else "percent of perplexity"
+        unit = "percent of perplexity"
+        if isinstance(report, ImagesReport):
+            unit = "points of acc1"
+        elif isinstance(report, SamplesReport):
+            unit = f"percent of {report.goal[0]}"
         tell(f"{report.ruling.word}: allowed to get worse by {report.max_drop:g} {unit}; {report.ruling.why}")
 
 
-def _changes(report: ImagesReport | TextReport) -> None:
+def _changes(report: Report) -> None:
     """In what the two runs' configurations differ."""
     from rayexp.diff.pair import config_changes
 
@@ -246,7 +292,7 @@ def _changes(report: ImagesReport | TextReport) -> None:
         tell("configurations differ in " + ", ".join(f"{key} ({a} and {b})" for key, a, b in changes))
 
 
-def _same(report: ImagesReport | TextReport) -> bool:
+def _same(report: Report) -> bool:
     """Say so where both are one model, and whether there is nothing else to say."""
     if report.same_model:
         tell(f"these are the same model: both weights_sha are {short(report.a.weights_sha)}")
@@ -257,7 +303,7 @@ def _same(report: ImagesReport | TextReport) -> bool:
     return False
 
 
-def _not_finite(report: ImagesReport | TextReport, things: str) -> None:
+def _not_finite(report: Report, things: str) -> None:
     a, b = report.not_finite
     if report.broken:
         tell(f"NOT FINITE: {a:,} of the {things} in A, {b:,} in B; they differ from everything and are never right")
@@ -265,7 +311,3 @@ def _not_finite(report: ImagesReport | TextReport, things: str) -> None:
 
 def _span(interval: tuple[float, float], form: str) -> str:
     return " to ".join(figure(limit, form) for limit in interval)
-
-
-def _p(value: float) -> str:
-    return f"p = {value:.2g}" if value >= 1e-300 else "p < 1e-300"

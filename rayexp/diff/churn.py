@@ -1,7 +1,8 @@
 """When did the model stop changing its mind? Churn between the epochs of a run.
 
 Images: the share of validation images with another top-1 prediction. Language: the share of tokens whose probability
-more than doubled or halved (see `text`). A sample without a finite output is judged differently from every other.
+more than doubled or halved. Samples: the share whose loss moved by more than a tenth of the median. A sample without a
+finite output is judged differently from every other (the rule: `changes`).
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rayexp.diff.changes import UNCHANGED, Judgements, default_tolerance, tally
+from rayexp.diff.documents import perplexity
 from rayexp.diff.pair import Checkpoint, check, top1
-from rayexp.diff.text import FACTOR
 from rayexp.display import plain
 from rayexp.errors import UserError
 from rayexp.runs.records import Predictions
@@ -30,12 +32,12 @@ class EpochChurn:
 
     Attributes:
         epoch: counts from 1.
-        metric: acc1 in percent, or perplexity.
+        metric: acc1 in percent, perplexity, or the mean loss.
         changed: judged differently from the epoch before; None for the first.
         to_last: judged differently from the last epoch.
         settled: judged as in the last epoch from here on, without a break.
         forgotten: images right in the epoch before and wrong now (a forgetting event: M. Toneva et al., ICLR 2019);
-            language: tokens whose probability halved. None for the first.
+            language: tokens whose probability halved; samples: whose loss rose. None for the first.
         learned: the reverse.
         not_finite: samples without a finite output; in no other count.
     """
@@ -55,6 +57,7 @@ class ChurnReport:
     """Churn of a run.
 
     Attributes:
+        tolerance: by how much a loss must move to count; 0 for images.
         epochs: all of them.
         matrix: float64[k, k] in percent, symmetric, zero on the diagonal but for samples that are not finite.
         sampled: the k epochs of the matrix: all, or as many as allowed, spread evenly from the first to the last.
@@ -63,14 +66,29 @@ class ChurnReport:
     run: Run
     kind: str
     n: int
+    tolerance: float
     epochs: tuple[EpochChurn, ...]
     matrix: NDArray[np.float64]
     sampled: tuple[int, ...]
 
     @property
     def metric_name(self) -> str:
-        """`acc1` or `ppl`."""
-        return "acc1" if self.kind == "images" else "ppl"
+        """`acc1`, `ppl` or `val_loss`."""
+        return {"images": "acc1", "tokens": "ppl"}.get(self.kind, "val_loss")
+
+    @property
+    def events(self) -> tuple[str, str]:
+        """What `forgotten` and `learned` are called."""
+        return {"images": ("forgotten", "learned"), "tokens": ("halved", "doubled")}.get(self.kind, ("lost", "gained"))
+
+    @property
+    def rule(self) -> str:
+        """When a judgement counts as changed, as a sentence."""
+        if self.kind == "images":
+            return "An image changed where its top-1 prediction did."
+        if self.kind == "tokens":
+            return "A token changed where its probability more than doubled or halved."
+        return f"A sample changed where its loss moved by more than {self.tolerance:.3g}, a tenth of the last median."
 
     @property
     def settled_epoch(self) -> int | None:
@@ -91,7 +109,7 @@ class ChurnReport:
     def answer(self) -> str:
         """One sentence."""
         first, last, when = self.epochs[0], self.epochs[-1], self.settled_epoch
-        things = "images" if self.kind == "images" else "tokens"
+        things = self.kind
         if first is last:
             return f"There is one epoch only, so there is nothing to compare ({self.n:,} {things})."
         if when is None:
@@ -115,7 +133,13 @@ class ChurnReport:
         for e in self.epochs:
             row = {name: getattr(e, name) for name in e.__slots__ if name != "metric"}
             rows.append({"epoch": e.epoch, self.metric_name: e.metric, **row})
-        head = {"kind": self.kind, "run": self.run.id, "n": self.n, "settled_epoch": self.settled_epoch}
+        head = {
+            "kind": self.kind,
+            "run": self.run.id,
+            "n": self.n,
+            "tolerance": self.tolerance,
+            "settled_epoch": self.settled_epoch,
+        }
         matrix = {
             "matrix_epochs": self.sampled,
             "epochs_left_out": len(self.epochs) - len(self.sampled),
@@ -138,19 +162,22 @@ def diff_all(run: Run, epochs: list[int], limit: int = MATRIX_EPOCHS) -> ChurnRe
     if not epochs:
         raise UserError(f"{run.id}: no epoch has finished")
     sampled = _spread(epochs, limit)
-    held: dict[int, NDArray[np.float32]] = {}
+    held: dict[int, Judgements] = {}
     rows: list[EpochChurn] = []
-    after: Predictions | None = None
+    kind, tolerance = "", 0.0
     for epoch, p in _backwards(run, epochs):
-        judged = _judgements(p)
-        if after is None:
-            tolerance = FACTOR if p.kind == "tokens" else 0.0
-            final, kept = judged, np.ones(len(judged), dtype=bool)
-        else:
-            lost, gained = _events(p, after)
-            changed = _percent(_differ(judged, _judgements(after), tolerance))
-            rows[-1] = replace(rows[-1], changed=changed, forgotten=lost, learned=gained)
-        unlike = _differ(judged, final, tolerance)
+        if not rows:
+            kind, tolerance = p.kind, default_tolerance(p, p)
+            final = after = Judgements.of(p, tolerance)
+            kept = np.ones(len(p), dtype=bool)
+        judged = Judgements.of(p, tolerance)
+        if rows:
+            changes = judged.changes(after)
+            counts = tally(changes)
+            rows[-1] = replace(
+                rows[-1], changed=_percent(changes != UNCHANGED), forgotten=counts["lost"], learned=counts["gained"]
+            )
+        unlike = judged.changes(final) != UNCHANGED
         kept &= ~unlike
         rows.append(
             EpochChurn(
@@ -166,12 +193,12 @@ def diff_all(run: Run, epochs: list[int], limit: int = MATRIX_EPOCHS) -> ChurnRe
         )
         if epoch in sampled:
             held[epoch] = judged
-        after = p
+        after = judged
     matrix = np.zeros((len(sampled), len(sampled)))
     for i, first in enumerate(sampled):
         for j, second in enumerate(sampled[: i + 1]):
-            matrix[i, j] = matrix[j, i] = _percent(_differ(held[first], held[second], tolerance))
-    return ChurnReport(run, p.kind, len(final), tuple(rows[::-1]), matrix, sampled)
+            matrix[i, j] = matrix[j, i] = _percent(held[first].changes(held[second]) != UNCHANGED)
+    return ChurnReport(run, kind, len(kept), tolerance, tuple(rows[::-1]), matrix, sampled)
 
 
 def _spread(epochs: list[int], limit: int) -> tuple[int, ...]:
@@ -190,36 +217,12 @@ def _backwards(run: Run, epochs: list[int]) -> Iterator[tuple[int, Predictions]]
         yield epoch, checkpoint.predictions
 
 
-def _judgements(p: Predictions) -> NDArray[np.float32]:
-    """Images: the class as a number. Tokens: the loss. NaN, which differs from itself, where the output is not finite.
-
-    Args:
-        p: of n samples.
-    """
-    judged = p["top5"][:, 0] if p.kind == "images" else p["loss"]
-    return np.where(p.finite, judged, np.nan).astype(np.float32)
-
-
-def _differ(a: NDArray[np.float32], b: NDArray[np.float32], tolerance: float) -> NDArray[np.bool_]:
-    return np.asarray(~(np.abs(a - b) <= tolerance))
-
-
 def _percent(mask: NDArray[np.bool_]) -> float:
     return 100 * np.count_nonzero(mask) / len(mask)
-
-
-def _events(before: Predictions, after: Predictions) -> tuple[int, int]:
-    """How many finite samples were forgotten and learned."""
-    whole = before.finite & after.finite
-    if before.kind == "images":
-        was, now = top1(before) == before["label"], top1(after) == after["label"]
-        return int((was & ~now)[whole].sum()), int((~was & now)[whole].sum())
-    change = after["loss"][whole] - before["loss"][whole]
-    return int((change > FACTOR).sum()), int((change < -FACTOR).sum())
 
 
 def _metric(p: Predictions) -> float:
     if p.kind == "images":
         return 100 * float((top1(p) == p["label"]).mean())
-    with np.errstate(over="ignore"):
-        return float(np.exp(np.float64(p["loss"].mean(dtype=np.float64))))
+    loss = p["loss"].mean(dtype=np.float64)
+    return perplexity(loss) if p.kind == "tokens" else float(loss)

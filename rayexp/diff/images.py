@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rayexp.diff.images_report import KINDS, ClassChange, Flip, ImagesReport, Move
+from rayexp.diff.changes import KINDS, UNCHANGED, Judgements, tally
+from rayexp.diff.images_report import ClassChange, Flip, ImagesReport, Move
 from rayexp.diff.pair import Checkpoint, check, equal, top1
 from rayexp.diff.statistics import adjust, detectable_difference, difference_interval, mcnemar
 from rayexp.display import short_names
@@ -27,18 +28,17 @@ def diff_images(a: Checkpoint, b: Checkpoint) -> ImagesReport:
     if not np.array_equal(label, q["label"]):
         raise UserError(f"{a.name} and {b.name} disagree on the true labels of the same data; one of them is damaged")
     class_names, names = _names(a, b)
+    changes = Judgements.of(p).changes(Judgements.of(q))
+    count, changed = tally(changes), changes != UNCHANGED
     first, second = top1(p), top1(q)
-    right_a, right_b = first == label, second == label
-    gain, loss = ~right_a & right_b, right_a & ~right_b
-    broken = ~(p.finite & q.finite)
-    changed = (first != second) | broken
-    gained, lost, n = int(gain.sum()), int(loss.sum()), len(label)
-    code = np.select([broken, loss, gain], [0, 1, 3], 2)  # positions in KINDS
+    was, now = _states(p), _states(q)
+    right_a, right_b = was == 0, now == 0
+    table = np.bincount(3 * was + now, minlength=9).reshape(3, 3).tolist()
+    # The test knows right and wrong alone.
+    gained, lost, n = int((~right_a & right_b).sum()), int((right_a & ~right_b).sum()), len(label)
     low, high = difference_interval(gained, lost, n)
     smallest = detectable_difference(gained + lost, n)
-    flips = _flips(a, b, np.flatnonzero(changed), code, names)
-    count = {kind: int((changed & (code == i)).sum()) for i, kind in enumerate(KINDS)}
-    both_right, moved = int((right_a & right_b).sum()), changed & ~broken
+    flips = _flips(a, b, np.flatnonzero(changed), changes, names)
     return ImagesReport(
         a=a,
         b=b,
@@ -48,23 +48,23 @@ def diff_images(a: Checkpoint, b: Checkpoint) -> ImagesReport:
         acc1=(100 * float(right_a.mean()), 100 * float(right_b.mean())),
         acc5=(_top5(p), _top5(q)),
         loss=(float(p["loss"].mean(dtype=np.float64)), float(q["loss"].mean(dtype=np.float64))),
-        both_right=both_right,
-        lost=count["lost"],
-        gained=count["gained"],
-        both_wrong=n - both_right - count["lost"] - count["gained"] - count["not_finite"],
+        table=tuple((x, y, z) for x, y, z in table),
         other_wrong=count["other_wrong"],
-        not_finite=(int((~p.finite).sum()), int((~q.finite).sum())),
-        broken=count["not_finite"],
         equal=equal(a, b, int(changed.sum())),
         difference=100 * (gained - lost) / n,
         interval=(100 * low, 100 * high),
         mcnemar_p=float(mcnemar(gained, lost)),
         detectable=None if smallest is None else 100 * smallest,
         confidence=_confidence(flips),
-        classes=_classes(label, right_a, right_b, len(class_names)),
-        moves=_moves(label[moved], first[moved], second[moved], len(class_names)),
+        classes=_classes(label, right_a, right_b, changes, len(class_names)),
+        moves=_moves(label[changed], first[changed], second[changed], len(class_names)),
         flips=flips,
     )
+
+
+def _states(p: Predictions) -> NDArray[np.int64]:
+    """int64[n]: positions in STATES."""
+    return np.where(p.finite, np.where(top1(p) == p["label"], 0, 1), 2)
 
 
 def _top5(p: Predictions) -> float:
@@ -113,36 +113,45 @@ def _known(label: int) -> int | None:
 
 def _confidence(flips: tuple[Flip, ...]) -> dict[str, tuple[float, float]]:
     medians = {}
-    for kind in KINDS[1:]:
+    for kind in KINDS:
         pairs = np.array([(f.confidence_a, f.confidence_b) for f in flips if f.kind == kind])
         if len(pairs):
-            medians[kind] = (float(np.median(pairs[:, 0])), float(np.median(pairs[:, 1])))
+            medians[kind] = (_median(pairs[:, 0]), _median(pairs[:, 1]))
     return medians
 
 
-def _classes(label: NDArray[Any], right_a: NDArray[Any], right_b: NDArray[Any], count: int) -> tuple[ClassChange, ...]:
-    def tally(mask: NDArray[Any]) -> NDArray[Any]:
+def _median(values: NDArray[np.float64]) -> float:
+    """Of those that are finite; NaN where none is."""
+    finite = values[np.isfinite(values)]
+    return float(np.median(finite)) if len(finite) else float("nan")
+
+
+def _classes(
+    label: NDArray[Any], right_a: NDArray[Any], right_b: NDArray[Any], changes: NDArray[np.int8], count: int
+) -> tuple[ClassChange, ...]:
+    def tallied(mask: NDArray[Any]) -> NDArray[Any]:
         return np.bincount(label[mask], minlength=count)
 
-    n, a, b = np.bincount(label, minlength=count), tally(right_a), tally(right_b)
-    gained, lost = tally(~right_a & right_b), tally(right_a & ~right_b)
+    n, a, b = np.bincount(label, minlength=count), tallied(right_a), tallied(right_b)
     seen = np.flatnonzero(n)
-    p = mcnemar(gained[seen], lost[seen])
+    p = mcnemar(tallied(~right_a & right_b)[seen], tallied(right_a & ~right_b)[seen])
     adjusted = adjust(p)
-    changes = [
-        ClassChange(
-            int(c), int(n[c]), int(a[c]), int(b[c]), int(gained[c]), int(lost[c]), float(p[i]), float(adjusted[i])
+    gained, lost, broken = (tallied(changes == KINDS.index(kind)) for kind in ("gained", "lost", "not_finite"))
+    rows = [
+        ClassChange(*row)
+        for row in zip(
+            *(x.tolist() for x in (seen, *(x[seen] for x in (n, a, b, gained, lost, broken)), p, adjusted)), strict=True
         )
-        for i, c in enumerate(seen)
     ]
-    return tuple(sorted(changes, key=lambda c: (c.right_b - c.right_a, c.p, c.label)))
+    return tuple(sorted(rows, key=lambda c: (c.right_b - c.right_a, c.p, c.label)))
 
 
 def _moves(label: NDArray[Any], a: NDArray[Any], b: NDArray[Any], count: int) -> tuple[Move, ...]:
-    """The largest moves first."""
-    keys, counts = np.unique((label.astype(np.int64) * count + a) * count + b, return_counts=True)
+    """The largest moves first; -1, not finite, is a prediction of its own."""
+    base = count + 1
+    keys, counts = np.unique((label.astype(np.int64) * base + a + 1) * base + b + 1, return_counts=True)
     order = np.lexsort((keys, -counts))
     return tuple(
-        Move(k // (count * count), k // count % count, k % count, c)
+        Move(k // (base * base), _known(k // base % base - 1), _known(k % base - 1), c)
         for k, c in zip(keys[order].tolist(), counts[order].tolist(), strict=True)
     )

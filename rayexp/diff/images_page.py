@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from rayexp.diff.images_report import KINDS, ImagesReport
+from rayexp.diff.changes import KINDS
+from rayexp.diff.images_report import STATES, ImagesReport
 from rayexp.diff.pair import config_changes
+from rayexp.diff.slices import SlicesReport
 from rayexp.diff.statistics import LEVEL
 from rayexp.diff.weights import WeightsReport
 from rayexp.display import printable
@@ -19,7 +21,7 @@ from rayexp.pages.plots import interval_plot
 MAX_PICTURES = 6_000  # about 10 MB of page; where there are more flips, lost and gained go first
 
 
-def image_page(report: ImagesReport, weights: WeightsReport | None = None) -> str:
+def image_page(report: ImagesReport, weights: WeightsReport | None = None, slices: SlicesReport | None = None) -> str:
     """The page as HTML."""
     pictures, why_not = thumbnails(report)
     return render(
@@ -29,6 +31,8 @@ def image_page(report: ImagesReport, weights: WeightsReport | None = None) -> st
         checkpoints=[(side, c, acc1, acc5, loss) for side, c, acc1, acc5, loss in _sides(report)],
         changes=config_changes(report.a, report.b),
         weights=weights,
+        slices=slices,
+        states=[(words.replace("_", " "), row) for words, row in zip(STATES, report.table, strict=True)],
         shares=_shares(report),
         interval=interval_plot(report.difference, report.interval, report.max_drop),
         widest=max((max(c.lost, c.gained) for c in report.classes), default=1) or 1,

@@ -2,7 +2,8 @@
 
 `kind` of a flip (the predictions differ): `lost` A right, B wrong; `gained` A wrong, B right; `other_wrong` both
 wrong in different ways; `not_finite` A, B or both give no finite output, which is equal to nothing. churn = lost +
-gained + other_wrong + not_finite. In accuracies and statistics a sample that is not finite counts as wrong.
+gained + other_wrong + not_finite (the rule: `changes`). In accuracies and in tests, which need a right or a wrong, a
+sample that is not finite counts as wrong.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ import io
 from dataclasses import dataclass, replace
 from typing import Any
 
+from rayexp.diff.noise import NoiseComparison
 from rayexp.diff.pair import Checkpoint, config_changes, same_model
 from rayexp.diff.statistics import LEVEL, POWER, DropVerdict, verdict
 from rayexp.display import NOT_FINITE, csv_cell, plain
 
-KINDS = ("not_finite", "lost", "other_wrong", "gained")
+STATES = ("right", "wrong", "not_finite")  # of a side's judgement of an image
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +40,8 @@ class Flip:
 
 @dataclass(frozen=True, slots=True)
 class ClassChange:
-    """One true class: n images, how many each side got right, exact McNemar p and its adjusted value (BH)."""
+    """One true class: n images, how many each side got right, what changed (those that are not finite in A or B are
+    neither gained nor lost), exact McNemar p and its adjusted value (BH)."""
 
     label: int
     n: int
@@ -46,17 +49,18 @@ class ClassChange:
     right_b: int
     gained: int
     lost: int
+    not_finite: int
     p: float
     adjusted_p: float
 
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """So many images of class `label` moved from prediction `a` to prediction `b`."""
+    """So many images of class `label` moved from prediction `a` to prediction `b`; None: not finite."""
 
     label: int
-    a: int
-    b: int
+    a: int | None
+    b: int | None
     count: int
 
 
@@ -64,10 +68,10 @@ class Move:
 class ImagesReport:
     """What changed from A to B. Accuracies, `difference`, `interval` and `detectable` in percent and percentage points.
 
-    The n images are both_right + lost + gained + both_wrong + broken; `not_finite` are those of A and those of B that
-    have no finite output, `broken` those of either. `flips` are worst first: not_finite, lost, other_wrong, gained,
-    each by how much the loss rose. `classes` are by the change in right answers, losses first. `confidence[kind]` is
-    the median confidence of A and of B on those flips. `equal`: both say the same of every image.
+    `table[i][j]` are the images that are in state i of STATES by A and in state j by B; all other counts but
+    `other_wrong` follow from it. `flips` are worst first: not_finite, lost, other_wrong, gained, each by how much the
+    loss rose. `classes` are by the change in right answers, losses first. `confidence[kind]` is the median confidence
+    of A and of B on those flips, of those that are finite. `equal`: both say the same of every image.
     """
 
     a: Checkpoint
@@ -78,13 +82,8 @@ class ImagesReport:
     acc1: tuple[float, float]
     acc5: tuple[float, float]
     loss: tuple[float, float]
-    both_right: int
-    lost: int
-    gained: int
-    both_wrong: int
+    table: tuple[tuple[int, int, int], ...]
     other_wrong: int
-    not_finite: tuple[int, int]
-    broken: int
     equal: bool
     difference: float
     interval: tuple[float, float]
@@ -95,6 +94,37 @@ class ImagesReport:
     moves: tuple[Move, ...]
     flips: tuple[Flip, ...]
     max_drop: float | None = None
+    noise: NoiseComparison | None = None
+
+    @property
+    def both_right(self) -> int:
+        """Images that both get right."""
+        return self.table[0][0]
+
+    @property
+    def lost(self) -> int:
+        """Images that A gets right and B wrong."""
+        return self.table[0][1]
+
+    @property
+    def gained(self) -> int:
+        """Images that A gets wrong and B right."""
+        return self.table[1][0]
+
+    @property
+    def both_wrong(self) -> int:
+        """Images that both get wrong."""
+        return self.table[1][1]
+
+    @property
+    def not_finite(self) -> tuple[int, int]:
+        """Images without a finite output of A, and of B."""
+        return sum(self.table[2]), sum(row[2] for row in self.table)
+
+    @property
+    def broken(self) -> int:
+        """Images without a finite output of A, of B or of both."""
+        return sum(self.not_finite) - self.table[2][2]
 
     @property
     def churn(self) -> int:
@@ -126,6 +156,10 @@ class ImagesReport:
         """The same report with a verdict."""
         return replace(self, max_drop=max_drop)
 
+    def beside(self, noise: NoiseComparison | None) -> ImagesReport:
+        """The same report with what a reseed changes."""
+        return replace(self, noise=noise)
+
     def words(self, label: int | None) -> str:
         """A class's short name, see `short_names`; `not finite` for None."""
         return NOT_FINITE if label is None else self.short[label]
@@ -148,7 +182,9 @@ class ImagesReport:
             return {"index": f.index, "name": f.name, "kind": f.kind, "label": name(f.label), "a": a, "b": b}
 
         def change(c: ClassChange) -> dict[str, Any]:
-            tail = {k: getattr(c, k) for k in ("n", "right_a", "right_b", "gained", "lost", "p", "adjusted_p")}
+            tail = {
+                k: getattr(c, k) for k in ("n", "right_a", "right_b", "gained", "lost", "not_finite", "p", "adjusted_p")
+            }
             return {**name(c.label), **tail}
 
         report = {
@@ -176,6 +212,8 @@ class ImagesReport:
             "not_finite": {**_two(self.not_finite), "either": self.broken},
             "both_right": self.both_right,
             "both_wrong": self.both_wrong,
+            "states": {a: dict(zip(STATES, row, strict=True)) for a, row in zip(STATES, self.table, strict=True)},
+            "noise": self.noise and self.noise.to_json(),
             "max_drop": self.max_drop,
             "verdict": self.verdict,
             "verdict_reason": self.ruling and self.ruling.why,

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rayexp.config.identity import flat
 from rayexp.errors import UserError
 from rayexp.runs.records import Predictions
 from rayexp.runs.run import Run
@@ -46,7 +47,7 @@ def read_pair(a: tuple[Run, int], b: tuple[Run, int]) -> tuple[Checkpoint, Check
     """Read two checkpoints and make sure that they may be compared.
 
     Raises:
-        UserError: predictions are missing or damaged, one is of images and one of tokens, or they are of different
+        UserError: predictions are missing or damaged, they are of different kinds, or they are of different
             validation data.
     """
     first, second = read(*a), read(*b)
@@ -77,8 +78,12 @@ def check(a: Checkpoint, b: Checkpoint) -> None:
         )
 
 
-POSITION = {"images": "index", "tokens": "offset"}
-COLUMNS = {"images": ("index", "label", "top5", "confidence", "loss"), "tokens": ("offset", "token", "loss")}
+POSITION = {"images": "index", "tokens": "offset", "samples": "index"}
+COLUMNS = {
+    "images": ("index", "label", "top5", "confidence", "loss"),
+    "tokens": ("offset", "token", "loss"),
+    "samples": ("index", "loss"),
+}
 
 
 def _check_rows(checkpoint: Checkpoint) -> None:
@@ -134,14 +139,7 @@ def config_changes(a: Checkpoint, b: Checkpoint) -> list[tuple[str, Any, Any]]:
     """The configuration's dotted keys in which two runs differ, with both values; names and places are left out."""
     if a.run.root == b.run.root:
         return []
-    first, second = (_flat(side.run.config().model_dump(mode="json")) for side in (a, b))
+    first, second = (flat(side.run.config().model_dump(mode="json")) for side in (a, b))
     keys = [*first, *(k for k in second if k not in first)]
     skipped = ("name", "storage_path", "data.root")
     return [(k, first.get(k), second.get(k)) for k in keys if k not in skipped and first.get(k) != second.get(k)]
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        leaves.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
-    return leaves

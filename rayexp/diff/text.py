@@ -1,8 +1,8 @@
 """What do two language models think of the same text? Perplexities, words, passages.
 
 There is no right or wrong token; `lost` are the tokens to which B gives less than half of A's probability, `gained`
-those to which it gives more than twice as much, `not_finite` those to which A, B or both give no finite loss (which is
-equal to nothing), and churn = lost + gained + not_finite. Inference is by whole documents, because neighbouring tokens
+those to which it gives more than twice as much, `not_finite` those to which A, B or both give no finite loss (the rule:
+`changes`), and churn = lost + gained + not_finite. Inference is by whole documents, because neighbouring tokens
 are not independent.
 """
 
@@ -17,23 +17,26 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rayexp.diff.changes import KINDS, Judgements, tally, worst_first
 from rayexp.diff.documents import bootstrap, documents, perplexity, sign_flip
+from rayexp.diff.noise import NoiseComparison
 from rayexp.diff.pair import Checkpoint, check, config_changes, equal, same_model
 from rayexp.diff.statistics import LEVEL, DropVerdict, verdict
 from rayexp.display import csv_cell, plain
 from rayexp.errors import UserError
 from rayexp.runs.records import Predictions
 
-FACTOR = math.log(2)  # nats by which a token's loss must move to count
 LISTED = 1000  # tokens in the report's `flips`
 
 
 @dataclass(frozen=True, slots=True)
 class WordChange:
-    """One word: how often it occurs, its mean loss (nats) in A and B, and `total` = count * (B - A)."""
+    """One word: how often it occurs, how many of these are not finite in A or B, and of the others the mean loss (nats)
+    in A and B, and `total`, the sum of B - A. NaN and 0 where none is finite."""
 
     word: str
     count: int
+    not_finite: int
     loss_a: float
     loss_b: float
     total: float
@@ -52,10 +55,12 @@ class TokenFlip:
 
 @dataclass(frozen=True, slots=True)
 class DocumentChange:
-    """One document: its title (blocks: its first offset), its tokens, its perplexities."""
+    """One document: its title (blocks: its first offset), its tokens, how many of them are not finite in A or B, and
+    its perplexities, which are then not finite either."""
 
     title: str
     count: int
+    not_finite: int
     ppl_a: float
     ppl_b: float
 
@@ -89,6 +94,7 @@ class TextReport:
     words: tuple[WordChange, ...]
     flips: tuple[TokenFlip, ...]
     max_drop: float | None = None
+    noise: NoiseComparison | None = None
 
     @property
     def churn(self) -> int:
@@ -122,6 +128,10 @@ class TextReport:
         """What `--json` prints."""
         return self.to_json()
 
+    def beside(self, noise: NoiseComparison | None) -> TextReport:
+        """The same report with what a reseed changes."""
+        return replace(self, noise=noise)
+
     def to_json(self) -> dict[str, Any]:
         """The keys that scripts may rely on: n, ppl, churn, gained, lost, paired_p, flips (the largest 1,000)."""
         intervals = self.ppl_interval
@@ -146,6 +156,7 @@ class TextReport:
             "gained": self.gained,
             "lost": self.lost,
             "not_finite": {"a": self.not_finite[0], "b": self.not_finite[1], "either": self.broken},
+            "noise": self.noise and self.noise.to_json(),
             "max_drop": self.max_drop,
             "verdict": self.verdict,
             "verdict_reason": self.ruling and self.ruling.why,
@@ -175,23 +186,22 @@ def diff_text(a: Checkpoint, b: Checkpoint) -> TextReport:
         UserError: the text or the vocabulary is not the same.
     """
     check(a, b)
-    vocabulary = _vocabulary(a, b)
+    vocabulary = vocabulary_of(a, b)
     p, q = a.predictions, b.predictions
     if not np.array_equal(p["token"], q["token"]):
         raise UserError(f"{a.name} and {b.name} read different tokens; one of them is damaged")
     losses = np.stack([p["loss"], q["loss"]]).astype(np.float64)
     n = losses.shape[1]
+    changes = Judgements.of(p).changes(Judgements.of(q))
+    counts, whole = tally(changes), p.finite & q.finite
     with np.errstate(invalid="ignore"):  # inf - inf
-        change = losses[1] - losses[0]
+        mean_change = (losses[1] - losses[0]).mean()
     document, count, unit = documents(p["token"], p["offset"], vocabulary)
     size = np.bincount(document, minlength=count)
     sums = np.stack([np.bincount(document, weights=row, minlength=count) for row in losses]).astype(np.float64)
-    whole = p.finite & q.finite
     tested = count >= 2 and bool(whole.all())
     intervals = bootstrap(sums, size) if tested else None
     p_value, change_interval = sign_flip(sums[1] - sums[0], size) if tested else (None, None)
-    gained, lost = int((change < -FACTOR)[whole].sum()), int((change > FACTOR)[whole].sum())
-    broken = n - int(whole.sum())
     return TextReport(
         a=a,
         b=b,
@@ -199,22 +209,23 @@ def diff_text(a: Checkpoint, b: Checkpoint) -> TextReport:
         n=n,
         ppl=(perplexity(losses[0].mean()), perplexity(losses[1].mean())),
         ppl_interval=intervals,
-        ratio=perplexity(change.mean()),
+        ratio=perplexity(mean_change),
         ratio_interval=change_interval and (perplexity(change_interval[0]), perplexity(change_interval[1])),
         paired_p=p_value,
-        documents=_documents(p, document, sums, size, vocabulary, unit),
+        documents=_documents(p, document, sums, size, np.bincount(document[~whole], minlength=count), vocabulary, unit),
         unit=unit,
-        gained=gained,
-        lost=lost,
+        gained=counts["gained"],
+        lost=counts["lost"],
         not_finite=(int((~p.finite).sum()), int((~q.finite).sum())),
-        broken=broken,
-        equal=equal(a, b, gained + lost + broken),
-        words=_words(p["token"][whole], losses[:, whole], vocabulary),
+        broken=counts["not_finite"],
+        equal=equal(a, b, sum(counts.values())),
+        words=_words(p["token"], losses, whole, vocabulary),
         flips=_flips(a, b, vocabulary, LISTED),
     )
 
 
-def _vocabulary(a: Checkpoint, b: Checkpoint) -> tuple[str, ...]:
+def vocabulary_of(a: Checkpoint, b: Checkpoint) -> tuple[str, ...]:
+    """The words of both (UserError where they are not the same)."""
     lists = []
     for side in (a, b):
         words = side.run.data().get("vocabulary")
@@ -238,50 +249,62 @@ def _documents(
     document: NDArray[np.int64],
     sums: NDArray[np.float64],
     size: NDArray[np.int64],
+    broken: NDArray[np.int64],
     vocabulary: tuple[str, ...],
     unit: str,
 ) -> tuple[DocumentChange, ...]:
-    begins = np.searchsorted(document, np.arange(len(size)))
-    changes = []
-    for i, first in enumerate(begins.tolist()):
+    titles = titles_of(p, document, len(size), vocabulary, unit)
+    mean = sums / size
+    return tuple(
+        DocumentChange(titles[i], int(size[i]), int(broken[i]), perplexity(mean[0, i]), perplexity(mean[1, i]))
+        for i in range(len(size))
+    )
+
+
+def titles_of(
+    p: Predictions, document: NDArray[np.int64], count: int, vocabulary: tuple[str, ...], unit: str
+) -> list[str]:
+    """The titles of the articles; `from token 1,200` of blocks, and where there is none.
+
+    Args:
+        document: int64[n], see `documents`, which also gives `count` and `unit`.
+    """
+    titles = []
+    for first in np.searchsorted(document, np.arange(count)).tolist():
         title = f"from token {p['offset'][first]:,}"
         if unit == "articles":
             words = [vocabulary[t] for t in p["token"][first : first + 40].tolist()]
             at = words.index("=") if "=" in words else 0
             line = words[at : words.index("<eos>", at)] if "<eos>" in words[at:] else words
             title = " ".join(line).strip("= ") or title
-        mean = sums[:, i] / size[i]
-        changes.append(DocumentChange(title, int(size[i]), perplexity(mean[0]), perplexity(mean[1])))
-    return tuple(changes)
+        titles.append(title)
+    return titles
 
 
-def _words(token: NDArray[Any], losses: NDArray[np.float64], vocabulary: tuple[str, ...]) -> tuple[WordChange, ...]:
-    """Words whose summed loss moved, the largest rise first, the largest fall last; of tokens that are finite."""
-    count = np.bincount(token, minlength=len(vocabulary))
-    a, b = (np.bincount(token, weights=row, minlength=len(vocabulary)) for row in losses)
-    seen = np.flatnonzero(count)
+def _words(
+    token: NDArray[Any], losses: NDArray[np.float64], whole: NDArray[np.bool_], vocabulary: tuple[str, ...]
+) -> tuple[WordChange, ...]:
+    """The words of the text, by how much their summed loss moved: the largest rise first, the largest fall last.
+
+    Args:
+        whole: bool[n], the tokens that are finite in both; losses are summed over these.
+    """
+    total, count = (np.bincount(x, minlength=len(vocabulary)) for x in (token, token[whole]))
+    a, b = (np.bincount(token[whole], weights=row[whole], minlength=len(vocabulary)) for row in losses)
+    seen = np.flatnonzero(total)
     order = seen[np.lexsort((seen, -(b - a)[seen]))]
-    rows = zip(order.tolist(), count[order].tolist(), a[order].tolist(), b[order].tolist(), strict=True)
-    return tuple(WordChange(vocabulary[i], c, x / c, y / c, y - x) for i, c, x, y in rows)
-
-
-def _flips(a: Checkpoint, b: Checkpoint, vocabulary: tuple[str, ...], limit: int | None) -> tuple[TokenFlip, ...]:
-    """Tokens that are not finite or moved by more than FACTOR, in this order, worst first; with a limit, those that
-    moved most."""
-    p, q = a.predictions, b.predictions
-    was, now = p["loss"].astype(np.float64), q["loss"].astype(np.float64)
-    broken = ~(p.finite & q.finite)
-    change = np.where(broken, math.inf, now - was)
-    moved = np.flatnonzero(np.abs(change) > FACTOR)
-    if limit is not None and len(moved) > limit:
-        moved = moved[np.argsort(-np.abs(change[moved]), kind="stable")[:limit]]
-    moved = moved[np.lexsort((moved, -change[moved]))]
-    columns = (p["offset"][moved], p["token"][moved], change[moved], was[moved], now[moved])
+    columns = (order, total[order], (total - count)[order], count[order], a[order], b[order])
     return tuple(
-        TokenFlip(offset, vocabulary[word], _kind(rise), x, y)
-        for offset, word, rise, x, y in zip(*(c.tolist() for c in columns), strict=True)
+        WordChange(vocabulary[i], n, broken, x / c if c else math.nan, y / c if c else math.nan, y - x)
+        for i, n, broken, c, x, y in zip(*(column.tolist() for column in columns), strict=True)
     )
 
 
-def _kind(rise: float) -> str:
-    return "not_finite" if rise == math.inf else "lost" if rise > 0 else "gained"
+def _flips(a: Checkpoint, b: Checkpoint, vocabulary: tuple[str, ...], limit: int | None) -> tuple[TokenFlip, ...]:
+    p, q = a.predictions, b.predictions
+    moved, kinds = worst_first(Judgements.of(p), Judgements.of(q), limit)
+    columns = (p["offset"][moved], p["token"][moved], kinds, p["loss"][moved], q["loss"][moved])
+    return tuple(
+        TokenFlip(offset, vocabulary[word], KINDS[kind], x, y)
+        for offset, word, kind, x, y in zip(*(c.tolist() for c in columns), strict=True)
+    )

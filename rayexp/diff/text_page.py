@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from rayexp.diff.changes import Judgements
 from rayexp.diff.pair import config_changes
+from rayexp.diff.slices import SlicesReport
 from rayexp.diff.statistics import LEVEL
 from rayexp.diff.text import TextReport, WordChange
 from rayexp.diff.weights import WeightsReport
@@ -25,16 +27,18 @@ LEVELS = (math.log(1.25), math.log(2), math.log(4), math.log(16))  # nats at whi
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """Consecutive tokens: (class of colour, what both said, the word); `kind` is worse, better or typical."""
+    """Consecutive tokens: (class of colour, what both said, the word); `kind` is broken, worse, better or typical, and
+    `not_finite` how many of the tokens are so in A or B."""
 
     kind: str
     offset: int
+    not_finite: int
     ppl_a: float
     ppl_b: float
     tokens: list[tuple[str, str, str]]
 
 
-def text_page(report: TextReport, weights: WeightsReport | None = None) -> str:
+def text_page(report: TextReport, weights: WeightsReport | None = None, slices: SlicesReport | None = None) -> str:
     """The page as HTML."""
     percent = None
     if report.ratio_interval:
@@ -51,9 +55,11 @@ def text_page(report: TextReport, weights: WeightsReport | None = None) -> str:
         lead=lead(report),
         changes=config_changes(report.a, report.b),
         weights=weights,
+        slices=slices,
         interval=percent,
         shares=_shares(report),
         words=[("worse", "lost", worse, _widest(worse)), ("better", "gained", better, _widest(better))],
+        broken_words=sorted((w for w in report.words if w.not_finite), key=lambda w: -w.not_finite)[:WORDS],
         documents=sorted(report.documents, key=lambda d: _rank(d.ppl_a / d.ppl_b)),
         passages=_passages(report),
         legend=legend(),
@@ -85,18 +91,15 @@ def _widest(words: list[WordChange]) -> float:
     return max((abs(w.total) for w in words if math.isfinite(w.total)), default=1.0) or 1.0
 
 
-def _change(r: TextReport) -> NDArray[np.float64]:
+def _rise(r: TextReport) -> NDArray[np.float64]:
     """float64[n]: nats by which each token's loss rose; NaN where a side is not finite."""
-    p, q = r.a.predictions, r.b.predictions
-    with np.errstate(invalid="ignore"):  # inf - inf
-        change = q["loss"].astype(np.float64) - p["loss"].astype(np.float64)
-    return np.where(p.finite & q.finite, change, np.nan)
+    return Judgements.of(r.a.predictions).rise(Judgements.of(r.b.predictions))
 
 
 def _shares(r: TextReport) -> list[tuple[str, str, int, float]]:
     """Class, words, count and percent of the parts of the text."""
-    change = _change(r)  # NaN, where a side is not finite, is neither
-    worse, better = int((change > 0).sum()), int((change < 0).sum())
+    rise = _rise(r)  # NaN, where a side is not finite, is neither
+    worse, better = int((rise > 0).sum()), int((rise < 0).sum())
     parts = [
         *([("broken", "not finite", r.broken)] if r.broken else []),
         ("gained", "probability more than doubled", r.gained),
@@ -109,16 +112,24 @@ def _shares(r: TextReport) -> list[tuple[str, str, int, float]]:
 
 
 def _passages(r: TextReport) -> list[Passage]:
-    """The passages that changed most, each way, and some from all over the text, in that order."""
-    bounds = _bounds(r)
-    change = np.nan_to_num(_change(r), nan=0.0)
-    total = np.add.reduceat(change, bounds[:-1])
+    """The passages with most tokens that are not finite, those that changed most, each way, and some from all over the
+    text, in that order."""
+    bounds, rise = _bounds(r), _rise(r)
+    total = np.add.reduceat(np.nan_to_num(rise, nan=0.0), bounds[:-1])
+    broken = np.add.reduceat(np.isnan(rise).astype(np.int64), bounds[:-1])
     order = np.argsort(-total, kind="stable")
+    worst = [int(i) for i in np.argsort(-broken, kind="stable")[:EACH] if broken[i]]
     worse = [int(i) for i in order[:EACH] if total[i] > 0]
     better = [int(i) for i in order[::-1][:EACH] if total[i] < 0]
     spread = np.unique(np.linspace(0, len(total) - 1, TYPICAL).round().astype(int)).tolist()
-    chosen = [("worse", i) for i in worse] + [("better", i) for i in better] + [("typical", i) for i in spread]
-    return [_passage(r, kind, int(bounds[i]), int(bounds[i + 1])) for kind, i in chosen]
+    chosen = (
+        [("broken", i) for i in worst]
+        + [("worse", i) for i in worse]
+        + [("better", i) for i in better]
+        + [("typical", i) for i in spread]
+    )
+    whole = r.a.predictions.finite & r.b.predictions.finite
+    return [_passage(r, whole, kind, int(bounds[i]), int(bounds[i + 1])) for kind, i in chosen]
 
 
 def _bounds(r: TextReport) -> NDArray[np.int64]:
@@ -137,7 +148,7 @@ def _bounds(r: TextReport) -> NDArray[np.int64]:
     return np.asarray(bounds, dtype=np.int64)
 
 
-def _passage(r: TextReport, kind: str, start: int, stop: int) -> Passage:
+def _passage(r: TextReport, whole: NDArray[np.bool_], kind: str, start: int, stop: int) -> Passage:
     p, q = r.a.predictions, r.b.predictions
     first, second = (x["loss"][start:stop].astype(np.float64) for x in (p, q))
     words = [r.vocabulary[t] for t in p["token"][start:stop].tolist()]
@@ -147,7 +158,8 @@ def _passage(r: TextReport, kind: str, start: int, stop: int) -> Passage:
     ]
     with np.errstate(over="ignore"):
         ppl_a, ppl_b = (float(np.exp(x.mean())) for x in (first, second))
-    return Passage(kind, int(p["offset"][start]), ppl_a, ppl_b, tokens)
+    broken = int((~whole[start:stop]).sum())
+    return Passage(kind, int(p["offset"][start]), broken, ppl_a, ppl_b, tokens)
 
 
 def _colour(change: float) -> str:

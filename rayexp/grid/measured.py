@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from rayexp.diff.text import FACTOR
+from rayexp.diff.changes import churn
 from rayexp.errors import UserError
 from rayexp.grid.comparison import Cell, Comparison
 from rayexp.grid.forecast import Point
@@ -246,12 +246,9 @@ def read_repeat(run: Run, wall: float) -> Repeat:
 def differing(a: Predictions, b: Predictions) -> int | None:
     """How many validation samples two models predict differently; None where these are of other data.
 
-    Images: another top-1 class. Tokens: a probability more than twice or less than half. What is not finite differs
-    from everything.
+    As `diff` counts it: images, another top-1 class; tokens, a probability more than twice or less than half; samples,
+    a loss that moved by more than a tenth of the median. What is not finite differs from everything.
     """
     if a.kind != b.kind or a.data_sha != b.data_sha or len(a) != len(b):
         return None
-    whole = a.finite & b.finite
-    if a.kind == "images":
-        return int((~whole | (a["top5"][:, 0] != b["top5"][:, 0])).sum())
-    return int((~whole).sum() + (np.abs(a["loss"] - b["loss"])[whole] > FACTOR).sum())
+    return churn(a, b)

@@ -180,7 +180,8 @@ def test_what_is_not_finite_is_never_right_and_equal_to_nothing(makes, arrays, f
         (2, "not_finite", 0, None), (4, "not_finite", 1, None), (3, "not_finite", 1, None), (1, "lost", 0, 1),
         (6, "gained", 1, 0),
     ]  # fmt: skip
-    assert sum(m.count for m in r.moves) == 2
+    assert sum(m.count for m in r.moves) == 5
+    assert {(m.a, m.b) for m in r.moves if m.b is None} == {(0, None), (1, None)}
     assert (r.verdict, r.equal) == ("FAIL", False)
     assert "3 of the 8 judgements of B are not finite" in r.ruling.why
     tree = json.loads(json.dumps(r.to_json(), allow_nan=False))

@@ -20,8 +20,14 @@ from rayexp.diff.churn_page import churn_page
 from rayexp.diff.images import diff_images
 from rayexp.diff.images_page import image_page, thumbnails
 from rayexp.diff.images_page import lead as images_lead
+from rayexp.diff.noise import NoiseComparison, NoiseFloor
 from rayexp.diff.page import write_page
-from rayexp.diff.pair import read_pair
+from rayexp.diff.pair import read, read_pair
+from rayexp.diff.pairs import diff_pairs
+from rayexp.diff.pairs_page import pairs_page
+from rayexp.diff.samples import diff_samples
+from rayexp.diff.samples_page import samples_page
+from rayexp.diff.slices import diff_slices
 from rayexp.diff.text import diff_text
 from rayexp.diff.text_page import lead as text_lead
 from rayexp.diff.text_page import text_page
@@ -68,6 +74,33 @@ def image_report(run, epochs=(1, 2)):
     return diff_images(*read_pair((run, epochs[0]), (run, epochs[1])))
 
 
+def pairs_report(run):
+    return diff_pairs([read(run, epoch) for epoch in (1, 2, 3)])
+
+
+def samples_report(makes):
+    rng = np.random.default_rng(0)
+    loss = rng.gamma(2, 1, 300)
+    run = makes.samples([loss, loss + rng.normal(0, 0.5, 300)], names=[HOSTILE + str(i) for i in range(300)])
+    return diff_samples(*read_pair((run, 1), (run, 2)))
+
+
+def slices_of(report, path):
+    """Of every third sample, under a hostile name."""
+    path.write_text(f'index,"{HOSTILE}"\n' + "".join(f"{i},{HOSTILE}\n" for i in range(0, 30, 3)))
+    return diff_slices(report.a, report.b, path)
+
+
+def beside_seeds(report, seeds=(0, 1, 2)):
+    n, m = len(report.a.predictions), len(seeds)
+    changed = np.fromfunction(lambda i, j: (i != j) * (n // 4 + i + j), (m, m)).astype(np.int64)
+    values = np.linspace(1, 2, m)
+    floor = NoiseFloor(
+        report.a.predictions.kind, "", n, 2, 2, 0.0, seeds, tuple(f"{HOSTILE}{s}" for s in seeds), changed, values
+    )  # fmt: skip
+    return report.beside(NoiseComparison(floor, report.churn, 0.1, 3))
+
+
 def text_report(makes, arrays, n=4000):
     words = ["<eos>", "=", "cat", "dog", "sat", HOSTILE]
     rng = np.random.default_rng(0)
@@ -79,17 +112,23 @@ def text_report(makes, arrays, n=4000):
 
 
 @pytest.fixture
-def pages(makes, arrays, pictures):
+def pages(makes, arrays, pictures, tmp_path):
     """Every kind of page by name."""
     run = makes.random_images(
         200, 4, 3, words=[HOSTILE, "a, b", "a, b", "a, c"], names=[HOSTILE + str(i) for i in range(200)]
     )
     changed = image_report(pictures)
+    text, samples = text_report(makes, arrays), samples_report(makes)
     return {
         "pictures": image_page(changed.within(1.0), diff_weights((pictures, 1), (pictures, 2))),
         "hostile": image_page(image_report(run)),
         "nothing": image_page(image_report(run, (2, 2))),
         "text": text_page(text_report(makes, arrays).within(2.0)),
+        "noise": image_page(beside_seeds(changed), None, slices_of(changed, tmp_path / "i.csv")),
+        "text noise": text_page(beside_seeds(text), None, slices_of(text, tmp_path / "t.csv")),
+        "samples": samples_page(samples_report(makes).within(5.0)),
+        "samples noise": samples_page(beside_seeds(samples, (4, 5)), None, slices_of(samples, tmp_path / "s.csv")),
+        "pairs": pairs_page(pairs_report(run)),
         "short text": text_page(text_report(makes, arrays, 30)),
         "churn": churn_page(diff_all(run, [1, 2, 3])),
         "one epoch": churn_page(diff_all(run, [1])),
@@ -317,7 +356,21 @@ class TestBrowser:
         assert "<title>owned" not in dom
         assert not [a for a in Outline(dom).all("img") if "onerror" in a]
 
-    @pytest.mark.parametrize("name", ["nothing", "text", "short text", "churn", "one epoch"])
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "nothing",
+            "text",
+            "text noise",
+            "short text",
+            "samples",
+            "samples noise",
+            "noise",
+            "pairs",
+            "churn",
+            "one epoch",
+        ],
+    )
     def test_the_others_open(self, pages, look, name):
         look(pages[name])
 

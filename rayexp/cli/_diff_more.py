@@ -1,0 +1,165 @@
+"""How the further answers of `rayexp diff` read on a terminal: samples, noise, slices, pairs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rayexp.cli._output import print_table, tell
+from rayexp.display import NOT_FINITE, counted, figure
+
+if TYPE_CHECKING:
+    from rayexp.diff.noise import NoiseComparison, NoiseFloor
+    from rayexp.diff.outcome import Outcome
+    from rayexp.diff.pairs import PairsReport
+    from rayexp.diff.samples import SamplesReport
+    from rayexp.diff.slices import SlicesReport
+
+
+def show_samples(r: SamplesReport, limit: int) -> None:
+    """Losses, the tests, and the list, worst first; what is shown before them is the caller's."""
+    if r.interval and r.wilcoxon_p is not None:
+        low, high = r.interval
+        tell(
+            f"mean loss {r.difference:+.4g}, 95 % interval {low:+.4g} to {high:+.4g} (paired t); "
+            f"{p_value(r.wilcoxon_p)} (Wilcoxon's signed ranks)"
+        )
+    tell(f"churn {100 * r.churn / r.n:.1f} %: the loss of {r.churn:,} {r.unit} moved by more than {r.tolerance:.3g}")
+    tell(f"  lost (rose)    {r.lost:>9,}")
+    tell(f"  gained (fell)  {r.gained:>9,}")
+    if r.broken:
+        tell(f"  {NOT_FINITE:<14} {r.broken:>9,}")
+    tell()
+    rows = [
+        {
+            "": NOT_FINITE if f.kind == "not_finite" else f.kind,
+            "name": f.name,
+            "A loss": figure(f.loss_a),
+            "B loss": figure(f.loss_b),
+            "B - A": "" if f.kind == "not_finite" else figure(f.loss_b - f.loss_a, "+.4g"),
+        }
+        for f in r.flips[:limit]
+    ]
+    if rows:
+        print_table(rows, f"{counted(r.churn, 'loss', 'losses')} that moved, worst first", ("B - A",))
+        if len(rows) < r.churn:
+            tell(f"the first {len(rows):,} of {r.churn:,}; --limit N, --csv FILE, --json or --html FILE show more")
+
+
+def show_noise(n: NoiseComparison | None) -> None:
+    """The comparison beside a noise floor."""
+    if n is None:
+        return
+    tell(f"{n.headline}: {n.sentence()}")
+    if said := n.difference_sentence():
+        tell(said)
+
+
+def show_floor(floor: NoiseFloor, measure: str) -> None:
+    """The seeds, what every two change, and what a further pair would."""
+    rows = [
+        {"seed": seed, "run": run, measure: value}
+        for seed, run, value in zip(floor.seeds, floor.runs, floor.values.tolist(), strict=True)
+    ]
+    print_table(rows, f"{counted(len(rows), 'seed')} at epoch {floor.epoch} of {floor.epochs}")
+    print_table(
+        [{"seeds": f"{i} and {j}", "changed": f"{c:,}", "%": f"{100 * c / floor.n:.1f}"} for i, j, c in floor.pairs()],
+        f"judgements that differ, of {floor.n:,}",
+    )
+    mean, of_mean, of_pair = floor.intervals()
+    line = f"another seed changes {100 * mean:.1f} % of the judgements on average"
+    if of_mean and of_pair:
+        line += (
+            f" (95 % interval {_percent(of_mean)}); a further pair of seeds differs by {_percent(of_pair)} "
+            "(95 % interval)"
+        )
+    tell(line)
+    reach = floor.reach()
+    if reach is not None:
+        tell(f"{measure} of two further seeds differs by up to {reach:.3g} (95 %)")
+
+
+def _percent(interval: tuple[float, float]) -> str:
+    return f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f} %"
+
+
+def show_slices(s: SlicesReport, limit: int) -> None:
+    """A row for each slice."""
+    from rayexp.diff.outcome import MEASURES, TESTS, UNITS
+
+    rows = [
+        {"attribute": x.attribute, "value": x.value, **_row(x.outcome, MEASURES[s.kind], UNITS[s.kind])}
+        for x in s.slices[:limit]
+    ]
+    tell()
+    tell(
+        f"{s.changed} of {counted(len(s.slices), 'slice')} changed by more than chance "
+        f"({TESTS[s.kind]}, Benjamini-Hochberg, 5 %)"
+    )
+    if s.note():
+        tell(s.note())
+    if rows:
+        print_table(_shown(rows), f"slices of {s.source}", ("p", "churn %", "95 % interval"))
+    if len(rows) < len(s.slices):
+        tell(f"the first {len(rows)} of {len(s.slices)} slices; --limit N, --json or --html FILE show more")
+
+
+def show_pairs(r: PairsReport, limit: int) -> None:
+    """The checkpoints, and a row for every two."""
+    from rayexp.diff.outcome import MEASURES, TESTS, UNITS
+
+    broken = any(r.not_finite)
+    print_table(
+        [
+            {
+                "": r.letter(i),
+                MEASURES[r.kind]: r.measures[i],
+                **({NOT_FINITE: r.not_finite[i]} if broken else {}),
+                "checkpoint": c.name,
+            }
+            for i, c in enumerate(r.checkpoints)
+        ],
+        f"{r.n:,} validation {r.kind}",
+    )
+    rows = [
+        {
+            "pair": f"{r.letter(p.a)} {r.letter(p.b)}",
+            **_row(p.outcome, MEASURES[r.kind], UNITS[r.kind]),
+            "p": f"{p.outcome.p:.2g}" if p.outcome.p is not None else "none",
+        }
+        for p in r.pairs
+    ]
+    shown = rows[: max(limit, len(r.checkpoints))]
+    tell(
+        f"{r.changed} of {counted(len(r.pairs), 'pair')} differ by more than chance "
+        f"({TESTS[r.kind]}, Benjamini-Hochberg, 5 %)"
+    )
+    print_table(_shown(shown), "from the first to the second", ("p", "95 % interval", MEASURES[r.kind]))
+    if len(shown) < len(rows):
+        tell(f"the first {len(shown)} of {len(rows)} pairs; --limit N, --csv FILE, --json or --html FILE show more")
+
+
+def _row(o: Outcome, measure: str, unit: str) -> dict[str, object]:
+    interval = f"{o.interval[0]:+.3g} to {o.interval[1]:+.3g}" if o.interval else "none"
+    return {
+        "n": f"{o.n:,}",
+        measure: f"{figure(o.a)} to {figure(o.b)}",
+        f"change {unit}".strip(): figure(o.difference, "+.3g"),
+        "95 % interval": interval,
+        "churn %": f"{100 * o.churn / o.n:.1f}",
+        "lost": o.lost,
+        "gained": o.gained,
+        NOT_FINITE: o.not_finite,
+        "adjusted p": "none" if o.adjusted_p is None else f"{o.adjusted_p:.2g}",
+    }
+
+
+def _shown(rows: list[dict[str, object]]) -> list[dict[str, object]]:
+    """The rows without the column of what is not finite, where everything is."""
+    if any(row[NOT_FINITE] for row in rows):
+        return rows
+    return [{k: v for k, v in row.items() if k != NOT_FINITE} for row in rows]
+
+
+def p_value(value: float) -> str:
+    """`p = 0.034`."""
+    return f"p = {value:.2g}" if value >= 1e-300 else "p < 1e-300"
