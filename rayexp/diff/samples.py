@@ -125,6 +125,10 @@ class SamplesReport:
         """The same report with what a reseed changes."""
         return replace(self, noise=noise)
 
+    def to_dict(self) -> dict[str, Any]:
+        """What `--json` prints."""
+        return self.to_json()
+
     def to_json(self) -> dict[str, Any]:
         """The keys that scripts may rely on: n, loss, churn, gained, lost, wilcoxon_p, flips (the largest 1,000)."""
         report = {

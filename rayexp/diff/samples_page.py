@@ -9,6 +9,7 @@ from rayexp.diff.pair import config_changes
 from rayexp.diff.samples import SamplesReport
 from rayexp.diff.slices import SlicesReport
 from rayexp.diff.weights import WeightsReport
+from rayexp.display import figure
 from rayexp.pages.page import render
 from rayexp.pages.plots import interval_plot
 
@@ -27,6 +28,7 @@ def samples_page(
     return render(
         "diff_samples.html.j2",
         r=report,
+        lead=lead(report),
         changes=config_changes(report.a, report.b),
         weights=weights,
         slices=slices,
@@ -36,6 +38,22 @@ def samples_page(
         axis=axis,
         listed=report.flips[:LISTED],
     )
+
+
+def lead(r: SamplesReport) -> str:
+    """Which of the two is better, if either, in a sentence."""
+    if r.equal:
+        return f"A and B say the same of every one of the {r.unit} (mean loss {figure(r.loss[0])})."
+    if r.broken:
+        return f"{r.broken:,} of the {r.n:,} {r.unit} have no finite loss, so neither can be called better."
+    loss = f"mean loss {figure(r.loss[0])} → {figure(r.loss[1])}"
+    if r.interval is None:
+        return f"There are too few {r.unit} to tell which is better ({loss})."
+    low, high = r.interval
+    span = f"{r.difference:+.3g}, 95 % interval {low:+.3g} to {high:+.3g}"
+    if low <= 0 <= high:
+        return f"Neither is shown to be better: {loss} ({span}), which chance alone may do."
+    return f"{'A' if low > 0 else 'B'} is better: {loss} ({span}), more than chance explains."
 
 
 def _shares(r: SamplesReport) -> list[tuple[str, str, int, float]]:

@@ -16,8 +16,7 @@ from rayexp.runs.run import Run, resolve
 if TYPE_CHECKING:
     from torch import nn
 
-    from rayexp.diff.images_report import ImagesReport
-    from rayexp.diff.text import TextReport
+    from rayexp.diff.report import Report
     from rayexp.launch.evaluate import Evaluation
     from rayexp.launch.export import Export
     from rayexp.launch.predict import Answers
@@ -135,12 +134,13 @@ def diff(
     *,
     max_drop: float | None = None,
     runs: str | PathLike[str] = "runs",
-) -> ImagesReport | TextReport:
+) -> Report:
     """Compare what two checkpoints say of the same validation data, sample by sample, as `rayexp diff` does.
 
     Args:
         a, b: the checkpoints; `b` may be `@18` alone, of the run of `a`.
-        max_drop: asks for a `verdict`: may `b` be worse by so many points of acc1 (texts: percent of perplexity)?
+        max_drop: asks for a `verdict`: may `b` be worse by so many points of acc1 (texts: percent of perplexity; others: percent of
+            the workload's first metric)?
         runs: the folder of run directories.
 
     Returns:
@@ -156,9 +156,8 @@ def diff(
         >>> report.churn == report.gained + report.lost + report.other_wrong
         True
     """
-    from rayexp.diff.images import diff_images
     from rayexp.diff.pair import read_pair
-    from rayexp.diff.text import diff_text
+    from rayexp.diff.report import compare
 
     if isinstance(b, str) and b.startswith("@") and not b.startswith("@newest"):
         b = (str(a.root) if isinstance(a, Run) else _run_of(a)) + b
@@ -166,10 +165,7 @@ def diff(
     for run, epoch in found:
         if not run.predictions_path(epoch).exists():
             evaluate(f"{run.root}@{epoch}")
-    pair = read_pair(*found)
-    if pair[0].predictions.kind == "images":
-        return diff_images(*pair).within(max_drop)
-    return diff_text(*pair).within(max_drop)
+    return compare(*read_pair(*found)).within(max_drop)
 
 
 def _run_of(ref: str) -> str:
