@@ -139,8 +139,8 @@ def diff(
 
     Args:
         a, b: the checkpoints; `b` may be `@18` alone, of the run of `a`.
-        max_drop: asks for a `verdict`: may `b` be worse by so many points of acc1 (texts: percent of perplexity; others: percent of
-            the workload's first metric)?
+        max_drop: asks for a `verdict`: may `b` be worse by so many points of acc1 (texts: percent of perplexity;
+            others: percent of the workload's first metric)?
         runs: the folder of run directories.
 
     Returns:

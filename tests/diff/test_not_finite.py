@@ -88,7 +88,8 @@ def test_pages_show_it(gate, makes, arrays, tmp_path):
     page = tmp_path / "page.html"
     invoke("diff", f"{base.root}@1", f"{broken.root}@1", "--html", page, "--max-drop", 1, code=1)
     text = page.read_text()
-    for words in ("✕ not finite (100)", "100 of the 100 judgements of B are not finite", "100</b> (0 of A, 100 of B)"):
+    count = '✕ not finite (<span data-count="not_finite">100</span>)'
+    for words in (count, "100 of the 100 judgements of B are not finite", "100</b> (0 of A, 100 of B)"):
         assert words in text
     assert not {"nan", "inf"} & set(text.replace("<", " ").replace(">", " ").split())
     write_run_page(page, broken)

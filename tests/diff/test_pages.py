@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import re
+import sys
 from html.parser import HTMLParser
 
 import numpy as np
@@ -175,7 +176,7 @@ def test_pictures_are_those_of_the_flips(pictures):
 
 def test_lost_and_gained_come_first_where_pictures_are_many(pictures, monkeypatch):
     r = image_report(pictures)
-    monkeypatch.setattr("rayexp.diff.images_page.MAX_PICTURES", r.lost + r.gained + 1)
+    monkeypatch.setattr(sys.modules[thumbnails.__module__], "MAX_PICTURES", r.lost + r.gained + 1)
     encoded, _ = thumbnails(r)
     assert len(encoded) == r.churn
     assert [bool(x) for x, f in zip(encoded, r.flips, strict=True) if f.kind != "other_wrong"] == [True] * (
