@@ -25,7 +25,7 @@ from typing import Any
 
 from rayexp.config import ExperimentConfig, parse
 from rayexp.grid.comparison import PLAIN, Comparison
-from rayexp.grid.measured import Measured, measure
+from rayexp.grid.measured import Measured, read_measured
 from rayexp.launch.processes import free_port
 
 
@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     words = parser.parse_args()
     comparison = Comparison(words.comparison)
-    cells = [m for m in measure(comparison) if m.cell.reduction != PLAIN and m.cell.kind == "cpu"]
+    cells = [m for m in read_measured(comparison) if m.cell.reduction != PLAIN and m.cell.kind == "cpu"]
     cells = [m for m in cells if not words.cells or m.cell.id in words.cells]
     outside: dict[str, list[float]] = {m.cell.id: [] for m in cells}
     without: dict[str, list[float]] = {m.cell.id: [] for m in cells}

@@ -20,7 +20,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from rayexp.grid.comparison import PLAIN, Comparison
-from rayexp.grid.measured import measure
+from rayexp.grid.measured import read_measured
 
 POLL_S = 0.002
 
@@ -71,7 +71,7 @@ def main() -> None:
         print(
             f"{'cell':<24}{'compare':>10}{'watched':>10}{'agree':>8}{'steps':>8}{'phases off by':>15}{'in neither':>12}"
         )
-        for m in measure(comparison):
+        for m in read_measured(comparison):
             if m.cell.reduction == PLAIN:
                 continue
             runs = [comparison.run(row) for row in rows if row.cell == m.cell.id]

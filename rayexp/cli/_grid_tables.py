@@ -19,9 +19,9 @@ WIDE = 150  # columns of a terminal that hold every column of the tables
 
 def plan_json(cells: Sequence[Cell], config: CompareConfig) -> dict[str, Any]:
     """The plan for `--dry-run --json`."""
-    names = ("id", "kind", "workers", "devices", "precision", "reduction", "skip")
+    names = ("id", "kind", "workers", "devices", "precision", "reduction", "modes", "batch", "skip")
     return {
-        "mode": config.mode,
+        "modes": list(config.mode),
         "repeats": config.repeats,
         "cells": [{name: getattr(cell, name) for name in names} for cell in cells],
     }
@@ -32,7 +32,7 @@ def show_plan(cells: Sequence[Cell], config: CompareConfig) -> None:
     running = sum(cell.skip is None for cell in cells)
     title = (
         f"{running} of {counted(len(cells), 'cell')} run here, {counted(config.repeats, 'repeat')} each, "
-        f"{config.mode} scaling"
+        f"{' and '.join(config.mode)} scaling"
     )
     rows = [
         {
@@ -48,37 +48,35 @@ def show_plan(cells: Sequence[Cell], config: CompareConfig) -> None:
     print_table(rows, title, drop=("where", "reduction", "precision"))
 
 
+DROP = {
+    "Speed": ("on", "95 %", "busy", "vs plain"),
+    "Time, memory and cost": ("energy/epoch", "first step", "shutdown"),
+    "Results": ("acc5", "val_loss", "differ"),
+}
+"""Columns that a terminal which is too narrow does not get, by the title of a table; the first goes first."""
+
+
 def show(report: CompareReport) -> None:
-    """Tables, equality, laws, forecasts, and what was not measured. A narrow terminal gets fewer columns."""
-    from rayexp.grid import tables
+    """Answers, tables, laws, forecasts, and what was not measured. A narrow terminal gets fewer columns."""
+    from rayexp.grid import sentences, tables
 
     if report.cells:
         narrow = (terminal_width(sys.stdout) or WIDE) < WIDE
-        for title, rows, drop in (
-            (
-                "speed (samples over seconds of all steps; 95 % intervals)",
-                tables.speed(report, narrow),
-                ("on", "95 %", "vs plain"),
-            ),
-            (
-                "time and memory",
-                tables.time_and_cost(report, narrow),
-                ("energy/epoch", f"{report.config.currency}/epoch", "first step", "shutdown"),
-            ),
-            ("results after the last epoch", tables.results(report, narrow), ("acc5", "val_loss", "differ")),
-            ("forecasts: these were NOT measured", tables.forecasts(report, narrow), ("in the exchange",)),
-        ):
+        for title, rows in sentences.sections(report, narrow):
             names = tables.filled(rows)
-            if rows:
-                print_table([{name: row[name] for name in names} for row in rows], title, drop)
-    for family in report.families:
-        for sentence in tables.fits(family):
+            drop = (
+                *DROP.get(title, ("on", "of the step", "in the exchange", "step")),
+                f"{report.config.currency}/epoch",
+            )
+            print_table([{name: row[name] for name in names} for row in rows], title, drop)
+        for sentence in sentences.answers(report):
             tell(sentence)
-    for sentence in tables.links(report):
-        tell(sentence)
+    for family in report.families:
+        for sentence in (*sentences.fits(family), sentences.forecast_source(family)):
+            tell(sentence)
+    for warning in report.warnings:
+        tell(f"note: {warning}")
     for cell, why in report.skipped:
         tell(f"skipped {cell}: {why}")
     for cell, repeat, error in report.failed:
         tell(f"FAILED {cell}, repeat {repeat}: {error}")
-    for group in report.groups:
-        tell(group.sentence())

@@ -175,7 +175,7 @@ def _show(made: Comparison, page: Path, markdown: Path | None, as_json: bool, st
     from rayexp.errors import RunError
     from rayexp.grid.page import write_compare_page
     from rayexp.grid.report import read_report
-    from rayexp.grid.tables import markdown as to_markdown
+    from rayexp.grid.sentences import markdown as to_markdown
     from rayexp.launch.resuming import go_on
     from rayexp.system.disk import write_atomic
 

@@ -5,10 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import BeforeValidator, Field, PositiveInt, field_validator
 
 from rayexp.config.experiment import ExperimentConfig, Folder, NonNegative, Positive, ScaleConfig, Section
 from rayexp.config.fields import KeysOf
+
+Scaling = Literal["strong", "weak"]
+
+
+def _listed(value: Any) -> Any:
+    """One value as a list of one, so that `mode: weak` need not be `mode: [weak]`."""
+    return [value] if isinstance(value, str | int) and not isinstance(value, bool) else value
 
 
 class CompareConfig(Section):
@@ -30,12 +37,15 @@ class CompareConfig(Section):
     """Reductions to compare; empty: that of the base."""
     repeats: PositiveInt = 3
     """How often each cell is run; the repeats are interleaved."""
-    mode: Literal["strong", "weak"] = "strong"
-    """strong: `batch_size` stays. weak: `batch_size` and `shards` of the base are multiplied by the number of
-    workers."""
+    mode: Annotated[tuple[Scaling, ...], BeforeValidator(_listed), Field(min_length=1)] = ("strong",)
+    """One or both, as [strong, weak]. strong: `batch_size` stays. weak: `batch_size` and `shards` are those of one
+    worker, and are multiplied by the number of workers. A cell of one worker belongs to both and runs once."""
+    batch_size: Annotated[tuple[PositiveInt, ...], BeforeValidator(_listed)] = ()
+    """Batch sizes to compare, as [64, 256, 1024]; empty: that of the base. `shards` is that of the base, or the
+    greatest divisor of it that divides the batch."""
     target: dict[str, float] = Field(default={})
-    """Report the seconds until a metric reaches a value, for example {acc1: 40} (percent). Images: acc1, acc5,
-    val_loss, train_loss. Text: ppl, val_loss, train_loss."""
+    """Report the seconds until a metric reaches a value, for example {acc1: 40} (percent): a metric of the workload
+    (images: acc1, acc5; text: ppl), or val_loss or train_loss."""
     price_per_device_hour: dict[Literal["cpu", "gpu"], NonNegative] = Field(default={})
     """Price of one device for one hour, in `currency`, from which the cost of an epoch is computed:
     {cpu: 0.04, gpu: 2.50}; a cpu is one core. Empty: no costs in the report."""
@@ -48,3 +58,10 @@ class CompareConfig(Section):
     """Also time a plain single-process PyTorch script of the same mathematics."""
     storage_path: Folder = Path("runs")
     """The folder in which the comparison's directory is made: local, or shared and mounted."""
+
+    @field_validator("mode", "batch_size")
+    @classmethod
+    def _distinct(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        if twice := [value for value in dict.fromkeys(values) if values.count(value) > 1]:
+            raise ValueError(f"{twice[0]} stands there twice")
+        return values

@@ -133,16 +133,23 @@ class Runtime:
             peak["device"] = torch.cuda.max_memory_allocated(self.device)
         return peak
 
+    def gpu_id(self) -> str | None:
+        """The GPU's UUID as NVML has it; None on a CPU, and where PyTorch does not tell."""
+        if self.device.type != "cuda":
+            return None
+        uuid = getattr(torch.cuda.get_device_properties(self.device), "uuid", None)
+        return None if uuid is None else f"GPU-{uuid}"
+
     def energy(self) -> dict[str, float]:
         """Joules that this worker's GPU has used since its driver was loaded, by the GPU's id. Empty where NVML does
         not tell (it takes nvidia-ml-py, and a GPU of the Volta generation or later)."""
-        if self.device.type != "cuda":
+        uuid = self.gpu_id()
+        if uuid is None:
             return {}
         try:
             import pynvml
 
             pynvml.nvmlInit()
-            uuid = f"GPU-{torch.cuda.get_device_properties(self.device).uuid}"
             return {uuid: pynvml.nvmlDeviceGetTotalEnergyConsumption(pynvml.nvmlDeviceGetHandleByUUID(uuid)) / 1000}
         except Exception:  # no library, no driver, no permission, no counter
             return {}

@@ -42,6 +42,8 @@ class Cell:
         reduction: exact, ddp, or `plain`: the single-process PyTorch script, without rayexp's engine.
         skip: why it does not run, or None.
         config: the cell's whole ExperimentConfig as plain values (empty where it could not be made).
+        modes: of what scaling it is a point: `strong`, `weak`, or both (one worker); none: a plain script.
+        batch: the grid's batch size that it is of; with weak scaling each worker has such a batch.
     """
 
     id: str
@@ -52,6 +54,8 @@ class Cell:
     reduction: str
     skip: str | None
     config: Mapping[str, Any]
+    modes: tuple[str, ...]
+    batch: int
 
     @property
     def where(self) -> str:
@@ -185,7 +189,7 @@ class Comparison:
 
     def cells(self) -> list[Cell]:
         """The plan, skipped cells too (UserError where it is damaged)."""
-        return self._read("plan", Cell)
+        return self._read("plan", self._cell)
 
     def rows(self) -> list[CellResult]:
         """What has run so far (UserError where it is damaged)."""
@@ -194,8 +198,16 @@ class Comparison:
     def _read(self, key: str, make: Callable[..., T]) -> list[T]:
         try:
             return [make(**fields) for fields in self.meta()[key]]
-        except TypeError as error:
+        except (TypeError, KeyError) as error:
             raise UserError(f"{self.meta_path}: {key} is damaged ({error})") from error
+
+    def _cell(self, **fields: Any) -> Cell:
+        if "modes" not in fields:  # planned before a grid could hold both kinds of scaling and several batch sizes
+            (mode,) = self.config().mode
+            plain, workers = fields["reduction"] == PLAIN, max(1, fields["workers"])
+            fields["modes"] = () if plain else (mode,)
+            fields["batch"] = fields["config"].get("batch_size", 0) // (workers if mode == "weak" and not plain else 1)
+        return Cell(**{**fields, "modes": tuple(fields["modes"])})
 
     def run(self, row: CellResult) -> Run | None:
         """The row's run directory; None where it is gone or damaged."""

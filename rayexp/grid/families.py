@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from rayexp.config import CompareConfig
 from rayexp.display import counted, short
 from rayexp.grid.comparison import PLAIN
-from rayexp.grid.forecast import Forecast, Link, StepModel, forecast, measure_link
+from rayexp.grid.forecast import Forecast, Link, StepModel, StepTimes, forecast, measure_link
 from rayexp.grid.measured import Measured
-from rayexp.grid.statistics import Estimate, ScalingFit, fit_amdahl, fit_usl
+from rayexp.grid.statistics import AMDAHL, USL, Estimate, ScalingFit, fit_amdahl, fit_usl
 
 FORECAST_COUNTS = (2, 4, 8, 16, 32)
-MAX_MISS = 0.5  # relative; a model that is further off at counts that were measured says nothing of others
+MAX_MISS = 0.5  # relative; a model that is further off at a count that was measured says nothing of others
+REPEAT = "one repeat says nothing of what differs between runs: repeat to know (repeats=3)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,107 +52,184 @@ class CellGroup:
 
 
 @dataclass(frozen=True, slots=True)
+class FamilyKey:
+    """What the cells of a family share: kind of device, precision, reduction, the grid's batch size, and the mode,
+    strong or weak."""
+
+    kind: str
+    precision: str
+    reduction: str
+    batch: int
+    mode: str
+
+    def name(self, several_batches: bool, several_modes: bool) -> str:
+        """`cpu, fp32, exact`, and what else tells it from the other families."""
+        parts = [self.kind, self.precision, self.reduction]
+        parts += [f"batch {self.batch}"] if several_batches else []
+        parts += [self.mode] if several_modes else []
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True, slots=True)
 class Family:
-    """The cells of one kind, precision and reduction: fits and forecasts.
+    """The cells of one kind, precision, reduction, batch and mode: fits and forecasts.
 
     Attributes:
+        key: what they share.
         name: `cpu, fp32, exact`.
         base: id of the cell that the forecasts start from.
         fits: scaling laws of samples per second over devices; none under weak scaling.
         link: what connects the workers; None where it was neither measured nor given.
         forecasts: at worker counts that were not measured.
-        worst_miss: relative, of the model at the counts that were measured; None where there is none to check.
+        left_out: the largest measured count, where the model could be checked by leaving it out.
+        miss: relative error of the model without that count at it; above 0: it promised too much.
         why_not: why there are no forecasts, or None.
     """
 
+    key: FamilyKey
     name: str
     base: str
     fits: tuple[ScalingFit, ...]
     link: Link | None
-    forecasts: tuple[Forecast, ...]
-    worst_miss: float | None
-    why_not: str | None
+    forecasts: tuple[Forecast, ...] = ()
+    left_out: int | None = None
+    miss: float | None = None
+    why_not: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """What `--json` says of the forecasts."""
+        return {
+            "from": self.base,
+            "interconnect": self.link and self.link.to_json(),
+            "left_out_workers": self.left_out,
+            "error_at_left_out": self.miss,
+            "refused": self.why_not,
+            "rates": [one.to_json() for one in self.forecasts],
+        }
 
 
-def family_of(m: Measured) -> tuple[str, str, str]:
-    """Kind, precision and reduction of a cell: what its family shares."""
-    return m.cell.kind, m.cell.precision, m.cell.reduction
+def keys_of(m: Measured) -> list[FamilyKey]:
+    """The families that a cell belongs to: one for each mode, none for a plain script."""
+    return [FamilyKey(m.cell.kind, m.cell.precision, m.cell.reduction, m.cell.batch, mode) for mode in m.cell.modes]
 
 
-def equal_groups(measured: list[Measured]) -> tuple[CellGroup, ...]:
+def by_family(measured: Sequence[Measured]) -> dict[FamilyKey, list[Measured]]:
+    """The cells of each family, in the order of the plan."""
+    found: dict[FamilyKey, list[Measured]] = {}
+    for m in measured:
+        for key in keys_of(m):
+            found.setdefault(key, []).append(m)
+    return found
+
+
+def batch_of(m: Measured) -> tuple[int, int]:
+    """Batch size and shards of a cell: with others it is another model."""
+    return m.cell.config["batch_size"], m.cell.config["shards"]
+
+
+def equal_groups(measured: Sequence[Measured]) -> tuple[CellGroup, ...]:
     """The exact cells, grouped by what must give equal weights."""
-    found: dict[tuple[Any, ...], list[Measured]] = {}
+    found: dict[tuple[str, str, tuple[int, int]], list[Measured]] = {}
     for m in measured:
         if m.cell.reduction == "exact":
-            key = (m.cell.kind, m.cell.precision, m.cell.config["batch_size"], m.cell.config["shards"])
-            found.setdefault(key, []).append(m)
-    several = len({key[:2] for key in found}) < len(found)  # weak scaling: every size is an experiment of its own
+            found.setdefault((m.cell.kind, m.cell.precision, batch_of(m)), []).append(m)
+    several = len({key[:2] for key in found}) < len(found)  # every size of a batch is an experiment of its own
     return tuple(
         CellGroup(
-            f"{key[0]} {key[1]}" + (f", batch {key[2]}" if several else ""),
+            f"{kind} {precision}" + (f", batch {batch} in {counted(shards, 'shard')}" if several else ""),
             tuple(m.cell.id for m in members),
             sum(len(m.repeats) for m in members),
             tuple(sorted({sha for m in members for sha in m.shas()})),
         )
-        for key, members in found.items()
+        for (kind, precision, (batch, shards)), members in found.items()
     )
 
 
-def families(measured: list[Measured], rates: Mapping[str, Estimate], config: CompareConfig) -> list[Family]:
+def families(measured: Sequence[Measured], config: CompareConfig) -> list[Family]:
     """Every family but the plain scripts', with its fits and forecasts."""
-    found: dict[tuple[str, str, str], list[Measured]] = {}
-    for m in measured:
-        if m.cell.reduction != PLAIN:
-            found.setdefault(family_of(m), []).append(m)
-    fitted = []
-    for (kind, precision, reduction), members in found.items():
+    grouped = by_family([m for m in measured if m.cell.reduction != PLAIN])
+    several = len({key.batch for key in grouped}) > 1, len({key.mode for key in grouped}) > 1
+    found = []
+    for key, members in grouped.items():
         # In-process cells exchange nothing and may use other cores: the law is that of the workers, where there are.
-        ours = [m for m in members if m.cell.workers] or members
-        ours.sort(key=lambda m: m.cell.devices)
-        points = [(m.cell.devices, r) for m in ours for r in _throughputs(m)]
-        fits: tuple[ScalingFit, ...] = ()
-        if config.mode == "strong":
-            counts, values = [n for n, _ in points], [r for _, r in points]
-            fits = (fit_amdahl(counts, values), fit_usl(counts, values))
-        fitted.append(_forecast(f"{kind}, {precision}, {reduction}", ours, rates, fits, config))
-    return fitted
+        ours = sorted([m for m in members if m.cell.workers] or members, key=lambda m: m.cell.devices)
+        found.append(_forecast(key, key.name(*several), ours, _fits(ours) if key.mode == "strong" else (), config))
+    return found
 
 
-def _throughputs(m: Measured) -> list[float]:
-    return [repeat.throughput for repeat in m.repeats]
+def _fits(ours: Sequence[Measured]) -> tuple[ScalingFit, ...]:
+    points = [(m.cell.devices, repeat.throughput) for m in ours for repeat in m.repeats]
+    counts, values = [n for n, _ in points], [rate for _, rate in points]
+    if min(len(m.repeats) for m in ours) < 2:
+        size = len(points), len(set(counts))
+        return tuple(ScalingFit(law, formula, {}, REPEAT, size) for law, formula in (("Amdahl", AMDAHL), ("USL", USL)))
+    return fit_amdahl(counts, values), fit_usl(counts, values)
 
 
 def _forecast(
-    name: str, ours: list[Measured], rates: Mapping[str, Estimate], fits: tuple[ScalingFit, ...], config: CompareConfig
+    key: FamilyKey, name: str, ours: list[Measured], fits: tuple[ScalingFit, ...], config: CompareConfig
 ) -> Family:
-    # What lies nearest to the counts that were not measured; the other cells check the model.
+    # What lies nearest to the counts that were not measured.
     base = max(ours, key=lambda m: m.cell.workers)
-    workers = max(1, base.cell.workers)
-    volume = float(base.meta.get("exchange_bytes") or 0)
-    gbit, microseconds = config.interconnect.get("bandwidth_gbit"), config.interconnect.get("latency_us")
-    link = measure_link(
-        [point for m in ours for point in m.link_points()],
-        None if gbit is None else gbit * 1e9 / 8,
-        None if microseconds is None else microseconds * 1e-6,
-    )
-    if link is None or not volume:
+    rounds = range(min(len(m.repeats) for m in ours))
+    links = [_link(ours, i, config) for i in rounds]
+    link = _mean_link(links)
+    family = Family(key, name, base.cell.id, fits, link)
+    if link is None or not base.meta.get("exchange_bytes"):
         why = "no cell of 2 or more workers was measured, and interconnect.bandwidth_gbit is not given"
-        return Family(name, base.cell.id, fits, None, (), None, why)
-    model = StepModel(
-        workers=workers,
-        parallel=base.step_seconds("data", "transfer", "compute"),
-        fixed=base.step_seconds("optimizer"),
-        reduce=base.step_seconds("reduce"),
-        volume=volume,
-        samples=base.step_samples(),
-        link=link,
-        weak=config.mode == "weak",
-    )
-    checks = {m.cell.workers: rates[m.cell.id].value for m in ours if 0 < m.cell.workers < workers}
-    counts = [n for n in FORECAST_COUNTS if n != workers and n not in checks]
+        return replace(family, why_not=why)
+    if len(rounds) < 2:
+        return replace(family, why_not=REPEAT)
+    models = _models(ours, links, key.mode)
+    workers = max(1, base.cell.workers)
+    rest = [m for m in ours if m.cell.workers < base.cell.workers]
+    miss = None
+    if rest:
+        # The link is known from bare exchanges, not from steps, so the steps alone are left out.
+        promised = Estimate.of([model.rate(workers) for model in _models(rest, links, key.mode)])
+        miss = promised.value / base.rate().value - 1
+        family = replace(family, left_out=workers, miss=miss)
+        if abs(miss) > MAX_MISS:
+            why = f"made without {counted(workers, 'worker')}, the model is off by {100 * miss:+.0f} % there"
+            return replace(family, why_not=why)
+    counts = [n for n in FORECAST_COUNTS if n not in {max(1, m.cell.workers) for m in ours}]
     shards = int(base.cell.config["shards"])
-    forecasts, worst = forecast(model, base.cell.devices / workers, counts, checks, shards)
-    if worst is not None and worst > MAX_MISS:
-        why = f"the model misses the measured counts by up to {100 * worst:.0f} %"
-        return Family(name, base.cell.id, fits, link, (), worst, why)
-    return Family(name, base.cell.id, fits, link, tuple(forecasts), worst, None)
+    per_worker = base.cell.devices / workers
+    return replace(family, forecasts=tuple(forecast(models, per_worker, counts, miss and abs(miss), shards)))
+
+
+def _models(members: Sequence[Measured], links: Sequence[Link | None], mode: str) -> list[StepModel]:
+    """A model for every round of repeats."""
+    return [
+        StepModel.of([_step(m, i) for m in members], link, mode == "weak")
+        for i, link in enumerate(links)
+        if link is not None
+    ]
+
+
+def _step(m: Measured, repeat: int) -> StepTimes:
+    one = m.repeats[repeat]
+    return StepTimes(
+        workers=max(1, m.cell.workers),
+        work=one.step_seconds("data", "transfer", "compute"),
+        optimizer=one.step_seconds("optimizer"),
+        reduce=one.step_seconds("reduce"),
+        volume=float(one.run.meta().get("exchange_bytes") or 0),
+        samples=float(one.steps["count"].mean()),
+    )
+
+
+def _link(ours: Sequence[Measured], repeat: int, config: CompareConfig) -> Link | None:
+    """The link as one round of repeats shows it."""
+    gbit, microseconds = config.interconnect.get("bandwidth_gbit"), config.interconnect.get("latency_us")
+    points = [point for m in ours if m.cell.workers > 1 for point in m.repeats[repeat].link_points(m.cell.workers)]
+    bandwidth = None if gbit is None else gbit * 1e9 / 8
+    return measure_link(points, bandwidth, None if microseconds is None else microseconds * 1e-6)
+
+
+def _mean_link(links: Sequence[Link | None]) -> Link | None:
+    known = [link for link in links if link is not None]
+    if not known or len(known) < len(links):
+        return None
+    bandwidth = float(np.exp(np.mean(np.log([link.bandwidth for link in known]))))
+    return Link(bandwidth, float(np.mean([link.latency for link in known])), known[0].source)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from rayexp.diff.changes import churn
 from rayexp.errors import UserError
 from rayexp.grid.comparison import Cell, Comparison
 from rayexp.grid.forecast import Point
-from rayexp.grid.statistics import Estimate, Floats, mean_of, ratio
+from rayexp.grid.statistics import Estimate, Floats
 from rayexp.runs.records import PHASES, EpochRecord, Predictions
 from rayexp.runs.run import Run
 
@@ -46,6 +45,10 @@ class Repeat:
         """Samples per second over all steps together."""
         return float(self.steps["count"].sum() / self.steps["total"].sum())
 
+    def step_seconds(self, *phases: str) -> float:
+        """Mean seconds of a step, or of some of its phases together."""
+        return float(sum(self.steps[phase].mean() for phase in phases or ("total",)))
+
     @property
     def training(self) -> float:
         """Seconds of all epochs together."""
@@ -70,6 +73,17 @@ class Repeat:
         ends = np.cumsum([record.seconds["total"] for record in self.records])
         return [self.startup + float(end) for end in ends]
 
+    def reached_by(self, moment: float) -> EpochRecord | None:
+        """The last epoch that had ended so many seconds after the command; None before the first."""
+        ended = [record for record, end in zip(self.records, self.elapsed(), strict=True) if end <= moment]
+        return ended[-1] if ended else None
+
+    def link_points(self, workers: int) -> list[Point]:
+        """What bare all-reductions between the workers took (see launch.worker): a large and a small one."""
+        link: Mapping[str, float] = self.run.meta().get("link") or {}
+        pairs = (("bytes", "seconds"), ("small_bytes", "small_seconds"))
+        return [(workers, float(link[size]), float(link[time])) for size, time in pairs if size in link]
+
     def unaccounted(self) -> float:
         """Share of the epochs' wall-clock by which their phases miss it, either way."""
         phases = sum(r.seconds.get(p, 0.0) for r in self.records for p in PHASES)
@@ -82,18 +96,15 @@ class Measured:
 
     Attributes:
         cell: which one.
-        unit: what a sample is: `images` or `tokens`.
+        unit: what a sample is: `images`, `tokens` or what else the workload counts.
+        goals: the workload's metrics, the first one first, and whether each is to be `max` or `min`.
         repeats: by their number.
     """
 
     cell: Cell
     unit: str
+    goals: Mapping[str, str]
     repeats: tuple[Repeat, ...]
-
-    @property
-    def seed(self) -> int:
-        """Of this cell's resampling."""
-        return zlib.crc32(self.cell.id.encode())
 
     @property
     def meta(self) -> dict[str, Any]:
@@ -106,14 +117,21 @@ class Measured:
         return self.repeats[0].records[-1]
 
     def rate(self) -> Estimate:
-        """Throughput: samples per second over all steps together."""
-        return ratio([(r.steps["count"], r.steps["total"]) for r in self.repeats], self.seed)
+        """Throughput: samples per second over all steps of a run together."""
+        return Estimate.of([r.throughput for r in self.repeats])
 
-    def step_seconds(self, *phases: str) -> Estimate:
-        """Mean seconds of a step, or of some of its phases together."""
-        columns = phases or ("total",)
-        sums = [np.sum([r.steps[c] for c in columns], axis=0) for r in self.repeats]
-        return ratio([(values, np.ones(len(values))) for values in sums], self.seed)
+    def spread(self) -> float:
+        """By how much the fastest repeat is faster than the slowest, relative; 0 with one repeat."""
+        rates = [r.throughput for r in self.repeats]
+        return max(rates) / min(rates) - 1
+
+    def step_seconds(self) -> Estimate:
+        """Mean seconds of a run's step."""
+        return Estimate.of([r.step_seconds() for r in self.repeats])
+
+    def phase_seconds(self, *phases: str) -> float:
+        """Mean seconds of a step's phases together."""
+        return float(np.mean([r.step_seconds(*phases) for r in self.repeats]))
 
     def step_samples(self) -> float:
         """Mean samples of a step."""
@@ -129,7 +147,7 @@ class Measured:
 
     def epoch_seconds(self) -> Estimate:
         """Seconds of an ordinary epoch, evaluation and checkpoint included."""
-        return mean_of([sum(r.phases().values()) for r in self.repeats], self.seed)
+        return Estimate.of([sum(r.phases().values()) for r in self.repeats])
 
     def phases(self) -> dict[str, float]:
         """Mean seconds by phase of an ordinary epoch."""
@@ -166,26 +184,36 @@ class Measured:
     def seconds_to(self, metric: str, goal: float) -> float | None:
         """Mean seconds from the command to the first epoch that reached the goal; None where a repeat did not.
 
-        Accuracies must rise to the goal, perplexities and losses fall to it.
+        A metric that is to be large must rise to the goal; the others, and losses, fall to it.
         """
         times = []
         for repeat in self.repeats:
             for record, elapsed in zip(repeat.records, repeat.elapsed(), strict=True):
                 value = value_of(record, metric)
-                if value >= goal if metric.startswith("acc") else value <= goal:
+                if value >= goal if self.goals.get(metric) == "max" else value <= goal:
                     times.append(elapsed)
                     break
         return float(np.mean(times)) if len(times) == len(self.repeats) else None
 
-    def link_points(self) -> list[Point]:
-        """What bare all-reductions between the workers took (see launch.worker): large and small ones."""
-        links: list[dict[str, float]] = [r.run.meta().get("link") or {} for r in self.repeats]
-        if not all(links):
-            return []
-        return [
-            (self.cell.workers, float(links[0][size]), mean_of([link[time] for link in links], self.seed))
-            for size, time in (("bytes", "seconds"), ("small_bytes", "small_seconds"))
-        ]
+    def at(self, moment: float, metric: str) -> float | None:
+        """Mean value of a metric after the last epoch that had ended so many seconds after the command; None where a
+        repeat had none by then."""
+        found = [r.reached_by(moment) for r in self.repeats]
+        values = [value_of(record, metric) for record in found if record is not None]
+        return float(np.mean(values)) if len(values) == len(found) else None
+
+    def busy(self) -> tuple[float, str] | None:
+        """Mean share of the time in which the devices computed, and what counted it; None where nothing did."""
+        records = [record for r in self.repeats for record in r.records]
+        known = [record.busy for record in records if record.busy is not None]
+        if len(known) == len(records):
+            return float(np.mean(known)), "NVML" if self.cell.kind == "gpu" else "CPU time"
+        if self.cell.kind == "cpu":
+            return None  # the phases are those of one worker, and tell nothing of its other cores
+        phases = self.phases()
+        return (phases["transfer"] + phases["compute"] + phases["optimizer"]) / sum(
+            phases.values()
+        ), "the step's clocks"
 
     def shas(self) -> list[str]:
         """The weights' hash after the last epoch, of every repeat."""
@@ -214,8 +242,8 @@ def read_measured(comparison: Comparison) -> list[Measured]:
         runs = [(comparison.run(row), row.wall_seconds) for row in sorted(done, key=lambda r: r.repeat)]
         repeats = tuple(read_repeat(run, wall) for run, wall in runs if run is not None)
         if repeats:
-            unit = "tokens" if cell.config["workload"] == "language_model" else "images"
-            found.append(Measured(cell, unit, repeats))
+            run = repeats[0].run
+            found.append(Measured(cell, run.unit(), run.goals(), repeats))
     return found
 
 

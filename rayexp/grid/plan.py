@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +17,7 @@ from rayexp.launch import placement as planning
 from rayexp.launch.placement import Node
 from rayexp.system.threads import threads_per_shard
 
-METRICS = {
-    "image_classification": ("acc1", "acc5", "val_loss", "train_loss"),
-    "language_model": ("ppl", "val_loss", "train_loss"),
-}
-PLAIN_TEXT_MODELS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+LOSSES = ("val_loss", "train_loss")  # of any workload, beside its own metrics
 
 
 def base_of(config: CompareConfig, folder: Path) -> ExperimentConfig:
@@ -76,33 +73,65 @@ def plan(config: CompareConfig, base: ExperimentConfig, nodes: Sequence[Node]) -
     """
     if not nodes:
         raise UserError("the cluster has no machine")
-    known = METRICS.get(base.workload, tuple(config.target))
-    unknown = [metric for metric in config.target if metric not in known]
-    if unknown:
-        raise UserError(
-            f"target: {base.workload} has no metric {unknown[0]!r}{nearest(unknown[0], known)}; "
-            f"allowed: {', '.join(known)}"
-        )
+    if config.target:
+        _refuse_unknown_metrics(config, base)
+    bases = [_with_batch(base, batch) for batch in config.batch_size or (base.batch_size,)]
     asked = [
-        (precision, _cell(config, base, scaling, precision, reduction, nodes))
-        for scaling, precision, reduction in itertools.product(
-            config.scaling, config.precision or (base.precision,), config.reduction or (base.reduction,)
+        (precision, _cell(one, scaling, modes, precision, reduction, nodes))
+        for one, mode, scaling, precision, reduction in itertools.product(
+            bases,
+            config.mode,
+            config.scaling,
+            config.precision or (base.precision,),
+            config.reduction or (base.reduction,),
         )
+        if (modes := _modes(config, scaling, mode))
     ]
     # On a CPU, auto is fp32, which the grid may hold already.
     explicit = [cell for precision, cell in asked if precision == cell.precision]
     cells = [cell for precision, cell in asked if precision == cell.precision or cell not in explicit]
     cells = _with_threads(cells, base)
     if config.baseline:
-        kinds = dict.fromkeys((cell.kind, cell.precision) for cell in cells)
-        cells = [_plain(base, kind, precision, nodes) for kind, precision in kinds] + cells
+        kinds = dict.fromkeys((cell.kind, cell.precision, cell.batch) for cell in cells)
+        plain = [
+            _plain(one, kind, precision, nodes)
+            for one in bases
+            for kind, precision, batch in kinds
+            if batch == one.batch_size
+        ]
+        cells = plain + cells
     return _named(cells, config)
 
 
+def _refuse_unknown_metrics(config: CompareConfig, base: ExperimentConfig) -> None:
+    from rayexp.workloads import workload_class
+
+    known = (*workload_class(base).goals, *LOSSES)
+    for metric in config.target:
+        if metric not in known:
+            raise UserError(
+                f"target: {base.workload} has no metric {metric!r}{nearest(metric, known)}; allowed: {', '.join(known)}"
+            )
+
+
+def _with_batch(base: ExperimentConfig, batch: int) -> ExperimentConfig:
+    """The base with another batch, in as many of its shards as can be."""
+    return base.model_copy(update={"batch_size": batch, "shards": math.gcd(base.shards, batch)})
+
+
+def _modes(config: CompareConfig, scaling: ScaleConfig, mode: str) -> tuple[str, ...]:
+    """Of what scaling a cell is a point; none where another cell of the grid is that point already: one worker has the
+    same batch either way."""
+    alone = isinstance(scaling.num_workers, int) and scaling.num_workers <= 1
+    if not alone:
+        return (mode,)
+    return config.mode if mode == config.mode[0] else ()
+
+
 def _cell(
-    config: CompareConfig,
     base: ExperimentConfig,
     scaling: ScaleConfig,
+    modes: tuple[str, ...],
     precision: str,
     reduction: str,
     nodes: Sequence[Node],
@@ -110,7 +139,7 @@ def _cell(
     workers = scaling.num_workers
     if isinstance(workers, tuple):
         raise UserError(f"scaling.num_workers: [{workers[0]}, {workers[1]}] is elastic, a grid compares fixed numbers")
-    times = max(1, workers) if config.mode == "weak" else 1
+    times = max(1, workers) if "weak" in modes else 1
     tree = base.model_dump(mode="json") | {
         "scaling": scaling.model_dump(mode="json"),
         "precision": precision,
@@ -134,7 +163,7 @@ def _cell(
         skip = str(error).removeprefix(": ")
     if kind == "cpu" and precision == "auto":
         precision = tree["precision"] = "fp32"
-    return Cell("", kind, workers, float(devices), precision, reduction, skip, tree)
+    return Cell("", kind, workers, float(devices), precision, reduction, skip, tree, modes, base.batch_size)
 
 
 def _with_threads(cells: Sequence[Cell], base: ExperimentConfig) -> list[Cell]:
@@ -174,11 +203,9 @@ def _plain(base: ExperimentConfig, kind: str, precision: str, nodes: Sequence[No
     """The single-process script: all cores of one machine, or one GPU."""
     devices = 1.0 if kind == "gpu" else max(1.0, nodes[0].cpus)
     skip = _reason(kind, 0, devices, precision, nodes[:1])
-    if base.workload == "language_model" and base.model.name not in PLAIN_TEXT_MODELS:
-        skip = f"there is no plain script for model.name {base.model.name}; there is for {', '.join(PLAIN_TEXT_MODELS)}"
     scaling = ScaleConfig(num_workers=0, use_gpu=kind == "gpu").model_dump(mode="json")
     tree = base.model_dump(mode="json") | {"scaling": scaling, "precision": precision}
-    return Cell("", kind, 0, devices, precision, PLAIN, skip, tree)
+    return Cell("", kind, 0, devices, precision, PLAIN, skip, tree, (), base.batch_size)
 
 
 def _named(cells: Sequence[Cell], config: CompareConfig) -> tuple[Cell, ...]:
@@ -189,8 +216,11 @@ def _named(cells: Sequence[Cell], config: CompareConfig) -> tuple[Cell, ...]:
         where = "inprocess" if not cell.workers else f"x{cell.workers}"
         parts = [cell.kind, *([] if cell.reduction == PLAIN else [where]), cell.reduction]
         parts += [cell.precision] if several else []
+        parts += ["weak"] if len(config.mode) > 1 and cell.modes == ("weak",) else []
+        parts += [f"b{cell.batch}"] if len(config.batch_size) > 1 else []
         name = "-".join(parts)
-        twins = [other for other in named.values() if other.reduction == cell.reduction]
+        of = (cell.reduction, cell.modes, cell.batch)
+        twins = [other for other in named.values() if (other.reduction, other.modes, other.batch) == of]
         if any(cell.config == {**other.config, "name": cell.config["name"]} for other in twins):
             raise UserError(f"scaling: the grid holds the cell {name} twice")
         if name in named:

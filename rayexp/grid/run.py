@@ -153,6 +153,8 @@ def go(
                 for cell, repeat in comparison.missing()
             ]
             if jobs:
+                # Before Ray starts: what others do to this machine.
+                comparison.update(load=[*comparison.meta().get("load", ()), os.getloadavg()[0]])
                 log = comparison.root / "logs" / "driver.log"
                 with contextlib.nullcontext() if guest else chatter_to(log, console):
                     _tune(comparison, jobs, address, Follower(comparison, console, len(jobs)))

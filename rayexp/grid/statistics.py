@@ -1,7 +1,9 @@
-"""Statistics of a device grid, as functions of plain numbers: estimates, ratios and scaling laws.
+"""Statistics of a device grid, as functions of plain numbers: estimates, their ratios, and scaling laws.
 
-An `Estimate` carries bootstrap replicates, so that a ratio or a sum of estimates has an interval too. Replicates come
-from generators with fixed seeds: the same measurements give the same report.
+The unit is the run: the steps of one run share its machine, its memory and its hour, so that thousands of them say
+little about the next run. Every run therefore gives one number, and an interval comes from what differs between runs.
+(A. Georges, D. Buytaert, L. Eeckhout, Statistically Rigorous Java Performance Evaluation, OOPSLA 2007; T. Kalibera, R.
+Jones, Rigorous Benchmarking in Reasonable Time, ISMM 2013.)
 """
 
 from __future__ import annotations
@@ -15,83 +17,70 @@ import numpy as np
 from numpy.typing import NDArray
 
 LEVEL = 0.95
-DRAWS = 1000
-KEPT = 512  # steps of a repeat that are resampled; longer repeats are summed up to as many blocks
 Floats = NDArray[np.float64]
+Interval = tuple[float, float]
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A value and its bootstrap replicates, float64[DRAWS]."""
+    """A positive quantity of which every run shows one value: their geometric mean, and what its interval takes.
+
+    Attributes:
+        value: the geometric mean.
+        variance: of its logarithm, the square of the standard error; nan with one run.
+        freedom: degrees of freedom of `variance`; 0 with one run, infinity for a number that is given.
+    """
 
     value: float
-    draws: Floats
+    variance: float = 0.0
+    freedom: float = math.inf
 
     @classmethod
-    def exact(cls, value: float) -> Estimate:
-        """A number that is given and not measured."""
-        return cls(value, np.full(DRAWS, value))
+    def of(cls, values: Sequence[float]) -> Estimate:
+        """From one value a run, at least one, each above 0."""
+        logs = np.log(np.asarray(values, dtype=np.float64))
+        n = len(logs)
+        variance = float(logs.var(ddof=1)) / n if n > 1 else math.nan
+        return cls(math.exp(logs.mean()), variance, n - 1)
 
     @property
-    def interval(self) -> tuple[float, float]:
-        """The percentile interval at 95 % (B. Efron, R. Tibshirani, An Introduction to the Bootstrap, 1993, ch. 13)."""
-        low, high = np.quantile(self.draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-        return float(low), float(high)
-
-    def map(self, function: Callable[..., Any], *others: Estimate) -> Estimate:
-        """`function` of this estimate and others; it must work on arrays."""
-        value = float(function(self.value, *(o.value for o in others)))
-        return Estimate(value, np.asarray(function(self.draws, *(o.draws for o in others)), dtype=np.float64))
+    def interval(self) -> Interval | None:
+        """Student's t interval at 95 %, on the logarithms; None with one run, which says nothing of what differs
+        between runs."""
+        if self.freedom == 0:
+            return None
+        reach = quantile(self.freedom) * math.sqrt(self.variance) if self.variance else 0.0
+        return self.value * _exp(-reach), self.value * _exp(reach)
 
     def over(self, other: Estimate) -> Estimate:
-        """The ratio to another, independent estimate."""
-        return self.map(lambda a, b: a / b, other)
+        """The ratio to another, independent estimate: Welch's interval for the difference of the logarithms, with
+        Satterthwaite's degrees of freedom (B. L. Welch, Biometrika 34 (1947) 28). The spreads may differ."""
+        value = self.value / other.value
+        if not (self.freedom and other.freedom):
+            return Estimate(value, math.nan, 0)
+        variance = self.variance + other.variance
+        share = self.variance**2 / self.freedom + other.variance**2 / other.freedom
+        return Estimate(value, variance, variance**2 / share if share else math.inf)
 
-    def to_json(self) -> dict[str, float]:
-        """`value`, `low`, `high`."""
-        low, high = self.interval
+    def times(self, factor: float) -> Estimate:
+        """The same quantity in another unit."""
+        return Estimate(self.value * factor, self.variance, self.freedom)
+
+    def to_json(self) -> dict[str, float | None]:
+        """`value`, `low`, `high`; the latter two are null with one run."""
+        low, high = self.interval or (None, None)
         return {"value": self.value, "low": low, "high": high}
 
 
-def ratio(repeats: Sequence[tuple[Floats, Floats]], seed: int) -> Estimate:
-    """One total over another, over all steps of all repeats (samples over seconds: the throughput), with a two-stage
-    bootstrap: repeats, then steps within each.
+def quantile(freedom: float) -> float:
+    """The 97.5 % quantile of Student's t: how many standard errors a two-sided 95 % interval reaches."""
+    from scipy.special import stdtrit
 
-    A total counts every stall, as whoever waits for the run does; a median step would leave out those of a loader that
-    hands over its batches in bursts. (A. Davison, D. Hinkley, Bootstrap Methods and their Application, 1997, sections
-    2.4 and 3.8.) With one repeat the interval knows nothing of what differs from run to run.
-
-    Args:
-        repeats: (above, below) with one value a step each, for each repeat; none of them empty.
-        seed: of the resampling; different cells take different ones, since they are independent.
-    """
-    rng = np.random.default_rng(seed)
-    thinned = [np.stack([_blocks(above), _blocks(below)]) for above, below in repeats]
-    lengths = np.array([t.shape[1] for t in thinned])
-    padded = np.zeros((2, len(thinned), lengths.max()))
-    for row, values in enumerate(thinned):
-        padded[:, row, : values.shape[1]] = values
-    picked = rng.integers(len(thinned), size=(DRAWS, len(thinned), 1))
-    steps = (rng.random((DRAWS, len(thinned), lengths.max())) * lengths[picked]).astype(np.int64)
-    # every picked repeat counts with its own number of steps
-    above, below = (padded[:, picked, steps].mean(axis=3) * lengths[picked[:, :, 0]]).sum(axis=2)
-    total = np.sum([[np.sum(top), np.sum(bottom)] for top, bottom in repeats], axis=0)
-    return Estimate(float(total[0] / total[1]), above / below)
+    return float(stdtrit(freedom, (1 + LEVEL) / 2))
 
 
-def mean_of(values: Sequence[float], seed: int) -> Estimate:
-    """The mean over repeats, each one number, with a bootstrap over them."""
-    rng = np.random.default_rng(seed)
-    array = np.asarray(values, dtype=np.float64)
-    return Estimate(float(array.mean()), rng.choice(array, (DRAWS, len(array))).mean(axis=1))
-
-
-def _blocks(values: Floats) -> Floats:
-    """Sums of KEPT blocks of neighbouring steps at most: the total stays."""
-    array = np.asarray(values, dtype=np.float64)
-    if len(array) <= KEPT:
-        return array
-    return np.asarray(np.add.reduceat(array, np.arange(KEPT) * len(array) // KEPT), dtype=np.float64)
+def _exp(power: float) -> float:
+    return math.exp(min(power, 700.0))  # two runs far apart reach further than a float64
 
 
 # ---------------------------------------------------------------------- speed-up
@@ -200,7 +189,6 @@ def _fit(
     if distinct <= len(names):
         return _refuse(empty, f"needs at least {len(names) + 1} device counts, measured: {distinct}")
     from scipy.optimize import OptimizeWarning, curve_fit
-    from scipy.special import stdtrit
 
     first = float(np.median(y[n == n.min()]) / n.min())
     import warnings
@@ -213,7 +201,7 @@ def _fit(
     except (RuntimeError, OptimizeWarning, ValueError) as failure:
         return _refuse(empty, f"the fit does not converge ({' '.join(str(failure).split())})")
     error = float(np.sqrt(np.mean((function(n, *found) / y - 1) ** 2)))
-    reach = stdtrit(len(n) - len(names), (1 + LEVEL) / 2) * np.sqrt(np.diag(covariance))
+    reach = quantile(len(n) - len(names)) * np.sqrt(np.diag(covariance))
     parameters = {name: (float(v), float(v - w), float(v + w)) for name, v, w in zip(names, found, reach, strict=True)}
     fit = ScalingFit(law, formula, parameters, None, (len(n), distinct), error)
     sigma, low, high = parameters["sigma"]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from rayexp.display import counted, figure, seconds, short
-from rayexp.grid.families import Family
+from rayexp.grid.communication import Communication
 from rayexp.grid.report import CellReport, CompareReport
+from rayexp.grid.scaling import Scaling, SerialFraction
 from rayexp.grid.statistics import Estimate
 
 Table = list[dict[str, str]]
@@ -23,17 +24,34 @@ def number(value: float | None, unit: str = "") -> str:
     return text + unit
 
 
-def between(estimate: Estimate | None, suffix: str = "") -> str:
-    """`84.1 (82.9 to 85.3)`."""
+def between(estimate: Estimate | SerialFraction | None, suffix: str = "") -> str:
+    """`84.1 (82.9 to 85.3)`; without an interval `84.1`."""
     if estimate is None:
         return ""
-    low, high = estimate.interval
-    return f"{number(estimate.value)}{suffix} ({number(low)} to {number(high)})"
+    return f"{number(estimate.value)}{suffix}" + (f" ({interval(estimate)})" if estimate.interval else "")
+
+
+def interval(estimate: Estimate | SerialFraction) -> str:
+    """`82.9 to 85.3`; empty where there is none."""
+    return "" if estimate.interval is None else f"{number(estimate.interval[0])} to {number(estimate.interval[1])}"
 
 
 def value(estimate: Estimate | None, unit: str = "") -> str:
     """An estimate without its interval; empty for None."""
     return "" if estimate is None else number(estimate.value, unit)
+
+
+def percent(estimate: Estimate | None) -> str:
+    """`75 % (71 to 79)`."""
+    if estimate is None:
+        return ""
+    around = "" if estimate.interval is None else f" ({' to '.join(f'{100 * end:.0f}' for end in estimate.interval)})"
+    return f"{100 * estimate.value:.0f} %{around}"
+
+
+def share(part: float | None) -> str:
+    """`12 %`; empty for None."""
+    return "" if part is None else f"{100 * part:.0f} %"
 
 
 def memory(entry: CellReport) -> str:
@@ -55,39 +73,51 @@ class Column:
 
     Attributes:
         head: its heading.
-        text: what it says of a cell; a column that is empty for every cell is not shown.
+        text: what it says of a line; a column that is empty in every line is not shown.
         on: `narrow`: only on a narrow terminal; `wide`: everywhere else; `all`: everywhere.
     """
 
     head: str
-    text: Callable[[CellReport], str]
+    text: Callable[[Any], str]
     on: Literal["all", "wide", "narrow"] = "all"
 
 
+def _table(lines: Iterable[Any], columns: Sequence[Column], narrow: bool) -> Table:
+    shown = [column for column in columns if column.on in ("all", "narrow" if narrow else "wide")]
+    return [{column.head: column.text(line) for column in shown} for line in lines]
+
+
 def speed(report: CompareReport, narrow: bool = False) -> Table:
-    """Rates and what follows from them."""
-    return _table(report, _speed(report), narrow)
+    """Rates, and how they compare with the plain script and with ddp."""
+    return _table(report.cells, _speed(report), narrow)
+
+
+def scaling(report: CompareReport, mode: str, narrow: bool = False) -> Table:
+    """What more devices bring, with strong or with weak scaling; a line for every cell of that mode."""
+    entries = {entry.cell.id: entry for entry in report.cells}
+    lines = [(entries[one.cell], one) for entry in report.cells for one in entry.scalings if one.key.mode == mode]
+    return _table(lines, _scaling(report, [one for _, one in lines]), narrow)
+
+
+def communication(report: CompareReport, narrow: bool = False) -> Table:
+    """Compute against communication, for the cells of two workers or more."""
+    lines = [(entry, entry.communication) for entry in report.cells if entry.communication]
+    return _table(lines, _communication(), narrow)
 
 
 def time_and_cost(report: CompareReport, narrow: bool = False) -> Table:
     """Seconds of everything, memory, energy and money."""
-    return _table(report, _time_and_cost(report), narrow)
+    return _table(report.cells, _time_and_cost(report), narrow)
 
 
 def results(report: CompareReport, narrow: bool = False) -> Table:
     """What was trained: equal weights, or how many predictions differ."""
-    return _table(report, _results(report), narrow)
-
-
-def _table(report: CompareReport, columns: Sequence[Column], narrow: bool) -> Table:
-    shown = [column for column in columns if column.on in ("all", "narrow" if narrow else "wide")]
-    return [{column.head: column.text(entry) for column in shown} for entry in report.cells]
+    return _table(report.cells, _results(report), narrow)
 
 
 def _speed(report: CompareReport) -> list[Column]:
-    def interval(estimate: Estimate) -> str:
-        low, high = estimate.interval
-        return f"{number(low)} to {number(high)}"
+    def busy(entry: CellReport) -> str:
+        return "" if entry.busy is None else share(entry.busy[0])
 
     return [
         Column("cell", lambda e: e.cell.id),
@@ -98,18 +128,59 @@ def _speed(report: CompareReport) -> list[Column]:
         Column("step", lambda e: seconds(e.measured.step_seconds().value), "wide"),
         Column("median", lambda e: seconds(e.measured.step_median()), "wide"),
         Column("p95", lambda e: seconds(e.measured.step_p95()), "wide"),
-        Column("speed-up (95 %)", lambda e: "1" if e.reference == e.cell.id else between(e.speedup), "wide"),
-        Column("speed-up", lambda e: value(e.speedup), "narrow"),
-        Column("efficiency", lambda e: "" if e.efficiency is None else f"{100 * e.efficiency.value:.0f} %", "wide"),
-        Column("serial", lambda e: value(e.serial), "wide"),
-        Column("vs plain", lambda e: between(e.over_plain, "x"), "wide"),
+        Column("vs plain (95 %)", lambda e: between(e.over_plain, "x"), "wide"),
         Column("vs plain", lambda e: value(e.over_plain, "x"), "narrow"),
         Column("exact/ddp", lambda e: value(e.over_ddp), "wide"),
+        Column("busy", busy),
+    ]
+
+
+def _scaling(report: CompareReport, lines: Sequence[Scaling]) -> list[Column]:
+    references = list(dict.fromkeys(one.reference for one in lines))
+    several = len(references) > 1
+    over = "" if several or not references else f" over {references[0]}"
+
+    def batch(line: tuple[CellReport, Scaling]) -> str:
+        return f"{line[0].cell.config['batch_size']:,}"
+
+    return [
+        Column("cell", lambda line: line[1].cell),
+        Column("on", lambda line: devices(line[0])),
+        Column("batch", batch, "wide"),
+        Column("step", lambda line: seconds(line[0].measured.step_seconds().value), "wide"),
+        Column(f"speed-up{over} (95 %)", lambda line: between(line[1].speedup), "wide"),
+        Column(f"speed-up{over}", lambda line: between(line[1].speedup), "narrow"),
+        *([Column("over", lambda line: line[1].reference)] if several else []),
+        Column("efficiency (95 %)", lambda line: percent(line[1].efficiency), "wide"),
+        Column("efficiency", lambda line: percent(line[1].efficiency), "narrow"),
+        Column("serial (95 %)", lambda line: between(line[1].serial), "wide"),
+    ]
+
+
+def _communication() -> list[Column]:
+    def of(text: Callable[[Communication], str]) -> Callable[[tuple[CellReport, Communication]], str]:
+        return lambda line: text(line[1])
+
+    def speed_of(c: Communication) -> str:
+        return "" if c.bandwidth is None else number(c.bandwidth / 1e9, " GB/s")
+
+    return [
+        Column("cell", lambda line: line[0].cell.id),
+        Column("compute", of(lambda c: seconds(c.compute))),
+        Column("waits for the sum", of(lambda c: seconds(c.waited))),
+        Column("of the step", of(lambda c: share(c.share))),
+        Column("summed", of(lambda c: number(c.volume / 1e6, " MB"))),
+        Column("sent a worker", of(lambda c: number(c.sent / 1e6, " MB")), "wide"),
+        Column("bare sum", of(lambda c: seconds(c.bare)), "wide"),
+        Column("ring model", of(lambda c: seconds(c.ring)), "wide"),
+        Column("effective", of(speed_of)),
+        Column("hidden", of(lambda c: share(c.hidden)), "wide"),
     ]
 
 
 def _time_and_cost(report: CompareReport) -> list[Column]:
     epochs = report.comparison.base().epochs
+    currency = report.config.currency
 
     def reached(metric: str) -> Callable[[CellReport], str]:
         def text(entry: CellReport) -> str:
@@ -128,12 +199,15 @@ def _time_and_cost(report: CompareReport) -> list[Column]:
         Column("as run", lambda e: seconds(e.measured.wall()), "wide"),
         Column("peak memory", memory, "wide"),
         Column("energy/epoch", lambda e: number(e.measured.energy(), " J")),
-        Column(f"{report.config.currency}/epoch", lambda e: number(e.cost)),
+        Column(f"{currency}/epoch", lambda e: number(e.cost)),
+        Column(f"{currency}/{counted(epochs, 'epoch')}", lambda e: number(e.schedule_cost), "wide"),
         *(Column(f"to {metric} {goal:g}", reached(metric)) for metric, goal in report.config.target.items()),
     ]
 
 
 def _results(report: CompareReport) -> list[Column]:
+    several = len({entry.result for entry in report.cells if entry.result}) > 1
+
     def weights(entry: CellReport) -> str:
         shas = sorted(set(entry.measured.shas()) - {""})
         if len(shas) > 1:
@@ -141,116 +215,53 @@ def _results(report: CompareReport) -> list[Column]:
         return short(shas[0]) if shas else ""
 
     def differ(entry: CellReport) -> str:
-        if entry.cell.id == report.result:
+        if entry.cell.id == entry.result:
             return "reference"
         if entry.differing is None:
             return ""
         low, high = entry.differing
         span = f"{low:,}" if low == high else f"{low:,} to {high:,}"
-        return f"{span} of {report.predictions:,}"
+        return f"{span} of {report.predictions:,}" + (f", against {entry.result}" if several else "")
 
     def metric(name: str) -> Callable[[CellReport], str]:
         return lambda e: figure(e.measured.last.metrics.get(name), ".3g")
 
-    names = dict.fromkeys(name for entry in report.cells for name in entry.measured.last.metrics)
+    def by_then(entry: CellReport) -> str:
+        found = entry.measured.at(report.moment, leading)
+        return "no epoch yet" if found is None else figure(found, ".3g")
+
+    leading = next(iter(report.metrics), "val_loss")
+    equal_time = (
+        [] if math.isnan(report.moment) else [Column(f"{leading} at {seconds(report.moment)}", by_then, "wide")]
+    )
     return [
         Column("cell", lambda e: e.cell.id),
         Column("weights", weights),
         Column("differ", differ),
         Column("val_loss", lambda e: figure(e.measured.last.val_loss, ".3g")),
-        *(Column(name, metric(name)) for name in names),
+        *(Column(name, metric(name)) for name in report.metrics),
+        *equal_time,
         Column("repeats", lambda e: str(len(e.measured.repeats)), "wide"),
     ]
 
 
-def fits(family: Family) -> list[str]:
-    """One sentence for each law."""
-    found = []
-    for fit in family.fits:
-        head = f"{fit.law}, {family.name}: "
-        if fit.refused:
-            found.append(f"{head}no fit; {fit.refused}.")
-            continue
-        names = ", ".join(
-            f"{name} {value:.3g} ({low:.3g} to {high:.3g})"
-            for name, (value, low, high) in fit.parameters.items()
-            if name != "rate1"
-        )
-        peak = f"; the rate peaks at {fit.peak:.3g} devices" if fit.peak else ""
-        if fit.peak == 1:
-            peak = "; the rate falls from the first device on"
-        found.append(f"{head}{names}; off by {100 * (fit.error or 0):.1f} % (rms){peak}.")
-    return found
-
-
 def forecasts(report: CompareReport, narrow: bool = False) -> Table:
-    """Rates that were not measured."""
-    return [
-        {
-            "FORECAST, not measured": family.name,
-            "workers": str(one.workers),
-            f"{report.unit}/s": f"{number(one.rate)} ({number(one.low)} to {number(one.high)})",
-            "in the exchange": f"{100 * one.share_reduce:.0f} %",
-            **({} if narrow else {"note": one.note}),
-        }
-        for family in report.families
-        for one in family.forecasts
+    """Rates that were not measured, and where the time of a step would go."""
+    lines = [(family, one) for family in report.families for one in family.forecasts]
+    columns = [
+        Column("FORECAST, not measured", lambda line: line[0].name),
+        Column("workers", lambda line: str(line[1].workers)),
+        Column(
+            f"{report.unit}/s",
+            lambda line: f"{number(line[1].rate)} ({number(line[1].low)} to {number(line[1].high)})",
+        ),
+        Column("shared work", lambda line: seconds(line[1].work_seconds), "wide"),
+        Column("floor", lambda line: seconds(line[1].floor_seconds), "wide"),
+        Column("exchange", lambda line: seconds(line[1].exchange_seconds), "wide"),
+        Column("in the exchange", lambda line: share(line[1].share_reduce)),
+        Column("note", lambda line: line[1].note, "wide"),
     ]
-
-
-def links(report: CompareReport) -> list[str]:
-    """Where each forecast comes from, or why there is none."""
-    found = []
-    for family in report.families:
-        if family.why_not:
-            found.append(f"{family.name}: no forecast; {family.why_not}.")
-        elif family.link:
-            measured = family.link.to_json()
-            gbit, micro = measured["bandwidth_gbit"]["value"], measured["latency_us"]["value"]
-            miss = "" if family.worst_miss is None else (
-                f"; at the measured counts the model was off by up to {100 * family.worst_miss:.0f} %, "
-                "and the intervals are widened by that"
-            )  # fmt: skip
-            link = f"{number(gbit)} Gbit/s and {number(micro)} us ({measured['source']})"
-            found.append(f"{family.name}: from {family.base}, {link}{miss}.")
-    return found
-
-
-def machine(report: CompareReport) -> str:
-    """One line on machine and versions."""
-    e = report.meta["environment"]
-    gpus = f", {len(e['gpus'])} x {e['gpus'][0]}" if e["gpus"] else ", no GPU"
-    versions = ", ".join(f"{name} {version}" for name, version in e["versions"].items())
-    return (
-        f"{e['cpu']}, {counted(e['cores'], 'core')} ({e['cpu_capability']}), {e['memory_bytes'] / 1e9:.0f} GB{gpus}; "
-        f"{e['system']}; Python {e['python']}, {versions}"
-    )
-
-
-def markdown(report: CompareReport) -> str:
-    """The whole report for a paper or a README."""
-    parts = [f"# {report.comparison.id}", machine(report), "## Speed", pipe(speed(report))]
-    parts += ["## Time", pipe(time_and_cost(report)), "## Results", pipe(results(report))]
-    parts += ["\n".join(f"- {g.sentence()}" for g in report.groups)]
-    laws = [f"- {sentence}" for family in report.families for sentence in fits(family)]
-    parts += ["## Laws and forecasts", "\n".join([*laws, *(f"- {sentence}" for sentence in links(report))])]
-    if any(f.forecasts for f in report.families):
-        parts.append(pipe(forecasts(report)))
-    if report.skipped or report.failed:
-        rows = [{"cell": c, "did not run": why} for c, why in report.skipped]
-        rows += [{"cell": f"{c}, repeat {r}", "did not run": f"failed: {e}"} for c, r, e in report.failed]
-        parts += ["## Not measured", pipe(rows)]
-    return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def pipe(rows: Sequence[dict[str, str]]) -> str:
-    """A Markdown table; columns that are empty in every row are left out."""
-    if not rows:
-        return ""
-    names = filled(rows)
-    lines = ["| " + " | ".join(names) + " |", "|" + "|".join(" --- " for _ in names) + "|"]
-    lines += ["| " + " | ".join(row[n].replace("|", "\\|") for n in names) + " |" for row in rows]
-    return "\n".join(lines)
+    return _table(lines, columns, narrow)
 
 
 def filled(rows: Sequence[dict[str, str]]) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 import os
 import socket
 import sys
@@ -35,11 +34,13 @@ from rayexp.launch.contract import before_training
 from rayexp.launch.fence import end_with_parent
 from rayexp.launch.job import WorkerJob
 from rayexp.launch.precision import decided
+from rayexp.launch.readings import DeviceReadings
 from rayexp.launch.saver import Saver
 from rayexp.launch.step_log import StepLog
 from rayexp.runs.records import EpochRecord
 from rayexp.runs.traits import Traits
 from rayexp.runs.writer import RunWriter
+from rayexp.system.cores import cores
 
 PROGRESS_SECONDS = 0.3  # how often rank 0 reports where the epoch stands
 BOARD_SECONDS = 10.0  # how often it plots the steps since
@@ -118,7 +119,6 @@ class _Worker:
         config = self.config.model_dump(mode="json")
         self.saver = Saver(writer, {"fingerprint": self.fingerprint, "data": self.data_shas, "config": config})
         self.steps = StepLog()
-        self.energy: dict[str, float] = {}  # joules at the last look, by GPU
         self.capture = ""  # what run.json says of it
         self.warnings: list[str] = []
         self.saved = self.reported = self.plotted = time.monotonic()
@@ -142,7 +142,8 @@ class _Worker:
         if self.lead:
             self._begin(measured, workers)
         status = "done"
-        self.energy = self._read_energy()
+        claimed = self.runtime.replicas * self.runtime.threads if self.config.scaling.lanes else self.job.cpus
+        self.devices = DeviceReadings(self.group, self.runtime, claimed or cores())
         try:
             for event in self.trainer.train(self._flags, self._wanted):
                 if isinstance(event, EpochDone):
@@ -154,6 +155,7 @@ class _Worker:
                         status = "stopped"
             self.saver.wait()
         finally:
+            self.devices.close()
             with contextlib.suppress(*([Exception] if sys.exc_info()[0] else [])):
                 self.saver.close()
         if self.lead:
@@ -323,7 +325,7 @@ class _Worker:
 
     def _epoch(self, event: EpochDone) -> None:
         start = time.perf_counter()
-        before, self.energy = self.energy, self._read_energy()
+        joules, busy = self.devices.take()
         if not self.lead:
             return
         copied = self.saver.copy(self.trainer.state())
@@ -332,8 +334,9 @@ class _Worker:
         seconds = dict(event.record.seconds)
         seconds["checkpoint"] += blocked
         seconds["total"] += blocked
-        joules = sum(self.energy[gpu] - before[gpu] for gpu in self.energy.keys() & before.keys()) or None
-        record = dataclasses.replace(event.record, seconds=seconds, world_size=self.world_size, energy_joules=joules)
+        record = dataclasses.replace(
+            event.record, seconds=seconds, world_size=self.world_size, energy_joules=joules, busy=busy
+        )
         self._plot()
         self.saver.epoch(record, copied, event.predictions, self.steps.end(record.epoch))
         momenta = [momentum for _, momentum in self.trainer.layout.momentum]
@@ -346,13 +349,6 @@ class _Worker:
     def _plot(self) -> None:
         self.plotted = time.monotonic()
         self.writer.plot_steps(*self.steps.take())
-
-    def _read_energy(self) -> dict[str, float]:
-        """The energy counters of all workers' GPUs, in joules; every worker must call it."""
-        if self.runtime.device.type != "cuda":
-            return {}
-        parts = self.group.gather(json.dumps(self.runtime.energy()).encode())
-        return {gpu: joules for part in parts for gpu, joules in json.loads(part).items()}
 
     # ------------------------------------------------------------------ what the user sees
 

@@ -51,6 +51,7 @@ class EpochRecord:
         world_size: number of workers (0: in-process).
         peak_memory: bytes of rank 0's process: `host`, and on a GPU `device`.
         energy_joules: energy that the workers' GPUs used in the epoch; None where it is not known.
+        busy: share of the epoch, from 0 to 1, in which the workers' devices computed; None where it is not known.
     """
 
     epoch: int
@@ -66,6 +67,7 @@ class EpochRecord:
     world_size: int = 0
     peak_memory: Mapping[str, int] = field(default_factory=dict)
     energy_joules: float | None = None
+    busy: float | None = None
     predictions_sha: str = ""
 
     def to_json(self) -> dict[str, Any]:
@@ -86,6 +88,7 @@ class EpochRecord:
             "world_size": self.world_size,
             "peak_memory": dict(self.peak_memory),
             "energy_joules": None if self.energy_joules is None else _finite(self.energy_joules),
+            "busy": None if self.busy is None else _finite(self.busy),
         }
         return {**head, **{name: _finite(value) for name, value in self.metrics.items()}, **tail}
 
@@ -107,8 +110,9 @@ class EpochRecord:
         for name in ("train_loss", "val_loss", "lr", "samples_per_second"):
             if name in named:
                 named[name] = _number(name, named[name])
-        if named.get("energy_joules") is not None:
-            named["energy_joules"] = _number("energy_joules", named["energy_joules"])
+        for name in ("energy_joules", "busy"):
+            if named.get(name) is not None:
+                named[name] = _number(name, named[name])
         named["peak_memory"] = dict(named.get("peak_memory", {}))
         named["seconds"] = {name: _number(name, value) for name, value in dict(named.get("seconds", {})).items()}
         metrics = {k: _number(k, v) for k, v in row.items() if k not in named and (v is None or _is_number(v))}

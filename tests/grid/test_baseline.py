@@ -22,14 +22,21 @@ from rayexp.runs.run import Run
             "data": {"name": "python_docs", "max_train_tokens": 2000, "max_val_tokens": 500}, "batch_size": 4,
             "shards": 2, "lr": 1.0, "epochs": 2, "optimizer": {"name": "sgd", "momentum": 0, "clip": 0.25},
         },
+        {
+            "workload": "language_model",
+            "model": {"name": "transformer", "emsize": 16, "nhid": 16, "nlayers": 1, "nhead": 2},
+            "data": {"name": "python_docs", "max_train_tokens": 2000, "max_val_tokens": 500}, "batch_size": 4,
+            "shards": 2, "lr": 0.1, "epochs": 2,
+        },
     ],
-    ids=["images", "text"],
+    ids=["images", "text", "own-parts"],
 )  # fmt: skip
 def test_the_plain_script_is_measured_like_a_cell(tmp_path, tiny_images, changes):
     config = parse({**tiny_images, **changes, "name": "plain", "storage_path": str(tmp_path)}, ExperimentConfig, "x")
     run = grid.plain(config, "cpu", ["x"], time.monotonic(), "parent")
     assert run.meta()["status"] == "done"
     assert run.meta()["startup_seconds"]["to_first_step"] > 0
+    assert run.meta()["unit"] == ("tokens" if changes else "images")
     records, steps = run.records(), run.steps()
     assert [r.epoch for r in records] == [1, 2]
     assert [line["first"] for line in steps] == [True, False]
@@ -38,6 +45,8 @@ def test_the_plain_script_is_measured_like_a_cell(tmp_path, tiny_images, changes
         assert [sum(parts) for parts in zip(*phases, strict=True)] == pytest.approx(line["total"], abs=1e-5)
         assert record.seconds["total"] >= sum(line["total"])
         assert math.isfinite(record.val_loss)
+        assert record.busy is not None
+        assert 0 < record.busy <= 1
         skip = int(line["first"])
         assert record.samples_per_second == pytest.approx(sum(line["count"][skip:]) / sum(line["total"][skip:]))
         assert ("first_step" in record.seconds) is line["first"]
@@ -101,7 +110,7 @@ def test_the_plain_script_steps_like_the_engine(tiny_images):
         script.model.train()
         optimizer = optimizer_of(config, script.model)
         batch = workload.batch(1, 0, range(1), device)
-        loss = script.loss(batch.inputs[0], batch.targets)
+        loss = script.loss((batch.inputs[0], batch.targets))
         loss.backward()
         optimizer.step()
         event = next(session.train())
@@ -113,3 +122,44 @@ def test_the_plain_script_steps_like_the_engine(tiny_images):
     finally:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(False)
+
+
+def test_a_workload_without_a_script_trains_by_its_own_parts(tmp_path, monkeypatch):
+    """The recurrent model has a script; without one, the loop takes the workload's own model, batches and loss."""
+    import torch
+
+    from rayexp.grid import baseline
+    from rayexp.workloads import open_workload
+
+    words = {
+        "workload": "language_model", "model": {"name": "gru", "emsize": 8, "nhid": 8, "nlayers": 1, "dropout": 0.0},
+        "data": {"name": "python_docs", "max_train_tokens": 600, "max_val_tokens": 200}, "batch_size": 4, "shards": 2,
+        "lr": 0.5, "optimizer": {"name": "sgd", "momentum": 0.0},
+    }  # fmt: skip
+    config = parse(words, ExperimentConfig, "x")
+    device = torch.device("cpu")
+    monkeypatch.delitem(baseline.SCRIPTS, "language_model")
+    script = baseline.script_of(config, device)
+    assert isinstance(script, baseline.OwnParts)
+    workload = open_workload(config)
+    model = workload.model()
+    optimizers = [baseline.optimizer_of(config, m) for m in (script.model, model)]
+    state = workload.initial_state(4, device)
+    seen = 0
+    for step, batch in enumerate(script.batches()):
+        on_device, count = script.moved(batch)
+        total, state = workload.loss(model, workload.batch(1, step, range(2), device), state)
+        losses = script.loss(on_device), total / count
+        assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-5)
+        for optimizer, loss in zip(optimizers, losses, strict=True):
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        seen += count
+    assert seen == (600 // 4 - 1) * 4
+    assert step > 1  # the state was handed on
+    for a, b in zip(script.model.parameters(), model.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+    script.model.eval()
+    with torch.inference_mode():
+        assert set(script.evaluate()) == {"val_loss", "ppl"}

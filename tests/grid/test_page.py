@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from rayexp.cli import app
 from rayexp.config import ExperimentConfig, parse
 from rayexp.errors import UserError
-from rayexp.grid import tables
+from rayexp.grid import sentences
 from rayexp.grid.page import compare_page, write_compare_page
 from rayexp.grid.report import read_report
 from rayexp.pages.run_page import write_run_page
@@ -30,8 +30,8 @@ def test_the_page_is_one_offline_file(grids):
     assert not re.findall(r'(?:src|href)="(?!#)[^"]*:', page.replace('xlink:href="#', 'xlink:href="#'))
     assert "@import" not in page
     assert "url(http" not in page
-    ids = re.findall(r'<figcaption id="(fig-[a-z-]+)"', page)
-    assert len(ids) == len(set(ids)) >= 4
+    ids = re.findall(r'<figcaption id="(fig-[a-z0-9_-]+)"', page)
+    assert len(ids) == len(set(ids)) >= 5
     assert page.count("<svg") == 2 * len(ids)  # for a screen and for a telephone
 
 
@@ -42,12 +42,15 @@ def test_the_same_comparison_gives_the_same_figures(grids):
 
 
 def test_markdown_is_a_table(grids):
-    text = tables.markdown(read_report(grids.fill(grids.plan(), grids.rates)))
+    text = sentences.markdown(read_report(grids.fill(grids.plan(), grids.rates)))
     rows = [line for line in text.splitlines() if line.startswith("| cpu-")]
-    assert len(rows) == 2 * 7 + 7
-    header = next(line for line in text.splitlines() if "speed-up" in line)
-    body = next(line for line in rows if line.startswith("| cpu-x4-exact"))
-    assert header.count("|") == body.count("|")
+    # Speed, time and results of all; scaling of all but the plain script; communication of those with workers.
+    assert len(rows) == 3 * 7 + 6 + 4
+    lines = text.splitlines()
+    header = next(i for i, line in enumerate(lines) if line.startswith("|") and "speed-up" in line)
+    body = lines[header + 2]
+    assert body.startswith("| cpu-x1-exact")
+    assert lines[header].count("|") == body.count("|")
 
 
 def test_report_command_prints_json_only(grids):
@@ -125,7 +128,7 @@ def test_the_verdict_comes_first_then_pictures_then_tables(large):
 def test_the_page_renders(grids, tmp_path, chromium):
     page, shot = tmp_path / "page.html", tmp_path / "page.png"
     write_compare_page(page, read_report(grids.fill(grids.plan(), grids.rates, spread=0.01)))
-    chromium(f"--screenshot={shot}", "--window-size=1200,3000", page.as_uri())
+    chromium(f"--screenshot={shot}", "--window-size=1200,6000", page.as_uri())
     pixels = np.asarray(Image.open(shot).convert("RGB"))
     # The phases' colours are on the page: the figures were drawn.
     for colour in ((0x00, 0x9E, 0x73), (0xD5, 0x5E, 0x00)):

@@ -140,14 +140,76 @@ def test_tf32_needs_a_gpu():
     assert cells["cpu-x1-exact-fp32"].skip is None
 
 
-def test_the_plain_script_is_skipped_where_there_is_none():
+def test_every_model_has_a_plain_script():
     text = {"workload": "language_model", "data": {"name": "python_docs"}, "batch_size": 16}
-    lstm = by_id(grid_of(cpu(1)), **text, model={"name": "lstm"})
-    assert lstm["cpu-plain"].skip is None
-    transformer = by_id(grid_of(cpu(1)), **text, model={"name": "transformer"})
-    assert "transformer" in transformer["cpu-plain"].skip
-    assert transformer["cpu-x1-exact"].skip is None
+    for name in ("lstm", "transformer"):
+        assert by_id(grid_of(cpu(1)), **text, model={"name": name})["cpu-plain"].skip is None
     assert "cpu-plain" not in by_id(grid_of(cpu(1), baseline=False))
+
+
+def test_strong_and_weak_scaling_in_one_grid():
+    """One worker has the same batch either way, so its cell is a point of both."""
+    cells = by_id(grid_of(cpu(0), cpu(1), cpu(2), mode=["strong", "weak"]), batch_size=64, shards=2)
+    found = {name: (c.config["batch_size"], c.config["shards"], c.modes) for name, c in cells.items()}
+    both = ("strong", "weak")
+    assert found == {
+        "cpu-plain": (64, 2, ()),
+        "cpu-inprocess-exact": (64, 2, both),
+        "cpu-x1-exact": (64, 2, both),
+        "cpu-x2-exact": (64, 2, ("strong",)),
+        "cpu-x2-exact-weak": (128, 4, ("weak",)),
+    }
+    assert {cell.batch for cell in cells.values()} == {64}
+    assert by_id(grid_of(cpu(2), mode="weak"))["cpu-x2-exact"].modes == ("weak",)
+
+
+def test_batch_sizes_are_an_axis_and_keep_the_shards_where_they_can():
+    cells = by_id(grid_of(cpu(0), cpu(4, cpus_per_worker=0.5), batch_size=[64, 6, 256]), batch_size=32, shards=8)
+    found = {name: (c.config["batch_size"], c.config["shards"]) for name, c in cells.items()}
+    assert found == {
+        f"cpu-{what}-b{batch}": (batch, shards)
+        for batch, shards in ((64, 8), (6, 2), (256, 8))
+        for what in ("plain", "inprocess-exact", "x4-exact")
+    }
+    skipped = {name: cell.skip for name, cell in cells.items() if cell.skip}
+    assert list(skipped) == ["cpu-x4-exact-b6"]
+    assert "4 does not divide shards 2" in skipped["cpu-x4-exact-b6"]
+    assert set(by_id(grid_of(cpu(0), batch_size=128))) == {"cpu-plain", "cpu-inprocess-exact"}
+    assert by_id(grid_of(cpu(0), batch_size=128))["cpu-plain"].config["batch_size"] == 128
+
+
+def test_a_sweep_of_batches_scales_weakly_too():
+    cells = by_id(grid_of(cpu(2), mode=["weak", "strong"], batch_size=[16, 32], baseline=False), shards=8)
+    found = {name: (c.config["batch_size"], c.config["shards"], c.batch) for name, c in cells.items()}
+    assert found == {
+        "cpu-x2-exact-weak-b16": (32, 16, 16),
+        "cpu-x2-exact-weak-b32": (64, 16, 32),
+        "cpu-x2-exact-b16": (16, 8, 16),
+        "cpu-x2-exact-b32": (32, 8, 32),
+    }
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"mode": []}, "mode: expected at least 1 value, got 0"),
+        ({"mode": "both"}, "mode.0: expected strong or weak, got 'both'"),
+        ({"mode": ["weak", "weak"]}, "mode: weak stands there twice"),
+        ({"batch_size": [64, 64]}, "batch_size: 64 stands there twice"),
+        ({"batch_size": [64, 0]}, "batch_size.1: expected a value above 0, got 0"),
+    ],
+)
+def test_axes_that_make_no_sense_are_refused(tree, message):
+    with pytest.raises(UserError, match=message):
+        grid_of(cpu(0), **tree)
+
+
+def test_one_value_of_an_axis_needs_no_list(tmp_path):
+    (tmp_path / "grid.yaml").write_text("base: base.yaml\nscaling: [{num_workers: 0}]\nmode: weak\nbatch_size: 64")
+    config = load(tmp_path / "grid.yaml", [], CompareConfig)
+    assert (config.mode, config.batch_size) == (("weak",), (64,))
+    config = load(tmp_path / "grid.yaml", ["mode=[strong, weak]", "batch_size=[16, 32]"], CompareConfig)
+    assert (config.mode, config.batch_size) == (("strong", "weak"), (16, 32))
 
 
 @pytest.mark.parametrize(
@@ -250,6 +312,23 @@ def test_the_saved_grid_reads_back_and_repeats(comparison):
     again = load(comparison.root / "compare.yaml", kind=CompareConfig)
     assert base_of(again, comparison.root) == experiment()
     assert [c.id for c in plan(again, experiment(), LAPTOP)] == [c.id for c in comparison.cells()]
+
+
+@pytest.mark.parametrize(("mode", "batch"), [("strong", 256), ("weak", 128)])
+def test_a_plan_of_before_weak_and_strong_in_one_still_opens(tmp_path, mode, batch):
+    config = grid_of(cpu(2, cpus_per_worker=0.5), mode=mode, storage_path=str(tmp_path / "runs"))
+    base = experiment(batch_size=256 if mode == "strong" else 128)
+    made = Comparison.create(config, base, plan(config, base, LAPTOP), {"argv": [], "environment": {}})
+    now_planned = made.cells()
+    meta = made.meta()
+    for cell in meta["plan"]:
+        del cell["modes"], cell["batch"]
+    made.meta_path.write_text(json.dumps(meta))
+    (made.root / "compare.yaml").write_text(
+        (made.root / "compare.yaml").read_text().replace(f"mode:\n- {mode}", f"mode: {mode}")
+    )
+    assert made.cells() == now_planned
+    assert [(cell.modes, cell.batch) for cell in now_planned] == [((), batch), ((mode,), batch)]
 
 
 def test_a_newer_layout_is_refused(comparison):

@@ -85,7 +85,7 @@ def test_a_finished_one_has_nothing_to_go_on_with(golden: Path) -> None:
     assert files is not None
     assert (json.loads(files["state.json"])["epoch"], notes) == (3, [])
     # The same lines; the fields of today are empty in them.
-    assert [json.loads(line) | {"predictions_sha": ""} for line in before.splitlines()] == [
+    assert [json.loads(line) | {"predictions_sha": "", "busy": None} for line in before.splitlines()] == [
         json.loads(line) | {"predictions_sha": ""} for line in run.epochs_path.read_bytes().splitlines()
     ]
 

@@ -1,0 +1,44 @@
+"""What makes the figures of a comparison less than they seem: a busy machine, repeats that differ, idle devices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rayexp.display import counted
+from rayexp.grid.families import REPEAT
+from rayexp.grid.measured import Measured
+from rayexp.grid.scaling import Scaling
+
+LOADED = 0.25  # of the cores: more work of others disturbs
+SPREAD = 0.15  # relative, between the repeats of a cell
+IDLE = 0.5
+
+
+def caveats(meta: Mapping[str, Any], measured: Sequence[Measured], beside: Sequence[Scaling]) -> Iterator[str]:
+    """A sentence for each.
+
+    Args:
+        meta: compare.json.
+        measured: the cells.
+        beside: each cell beside the smallest of its family.
+    """
+    cores = meta["environment"].get("cores") or 1
+    loads = [load for load in meta.get("load", ()) if load > LOADED * cores]
+    if loads:
+        yield (
+            f"the machine was busy with other work when the comparison began: load average {max(loads):.1f} on "
+            f"{counted(cores, 'core')}; measure again on a quiet one"
+        )
+    lone = [m.cell.id for m in measured if len(m.repeats) < 2]
+    if lone:
+        whose = "" if len(lone) == len(measured) else f" for {', '.join(lone)}"
+        yield f"no intervals and no forecasts{whose}: {REPEAT}"
+    for m in measured:
+        if m.spread() > SPREAD:
+            yield f"{m.cell.id}: its repeats differ by {100 * m.spread():.0f} %, so something disturbed them"
+    for m in measured:
+        busy = m.busy()
+        if busy and busy[0] < IDLE:
+            yield f"{m.cell.id}: its devices idle {100 * (1 - busy[0]):.0f} % of the time (by {busy[1]})"
+    yield from (f"no efficiency for {one.cell}: {one.impossible}" for one in beside if one.impossible)

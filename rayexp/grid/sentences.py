@@ -1,0 +1,183 @@
+"""What a comparison says in sentences, and the whole of it as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from rayexp.display import counted
+from rayexp.grid import tables
+from rayexp.grid.comparison import PLAIN
+from rayexp.grid.families import Family
+from rayexp.grid.report import CellReport, CompareReport
+
+SCALINGS = {
+    "strong": "Strong scaling: the same batch on more devices",
+    "weak": "Weak scaling: each worker has the batch",
+}
+
+
+def answers(report: CompareReport) -> Iterator[str]:
+    """The report in a few sentences, for each batch size: the fastest cell against the plain script and one device,
+    what most devices bring, GPUs against CPUs, exact against ddp, and equal weights."""
+    batches = list(dict.fromkeys(entry.cell.batch for entry in report.cells))
+    for batch in batches:
+        entries = [entry for entry in report.cells if entry.cell.batch == batch]
+        of = f"Batch {batch:,}: " if len(batches) > 1 else ""
+        yield from (of + sentence for sentence in (*_fastest(report, entries), *_largest(entries), *_gpus(entries)))
+    exact = [entry.over_ddp for entry in report.cells if entry.over_ddp is not None]
+    if exact:
+        low, high = min(e.value for e in exact), max(e.value for e in exact)
+        span = f"{low:.2f}" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f} to {high:.2f}"
+        yield f"Exact runs at {span} times the rate of ddp in the same place."
+    yield from (group.sentence() + "." for group in report.groups)
+
+
+def _fastest(report: CompareReport, entries: Sequence[CellReport]) -> Iterator[str]:
+    ours = [entry for entry in entries if entry.cell.reduction != PLAIN] or list(entries)
+    fastest = max(ours, key=_rate)
+    against = []
+    if fastest.over_plain:
+        against.append(f"{tables.between(fastest.over_plain)} times the plain script")
+    one = next((s for s in fastest.scalings if not s.is_reference), None)
+    if one:
+        against.append(f"{tables.between(one.speedup)} times {one.reference}")
+    times = f": {' and '.join(against)}" if against else ""
+    yield (
+        f"{fastest.cell.id} on {tables.devices(fastest)} is the fastest, {tables.between(fastest.rate)} {report.unit} "
+        f"per second{times}."
+    )
+
+
+def _largest(entries: Sequence[CellReport]) -> Iterator[str]:
+    """What the most devices of each family bring."""
+    by_family: dict[object, list[tuple[CellReport, int]]] = {}
+    for entry in entries:
+        for i, one in enumerate(entry.scalings):
+            by_family.setdefault(one.key, []).append((entry, i))
+    for lines in by_family.values():
+        entry, i = max(lines, key=lambda line: line[0].cell.devices)
+        one = entry.scalings[i]
+        if one.is_reference:
+            continue
+        efficiency = f", an efficiency of {tables.percent(one.efficiency)}" if one.efficiency else ""
+        yield (
+            f"{one.key.mode.capitalize()} scaling, {one.key.reduction}: {entry.cell.id} on {tables.devices(entry)} "
+            f"does {tables.between(one.speedup)} times what {one.reference} does{efficiency}."
+        )
+
+
+def _gpus(entries: Sequence[CellReport]) -> Iterator[str]:
+    gpus = [entry for entry in entries if entry.cell.kind == "gpu"]
+    cpus = [entry for entry in entries if entry.cell.kind == "cpu"]
+    if not gpus or not cpus:
+        return
+    cpu = max(cpus, key=_rate)
+    fewest = min(entry.cell.devices for entry in gpus)
+    one = max((entry for entry in gpus if entry.cell.devices == fewest), key=_rate)
+    most = max(gpus, key=_rate)
+    for gpu in [one] if one is most else [one, most]:
+        yield (
+            f"{gpu.cell.id} on {tables.devices(gpu)}: {tables.between(gpu.rate.over(cpu.rate))} times {cpu.cell.id}, "
+            "the fastest without a GPU."
+        )
+
+
+def _rate(entry: CellReport) -> float:
+    return entry.rate.value
+
+
+def fits(family: Family) -> list[str]:
+    """One sentence for each law."""
+    found = []
+    for fit in family.fits:
+        head = f"{fit.law}, {family.name}: "
+        if fit.refused:
+            found.append(f"{head}no fit; {fit.refused}.")
+            continue
+        names = ", ".join(
+            f"{name} {value:.3g} ({low:.3g} to {high:.3g})"
+            for name, (value, low, high) in fit.parameters.items()
+            if name != "rate1"
+        )
+        peak = f"; the rate peaks at {fit.peak:.3g} devices" if fit.peak else ""
+        if fit.peak == 1:
+            peak = "; the rate falls from the first device on"
+        found.append(f"{head}{names}; off by {100 * (fit.error or 0):.1f} % (rms){peak}.")
+    return found
+
+
+def forecast_source(family: Family) -> str:
+    """Where a family's forecasts come from and how good such a forecast was at a count that was measured, or why there
+    are none."""
+    if family.why_not or family.link is None:
+        return f"{family.name}: no forecast; {family.why_not}."
+    measured = family.link.to_json()
+    gbit, micro = measured["bandwidth_gbit"]["value"], measured["latency_us"]["value"]
+    check = "; no other count was measured to check it at"
+    if family.miss is not None and family.left_out is not None:
+        check = (
+            f"; made without {counted(family.left_out, 'worker')}, it is off by {100 * family.miss:+.1f} % there, and "
+            "the intervals are widened by that"
+        )
+    link = f"{tables.number(gbit)} Gbit/s and {tables.number(micro)} us ({measured['source']})"
+    return f"{family.name}: from {family.base}, {link}{check}."
+
+
+def machine(report: CompareReport) -> str:
+    """One line on machine and versions."""
+    e = report.meta["environment"]
+    gpus = f", {len(e['gpus'])} x {e['gpus'][0]}" if e["gpus"] else ", no GPU"
+    versions = ", ".join(f"{name} {version}" for name, version in e["versions"].items())
+    return (
+        f"{e['cpu']}, {counted(e['cores'], 'core')} ({e['cpu_capability']}), {e['memory_bytes'] / 1e9:.0f} GB{gpus}; "
+        f"{e['system']}; Python {e['python']}, {versions}"
+    )
+
+
+def sections(report: CompareReport, narrow: bool = False) -> list[tuple[str, tables.Table]]:
+    """The tables that have a line, each with its title."""
+
+    def of(make: Callable[..., tables.Table], *words: str) -> tables.Table:
+        return make(report, *words, narrow=narrow)
+
+    found = [("Speed", of(tables.speed))]
+    for mode in report.config.mode:
+        rows = of(tables.scaling, mode)
+        found.append((SCALINGS[mode], rows if len(rows) > 1 else []))
+    found += [
+        ("Time, memory and cost", of(tables.time_and_cost)),
+        ("Compute against communication, a step", of(tables.communication)),
+        ("Results", of(tables.results)),
+        ("Forecasts: these were NOT measured", of(tables.forecasts)),
+    ]
+    return [(title, rows) for title, rows in found if rows]
+
+
+def markdown(report: CompareReport) -> str:
+    """The whole report for a paper or a README."""
+    parts = [f"# {report.comparison.id}", machine(report), _list(answers(report))]
+    if report.warnings:
+        parts += ["## Before you believe it", _list(report.warnings)]
+    for title, rows in sections(report):
+        parts += [f"## {title}", pipe(rows)]
+    laws = [sentence for family in report.families for sentence in (*fits(family), forecast_source(family))]
+    parts += ["## Laws and forecasts", _list(laws)]
+    if report.skipped or report.failed:
+        lines = [{"cell": c, "did not run": why} for c, why in report.skipped]
+        lines += [{"cell": f"{c}, repeat {r}", "did not run": f"failed: {e}"} for c, r, e in report.failed]
+        parts += ["## Not measured", pipe(lines)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _list(sentences: Iterator[str] | Sequence[str]) -> str:
+    return "\n".join(f"- {sentence}" for sentence in sentences)
+
+
+def pipe(rows: Sequence[dict[str, str]]) -> str:
+    """A Markdown table; columns that are empty in every row are left out."""
+    if not rows:
+        return ""
+    names = tables.filled(rows)
+    lines = ["| " + " | ".join(names) + " |", "|" + "|".join(" --- " for _ in names) + "|"]
+    lines += ["| " + " | ".join(row[n].replace("|", "\\|") for n in names) + " |" for row in rows]
+    return "\n".join(lines)

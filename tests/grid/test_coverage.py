@@ -1,0 +1,126 @@
+"""Intervals said to be of 95 % hold the truth in 95 of 100 simulated comparisons, whatever the steps look like."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from rayexp.grid.comparison import Cell
+from rayexp.grid.forecast import Link, StepModel, StepTimes, forecast
+from rayexp.grid.measured import Measured, Repeat
+from rayexp.grid.scaling import Scaling, scalings
+from rayexp.grid.statistics import Interval, fit_amdahl
+
+RUNS, STEPS = 0.03, 0.05  # relative spread between runs, and between the steps of a run
+LENGTH = 40  # steps of a run
+TRIALS = 4000
+TRUTH = {1: 100.0, 2: 180.0}  # samples per second, by workers
+Draw = Callable[[np.random.Generator, tuple[int, ...]], NDArray[np.float64]]
+
+
+def normal(rng: np.random.Generator, size: tuple[int, ...]) -> NDArray[np.float64]:
+    return 1 + STEPS * rng.standard_normal(size)
+
+
+def skewed(rng: np.random.Generator, size: tuple[int, ...]) -> NDArray[np.float64]:
+    """Mean 1 and the same spread, with a long tail of slow steps: a gamma distribution, moved, of shape 1/4."""
+    shape = 0.25
+    return 1 + STEPS * (rng.gamma(shape, size=size) - shape) / shape**0.5
+
+
+def cell(workers: int) -> Cell:
+    config = {"batch_size": 64, "shards": 8}
+    return Cell(f"x{workers}", "cpu", workers, float(workers), "fp32", "exact", None, config, ("strong",), 64)
+
+
+def trials(draw: Draw, repeats: int, spread: tuple[float, float], seed: int = 0) -> Iterator[list[Measured]]:
+    """Simulated comparisons of one worker with two; `spread` between the runs of each."""
+    rng = np.random.default_rng(seed)
+    seconds = {
+        workers: 64
+        / rate
+        * np.exp(wide * rng.standard_normal((TRIALS, repeats, 1)))
+        * draw(rng, (TRIALS, repeats, LENGTH))
+        for (workers, rate), wide in zip(TRUTH.items(), spread, strict=True)
+    }
+    count = np.full(LENGTH, 64.0)
+    for trial in range(TRIALS):
+        yield [
+            Measured(
+                cell(workers),
+                "images",
+                {},
+                tuple(
+                    Repeat(None, (), {"count": count, "total": found[trial, i]}, 0.0, 0.0, 0.0)  # type: ignore[arg-type]
+                    for i in range(repeats)
+                ),
+            )
+            for workers, found in seconds.items()
+        ]
+
+
+def two(measured: list[Measured]) -> Scaling:
+    return scalings(measured, {m.cell.id: m.rate() for m in measured})[1]
+
+
+def holds(interval: Interval | None, truth: float) -> bool:
+    assert interval is not None
+    return interval[0] <= truth <= interval[1]
+
+
+@pytest.mark.parametrize("draw", [normal, skewed])
+@pytest.mark.parametrize("repeats", [2, 3, 5, 10])
+def test_95_percent_is_95_percent(repeats: int, draw: Draw) -> None:
+    held = {"rate": 0, "speed-up": 0, "efficiency": 0, "serial": 0}
+    for measured in trials(draw, repeats, (RUNS, RUNS)):
+        one = two(measured)
+        assert one.efficiency is not None
+        held["rate"] += holds(measured[1].rate().interval, TRUTH[2])
+        held["speed-up"] += holds(one.speedup.interval, 1.8)
+        held["efficiency"] += holds(one.efficiency.interval, 0.9)
+        held["serial"] += one.serial is None or holds(one.serial.interval, (1 / 1.8 - 1 / 2) / (1 - 1 / 2))
+    assert all(0.92 <= count / TRIALS <= 0.98 for count in held.values()), held
+
+
+def test_one_cell_may_be_far_noisier_than_the_other() -> None:
+    """Then a pooled spread would be that of neither."""
+    for spread in ((0.005, 0.06), (0.06, 0.005)):
+        held = sum(holds(two(measured).speedup.interval, 1.8) for measured in trials(normal, 3, spread))
+        assert 0.92 <= held / TRIALS <= 0.98, spread
+
+
+def test_a_forecast_holds_the_truth() -> None:
+    """Where the model is right; what differs between runs is in the rounds that it is made from."""
+    rng = np.random.default_rng(0)
+    link = Link(1e9, 0.0, "given")
+    exchange = {n: 2 * (n - 1) / n * 0.045 for n in (1, 2, 4, 8)}
+    truth, held, trials = 256 / (0.8 / 8 + 0.1 + 0.02 + exchange[8]), 0, 500
+    for _ in range(trials):
+        models = [
+            StepModel.of(
+                [
+                    StepTimes(
+                        n, (0.8 / n + 0.1) * float(np.exp(RUNS * rng.standard_normal())), 0.02, exchange[n], 45e6, 256
+                    )
+                    for n in (1, 2, 4)
+                ],
+                link,
+            )
+            for _ in range(3)
+        ]
+        (found,) = forecast(models, 1.0, [8], 0.0, 8)
+        held += found.low <= truth <= found.high
+    assert 0.92 <= held / trials <= 0.98
+
+
+def test_the_serial_fraction_of_a_fit_holds_the_truth() -> None:
+    rng = np.random.default_rng(0)
+    counts, held, trials = [n for n in (1, 2, 4, 8) for _ in range(3)], 0, 300
+    for _ in range(trials):
+        rates = [100 * n / (1 + 0.05 * (n - 1)) * float(np.exp(RUNS * rng.standard_normal())) for n in counts]
+        _, low, high = fit_amdahl(counts, rates).parameters["sigma"]
+        held += low <= 0.05 <= high
+    assert 0.92 <= held / trials <= 0.98
