@@ -39,7 +39,7 @@ from rayexp.system.busy import BusyMeter
 from rayexp.system.clock import since
 from rayexp.system.cores import cores
 from rayexp.workloads import open_workload, workload_class
-from rayexp.workloads.image_classification.workload import MEAN, STD, Options, build
+from rayexp.workloads.image_classification.workload import MEAN, STD, ImageClassification
 
 COLUMNS = ("count", "total", "data", "transfer", "compute", "optimizer")
 LOADERS = 4  # the default of imagenet/main.py
@@ -92,7 +92,8 @@ class Images:
         from torchvision import transforms as t
 
         self.device = device
-        data = open_data(config.data)
+        workload = ImageClassification(config)  # for its data and its model, which may be the user's own
+        data = workload.data
         tail = [t.ToTensor(), t.Normalize([m / 255 for m in MEAN], [s / 255 for s in STD])]
         recipe, size = config.data.augment, config.data.image_size
         head: list[Any] = []
@@ -110,7 +111,7 @@ class Images:
         self.train = torch.utils.data.DataLoader(Pictures(data.train, t.Compose(head + tail)), shuffle=True, **options)
         self.val = torch.utils.data.DataLoader(Pictures(data.val, t.Compose(tail)), **options)
         self.smoothing = config.label_smoothing
-        self.model = build(config.model.name, Options(**config.model.options), len(data.classes), size)
+        self.model = workload.make(len(data.classes), size)
 
     def batches(self) -> Iterator[Step]:
         """Shuffled, augmented images and labels."""
@@ -168,7 +169,7 @@ class Text:
         from rayexp.workloads.language_model.recurrent import RecurrentOptions
 
         self.device = device
-        data = open_data(config.data)
+        data = open_data(config.data, config.code, text=True)
         options = RecurrentOptions.model_validate(config.model.options)
         self.bptt = config.data.bptt
         self.hidden: Any = None

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import time
+from pathlib import Path
 
 import pytest
 
 from rayexp.config import ExperimentConfig, parse
+from rayexp.errors import UserError
 from rayexp.grid import run as grid
 from rayexp.runs.run import Run
 
@@ -163,3 +165,48 @@ def test_a_workload_without_a_script_trains_by_its_own_parts(tmp_path, monkeypat
     script.model.eval()
     with torch.inference_mode():
         assert set(script.evaluate()) == {"val_loss", "ppl"}
+
+
+@pytest.mark.slow
+def test_a_grid_over_a_workload_of_one_s_own(tmp_path):
+    """The shipped example: its unit, metrics and goals, its plain script, and what its predictions differ in."""
+    from rayexp.config import CompareConfig
+    from rayexp.grid import sentences, tables
+    from rayexp.grid.comparison import Comparison
+    from rayexp.grid.page import compare_page
+    from rayexp.grid.plan import base_of, plan, with_overrides
+    from rayexp.grid.report import read_report
+    from rayexp.launch.placement import Node
+
+    examples = Path(__file__).parents[2] / "examples"
+    tree = {
+        "base": str(examples / "own_workload.yaml"), "scaling": [{"num_workers": 0, "use_gpu": False}], "repeats": 2,
+        "reduction": ["exact", "ddp"], "overrides": {"epochs": 2}, "storage_path": str(tmp_path / "runs"),
+        "target": {"val_loss": 10.0},
+    }  # fmt: skip
+    config = parse(tree, CompareConfig, "grid")
+    base = base_of(config, tmp_path).absolute()
+    cells = plan(config, with_overrides(base, config.overrides), [Node("here", 2, 0)])
+    assert [cell.skip for cell in cells] == [None] * 3
+    made = Comparison.create(config, base, cells, {"argv": ["x"], "environment": grid.environment()})
+    session = made.begin()
+    for cell in cells:
+        for repeat in (1, 2):
+            row = grid.measure(made, cell, repeat)
+            assert row.error is None
+            made.add(row, session)
+    report = read_report(made)
+    assert report.unit == "samples"
+    assert report.equal
+    plain, exact, ddp = report.cells
+    assert plain.measured.goals == exact.measured.goals
+    assert exact.over_plain.interval is not None
+    assert ddp.differing is not None
+    assert exact.target_seconds["val_loss"] == pytest.approx(exact.measured.repeats[0].elapsed()[0], rel=0.9)
+    leading = next(iter(exact.measured.goals), "val_loss")
+    assert any(name.startswith(f"{leading} at ") for name in tables.results(report)[0])
+    assert "a loss that differs by more than half of the larger one" in " ".join(compare_page(report).split())
+    assert "samples per second" in sentences.markdown(report)
+    wrong = config.model_copy(update={"target": {"acc1": 3.0}})
+    with pytest.raises(UserError, match=r"has no metric 'acc1'.*allowed: .*val_loss, train_loss"):
+        plan(wrong, base, [Node("here", 2, 0)])
