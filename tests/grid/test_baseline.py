@@ -205,7 +205,7 @@ def test_a_grid_over_a_workload_of_one_s_own(tmp_path):
     assert exact.target_seconds["val_loss"] == pytest.approx(exact.measured.repeats[0].elapsed()[0], rel=0.9)
     leading = next(iter(exact.measured.goals), "val_loss")
     assert any(name.startswith(f"{leading} at ") for name in tables.results(report)[0])
-    assert "a loss that differs by more than half of the larger one" in " ".join(compare_page(report).split())
+    assert "a loss that moved by more than a tenth of the median" in " ".join(compare_page(report).split())
     assert "samples per second" in sentences.markdown(report)
     wrong = config.model_copy(update={"target": {"acc1": 3.0}})
     with pytest.raises(UserError, match=r"has no metric 'acc1'.*allowed: .*val_loss, train_loss"):
