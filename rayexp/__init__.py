@@ -25,11 +25,13 @@ if TYPE_CHECKING:
     from rayexp.library.experiments import compare as compare
     from rayexp.library.experiments import train as train
     from rayexp.library.experiments import verify as verify
+    from rayexp.runs.records import EpochRecord as EpochRecord
     from rayexp.runs.run import Run as Run
 
 __version__ = "0.1.0"
 
 _PLACES = {
+    "EpochRecord": "runs.records",
     "ExperimentConfig": "config",
     "Run": "runs.run",
     "RunError": "errors",
@@ -49,6 +51,7 @@ _PLACES = {
 }
 
 __all__ = [
+    "EpochRecord",
     "ExperimentConfig",
     "Run",
     "RunError",

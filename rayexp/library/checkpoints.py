@@ -221,7 +221,7 @@ def export(ref: Ref, to: str | PathLike[str], *, force: bool = False, runs: str 
 
     Example:
         >>> rayexp.export("quickstart@best", tmp / "model.pt", runs=tmp).build[-1]
-        "model.maxpool = nn.Identity()"
+        'model = resnet18(num_classes=20)'
     """
     from rayexp.launch import export as exporting
 

@@ -40,27 +40,36 @@ def guest(call: str) -> Iterator[None]:
         raise UserError(f"{call}: {_present} is at work in this process; allowed: one after the other")
     try:
         _present = call
-        # What comes with PyTorch is imported before, so that no filter that it sets for itself is taken away.
-        from rayexp.engine import settings
-        from rayexp.launch import worker  # noqa: F401
+        with _environment_kept():
+            # What comes with PyTorch is imported before, so that no filter that it sets for itself is taken away.
+            from rayexp.engine import settings
+            from rayexp.launch import worker  # noqa: F401
 
-        with settings.kept(), _process_kept():
-            yield
+            with settings.kept(), _process_kept():
+                yield
     finally:
         _ALONE.release()
 
 
 @contextlib.contextmanager
-def _process_kept() -> Iterator[None]:
-    environment, folder = dict(os.environ), Path.cwd()
-    filters, hooks = list(warnings.filters), (sys.excepthook, threading.excepthook)
-    draws, arrays = random.getstate(), np.random.get_state()
+def _environment_kept() -> Iterator[None]:
+    environment = dict(os.environ)
     try:
         yield
     finally:
         for name in os.environ.keys() - environment.keys():
             del os.environ[name]
         os.environ.update(environment)
+
+
+@contextlib.contextmanager
+def _process_kept() -> Iterator[None]:
+    folder = Path.cwd()
+    filters, hooks = list(warnings.filters), (sys.excepthook, threading.excepthook)
+    draws, arrays = random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
         os.chdir(folder)
         warnings.filters[:] = filters  # type: ignore[index]
         sys.excepthook, threading.excepthook = hooks

@@ -48,6 +48,10 @@ _OWN = {
 # Elsewhere each worker finds the interface of its own node.
 _SETUP_HOOK = {"worker_process_setup_hook": "rayexp.launch.on_ray.rendezvous.choose_interface"}
 
+# Whether Ray was imported with tokens here. It stays so for the life of the process, and what is started later must be
+# told, even where a program has its environment variables as before.
+_tokens = False
+
 
 @contextlib.contextmanager
 def environment(fields: Mapping[str, str]) -> Iterator[None]:
@@ -72,8 +76,10 @@ def prepare(address: str | None) -> None:
     """
     if not running(address):
         auth.make_token()
-    if "ray" not in sys.modules and "RAY_AUTH_MODE" not in os.environ and auth.token():
+    global _tokens
+    if ("ray" not in sys.modules or _tokens) and "RAY_AUTH_MODE" not in os.environ and auth.token():
         os.environ["RAY_AUTH_MODE"] = "token"
+        _tokens = True
 
 
 @contextlib.contextmanager

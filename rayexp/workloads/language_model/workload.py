@@ -30,7 +30,7 @@ from rayexp.runs.records import Predictions
 from rayexp.runs.traits import TOKENS
 from rayexp.workloads.language_model.model import MODELS, build, options_of
 from rayexp.workloads.language_model.plain import plain
-from rayexp.workloads.language_model.recurrent import RecurrentOptions
+from rayexp.workloads.language_model.recurrent import LAYERS, RecurrentOptions
 from rayexp.workloads.own_model import OwnModel, is_own
 
 # Tokens evaluated at once: a recurrent model gives the same losses for any window, and long windows are faster.
@@ -254,15 +254,17 @@ class LanguageModel:
             with torch.random.fork_rng(devices=[]):
                 found, build_lines = own.build(vocabulary=len(vocabulary)), own.lines(vocabulary=len(vocabulary))
             found.load_state_dict(weights)
+            recurrent = False
         else:
             net = build(config, len(vocabulary))
             net.load_state_dict(weights)
             found, build_lines = plain(net.eval()), []
+            recurrent = config.model.name in LAYERS
         return Portable(
             model=found.eval(),
             weights=weights,
             inputs=(torch.zeros(config.data.bptt, 2, dtype=torch.int64),),
-            axes=({0: "time", 1: "columns"},),
+            axes=({1: "columns"} if recurrent else {0: "time", 1: "columns"},),
             build=tuple(build_lines),
             about={
                 "task": "language model",
@@ -270,6 +272,8 @@ class LanguageModel:
                 "vocabulary": vocabulary,
                 "input": "int64[time, columns]: numbers of words, in the order of vocabulary; <eos> ends a line",
                 "output": f"float32[time, columns, {len(vocabulary)}]: logits of the word after each",
+                # PyTorch exports recurrent layers for one length of text.
+                **({"onnx": f"time is {config.data.bptt} in .onnx"} if recurrent else {}),
             },
         )
 
