@@ -41,7 +41,7 @@ def predict(
 
     from rayexp.launch import predict as asking
 
-    if run.config().workload == "language_model":
+    if run.kind() == "tokens":
         sources, bad = asking.lines(files)
     else:
         sources, bad = asking.pictures(files), []

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,9 @@ from rayexp.errors import UserError
 from rayexp.launch.evaluate import on_gpu
 from rayexp.runs.records import one_line
 from rayexp.runs.run import Run
+
+if TYPE_CHECKING:
+    from rayexp.engine.portable import Portable
 
 Source = tuple[str, Any]
 """A name, and what it names: a file's path, a picture or an array of pixels."""
@@ -130,19 +133,21 @@ def predict(run: Run, epoch: int, sources: Sequence[Source], top: int = 5) -> An
         UserError: the epoch has no checkpoint, the workload answers no such questions, or an array is no picture.
         RunError: the checkpoint is damaged.
     """
-    config = run.config()
-    if config.workload == "language_model":
-        return _read(run, epoch, sources)
-    if config.workload != "image_classification":
-        raise UserError(f"{run.id}: predict answers for pictures and texts; this run is of {config.workload}")
-    return _look(run, epoch, config, sources, top)
-
-
-def _look(run: Run, epoch: int, config: ExperimentConfig, sources: Sequence[Source], top: int) -> Answers:
-    from rayexp.workloads.image_classification.classify import Classifier
     from rayexp.workloads.saved import open_portable
 
-    portable = open_portable(run, epoch)
+    config, portable = run.config(), open_portable(run, epoch)
+    if "vocabulary" in portable.about:
+        return _read(run, epoch, config, portable, sources)
+    if "categories" in portable.about:
+        return _look(run, epoch, config, portable, sources, top)
+    raise UserError(f"{run.id}: predict answers for pictures and texts; this run is of {config.workload}")
+
+
+def _look(
+    run: Run, epoch: int, config: ExperimentConfig, portable: Portable, sources: Sequence[Source], top: int
+) -> Answers:
+    from rayexp.workloads.image_classification.classify import Classifier
+
     categories = tuple((str(one[0]), str(one[1])) for one in portable.about["categories"])
     rows: list[PicturePrediction] = []
     bad: list[tuple[str, str]] = []
@@ -202,16 +207,14 @@ def picture(source: Any, size: int) -> NDArray[np.uint8]:
     return np.asarray(fit(Image.fromarray(array).convert("RGB"), size))
 
 
-def _read(run: Run, epoch: int, sources: Sequence[Source]) -> Answers:
-    from rayexp.workloads.language_model.generate import open_generator
+def _read(run: Run, epoch: int, config: ExperimentConfig, portable: Portable, sources: Sequence[Source]) -> Answers:
     from rayexp.workloads.language_model.score import score
 
-    writer = open_generator(run, epoch)
     rows = []
     for name, text in sources:
-        found = score(writer, text)
+        found = score(portable.model, portable.about["vocabulary"], config, text)
         rows.append(LinePrediction(name, text, found.tokens, found.unknown, found.loss))
-    return Answers(run.id, epoch, writer.weights_sha, (), tuple(rows), ())
+    return Answers(run.id, epoch, portable.about["weights_sha"], (), tuple(rows), ())
 
 
 def pictures(paths: Iterable[str | Path]) -> list[Source]:

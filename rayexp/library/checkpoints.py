@@ -99,8 +99,7 @@ def predict(
 
     with guest("predict"):
         run, epoch = find(ref, runs)
-        texts = run.config().workload == "language_model"
-        sources = _texts(inputs) if texts else _pictures(inputs)
+        sources = _texts(inputs) if run.kind() == "tokens" else _pictures(inputs)
         answers = predicting.predict(run, epoch, sources, top)
     if answers.unreadable and not skip_unreadable:
         name, why = answers.unreadable[0]

@@ -50,19 +50,18 @@ def load_config(config: Config, overrides: Overrides = ()) -> ExperimentConfig:
 
 def read(config: Config | CompareConfig, overrides: Overrides, kind: type[KindT]) -> KindT:
     """As `load_config`, for a configuration of that kind."""
-    words = _words(overrides)
+    changes = words(overrides)
     if isinstance(config, str | PathLike):
-        return load(Path(config), words, kind)
+        return load(Path(config), changes, kind)
     tree = config.model_dump(mode="json") if isinstance(config, kind) else config
     if not isinstance(tree, Mapping):
         raise UserError(f"config: expected a path, a name, a dict or {kind.__name__}, got {type(config).__name__}")
     changed = copy.deepcopy(dict(tree))
-    for word in words:
-        yaml_tree.set_override(changed, word, kind)
-    if (
-        kind is ExperimentConfig
-    ):  # references to files count from the working directory; those of one that is, are known
-        keys = [word.partition("=")[0] for word in words] if isinstance(config, kind) else None
+    for change in changes:
+        yaml_tree.set_override(changed, change, kind)
+    if kind is ExperimentConfig:
+        # References to files count from the working directory; those of a configuration that is one are known.
+        keys = [change.partition("=")[0] for change in changes] if isinstance(config, kind) else None
         code.anchor(changed, Path.cwd(), keys)
         code.settle(changed, Path.cwd(), "config")
     parsed = parse(changed, kind, "config")
@@ -76,7 +75,7 @@ def folder_of(config: Any) -> Path:
     return find_config(Path(config)).parent if isinstance(config, str | PathLike) else Path.cwd()
 
 
-def _words(overrides: Overrides) -> list[str]:
+def words(overrides: Overrides) -> list[str]:
     """Overrides as `KEY=VALUE`; JSON is YAML, too."""
     if isinstance(overrides, str):
         raise UserError(f"overrides: expected a list of KEY=VALUE or a dict, got the text {overrides!r}")

@@ -12,6 +12,7 @@ from rayexp.errors import UserError
 from rayexp.library import configs
 from rayexp.library.configs import Config, Overrides
 from rayexp.library.guest import console, guest
+from rayexp.library.parts import refuse_for_workers, with_parts
 from rayexp.runs.run import Run
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ def train(
     config: Config | None = None,
     overrides: Overrides = (),
     *,
+    model: Any = None,
+    data: Any = None,
     callbacks: Sequence[object] = (),
     resume: Run | str | None = None,
     runs: str | PathLike[str] | None = None,
@@ -39,6 +42,10 @@ def train(
     Args:
         config: a YAML file, a shipped name, a dict or an ExperimentConfig; with `resume` it may be left out.
         overrides: keys to set, `{"epochs": 3, "scaling.num_workers": 2}` or `["epochs=3"]`.
+        model: a class or a function that makes a model, yours or a library's; it stands for `model.name`, and the other
+            keys of `model` are its options (docs/your-own-model.md). Workers, and whoever opens the run later, import
+            it from its file, so what is defined in a notebook or in the script itself trains in this process only.
+        data: the same for a dataset, and `data.name`.
         callbacks: objects with any of the methods `on_epoch(record)`, called with the EpochRecord of every epoch, and
             `on_step(progress)`, called a few times a second with a dict of `epoch`, `epochs`, `step`, `steps`, `loss`
             (nats), `rate` (samples a second) and `unit`. They are called one at a time in a thread of this process. An
@@ -63,7 +70,8 @@ def train(
     from rayexp.launch.driver import run as drive
 
     with guest("train"):
-        resumed, experiment = _begin(config, overrides, resume, runs)
+        resumed, experiment = _begin(config, with_parts(overrides, model=model, data=data), resume, runs)
+        refuse_for_workers(experiment)
         return drive(
             experiment,
             argv=[f"rayexp.train({str(config)!r})" if isinstance(config, str | PathLike) else "rayexp.train()"],

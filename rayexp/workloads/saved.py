@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from rayexp import workloads
+from rayexp.config.references import provide
 from rayexp.engine import checkpoint, settings
 from rayexp.engine.checkpoint import FIELDS, TENSORS, State
 from rayexp.engine.portable import Portable
 from rayexp.errors import RunError, UserError
+from rayexp.runs.code import code_of
 from rayexp.runs.run import Run, broken
 
 
@@ -37,6 +39,8 @@ def open_portable(run: Run, epoch: int) -> Portable:
     import rayexp
 
     state, config = read_state(run, epoch), run.config()
+    if config.code:
+        provide(config.code, code_of(run.root))
     kind: Any = workloads.workload_class(config)
     if not hasattr(kind, "portable"):
         raise UserError(

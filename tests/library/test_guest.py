@@ -101,7 +101,10 @@ CALLS: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("call", CALLS)
+QUICK = ("train a language model", "predict", "generate")
+
+
+@pytest.mark.parametrize("call", [pytest.param(c, marks=() if c in QUICK else pytest.mark.slow) for c in CALLS])
 def test_nothing_is_left_changed(call: str, runs: Path, pictures: Any, words: Any, own: None) -> None:
     CALLS[call](runs)  # what is imported for the first time may open files of its own
     before = snapshot()
@@ -183,3 +186,64 @@ def test_it_works_where_a_notebook_calls(runs: Path, words: Any, monkeypatch: py
     assert f"run: {run.root}" in shown.getvalue()
     assert "epoch 1  train_loss" in shown.getvalue()
     assert sys.stdout.getvalue() == ""  # type: ignore[attr-defined]
+
+
+def ours(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """What differs, without the log files and sockets that Ray's library keeps open in a process."""
+    return {name: (value, after[name]) for name, value in before.items() if name != "files" and value != after[name]}
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_workers_change_nothing_and_a_second_ray_follows_the_first(runs: Path, words: Any, own: None) -> None:
+    streams = [os.fstat(number)[:3] for number in (1, 2)]
+    before = snapshot()
+    hashes = set()
+    for _ in range(2):
+        run = train(runs, "words", **{"scaling.num_workers": 2})
+        hashes.add(run.records()[0].weights_sha)
+        assert ours(before, snapshot()) == {}
+        assert [os.fstat(number)[:3] for number in (1, 2)] == streams
+    assert hashes == {words.records()[0].weights_sha}
+
+
+@pytest.mark.slow
+def test_verify_leaves_nothing_changed(runs: Path, words: Any, own: None) -> None:
+    before = snapshot()
+    verdict = rayexp.verify(
+        words.config(), workers=[0, 2], steps=3, launcher="processes", contrast=False, progress=False
+    )
+    assert verdict.ok
+    assert verdict.to_dict()["ok"]
+    assert ours(before, snapshot()) == {}
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_compare_leaves_nothing_changed(runs: Path, words: Any, own: None, tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text(words.config().to_yaml())
+    grid = {"base": "base.yaml", "scaling": [{"num_workers": 0}], "repeats": 1, "baseline": False}
+    before = snapshot()
+    report = rayexp.compare(grid, runs=tmp_path / "grids", progress=False)
+    assert [row.cell.workers for row in report.cells] == [0]
+    assert report.equal
+    assert report.to_dict()["status"] == "done"
+    assert ours(before, snapshot()) == {}
+    again = rayexp.compare(grid, resume=report.comparison.root, progress=False)
+    assert again.to_dict()["cells"] == report.to_dict()["cells"]
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_raises_and_the_run_goes_on(runs: Path, words: Any, own: None) -> None:
+    class Interrupt:
+        def on_epoch(self, record: Any) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    before = snapshot()
+    with pytest.raises(KeyboardInterrupt, match=r"stopped; saved up to step \d+; go on with") as stopped:
+        rayexp.train(words.config(), {"epochs": 30}, callbacks=[Interrupt()], runs=runs / "interrupted", progress=False)
+    assert isinstance(stopped.value, rayexp.Stopped)
+    assert ours(before, snapshot()) == {}
+    (run,) = rayexp.Run.all(runs / "interrupted")
+    assert run.status() == "stopped"
+    assert 1 <= len(run.records()) < 30

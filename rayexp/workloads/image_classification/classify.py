@@ -23,7 +23,7 @@ class Classifier:
     """
 
     def __init__(self, model: nn.Module, config: ExperimentConfig, gpu: bool) -> None:
-        self.model, self.config = model, config
+        self.model, self.config, self.format = model, config, format_of(own_model(config))
         self.device = runtime.device("cuda" if gpu else "cpu")
 
     def __enter__(self) -> Classifier:

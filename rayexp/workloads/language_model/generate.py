@@ -73,12 +73,17 @@ def open_generator(run: Run, epoch: int) -> TextGenerator:
 def read_prompt(prompt: str, generator: TextGenerator) -> tuple[list[int], list[str]]:
     """A prompt as word numbers, and the words that the model does not know (read as `<unk>` where the vocabulary has
     that, otherwise left out)."""
-    if generator.config.data.name == "python_docs":
+    return read_words(prompt, generator.vocabulary, generator.config)
+
+
+def read_words(text: str, vocabulary: Sequence[str], config: ExperimentConfig) -> tuple[list[int], list[str]]:
+    """`read_prompt`, with the vocabulary and the configuration of a run."""
+    if config.data.name == "python_docs":
         from rayexp.data.python_docs import tokenise
 
-        prompt = tokenise(prompt)
-    number = {word: n for n, word in enumerate(generator.vocabulary)}
-    words = prompt.split()
+        text = tokenise(text)
+    number = {word: n for n, word in enumerate(vocabulary)}
+    words = text.split()
     found = [number.get(word, number.get(UNK)) for word in words]
     return [n for n in found if n is not None], [word for word in words if word not in number]
 

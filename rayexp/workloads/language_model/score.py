@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 
+from rayexp.config import ExperimentConfig
 from rayexp.data.text import EOS
 from rayexp.engine.settings import threads
 from rayexp.errors import UserError
-from rayexp.workloads.language_model.generate import TextGenerator, read_prompt
-from rayexp.workloads.language_model.model import options_of
-from rayexp.workloads.language_model.transformer import Transformer, TransformerOptions
+from rayexp.workloads.language_model.generate import read_words
+from rayexp.workloads.language_model.recurrent import LAYERS
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,25 +32,30 @@ class Score:
     loss: float
 
 
-def score(writer: TextGenerator, line: str) -> Score:
-    """Judge a line by itself, as if it followed a line's end. A transformer reads it in windows, as in validation.
+def score(model: nn.Module, vocabulary: Sequence[str], config: ExperimentConfig, line: str) -> Score:
+    """Judge a line by itself, as if it followed a line's end. A recurrent model reads it from its first word on, any
+    other in windows of `data.bptt` words, as in validation, with `model.context` words before each.
+
+    Args:
+        model: from int64[time, columns] to logits [time, columns, words].
+        vocabulary: the words by number.
+        config: that of the run.
 
     Raises:
         UserError: the text has several lines.
     """
     if "\n" in line.strip("\n"):
-        raise UserError("a text of several lines; each is judged by itself: give them one by one")
-    numbers, unknown = read_prompt(line, writer)
-    end = writer.vocabulary.index(EOS)
-    read = torch.tensor([end, *numbers, end])[:, None]
-    options, window = options_of(writer.config), writer.config.data.bptt
-    context = options.context if isinstance(options, TransformerOptions) else 0
-    if not isinstance(writer.net.body, Transformer):
-        window = len(read)
+        raise UserError("predict: a text of several lines; each line is judged by itself: give them one by one")
+    numbers, unknown = read_words(line, vocabulary, config)
+    end = vocabulary.index(EOS)
+    read = torch.tensor([end, *numbers, end])
+    window = len(read) if config.model.name in LAYERS else config.data.bptt
+    context = int(config.model.options.get("context", 0))
     total = 0.0
     with threads(1), torch.inference_mode():
         for start in range(0, len(read) - 1, window):
-            stop = min(start + window, len(read) - 1)
-            losses, _ = writer.net(read[max(0, start - context) : stop], read[start + 1 : stop + 1].reshape(-1))
-            total += float(losses.double().sum())
+            targets = read[start + 1 : start + 1 + window]
+            seen = read[max(0, start - context) : start + len(targets)]
+            logits = model(seen[:, None])[-len(targets) :, 0]
+            total += float(F.cross_entropy(logits.double(), targets, reduction="sum"))
     return Score(len(read) - 1, tuple(unknown), total / (len(read) - 1))
