@@ -57,6 +57,13 @@ def parse(words: list[str]) -> None:
         assert context.command is command
 
 
+def test_no_two_runs_of_the_readme_have_one_name() -> None:
+    """Whoever types all of it refers to each run by its name."""
+    lines = [line for page, line in commands() if page == "README.md"]
+    named = [word.removeprefix("name=") for line in lines for word in line.split() if word.startswith("name=")]
+    assert len(named) == len(set(named)) >= 2
+
+
 @pytest.mark.parametrize(("page", "line"), commands())
 def test_commands_in_the_documents_parse(page: str, line: str) -> None:
     words = [word for word in shlex.split(line, comments=True)[1:] if word not in ("--debug", "&")]

@@ -22,12 +22,17 @@ def configs_command(as_json: JsonOption = False) -> None:
         print_json([{"name": n, "kind": _kind(p), "what": headline(p), "path": str(p)} for n, p in found.items()])
         return
     width = max(map(len, found))
-    room = shutil.get_terminal_size().columns - width - 4
+    columns = max(shutil.get_terminal_size().columns, width + 34)
     for kind, title in KINDS.items():
         tell(title)
         for name, path in found.items():
             if _kind(path) == kind:
-                tell(f"  {name:<{width}}  {textwrap.shorten(headline(path), max(room, 30), placeholder=' ...')}")
+                begin, go_on = f"  {name:<{width}}  ", " " * (width + 4)
+                tell(
+                    textwrap.fill(
+                        headline(path), columns, initial_indent=begin, subsequent_indent=go_on, break_on_hyphens=False
+                    )
+                )
     tell("A file of yours with the same name wins; KEY=VALUE changes what is in it.")
 
 

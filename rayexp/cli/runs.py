@@ -127,9 +127,10 @@ def _check(found: list[Run], as_json: bool) -> None:
     for name, findings in {} if as_json else checked.items():
         covered = sum(f.state == "ok" for f in findings)
         without = sum(f.state == "not covered" for f in findings)
+        bare = f", {without} not covered by one" if without else ""
         tell(
             f"{name}: {'damaged: ' + '; '.join(map(str, damaged[name])) if damaged[name] else 'ok'} "
-            f"({covered} of {len(findings)} by their hashes, {without} not covered by one)"
+            f"({covered} of {len(findings)} by their hashes{bare})"
         )
     raise typer.Exit(1 if any(damaged.values()) else 0)
 

@@ -296,7 +296,7 @@ def find_directory(name: str, storage: Path, file: str, noun: str, hint: str = "
     names = [path.name for path in directories(storage, file)]
     found = matching(name, names)
     if len(found) > 1:
-        raise UserError(f"{name!r} names several {noun}s in {storage}: {', '.join(found)}")
+        raise UserError(f"{name!r} names several {noun}s in {storage}; give more of one: {', '.join(found)}")
     if not found:
         other, its_file = next((kind, kept) for kind, kept in KINDS.items() if kept != file)
         what = f", but a {other}" if matching(name, [p.name for p in directories(storage, its_file)]) else ""

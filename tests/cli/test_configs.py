@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
 from rayexp.cli import main
-from rayexp.config import shipped_configs
+from rayexp.config import headline, shipped_configs
 
 
 @pytest.fixture
@@ -27,15 +28,20 @@ def typed(monkeypatch, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("columns", [80, 100])
-def test_a_line_each_by_the_command_that_takes_it(typed, monkeypatch, columns) -> None:
+def test_whole_descriptions_by_the_command_that_takes_it(typed, monkeypatch, columns) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
     code, out, err = typed("configs")
     assert (code, err) == (0, "")
     lines = out.splitlines()
     assert max(map(len, lines)) <= columns
-    assert len(lines) == len(shipped_configs()) + 3
     experiments, _, grids = out.partition("Grids, for compare:\n")
-    assert [line.split()[0] for line in grids.splitlines()[:-1]] == ["devices", "quickstart_devices"]
+    listed = [
+        [line.split()[0] for line in part.splitlines() if re.match(r"  \w", line)] for part in (experiments, grids)
+    ]
+    assert sorted(listed[0] + listed[1]) == sorted(shipped_configs())
+    assert listed[1] == ["devices", "quickstart_devices"]
+    for name, path in shipped_configs().items():
+        assert f"{name} {headline(path)}" in " ".join(out.split())
     assert "\n  quickstart             A tour in minutes on two cores" in experiments
 
 
