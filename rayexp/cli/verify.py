@@ -61,6 +61,7 @@ def verify(
         )
         if verdict.contrast:
             different = len({trial.weights for trial in verdict.contrast})
-            tell(f"ddp: {different} different weights at {counted(len(verdict.contrast), 'count')}")
+            shown = "the same weights" if different == 1 else f"{different} different weights"
+            tell(f"ddp: {shown} at {counted(len(verdict.contrast), 'number of workers', 'numbers of workers')}")
         tell(verdict.sentence())
     raise typer.Exit(0 if verdict.ok else 1)

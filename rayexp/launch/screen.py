@@ -161,8 +161,9 @@ def epoch_line(record: EpochRecord, width: int | None = None) -> str:
     metrics = [f"{name} {figure(value, '.2f')}" for name, value in record.metrics.items()]
     rate, took = f"{record.samples_per_second:,.0f}/s", f"{record.seconds['total']:.1f} s"
     parts = [f"epoch {record.epoch}", f"train_loss {train}", f"val_loss {val}", *metrics, rate, took]
-    parts.append(f"weights {short(record.weights_sha)}")
-    goes = [rate, took, *metrics[:0:-1], parts[-1], parts[1]]  # the first to go first
+    weights = [f"weights {short(record.weights_sha)}"] if record.weights_sha else []  # a plain script's have no hash
+    parts += weights
+    goes = [rate, took, *metrics[:0:-1], *weights, parts[1]]  # the first to go first
     line = "  ".join(parts)
     if width is not None and len(line) > width:
         line = "  ".join(part for part in parts if part != rate)

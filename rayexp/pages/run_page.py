@@ -92,7 +92,7 @@ def lead(records: list[EpochRecord], best: EpochRecord | None) -> str:
     if last.train_loss < best.train_loss and last.val_loss > best.val_loss:
         fell = f"the training loss fell from {figure(best.train_loss)} to {figure(last.train_loss)}"
         rose = f"the validation loss rose from {figure(best.val_loss)} to {figure(last.val_loss)}"
-        return f"{found} From there to epoch {last.epoch} {fell} and {rose}: the model overfits."
+        return f"{found} From there to epoch {last.epoch} {fell} and {rose}, a sign of overfitting."
     return f"{found} No later epoch is better, up to the last ({last.epoch})."
 
 

@@ -95,6 +95,10 @@ def test_the_commands_do_what_the_tour_did(tiny_tour: list[list[str]], capfd: py
         if line.split()[1] != "train":
             assert re.sub(r"\s+", " ", stdout) in re.sub(r"\s+", " ", out), line
     assert {run.id for run in made} < {run.id for run in both}
+    checked = CliRunner().invoke(app, ["runs", "--runs", runs, "--check"])
+    assert checked.exit_code == 0
+    assert checked.stdout.count(": ok (") == len(both)
+    assert "not covered" not in checked.stdout  # said only where there is something
 
 
 def test_its_last_lines_lead_somewhere(tiny_tour: list[list[str]], capfd: pytest.CaptureFixture[str]) -> None:

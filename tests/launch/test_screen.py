@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -88,6 +89,9 @@ def test_the_line_of_an_epoch_at_the_width_of_a_terminal() -> None:
     assert epoch_line(IMAGES, 100) == whole.replace("  1,412/s", "")
     assert epoch_line(IMAGES, 80) == "epoch 12  train 2.1034  val 2.2001  acc1 48.73  acc5 75.30  weights 0f3a1234"
     assert epoch_line(TEXT, 80) == "epoch 6  train 5.1034  val 5.2001  ppl 181.29  61.2 s  weights 0f3a1234"
+    plain = dataclasses.replace(IMAGES, weights_sha="")  # of the script that a grid compares with
+    assert epoch_line(plain) == whole.partition("  weights")[0]
+    assert epoch_line(plain, 60) == "epoch 12  train 2.1034  val 2.2001  acc1 48.73  acc5 75.30"
 
 
 @pytest.mark.parametrize("record", [LONGEST, IMAGES, TEXT])

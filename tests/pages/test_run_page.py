@@ -262,7 +262,7 @@ def epoch(number, train_loss, val_loss, acc1):
         (
             [epoch(1, 2.0, 2.0, 30.0), epoch(2, 1.0, 2.5, 29.0), epoch(3, 0.5, 3.0, 28.0)],
             "Epoch 1 is the best: acc1 30 %, validation loss 2. From there to epoch 3 the training loss fell from 2 to "
-            "0.5 and the validation loss rose from 2 to 3: the model overfits.",
+            "0.5 and the validation loss rose from 2 to 3, a sign of overfitting.",
         ),
         (
             [epoch(1, 2.0, 2.0, 30.0), epoch(2, 2.1, 2.5, 29.0)],
