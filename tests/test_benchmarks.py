@@ -19,9 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """gpu.py's, in its section of bits."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    gpu = importlib.import_module("gpu")
-    found = gpu.Bench(False, torch.device("cpu"), tmp_path, {}, {})
-    found.section, found.until = "bits", float("inf")
+    found = importlib.import_module("bench").Bench(False, torch.device("cpu"), tmp_path, {}, {})
+    found.begin("bits", 1.0, float("inf"))
     return found
 
 
@@ -33,7 +32,7 @@ def test_what_the_gpu_benchmark_calls_not_ok(bench: Any) -> None:
         ("4 streams", "b", "graph"),
         ("8 streams", "a", "eager: a value was asked for"),
     ):
-        bench.same("lstm", way, sha, capture)
+        importlib.import_module("gpu_bits").same(bench, "lstm", way, sha, capture)
     assert [line.ok for line in bench.lines] == [True, True, True, False, False]
     assert bench.lines[3].note == "the first was a"
     assert "a value was asked for" in bench.lines[4].note
@@ -53,11 +52,11 @@ def test_the_gpu_benchmark_goes_on_after_a_failure(bench: Any) -> None:
 
 
 def test_what_a_speed_must_be(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu = importlib.import_module("gpu")
+    gpu = importlib.import_module("gpu_speed")
     monkeypatch.setattr(gpu.driver, "run", lambda config, argv: type("", (), {"meta": lambda self: {}})())
     monkeypatch.setattr(gpu, "steady", lambda run: 100.0)
     for least, times, peer in ((100, 2, 50.0), (101, 0, None), (50, 3, 50.0), (50, 3, None)):
-        bench.rate("resnet18", {}, "images", peer, gpu.Speed(least, 200, times))
+        gpu.rate(bench, "resnet18", {}, "images", peer, gpu.Speed(least, 200, times))
     assert [line.ok for line in bench.lines] == [True, False, False, True]
     assert "2.00x of 50" in bench.lines[0].row()
 
