@@ -8,6 +8,10 @@ many loader processes and intra-op threads as cores. A run's figure is the media
 the table has medians over rounds and their ratios to the peer's. Numbers of cores that this machine does not have are
 named in the table and not measured.
 
+`--together 0 1 2 3` also measures `exact` with at most 1, 2, 4 and 8 shards a pass, which changes no bit (there is less
+to choose the more cores there are: with a core for every shard, each goes by itself). What is faster elsewhere than
+engine/passes.py has it (`TOGETHER`) would show here.
+
 `--small` goes through all of this in less than a minute, on drawn images and with a peer of a few lines, on two cores
 and on one more than there are: it shows that the script works, and its figures say nothing.
 """
@@ -15,6 +19,7 @@ and on one more than there are: it shows that the script works, and its figures 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -33,6 +38,8 @@ from rayexp.system.threads import replicas, threads_per_shard
 COUNTS = (2, 4, 8, 16)
 SHARDS = 8
 CONTENDERS = ("peer", "ddp", "exact")
+# The command `rayexp`, with another number of shards a pass than it has by itself.
+LEVEL = "import sys; from rayexp.engine import passes; passes.TOGETHER = {}; from rayexp.cli import main; main()"
 # Shaped like the example, for `--small`: it prints the times of its steps likewise.
 SMALL_PEER = """
 import sys, time, torch, torchvision
@@ -80,13 +87,14 @@ def held_to(count: int, run: Callable[[], list[float]]) -> list[float]:
         os.sched_setaffinity(0, before)
 
 
-def run_rayexp(reduction: str, words: Sequence[str], batch: int, folder: Path) -> list[float]:
-    """images/s of each step, as the run's steps.jsonl has them."""
+def run_rayexp(reduction: str, words: Sequence[str], batch: int, folder: Path, level: int | None = None) -> list[float]:
+    """images/s of each step, as the run's steps.jsonl has them; `level`: at most 2^level shards a pass."""
     storage = Path(tempfile.mkdtemp(dir=folder))
     config = storage / "benchmark.yaml"
     config.write_text("name: benchmark\n")
     keys = [*words, f"batch_size={batch}", f"shards={SHARDS}", f"reduction={reduction}", f"storage_path={storage}"]
-    command = [sys.executable, "-m", "rayexp", "train", str(config), *keys]
+    rayexp = ["-m", "rayexp"] if level is None else ["-c", LEVEL.format(level)]
+    command = [sys.executable, *rayexp, "train", str(config), *keys]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"rayexp failed: {done.stderr[-2000:]}")
@@ -102,7 +110,7 @@ def measure(counts: Sequence[int], run: dict[str, Callable[[int], list[float]]],
         row = Row(count, threads, replicas(count, threads, SHARDS), {})
         rows.append(row)
         for number in range(rounds if count <= cores() else 0):
-            for name in CONTENDERS:
+            for name in run:
                 rates = held_to(count, lambda name=name, count=count: run[name](count))  # type: ignore[misc]
                 row.rates.setdefault(name, []).append(statistics.median(rates[skip:]))
                 print(
@@ -127,6 +135,20 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def together_table(rows: Sequence[Row]) -> str:
+    """`exact` by the most shards that go through the network together, as Markdown; empty where that was not asked."""
+    names = [name for row in rows for name in row.rates if name not in CONTENDERS]
+    names = list(dict.fromkeys(names))
+    if not names:
+        return ""
+    lines = [f"| cores | {' | '.join(names)} |", "| --- |" + " --- |" * len(names)]
+    for row in rows:
+        if row.rates:
+            rates = " | ".join(f"{statistics.median(row.rates[name]):.1f}" for name in names)
+            lines.append(f"| {row.cores} | {rates} |")
+    return "\n".join(["", *lines])
+
+
 def main() -> None:
     """See the head of this file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -137,6 +159,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--together", type=int, nargs="*", default=[], help="levels: at most 2^level shards a pass")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -159,9 +182,13 @@ def main() -> None:
             "ddp": lambda count: run_rayexp("ddp", words, batch, folder),
             "exact": lambda count: run_rayexp("exact", words, batch, folder),
         }
+        for level in args.together:
+            by_level = functools.partial(run_rayexp, "exact", words, batch, folder, level)
+            run[f"exact, {1 << level} a pass"] = lambda count, by_level=by_level: by_level()  # type: ignore[misc]
         counts = args.cores or ((min(2, cores()), cores() + 1) if args.small else COUNTS)
         rows = measure(counts, run, rounds, 1 if args.small else 2)
     print(table(rows))
+    print(together_table(rows))
     if args.json:
         args.json.write_text(json.dumps([asdict(row) for row in rows], indent=2))
 

@@ -16,9 +16,11 @@ from rayexp.config import ExperimentConfig, parse
 from rayexp.engine import checkpoint, passes
 from rayexp.engine.batch_norm import per_shard
 from rayexp.engine.cpu import shardwise
+from rayexp.engine.inputs import StepInputs
 from rayexp.engine.reduction import Forest, total
 from rayexp.engine.rng import Draws, seeded
 from rayexp.engine.trainer import StepDone, Trainer
+from rayexp.system.threads import replicas, threads_per_shard
 
 Open = Callable[[ExperimentConfig], Trainer]
 
@@ -51,6 +53,24 @@ def test_together_or_one_by_one(session: Open, monkeypatch: pytest.MonkeyPatch, 
     assert len(together.stepper.passes.tried) > 1
     monkeypatch.setattr(passes, "TOGETHER", 0)
     assert shas(session(config(model, epochs=1))) == found
+
+
+@pytest.mark.parametrize(
+    ("cores", "threads", "side_by_side", "together"), [(2, 1, 2, 4), (4, 1, 4, 2), (8, 1, 8, 1), (16, 2, 8, 1)]
+)
+def test_how_many_shards_a_pass_there_are_on_so_many_cores(
+    session: Open, monkeypatch: pytest.MonkeyPatch, cores: int, threads: int, side_by_side: int, together: int
+) -> None:
+    """Eight shards: where there is a core for each of them, they have nothing to go together with."""
+    assert (threads_per_shard(cores, 8), replicas(cores, threads, 8)) == (threads, side_by_side)
+    one = session(config("squeezenet1_1", scaling={"lanes": side_by_side}))
+    monkeypatch.setattr(passes.Passes, "_alike", lambda *args: True)
+    here = one.stepper.passes
+    inputs = StepInputs(here.shards, (4,) * 8, torch.device("cpu"), 0, static=False)
+    runs = [run for number in range(side_by_side) for run in here._runs(number, inputs)]
+    assert [list(shards) for _, each in runs for shards in each] == [
+        list(range(at, at + together)) for at in range(0, 8, together)
+    ]
 
 
 def test_a_kernel_that_minds_the_batch_is_found_out(session: Open, monkeypatch: pytest.MonkeyPatch) -> None:
