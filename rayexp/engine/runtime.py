@@ -119,8 +119,18 @@ class Runtime:
         return known is None or platform.machine() not in ("x86_64", "AMD64") or known().get("avx512_bf16") is not False
 
     def free_memory(self) -> int:
-        """Bytes of the GPU's memory that nobody uses."""
+        """Bytes of the GPU's memory that nobody uses, when PyTorch has given back what it does not use at present."""
+        torch.cuda.empty_cache()
         return int(torch.cuda.mem_get_info(self.device)[0])
+
+    def transient(self, work: Callable[[], T]) -> tuple[T, int]:
+        """What `work` returns, and the bytes of the GPU's memory that it took meanwhile and gave back; 0 on a CPU. (The
+        allocator's books are kept here, not on the GPU, which need not be waited for.)"""
+        if self.device.type != "cuda":
+            return work(), 0
+        torch.cuda.reset_peak_memory_stats(self.device)
+        result = work()
+        return result, torch.cuda.max_memory_allocated(self.device) - torch.cuda.memory_allocated(self.device)
 
     def peak_memory(self) -> dict[str, int]:
         """Peak memory of this process in bytes: `host` (resident set), and on a GPU `device` (PyTorch's allocator)."""

@@ -8,6 +8,7 @@ The loss and the control flags of a step are read when the next one is under way
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +32,9 @@ from rayexp.engine.reduction import Forest
 from rayexp.engine.runtime import Runtime, upload
 from rayexp.engine.workload import Workload
 from rayexp.errors import UserError
+
+MARGIN = 1.15
+"""How many times the memory that its passes take a graph may take: blocks are rounded, and cut up by streams."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +121,7 @@ class Stepper:
         self._programs: dict[object, Program] = {}
         self._capturing = runtime.static and config.capture is not False
         self._first_graph: Any = None
+        self._needs: dict[int, int] = {}  # bytes that a replica's passes take for a while, by its number
         self._feeder: Feeder | None = None
         if runtime.device.type == "cuda":
             self._feeder = Feeder(lambda at: workload.feed(*at, self.shards), self._following, runtime.device)
@@ -289,8 +294,15 @@ class Stepper:
         self.master.round_weights()
         held: list[Held] = [[] for _ in self.passes.replicas]
 
-        def work(number: int) -> float:
+        def compute(number: int) -> float:
             return self.passes.compute(number, program.inputs, (), lambda mine: held.__setitem__(number, mine))
+
+        def work(number: int) -> float:
+            if program.runs:
+                return compute(number)
+            seconds, needed = self.runtime.transient(functools.partial(compute, number))
+            self._needs[number] = max(needed, self._needs.get(number, 0))
+            return seconds
 
         self.passes.each(work)
         forest = Forest[GradientBuffer](self.passes.leaves, add, self.passes.recycle)
@@ -323,6 +335,8 @@ class Stepper:
         (captured or work)()
 
     def _captured(self, work: Callable[[], None], draws: bool) -> Callable[[], object]:
+        if self._first_graph is None:
+            self._check_memory()
         if self.runtime.device.type != "cuda":
             return work
         if self._feeder is not None:
@@ -331,6 +345,16 @@ class Stepper:
         graph = Graph(work, drawing, self._first_graph)
         self._first_graph = self._first_graph or graph
         return graph
+
+    def _check_memory(self) -> None:
+        """Raise OutOfMemoryError where the replicas do not fit into a graph side by side.
+
+        As they stand they may: then the allocator moves memory from stream to stream, for which it waits. In a capture
+        it cannot, and PyTorch never gives back what a capture has taken that failed.
+        """
+        needed = sum(self._needs.get(number, 0) for number in range(len(self.passes.replicas)))
+        if needed and needed * MARGIN > (free := self.runtime.free_memory()):
+            raise torch.OutOfMemoryError(f"a graph takes {needed >> 20:,} MiB, and {free >> 20:,} MiB are free")
 
     def _give_up(self, reason: str) -> None:
         """Run this and all later steps as they stand."""

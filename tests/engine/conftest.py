@@ -98,8 +98,8 @@ class FakeCapture:
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """Stands for what the engine uses of torch.cuda: streams note what waits for what and keep the rules of a capture,
     and a graph computes nothing. `capture` is the capture that is under way, None between captures; `broken`: the next
-    one fails at its end."""
-    fake = SimpleNamespace(broken=False, capture=None, captured=0)
+    one fails at its end. `free` and `peak`: bytes of memory that are free, and that were taken at most."""
+    fake = SimpleNamespace(broken=False, capture=None, captured=0, free=80 << 30, peak=8 << 20)
 
     class Stream:
         made = 0
@@ -190,7 +190,9 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     fake.set_stream = lambda which: present.stack.append(which)
     fake.Event = lambda **kwargs: SimpleNamespace(record=lambda: None)
     fake.device = lambda device: contextlib.nullcontext()
-    fake.mem_get_info = lambda device: (80 << 30, 80 << 30)
+    fake.mem_get_info = lambda device: (fake.free, 80 << 30)
+    fake.reset_peak_memory_stats = lambda device: None
+    fake.max_memory_allocated, fake.memory_allocated = lambda device: fake.peak, lambda device: 5 << 20
     for name, value in vars(fake).items():
         if hasattr(torch.cuda, name):
             monkeypatch.setattr(torch.cuda, name, value)

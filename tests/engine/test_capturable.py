@@ -225,6 +225,17 @@ def test_a_step_on_a_gpu_stays_on_it(tracing: Tracing, cuda: SimpleNamespace, fa
     assert cuda.captured == 2
 
 
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+def test_replicas_that_do_not_fit_into_a_graph_are_fewer(tracing: Tracing, cuda: SimpleNamespace) -> None:
+    """Each takes 3 MiB for a while."""
+    cuda.free = 4 << 20
+    one = tracing.trainer(FAMILIES["lstm"])
+    with tracing.on():
+        two_steps(one)
+    assert len(one.stepper.passes.replicas) == 1
+    assert cuda.captured == 2
+
+
 # ---------------------------------------------------------------------- what Watch finds
 
 LEGAL: dict[str, Callable[[Tensor], object]] = {

@@ -13,6 +13,7 @@ from rayexp.config import ExperimentConfig
 from rayexp.engine import checkpoint
 from rayexp.engine.gradients import ReplicaModel
 from rayexp.engine.passes import Passes
+from rayexp.engine.runtime import Runtime
 from rayexp.engine.step import ControlFlags, Stepper
 from rayexp.engine.trainer import EpochDone, StepDone, Trainer
 from rayexp.errors import UserError
@@ -213,6 +214,21 @@ def test_a_capture_that_is_short_of_memory_has_fewer_replicas(
     assert len(failed) == 2
     assert len(one.stepper.passes.replicas) == 1
     assert one.stepper.capture == "graph"
+
+
+@language
+@pytest.mark.parametrize(("free", "replicas"), [(461, 4), (459, 2), (116, 1), (114, 0)])
+def test_a_graph_that_would_not_fit_is_not_begun(
+    small: Make, static: Open, monkeypatch: pytest.MonkeyPatch, free: int, replicas: int
+) -> None:
+    """Of a capture that has failed PyTorch keeps the memory."""
+    expected = states(static(small(lr=0.01)), 3)
+    monkeypatch.setattr(Runtime, "transient", lambda here, work: (work(), 100))
+    monkeypatch.setattr(Runtime, "free_memory", lambda here: free)
+    one = static(small(lr=0.01, scaling={"lanes": 4}))
+    assert states(one, 3) == expected
+    assert len(one.stepper.passes.replicas) == max(1, replicas)
+    assert one.stepper.capture == ("graph" if replicas else "eager: too little memory for a graph")
 
 
 @pytest.mark.parametrize(("half", "lanes"), [("compute", 1), ("update", 2)])
