@@ -18,6 +18,7 @@ from rayexp.config import ExperimentConfig, parse
 from rayexp.engine import checkpoint, runtime, step
 from rayexp.engine.group import WorkerGroup
 from rayexp.engine.passes import Passes
+from rayexp.engine.runtime import Runtime
 from rayexp.engine.trainer import StepDone, Trainer
 from rayexp.errors import UserError
 from rayexp.workloads import open_workload
@@ -144,6 +145,7 @@ def test_what_cannot_be_captured_runs_eagerly(
     assert final(one, "eager: ") == expected
     assert "captur" in one.stepper.capture, "the reason is not told"
     assert torch.cuda.current_stream() == present
+    torch.rand(1, device="cuda")  # the global generator draws as before
 
 
 def test_capture_true_refuses_what_cannot_be_captured(
@@ -169,6 +171,19 @@ def test_a_graph_for_which_memory_is_short_has_fewer_streams(
     one = opened("mobilenet dropout")
     assert final(one) == expected
     assert len(one.stepper.passes.replicas) == 4
+
+
+def test_a_graph_that_would_not_fit_is_not_begun(
+    opened: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight streams as they stand, then one, whose graph would not fit either."""
+    expected = final(opened("resnet18 bf16"))
+    one = opened("resnet18 bf16")
+    monkeypatch.setattr(Runtime, "free_memory", lambda here: 1)
+    assert final(one, "eager: too little memory for a graph") == expected
+    assert len(one.stepper.passes.replicas) == 1
+    assert all(needed > 1 << 20 for needed in one.stepper._needs.values()), "what passes take is not seen"
+    assert len(one.stepper._needs) == 8
 
 
 def test_a_step_for_which_memory_is_short_starts_again(
