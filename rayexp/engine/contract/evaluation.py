@@ -50,6 +50,8 @@ def evaluated(setting: Setting, half: Setting, states: GlobalStates) -> list[Bre
             where = f"{call.name or 'the model'} ({call.kind})" if call else "the model"
             what = f"in evaluation, {where} makes something else of the same samples after others"
             return [Breach("model", call.name if call else "", what, "a function of its inputs")]
+    if unnamed := _metrics(setting, [part for part, _ in first.values()]):
+        return unnamed
     parts = [_predicted(half, one, stream, states)[0] for stream in range(min(2, half.workload.val_streams()))]
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     whole = first[0][0]
@@ -58,6 +60,26 @@ def evaluated(setting: Setting, half: Setting, states: GlobalStates) -> list[Bre
         if not np.allclose(*pair, rtol=ROUNDING, atol=ROUNDING * 0.1, equal_nan=True):
             what = "in evaluation, what it makes of a sample depends on the others in its batch, or on their number"
             return [Breach("model", "", what, "layers that take each sample by itself in eval mode")]
+    return []
+
+
+def _metrics(setting: Setting, parts: list[Part]) -> list[Breach]:
+    """Metrics that the workload does not name as it says; they would be missed at the end of an epoch."""
+    workload = setting.workload
+    try:
+        predictions = workload.predictions(parts)
+        found = workload.metrics(predictions)
+    except Exception as error:
+        if len(parts) < workload.val_streams():
+            return []  # it may need all of them
+        what = f"its predictions or metrics fail ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
+        return [Breach("workload", "", what, "metrics of what `predict` returns", "always")]
+    if predictions.kind != workload.kind:
+        what = f"its predictions are of the kind {predictions.kind!r}, and it says {workload.kind!r}"
+        return [Breach("workload", "", what, "one word for both", "always")]
+    if missing := [name for name in ("val_loss", *workload.goals) if name not in found]:
+        what = f"its metrics lack {', '.join(missing)}; they are {', '.join(found) or 'none'}"
+        return [Breach("workload", "", what, "val_loss, and all that `goals` names", "always")]
     return []
 
 

@@ -498,6 +498,14 @@ def test_a_mean_for_a_loss_is_the_workloads(tried: Tried, monkeypatch: pytest.Mo
     assert "not the sum of the samples' losses" in str(found)
 
 
+def test_metrics_that_are_promised_and_not_there_are_the_workloads(
+    tried: Tried, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ImageClassification, "metrics", lambda self, predictions: {"val_loss": 1.0, "acc1": 2.0})
+    (found,) = tried(Net).refused
+    assert str(found).startswith("workload: its metrics lack acc5; they are val_loss, acc1; allowed: ")
+
+
 def test_unused_parameters_and_counters_are_noted(tried: Tried) -> None:
     def counted(self: Any, x: Tensor) -> Tensor:
         self.calls += 1
