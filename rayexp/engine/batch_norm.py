@@ -129,7 +129,7 @@ def _formula(norm: BatchNorm, draws: Draws) -> Any:
 
 def _forward(norm: BatchNorm, draws: Draws) -> Any:
     def forward(x: Tensor) -> Tensor:
-        if x.is_cuda and len(set(draws.sizes)) == 1:
+        if x.is_cuda and len(set(draws.sizes)) == 1 and norm.running_mean is not None:
             return folded(norm, len(draws.sizes), x)
         sums = (norm.running_mean, norm.running_var)
         if sums[0] is None:  # it keeps no statistics

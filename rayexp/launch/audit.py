@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rayexp.config import ExperimentConfig, parse
+from rayexp.config.references import provide
 from rayexp.display import counted
 from rayexp.errors import UserError
 from rayexp.launch import local, processes
 from rayexp.launch.job import WorkerJob
 from rayexp.launch.screen import Screen, show
+from rayexp.runs.code import code_of
 from rayexp.runs.integrity import predictions_fault
 from rayexp.runs.manifest import STATE, broken, has_valid_seal
 from rayexp.runs.records import EpochRecord, read_lines
@@ -168,11 +170,13 @@ def audit(
         console: where progress is shown; None: nowhere.
 
     Raises:
-        UserError: the run is running, has no stored state, or promises nothing (`ddp`); its data is not there; the
-            number of workers does not divide its shards; it needs a GPU.
+        UserError: the run is running, has no stored state, or promises nothing (`ddp`); its data is not there; its
+            code is not what it wrote; the number of workers does not divide its shards; it needs a GPU.
         RunError: training a stretch has failed.
     """
     config = _config(run, root)
+    if config.code:
+        provide(config.code, code_of(run.root))
     seed = random.SystemRandom().randrange(2**32) if seed is None else seed
     there = stretches(run)
     chosen = sorted(random.Random(seed).sample(range(len(there)), min(segments, len(there))))

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from rayexp.cli import main
-from rayexp.config import ExperimentConfig, parse
+from rayexp.config import ExperimentConfig, load, parse
 from rayexp.engine import checkpoint
 from rayexp.engine.checkpoint import State
 from rayexp.errors import UserError
@@ -193,6 +193,24 @@ def forge_unsealed(run: Run) -> None:
     fields = json.loads(path.read_bytes())
     path.write_text(json.dumps({k: v for k, v in fields.items() if k != SEAL}))
     run.update(files={})
+
+
+def test_a_workload_of_ones_own_is_proven_by_the_code_that_the_run_keeps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAYEXP_CACHE", str(tmp_path / "cache"))
+    examples = Path(__file__).parents[2] / "examples"
+    folder = Path(shutil.copytree(examples, tmp_path / "mine", ignore=shutil.ignore_patterns("*.ipynb")))
+    words = ["data.samples=64", "batch_size=16", "shards=2", "epochs=2", f"storage_path={tmp_path / 'runs'}"]
+    made = train(load(folder / "own_workload.yaml", words), argv=[])
+    shutil.rmtree(folder)
+    before = contents(made)
+    found = audit(made, workers=0)
+    assert (found.outcome, found.share) == ("proven", 1.0)
+    assert contents(made) == before
+    (made.root / "code" / "own_workload.py").write_text("# another\n")
+    with pytest.raises(UserError, match=r"code/own_workload.py: not what the run wrote"):
+        audit(made, workers=0)
 
 
 # ---------------------------------------------------------------------- not proven

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rayexp.cli import main
-from rayexp.config import ExperimentConfig
+from rayexp.config import ExperimentConfig, load
 from rayexp.engine.contract.check import check as tried
 from rayexp.errors import UserError
 from rayexp.launch import contract
@@ -162,3 +164,56 @@ def test_more_than_one_breach_is_counted(tiny: Tiny, own: Callable[..., None], m
     monkeypatch.setattr(type(found), "refused", property(lambda self: [*self.breaches, *self.breaches]))
     with pytest.raises(UserError, match=r"; and 1 more, which `rayexp check CONFIG` lists$"):
         run(tiny(**IMAGES), argv=[])
+
+
+# ---------------------------------------------------------------------- by reference
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+BAD = """
+import torch.nn.functional as F
+from own_model import SmallNet
+
+
+class Dropping(SmallNet):
+    def forward(self, images):
+        return F.dropout(super().forward(images), 0.1, self.training)
+"""
+
+
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a copy of the examples' code, and one that does what it must not."""
+    monkeypatch.setenv("RAYEXP_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for path in [*EXAMPLES.glob("*.py"), *EXAMPLES.glob("*.yaml")]:
+        shutil.copy(path, folder)
+    (folder / "bad.py").write_text(BAD)
+    return folder
+
+
+SMALL = ("data.max_train_samples=32", "data.max_val_samples=16", "model.width=2", "batch_size=16", "shards=2")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        pytest.param("own_model", SMALL, marks=pytest.mark.slow),
+        ("own_workload", ("data.samples=64", "batch_size=16", "shards=2")),
+    ],
+)
+def test_the_examples_keep_to_it(mine: Path, name: str, changes: tuple[str, ...]) -> None:
+    found = check(load(mine / f"{name}.yaml", list(changes)))
+    assert list(map(str, found.breaches)) == []
+    assert len(found.checked) == 6
+
+
+def test_a_reference_is_checked_by_the_command_and_before_the_first_step(mine: Path, tmp_path: Path) -> None:
+    changes = [*SMALL, f"model.name={mine / 'bad.py'}:Dropping", f"storage_path={tmp_path / 'runs'}"]
+    config = load(mine / "own_model.yaml", changes)
+    line = r"^model: the model \(Dropping\) draws from PyTorch's global generator"
+    (found,) = check(config).refused
+    assert re.search(line, str(found))
+    with pytest.raises(UserError, match=line):
+        run(config, argv=[])
+    assert Run.all(tmp_path / "runs") == []

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from rayexp.config import ExperimentConfig
+from rayexp.config.components import GROUPS, entry_points, is_reference
 from rayexp.engine.contract import batches, evaluation, passes, structure
 from rayexp.engine.contract.breach import Breach, Contract, once
 from rayexp.engine.contract.draws import GlobalStates, undisturbed
@@ -31,8 +32,10 @@ Opener = Callable[[ExperimentConfig], Workload]
 
 def is_shipped(config: ExperimentConfig, workload: Workload, model: nn.Module) -> bool:
     """Whether the model and the workload are rayexp's and torchvision's own, by their short names."""
+    name = config.model.name
+    own = is_reference(name) or name in entry_points(GROUPS["model.name"])
     packages = {type(part).__module__.partition(".")[0] for part in (workload, model)}
-    return packages <= set(SHIPPED) and ":" not in config.model.name
+    return packages <= set(SHIPPED) and not own
 
 
 def check(config: ExperimentConfig, open_workload: Opener, runtime: Runtime) -> Contract:

@@ -134,7 +134,8 @@ def kept() -> dict[str, Make]:
         "group norm": lambda: Net(norm=nn.GroupNorm(2, 8)),
         "frozen": lambda: Net(nn.Linear(8, 8).requires_grad_(False)),
         "parametrized": lambda: Net(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))),
-        "in float32 only": lambda: Net(layer(lambda s, x: x.float() @ torch.eye(8))()),
+        "dropout along features": lambda: Net(layer(lambda s, x: s.drop(x.t()).t(), drop=lambda: nn.Dropout(0.3))()),
+        "in float32 only": lambda: Net(layer(lambda s, x: x @ torch.eye(8))()),
         "not finite when moved": lambda: Net(layer(lambda s, x: x * s.root.sqrt(), root=zero_parameter)()),
         "zero at the start": lambda: zeroed(Net(nn.Linear(8, 8))),
     }
@@ -377,13 +378,16 @@ REFUSED: dict[str, tuple[Make, str]] = {
     "the batch's size": (fresh(lambda s, x: x / x.shape[0]), r"what middle\.1 \(Layer\) makes of a sample depends on"),
     "the batch's size, behind zeros": (
         lambda: zeroed(
-            fresh(lambda s, x: x + s.gamma * (x / x.shape[0]), gamma=lambda: nn.Parameter(torch.zeros(8)))()
+            fresh(
+                lambda s, x: x + s.gamma * (x / x.shape[0] if s.training else x),
+                gamma=lambda: nn.Parameter(torch.zeros(8)),
+            )()
         ),
         r"what middle\.1 \(Layer\) makes of a sample depends on",
     ),
     "the batch's size, in float32 only": (
-        fresh(lambda s, x: x.float() @ torch.eye(8) / x.shape[0]),
-        r"(what middle\.1 \(Layer\)|what it) makes of a sample depends on",
+        fresh(lambda s, x: x @ torch.eye(8) / (x.shape[0] if s.training else 1)),
+        r"what middle\.1 \(Layer\) makes of a sample depends on",
     ),
     "a cache, in evaluation": (
         fresh(lambda s, x: x if s.training else cached(s, x), kept=lambda: None),
@@ -496,6 +500,23 @@ def test_a_mean_for_a_loss_is_the_workloads(tried: Tried, monkeypatch: pytest.Mo
     (found,) = tried(Net).refused
     assert found.part == "workload"
     assert "not the sum of the samples' losses" in str(found)
+
+
+def test_a_loss_that_counts_its_batch_is_the_workloads(tried: Tried, monkeypatch: pytest.MonkeyPatch) -> None:
+    loss = ImageClassification.loss
+
+    def counting(self: ImageClassification, model: nn.Module, batch: Any, state: Any) -> Any:
+        total, after = loss(self, model, batch, state)
+        return total + batch.count**2, after  # no gradient sees it
+
+    monkeypatch.setattr(ImageClassification, "loss", counting)
+    (found,) = tried(Net).refused
+    assert str(found).startswith("workload: its loss of a batch is not the sum of the samples' losses")
+
+
+def test_a_draw_is_named_once_and_is_no_state(tried: Tried) -> None:
+    (found,) = tried(fresh(lambda s, x: x + torch.rand(8) if s.training else x)).refused
+    assert "draws from PyTorch's global generator" in str(found)
 
 
 def test_metrics_that_are_promised_and_not_there_are_the_workloads(
