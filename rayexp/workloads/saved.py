@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from rayexp import workloads
+from rayexp.config import ExperimentConfig
 from rayexp.config.references import provide
 from rayexp.engine import checkpoint, settings
 from rayexp.engine.checkpoint import FIELDS, TENSORS, State
@@ -33,7 +38,8 @@ def open_portable(run: Run, epoch: int) -> Portable:
     """The model after an epoch, for use without rayexp; `about` says where it comes from, too.
 
     Raises:
-        UserError: the epoch has no checkpoint, or the run's workload does not say how its models leave rayexp.
+        UserError: the epoch has no checkpoint; or the run's workload has no method `portable`, so that its data must be
+            opened, and it is not there.
         RunError: the checkpoint is damaged, or does not fit the run's model.
     """
     import rayexp
@@ -42,14 +48,10 @@ def open_portable(run: Run, epoch: int) -> Portable:
     if config.code:
         provide(config.code, code_of(run.root))
     kind: Any = workloads.workload_class(config)
-    if not hasattr(kind, "portable"):
-        raise UserError(
-            f"{run.id}: a model of {config.workload} cannot be taken out of its run: the workload has no method "
-            "`portable`; `rayexp evaluate` judges its data"
-        )
+    make = getattr(kind, "portable", _with_data)
     try:
         with settings.models():
-            found: Portable = kind.portable(config, run.data(), state.weights())
+            found: Portable = make(config, run.data(), state.weights())
     except RuntimeError as error:
         folder = run.checkpoint(epoch)
         raise RunError(f"{folder}: does not fit the run's model ({' '.join(str(error).split())})") from error
@@ -62,3 +64,26 @@ def open_portable(run: Run, epoch: int) -> Portable:
         "rayexp": rayexp.__version__,
     }
     return Portable(**{**vars(found), "about": {**found.about, "build": "\n".join(found.build), **source}})
+
+
+def _with_data(config: ExperimentConfig, described: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Portable:
+    """The model of a workload that does not say how it leaves: it is made by the workload, with its data opened."""
+    workload = workloads.open_workload(config)
+    model, dim = workload.model(), workload.batch_dim
+    model.load_state_dict(weights)
+    # Two samples, because what is exported with one is made for one.
+    inputs = tuple(torch.cat([part, part], dim) for part in workload.example())
+    shapes = [f"{str(part.dtype).removeprefix('torch.')}{[*part.shape]}" for part in inputs]
+    return Portable(
+        model=model.eval(),
+        weights=weights,
+        inputs=inputs,
+        axes=tuple({dim: "batch"} for _ in inputs),
+        build=(),
+        about={
+            "task": config.workload,
+            "architecture": config.model.name,
+            "input": f"{', '.join(shapes)} for two samples, along dimension {dim}",
+            "output": "what the model gives",
+        },
+    )

@@ -189,8 +189,9 @@ def test_it_works_where_a_notebook_calls(runs: Path, words: Any, monkeypatch: py
 
 
 def ours(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-    """What differs, without the log files and sockets that Ray's library keeps open in a process."""
-    return {name: (value, after[name]) for name, value in before.items() if name != "files" and value != after[name]}
+    """What differs, without what Ray's library keeps in a process: log files, sockets, a folder on the path."""
+    kept_by_ray = ("files", "path")
+    return {name: (v, after[name]) for name, v in before.items() if name not in kept_by_ray and v != after[name]}
 
 
 @pytest.mark.ray

@@ -160,3 +160,17 @@ def test_a_class_of_the_script_trains_in_its_process_and_is_refused_for_workers(
         "model: Tiny is defined in this script or notebook, where workers cannot import it; put it"
     )
     assert len(Run.all(tmp_path / "runs")) == 1
+
+
+@pytest.mark.slow
+def test_the_model_of_an_own_workload_leaves_with_its_data_opened(tmp_path: Path) -> None:
+    example = Path(__file__).parents[2] / "examples" / "own_workload.yaml"
+    run = rayexp.train(example, {"epochs": 1}, runs=tmp_path / "runs", progress=False)
+    model = rayexp.load_model(run)
+    made = rayexp.export(run, tmp_path / "own.pt")
+    weights = torch.load(tmp_path / "own.pt", weights_only=True)
+    assert weights.keys() == model.state_dict().keys()
+    assert made.about["weights_sha"] == run.records()[0].weights_sha
+    assert made.about["input"].startswith("float32[2, ")
+    with pytest.raises(UserError, match="predict answers for pictures and texts; this run is of"):
+        rayexp.predict(run, np.zeros((4, 4), np.uint8))
