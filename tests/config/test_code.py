@@ -82,7 +82,8 @@ def test_references_are_relative_to_the_file_that_holds_them(tree: Path, monkeyp
     elsewhere = tree.parent / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "other.py").write_text("")
-    (elsewhere / "helpers").mkdir()
+    (elsewhere / "json").mkdir()
+    (elsewhere / "json" / "decoder.py").write_text("")
     monkeypatch.chdir(elsewhere)
     for name in ("./net.py:Net", "net.py:Net", str(tree / "net.py") + ":Net", "net:Net"):
         config = opened(tree, {"model": {"name": name}})
@@ -93,7 +94,7 @@ def test_references_are_relative_to_the_file_that_holds_them(tree: Path, monkeyp
     # On the command line they are relative to the working directory.
     config = opened(tree, {"model": {"name": "net:Net"}}, "model.name=./other.py:Net")
     assert (config.model.name, config.code) == ("other.py:Net", (f"{elsewhere}/**/*.py",))
-    assert opened(tree, {"model": {"name": "json.decoder:JSONDecoder"}}).code is None
+    assert opened(tree, {"model": {"name": "json.decoder:JSONDecoder"}}, "epochs=2").code is None
     assert opened(tree, {"epochs": 2}).code is None
 
 

@@ -68,6 +68,23 @@ def test_names_that_python_has_itself_and_names_that_are_none(write: Write) -> N
     assert sys.modules["token"].__file__ != str(Path(code[0]) / "token.py")
 
 
+def test_a_module_of_pythons_own_that_is_imported_later_is_pythons(write: Write) -> None:
+    sys.modules.pop("tabnanny", None)
+    code = write(main="import tabnanny\ndef net(): return tabnanny.check", tabnanny="")
+    assert load_component("model.name", "main.py:net", code)().__module__ == "tabnanny"
+
+
+def test_a_folder_without_init_hides_no_installed_package(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "site" / "shadowed").mkdir(parents=True)
+    (tmp_path / "site" / "shadowed" / "__init__.py").write_text("value = 9")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    code = write(shadowed__notes="", main="from shadowed import value\ndef net(): return value")
+    assert load_component("model.name", "main.py:net", code)() == 9
+    del sys.modules["shadowed"]
+
+
 def test_folders_without_init_are_packages_too_but_hide_nothing(write: Write) -> None:
     code = write(
         nets__cnn="def net(): return 5", yaml__notes="", main="from nets.cnn import net\nimport yaml\nyaml.safe_load"

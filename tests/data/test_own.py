@@ -83,6 +83,10 @@ def test_grey_images_have_three_equal_channels(image: Any) -> None:
     assert all(np.array_equal(pixels[:, :, c], RAMP[:, :, 0]) for c in range(3))
 
 
+def test_floats_are_rounded() -> None:
+    assert own._bytes(np.array([[0.0, 0.4999, 0.5, 1.0]] * 2)).tolist() == [[0, 127, 128, 255]] * 2
+
+
 @pytest.mark.parametrize(
     ("image", "why"),
     [
