@@ -236,3 +236,45 @@ def test_where_the_code_is_gone_no_run_is_begun(mine: Path, tmp_path: Path) -> N
     with pytest.raises(UserError, match=r"^code: .*mine/\*\*/\*.py: no such file or folder"):
         run(config, argv=[])
     assert not (tmp_path / "runs").exists()
+
+
+WORDS = """
+from torch import nn
+
+class Bag(nn.Module):
+    '''Predicts the next word from the present one.'''
+    def __init__(self, vocabulary, width: int = 4):
+        super().__init__()
+        self.into, self.drop, self.out = nn.Embedding(vocabulary, width), nn.Dropout(0.1), nn.Linear(width, vocabulary)
+
+    def forward(self, words):
+        return self.out(self.drop(self.into(words)))
+
+class Wrong(Bag):
+    def forward(self, words):
+        return super().forward(words)[:, :, :2]
+
+def Lines(split, n: int = 60):
+    return [f"{'abc'[i % 3]} {'xyz'[i % 2]} end" for i in range(n)]
+"""
+
+
+def test_a_language_model_and_a_text_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "words.py").write_text(WORDS)
+    (tmp_path / "c.yaml").write_text(
+        "workload: language_model\nmodel: {name: words.py:Bag}\ndata: {name: words.py:Lines, n: 90, bptt: 5}\n"
+        "batch_size: 8\nshards: 2\nlr: 0.5\nepochs: 2\nscaling: {use_gpu: false}\n"
+    )
+    made = run(load(tmp_path / "c.yaml"), argv=[])
+    assert (made.kind(), made.goals()) == ("tokens", {"ppl": "min"})
+    assert made.records()[1].val_loss < made.records()[0].val_loss
+    (tmp_path / "words.py").unlink()
+    assert evaluate(made, 2).equal
+    result = CliRunner().invoke(app, ["generate", made.id], catch_exceptions=True)
+    assert isinstance(result.exception, UserError)
+    assert "generate needs a language_model (" in str(result.exception)
+    (tmp_path / "words.py").write_text(WORDS)
+    with pytest.raises(
+        UserError, match=r"words.py:Wrong gives \(5, 4, 2\) for words \(5, 4\); expected logits, \(5, 4, "
+    ):
+        run(load(tmp_path / "c.yaml", ["model.name=words.py:Wrong"]), argv=[])
