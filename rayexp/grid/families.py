@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -114,11 +115,19 @@ def keys_of(m: Measured) -> list[FamilyKey]:
 
 
 def by_family(measured: Sequence[Measured]) -> dict[FamilyKey, list[Measured]]:
-    """The cells of each family, in the order of the plan."""
+    """The cells of each family, in the order of the plan.
+
+    With weak scaling the work grows with the devices. A cell in this process has one worker's batch, so it is a point
+    of that only where it has no more devices than a worker.
+    """
     found: dict[FamilyKey, list[Measured]] = {}
     for m in measured:
         for key in keys_of(m):
             found.setdefault(key, []).append(m)
+    for key, members in found.items():
+        worker = max((m.cell.devices / m.cell.workers for m in members if m.cell.workers), default=math.inf)
+        if key.mode == "weak":
+            found[key] = [m for m in members if m.cell.workers or m.cell.devices <= worker]
     return found
 
 

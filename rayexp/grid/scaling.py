@@ -10,7 +10,7 @@ from rayexp.grid.families import FamilyKey, by_family
 from rayexp.grid.measured import Measured
 from rayexp.grid.statistics import Estimate, Interval, karp_flatt
 
-MORE_THAN_LINEAR = "more than linear: {id} computes with more than its devices say, or was slowed down when it ran"
+MORE_THAN_LINEAR = "more than linear: it computes with more than its devices say, or {one} was slowed down when it ran"
 
 ROUNDING = 1e-9
 
@@ -89,7 +89,7 @@ def _scaling(key: FamilyKey, m: Measured, one: Measured, rates: Mapping[str, Est
     impossible = None
     low, _ = efficiency.interval or (efficiency.value, efficiency.value)
     if low > 1 + ROUNDING:  # noise does not explain it
-        impossible = MORE_THAN_LINEAR.format(id=m.cell.id)
+        impossible = MORE_THAN_LINEAR.format(one=one.cell.id)
     serial = None
     if key.mode == "strong" and p > 1:
         value = float(karp_flatt(speedup.value, p))

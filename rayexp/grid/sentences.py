@@ -55,7 +55,7 @@ def _largest(entries: Sequence[CellReport]) -> Iterator[str]:
         for i, one in enumerate(entry.scalings):
             by_family.setdefault(one.key, []).append((entry, i))
     for lines in by_family.values():
-        entry, i = max(lines, key=lambda line: line[0].cell.devices)
+        entry, i = max(lines, key=lambda line: (line[0].cell.devices, line[0].cell.workers))
         one = entry.scalings[i]
         if one.is_reference:
             continue

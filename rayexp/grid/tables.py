@@ -140,6 +140,12 @@ def _scaling(report: CompareReport, lines: Sequence[Scaling]) -> list[Column]:
     several = len(references) > 1
     over = "" if several or not references else f" over {references[0]}"
 
+    def speedup(one: Scaling) -> str:
+        return "1" if one.is_reference else between(one.speedup)
+
+    def efficiency(one: Scaling) -> str:
+        return "100 %" if one.is_reference else percent(one.efficiency)
+
     def batch(line: tuple[CellReport, Scaling]) -> str:
         return f"{line[0].cell.config['batch_size']:,}"
 
@@ -148,11 +154,11 @@ def _scaling(report: CompareReport, lines: Sequence[Scaling]) -> list[Column]:
         Column("on", lambda line: devices(line[0])),
         Column("batch", batch, "wide"),
         Column("step", lambda line: seconds(line[0].measured.step_seconds().value), "wide"),
-        Column(f"speed-up{over} (95 %)", lambda line: between(line[1].speedup), "wide"),
-        Column(f"speed-up{over}", lambda line: between(line[1].speedup), "narrow"),
+        Column(f"speed-up{over} (95 %)", lambda line: speedup(line[1]), "wide"),
+        Column(f"speed-up{over}", lambda line: speedup(line[1]), "narrow"),
         *([Column("over", lambda line: line[1].reference)] if several else []),
-        Column("efficiency (95 %)", lambda line: percent(line[1].efficiency), "wide"),
-        Column("efficiency", lambda line: percent(line[1].efficiency), "narrow"),
+        Column("efficiency (95 %)", lambda line: efficiency(line[1]), "wide"),
+        Column("efficiency", lambda line: efficiency(line[1]), "narrow"),
         Column("serial (95 %)", lambda line: between(line[1].serial), "wide"),
     ]
 

@@ -7,9 +7,11 @@ import json
 import pytest
 
 from rayexp.grid import plots, sentences, tables
+from rayexp.grid.comparison import CellResult
 from rayexp.grid.page import compare_page
 from rayexp.grid.report import read_report
 from rayexp.runs.run import Run
+from rayexp.system.disk import now
 
 WORKERS = [{"num_workers": n, "use_gpu": False, "cpus_per_worker": 1} for n in (1, 2, 4)]
 RATES = {
@@ -275,3 +277,31 @@ def test_the_fastest_is_set_beside_the_plain_script_and_one_device(grids):
         "cpu-x4-ddp on 4 cores is the fastest, 160 (160 to 160) images per second: 2 (2 to 2) times the plain script "
         "and 2.67 (2.67 to 2.67) times cpu-x1-ddp."
     )
+
+
+@pytest.mark.parametrize(("lanes", "weak"), [(None, False), (1, True)])
+def test_all_cores_with_one_worker_s_batch_are_no_point_of_weak_scaling(grids, lanes, weak):
+    scaling = [{"num_workers": 0, "use_gpu": False, "lanes": lanes}, *WORKERS[:2]]
+    comparison = grids.plan(scaling=scaling, reduction=["exact"], mode=["strong", "weak"], baseline=False)
+    rates = {"cpu-inprocess-exact": 100.0, "cpu-x1-exact": 50.0, "cpu-x2-exact": 90.0, "cpu-x2-exact-weak": 95.0}
+    report = read_report(
+        grids.fill(comparison, rates, sha={name: "w" if name[-4:] == "weak" else "a" for name in rates})
+    )
+    assert ("weak" in beside(report, "cpu-inprocess-exact")) is weak
+    assert "strong" in beside(report, "cpu-inprocess-exact")
+    rows = {row["cell"]: row for row in tables.scaling(report, "strong")}
+    reference = "cpu-inprocess-exact" if weak else "cpu-x1-exact"
+    assert list(rows[reference].values())[4] == "1"
+    assert rows[reference]["efficiency (95 %)"] == "100 %"
+
+
+def test_an_absurdly_wide_interval_does_not_flatten_a_figure(grids):
+    """Two repeats that differ by half have an interval over powers of ten."""
+    comparison = grids.plan(repeats=2, reduction=["exact"], baseline=False)
+    for repeat, rate in enumerate((50.0, 25.0), start=1):
+        cell = comparison.cells()[0]
+        run = grids.run(comparison, cell, rate, "a", None, grids.parts, 2)
+        comparison.add(CellResult(cell.id, repeat, "done", None, run.id, 60.0, now()), comparison.begin())
+    (entry,) = read_report(comparison).cells
+    assert entry.rate.interval[1] > 1000
+    assert plots.top([entry]) == pytest.approx(100, rel=1e-3)
