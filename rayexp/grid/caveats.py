@@ -34,11 +34,11 @@ def caveats(meta: Mapping[str, Any], measured: Sequence[Measured], beside: Seque
     if lone:
         whose = "" if len(lone) == len(measured) else f" for {', '.join(lone)}"
         yield f"no intervals and no forecasts{whose}: {REPEAT}"
-    for m in measured:
-        if m.spread() > SPREAD:
-            yield f"{m.cell.id}: its repeats differ by {100 * m.spread():.0f} %, so something disturbed them"
-    for m in measured:
-        busy = m.busy()
-        if busy and busy[0] < IDLE:
-            yield f"{m.cell.id}: its devices idle {100 * (1 - busy[0]):.0f} % of the time (by {busy[1]})"
+    apart = [f"{m.cell.id} by {100 * m.spread():.0f} %" for m in measured if m.spread() > SPREAD]
+    if apart:
+        yield f"repeats differ, so something disturbed them: {', '.join(apart)}"
+    looks = [(m.cell.id, *busy) for m in measured if (busy := m.busy()) and busy[0] < IDLE]
+    for source in dict.fromkeys(source for _, _, source in looks):
+        idle = [f"{cell} {100 * (1 - share):.0f} %" for cell, share, by in looks if by == source]
+        yield f"devices idle more than half of the time (by {source}): {', '.join(idle)}"
     yield from (f"no efficiency for {one.cell}: {one.impossible}" for one in beside if one.impossible)
