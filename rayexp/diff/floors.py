@@ -211,5 +211,5 @@ def _at(tree: dict[str, Any], epoch: int) -> NoiseFloor:
         runs=tuple(tree["runs"]),
         changed=np.array(at["changed"], np.int64),
         values=np.array([np.nan if v is None else v for v in at["values"]], np.float64),
-        source="from `rayexp noise`",
+        source="stored by rayexp noise",
     )

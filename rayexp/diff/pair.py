@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rayexp.config.identity import flat
+from rayexp.config.identity import code_content, flat
 from rayexp.errors import UserError
 from rayexp.runs.records import Predictions
 from rayexp.runs.run import Run
@@ -139,7 +139,9 @@ def config_changes(a: Checkpoint, b: Checkpoint) -> list[tuple[str, Any, Any]]:
     """The configuration's dotted keys in which two runs differ, with both values; names and places are left out."""
     if a.run.root == b.run.root:
         return []
-    first, second = (flat(side.run.config().model_dump(mode="json")) for side in (a, b))
+    configs = [side.run.config() for side in (a, b)]
+    # Of code that travels, the content counts: each run has a copy of its own.
+    first, second = ({**flat(c.model_dump(mode="json")), "code": code_content(c)} for c in configs)
     keys = [*first, *(k for k in second if k not in first)]
     skipped = ("name", "storage_path", "data.root")
     return [(k, first.get(k), second.get(k)) for k in keys if k not in skipped and first.get(k) != second.get(k)]

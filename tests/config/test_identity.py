@@ -58,6 +58,19 @@ def test_the_identity_names_what_is_set():
     assert identity(config(lr=0.3, seed=4)) == {"lr": 0.3, "model.width": 8, "optimizer.name": "adamw"}
 
 
+def test_code_counts_by_its_content(tmp_path):
+    """Each run has a copy of its own."""
+    for folder, text in (("a", "x = 1"), ("b", "x = 1"), ("c", "x = 2")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "mine.py").write_text(text)
+    a, b, c = (config(code=[str(tmp_path / folder)]) for folder in "abc")
+    assert identity_key(a) == identity_key(b) != identity_key(c)
+    assert identity_key(a) != identity_key(config())
+    (tmp_path / "a" / "mine.py").unlink()
+    (tmp_path / "a").rmdir()
+    assert str(tmp_path / "a") in identity(a)["code"]  # it opens, and is like no other
+
+
 def test_every_key_that_does_not_count_is_one():
     for key in ELSEWHERE:
         section, _, leaf = key.partition(".")
