@@ -25,7 +25,7 @@ ELSEWHERE = (
     "cpu_kernels",
     "compile",
     "capture",
-    "trackers",
+    "tracking",
 )
 
 
