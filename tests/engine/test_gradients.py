@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -156,6 +158,35 @@ def test_a_replica_leaves_its_gradients_and_statistics_in_the_buffer(zeroed: boo
     twice = one_pass(replica, layout, buffer, x, False)
     for name, tensor in once.items():
         torch.testing.assert_close(twice[name], 2 * tensor)
+
+
+class Setting(torch.autograd.Function):
+    """A linear layer whose backward pass sets the weight's gradient by itself."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.weight = weight
+        return x @ weight.t()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.weight.grad = grad.t() @ ctx.saved_tensors[0]
+        return grad @ ctx.weight, None
+
+
+def test_a_gradient_that_a_model_puts_beside_the_buffer_is_fetched() -> None:
+    model = nn.Linear(3, 2, bias=False)
+    layout = ParameterLayout(model, 2)
+    replica, buffer = ReplicaModel(Master(model, layout, CPU)), GradientBuffer(layout, CPU)
+    x = torch.randn(4, 3, requires_grad=True)
+    buffer.tensor.fill_(7.0)  # of an earlier pass
+    replica.bind(buffer, set())
+    Setting.apply(x, replica.module.weight).square().sum().backward()
+    replica.finish_pass()
+    expected = (2 * (x @ model.weight.t())).t() @ x
+    torch.testing.assert_close(buffer.gradients[0], expected)
+    assert replica.module.weight.grad is buffer.gradients[0]
 
 
 def test_a_buffer_is_cleared_where_it_was_touched() -> None:
