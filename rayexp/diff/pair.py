@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from rayexp.config.identity import code_content, flat
 from rayexp.errors import UserError
+from rayexp.runs.integrity import predictions_fault
 from rayexp.runs.records import Predictions
 from rayexp.runs.run import Run
 
@@ -38,8 +39,12 @@ def read(run: Run, epoch: int) -> Checkpoint:
     """Read one checkpoint's stored predictions.
 
     Raises:
-        UserError: there are none, or they are damaged.
+        UserError: there are none, or they are damaged, or not those of that epoch.
     """
+    record = next((record for record in run.records() if record.epoch == epoch), None)
+    path = run.predictions_path(epoch)
+    if record and record.predictions_sha and path.is_file() and (fault := predictions_fault(path, record)):
+        raise UserError(f"{path}: {fault}; remove it, and `rayexp evaluate {run.id}@{epoch}` makes it anew")
     return Checkpoint(run, epoch, run.predictions(epoch), weights_sha(run, epoch))
 
 

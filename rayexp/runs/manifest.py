@@ -22,7 +22,7 @@ import yaml
 
 from rayexp.errors import UserError
 from rayexp.runs.records import one_line
-from rayexp.system.disk import inside
+from rayexp.system.disk import inside, read_file
 
 SEAL = "sha256"
 _SEAL_BYTES = 2 * 64  # two sha256 in hexadecimal
@@ -170,7 +170,7 @@ def read_meta(path: Path, newest: int) -> dict[str, Any]:
         UserError: it is not a run's, is damaged, or was written by a newer rayexp.
     """
     try:
-        meta = json.loads(path.read_bytes())
+        meta = json.loads(read_file(path))
         layout = meta["layout"]
     except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a run's description ({one_line(error)})") from error

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from rayexp.errors import UserError
 from rayexp.runs.traits import Goal
-from rayexp.system.disk import NEWEST
+from rayexp.system.disk import NEWEST, read_file
 
 T = TypeVar("T")
 # The phases of an epoch's wall-clock time, in the order in which reports stack them. They add up to `total`.
@@ -180,7 +180,7 @@ def read_lines(path: Path, make: Callable[[Any], T], damaged: list[str] | None =
         UserError: the file cannot be read, or a line is damaged.
     """
     try:
-        lines = path.read_bytes().split(b"\n")
+        lines = read_file(path).split(b"\n")
     except FileNotFoundError:
         return []
     except OSError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import csv
 import dataclasses
+import hashlib
 import io
 import json
 import shutil
@@ -348,3 +349,18 @@ def test_refused_missing_or_broken_files(makes, arrays):
     with pytest.raises(UserError, match=r"epoch_002\.npz"):
         report_of(run)
     shutil.rmtree(run.root)
+
+
+def test_predictions_of_another_epoch_are_not_compared(makes):
+    """They would pass a gate; the record of the epoch has their hash."""
+    run = makes.random_images(50, 3, 2)
+    records = [json.loads(line) for line in run.epochs_path.read_text().splitlines()]
+    for row in records:
+        row["predictions_sha"] = hashlib.sha256(run.predictions_path(row["epoch"]).read_bytes()).hexdigest()
+    run.epochs_path.write_text("".join(json.dumps(row) + "\n" for row in records))
+    read_pair((run, 1), (run, 2))
+    run.predictions_path(2).write_bytes(run.predictions_path(1).read_bytes())
+    with pytest.raises(
+        UserError, match=rf"epoch_002\.npz: damaged \(sha256 .*; remove it, and `rayexp evaluate {run.id}@2`"
+    ):
+        read_pair((run, 1), (run, 2))

@@ -174,6 +174,8 @@ DAMAGE: dict[str, Callable[[Run], Any]] = {
     "a deep nesting": lambda run: run.meta_path.write_text("[" * 100_000),
     "a deep line": lambda run: run.epochs_path.write_text("[" * 100_000 + "\n"),
     "run.json is a folder": lambda run: (run.meta_path.unlink(), run.meta_path.mkdir()),
+    "run.json is a pipe": lambda run: (run.meta_path.unlink(), os.mkfifo(run.meta_path)),
+    "epochs.jsonl is a pipe": lambda run: (run.epochs_path.unlink(), os.mkfifo(run.epochs_path)),
     "run.json is a loop": lambda run: loop(run.meta_path),
     "config.yaml is a loop": lambda run: loop(run.config_path),
     "config.yaml is gone": lambda run: run.config_path.unlink(),
