@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 from rayexp.config import CompareConfig, ExperimentConfig, read, yaml_tree
 from rayexp.errors import UserError
 from rayexp.runs.run import Run
-from rayexp.system.disk import directories, find_directory, make_directory, now, write_atomic, write_json
+from rayexp.system.disk import directories, find_directory, make_directory, now, read_file, write_atomic, write_json
 from rayexp.system.locks import is_locked
 
 LAYOUT = 1
@@ -158,7 +158,7 @@ class Comparison:
             UserError: damaged, or written by a newer rayexp.
         """
         try:
-            meta = json.loads(self.meta_path.read_bytes())
+            meta = json.loads(read_file(self.meta_path))
             layout = meta["layout"]
         except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
             raise UserError(f"{self.meta_path}: not a comparison's description ({error})") from error
@@ -203,8 +203,8 @@ class Comparison:
 
     def _cell(self, **fields: Any) -> Cell:
         if "modes" not in fields:  # planned before a grid could hold both kinds of scaling and several batch sizes
-            (mode,) = self.config().mode
             plain, workers = fields["reduction"] == PLAIN, max(1, fields["workers"])
+            (mode,) = self.config().mode
             fields["modes"] = () if plain else (mode,)
             fields["batch"] = fields["config"].get("batch_size", 0) // (workers if mode == "weak" and not plain else 1)
         return Cell(**{**fields, "modes": tuple(fields["modes"])})
