@@ -43,6 +43,8 @@ ROOMS = {
     "matplotlib": ("pages/plots.py", "grid/plots.py"),
     "jinja2": ("pages/page.py",),
     "tensorboardX": ("runs/tensorboard.py",),
+    "mlflow": ("runs/trackers/mlflow.py",),
+    "wandb": ("runs/trackers/wandb.py",),
     "torch.utils.tensorboard": (),  # one writer of event files is enough
     "filelock": ("system/locks.py",),
     "fcntl": ("system/locks.py",),

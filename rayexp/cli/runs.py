@@ -1,14 +1,17 @@
-"""`rayexp runs`."""
+"""`rayexp runs`, and its second form `rayexp runs rm`."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import typer.core
 
 from rayexp.cli import _complete
 from rayexp.cli._app import RUNS, JsonOption, RunsOption, app
 from rayexp.cli._output import print_json, print_table, say, tell
+from rayexp.cli._runs_du import show_disk_use
+from rayexp.cli.runs_rm import rm_app
 from rayexp.display import NOT_FINITE, counted, figure, short
 
 if TYPE_CHECKING:
@@ -19,7 +22,18 @@ if TYPE_CHECKING:
     from rayexp.runs.run import Run
 
 
-@app.command("runs", short_help="List the runs, show one with its epochs, or check them.")
+class _RunsCommand(typer.core.TyperCommand):
+    """`runs [RUN]`, and `runs rm RUN...`, which is a command of its own."""
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        """See click, which runs the command of the context that it gets."""
+        if args[:1] == ["rm"]:
+            command = typer.main.get_command(rm_app)
+            return command.make_context(f"{info_name} rm", args[1:], parent=parent, **extra)
+        return super().make_context(info_name, args, parent=parent, **extra)
+
+
+@app.command("runs", cls=_RunsCommand, short_help="List the runs, show one with its epochs, check or remove them.")
 def runs_command(
     run: Annotated[
         str | None,
@@ -37,9 +51,12 @@ def runs_command(
     comparisons: Annotated[
         bool, typer.Option("--comparisons", help="List the comparisons that `rayexp compare` made, not the runs.")
     ] = False,
+    du: Annotated[bool, typer.Option("--du", help="How much room they take on disk, the largest first.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """List the runs, oldest first; or show one with its epochs. --check exits with 1 where something is damaged.
+
+    `rayexp runs rm RUN...` removes runs.
 
     RUN is a directory, its name, or any part of the name that fits one run alone; a run's own name comes first, and
     @newest is the run that was made last.
@@ -49,25 +66,29 @@ def runs_command(
     from rayexp.runs.run import Run
 
     if comparisons:
-        if run is not None or check:
+        if run is not None or check or du:
             raise UserError("--comparisons lists all comparisons; `rayexp report NAME` shows one")
         _list_comparisons(Comparison.all(runs), runs, as_json)
         return
 
+    if du:
+        every = [*(one.root for one in Run.all(runs)), *(one.root for one in Comparison.all(runs))]
+        show_disk_use([Run.locate(run, runs).root] if run is not None else every, runs, as_json)
+        return
     if check:
         _check([Run.locate(run, runs)] if run is not None else Run.all(runs), as_json)
         return
     if run is not None:
         _show(Run.find(run, runs), as_json)
         return
-    found = [_fields(one) for one in Run.all(runs)]
+    rows = [_fields(one) for one in Run.all(runs)]
     if as_json:
-        print_json(found)
+        print_json(rows)
         return
-    if found:
+    if rows:
         drop = ("workload", "device", "other metrics", "workers", "best", "epochs")
-        print_table([_row(one) for one in found], drop=drop)
-        for one in found:
+        print_table([_row(one) for one in rows], drop=drop)
+        for one in rows:
             if one["status"] == "damaged":
                 tell(f"{one['run']}: {one['metric']}")
     else:
@@ -127,10 +148,12 @@ def _check(found: list[Run], as_json: bool) -> None:
     for name, findings in {} if as_json else checked.items():
         covered = sum(f.state == "ok" for f in findings)
         without = sum(f.state == "not covered" for f in findings)
+        removed = sum(f.state == "not kept" for f in findings)
         bare = f", {without} not covered by one" if without else ""
+        gone = f"; {counted(removed, 'checkpoint')} not kept" if removed else ""
         tell(
             f"{name}: {'damaged: ' + '; '.join(map(str, damaged[name])) if damaged[name] else 'ok'} "
-            f"({covered} of {len(findings)} by their hashes{bare})"
+            f"({covered} of {len(findings) - removed} by their hashes{bare}{gone})"
         )
     raise typer.Exit(1 if any(damaged.values()) else 0)
 
@@ -173,13 +196,15 @@ def _row(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _show(run: Run, as_json: bool) -> None:
-    from rayexp.runs.records import best
+    from rayexp.runs.records import best, ranges
+    from rayexp.runs.retention import not_kept
 
     meta, records = run.meta(), run.records()
     if as_json:
         fields = {**meta, "status": run.status(), "path": str(run.root)}
         print_json({**fields, "epochs": [r.to_json() for r in records], "checkpoints": run.epochs()})
         return
+    gone = not_kept(run)
     shown = {
         "path": run.root,
         "status": run.status(),
@@ -188,6 +213,7 @@ def _show(run: Run, as_json: bool) -> None:
         "where": _where(meta),
         "created": meta.get("created"),
         "finished": meta.get("finished"),
+        "kept": f"checkpoints of {ranges(run.epochs())} (checkpoint.keep: {gone[max(gone)]})" if gone else None,
     }
     for name, value in shown.items():
         if value is not None:

@@ -25,12 +25,13 @@ from rayexp.runs.code import hashes_of
 from rayexp.runs.integrity import RECORDS, described, faults, predictions_fault
 from rayexp.runs.manifest import state_fault
 from rayexp.runs.records import EpochRecord
+from rayexp.runs.retention import NOTE, reason
 from rayexp.runs.run import Run, broken, epoch_name
 from rayexp.system.disk import TEMPORARY, inside, naming, now, relative, sync_directory, write_atomic, write_json
 
 MARK = "collected.json"  # marks a run directory as a copy, and says of what
 EPOCHS, TRACE, STATE = "epochs.jsonl", "trace.jsonl", "state.json"
-# The deepest nesting and the most files in tb/ or logs/; more is a listing that contains itself.
+# The deepest nesting and the most files in tb/, logs/ or trackers/; more is a listing that contains itself.
 MAX_DEPTH, MAX_FILES = 8, 10_000
 ATTEMPTS = 3  # where the run goes on while it is read
 Say = Callable[[str], None]
@@ -128,9 +129,9 @@ class _Copy:
         fetched = []
         for epoch, row in rows.items():
             self._attempt(f"epoch {epoch}", lambda r=row: self._predictions(r))  # type: ignore[misc]
-            if epoch in wanted and self._attempt(f"epoch {epoch}", lambda e=epoch: self._checkpoint(e)):  # type: ignore[misc]
+            if epoch in wanted and self._attempt(f"epoch {epoch}", lambda e=epoch: self._present(e)):  # type: ignore[misc]
                 fetched.append(epoch)
-        for folder in ("tb", "logs"):
+        for folder in ("tb", "logs", "trackers"):
             self._attempt(f"{folder}/", lambda f=folder: self._tree(f))  # type: ignore[misc]
         if not self.faults:
             write_atomic(self.run.epochs_path, files.get(EPOCHS, b""))
@@ -179,7 +180,9 @@ class _Copy:
                 raise UserError(f"--epochs {asked}: expected all, none, or numbers such as 7,18 or 1-3,last")
         if missing := sorted(wanted - set(saved)):
             there = ", ".join(map(str, saved)) or "none"
-            raise UserError(f"--epochs: no checkpoint of {', '.join(map(str, missing))}; there are {there}")
+            gone = self._not_kept()
+            why = next((f" ({reason(gone[str(epoch)])})" for epoch in missing if str(epoch) in gone), "")
+            raise UserError(f"--epochs: no checkpoint of {', '.join(map(str, missing))}{why}; there are {there}")
         return wanted
 
     def _attempt(self, what: str, action: Callable[[], bool | None]) -> bool:
@@ -216,6 +219,22 @@ class _Copy:
         finally:
             temporary.unlink(missing_ok=True)
         return True
+
+    def _not_kept(self) -> dict[str, str]:
+        """What the source's run.json says of removed checkpoints."""
+        found = json.loads(self.meta).get(NOTE)
+        return dict(found) if isinstance(found, dict) else {}
+
+    def _present(self, epoch: int) -> bool:
+        """Fetch a checkpoint, unless the run has gone on meanwhile and does not keep it any more."""
+        try:
+            return self._checkpoint(epoch)
+        except RunError:
+            if epoch_name(epoch) in {name.rstrip("/") for name in self.source.list("checkpoints")}:
+                raise
+            shutil.rmtree(self._target(f"checkpoints/{TEMPORARY}{epoch_name(epoch)}"), ignore_errors=True)
+            self.say(f"checkpoints/{epoch_name(epoch)}: removed while it was fetched")
+            return False
 
     def _checkpoint(self, epoch: int) -> bool:
         folder = f"checkpoints/{epoch_name(epoch)}"

@@ -48,6 +48,14 @@ def _no_uri(value: Any) -> Any:
 Folder = Annotated[Path, BeforeValidator(_no_uri)]
 
 
+def _listed(value: Any) -> Any:
+    """A list in place of the one name in it, and without repetitions."""
+    names = [value] if isinstance(value, str) else value
+    if isinstance(names, list | tuple) and all(isinstance(name, str) for name in names):
+        return list(dict.fromkeys(names))
+    return names
+
+
 class Section(BaseModel):
     """A part of a configuration; it is frozen and refuses unknown keys. The text under a field is its description
     (`model_fields[...].description`), from which docs/configuration.md is made."""
@@ -240,8 +248,12 @@ class ScaleConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """Every epoch's checkpoint is kept. These keys add snapshots inside the epoch, of which the newest two are kept."""
+    """Which epochs' checkpoints stay on disk, and snapshots inside the epoch, of which the newest two are kept."""
 
+    keep: Literal["all", "best"] | PositiveInt = "all"
+    """Whose checkpoints stay. all: every epoch's. best: the best epoch's and the newest one, which a resume needs. N:
+    those of the newest N epochs, and the best one. Others are removed as soon as a newer epoch is whole on disk; their
+    records, hashes and predictions stay, so `diff` and `report` still know them. A resume may change it."""
     every_steps: PositiveInt | None = None
     """Save a snapshot every this many optimizer steps; null: not by steps."""
     every_seconds: Positive | None = None
@@ -303,7 +315,13 @@ class ExperimentConfig(Section):
     scaling: ScaleConfig = ScaleConfig()
     """How many workers, and on what devices."""
     checkpoint: CheckpointConfig = CheckpointConfig()
-    """Snapshots inside the epoch, in addition to the checkpoint of every epoch."""
+    """Which checkpoints stay on disk, and snapshots inside the epoch."""
+    tracking: Annotated[tuple[Literal["tensorboard", "mlflow", "wandb"], ...], BeforeValidator(_listed)] = (
+        "tensorboard",
+    )
+    """Where the run can be followed besides its own files. tensorboard: tb/ of the run directory. mlflow, wandb:
+    extras, `pip install 'rayexp[mlflow]'`; where they are is said by MLFLOW_TRACKING_URI and WANDB_MODE. []: nowhere. A
+    resume may change it."""
     max_failures: Annotated[int, Field(ge=0)] = 3
     """How often lost workers are replaced before the run fails; 0: never."""
     storage_path: Folder = Path("runs")

@@ -11,6 +11,7 @@ import numpy as np
 
 from rayexp.display import plain
 from rayexp.errors import UserError
+from rayexp.runs.retention import checkpoint_of
 from rayexp.runs.run import Run
 
 PREFIX = "model."  # of the model's tensors in state.safetensors; the optimizer's and the carried state have others
@@ -74,7 +75,7 @@ def diff_weights(a: tuple[Run, int], b: tuple[Run, int]) -> WeightsReport:
     Raises:
         UserError: a checkpoint is missing or damaged, or the models have no tensor in common.
     """
-    paths = [run.checkpoint(epoch) / "state.safetensors" for run, epoch in (a, b)]
+    paths = [checkpoint_of(run, epoch) / "state.safetensors" for run, epoch in (a, b)]
     with _open(paths[0]) as first, _open(paths[1]) as second:
         names = [sorted((n for n in f.keys() if n.startswith(PREFIX)), key=_natural) for f in (first, second)]  # noqa: SIM118
         for path, found in zip(paths, names, strict=True):

@@ -36,6 +36,7 @@ from rayexp.runs.code import kept as with_copy
 from rayexp.runs.integrity import check_config, check_unchanged, is_finished
 from rayexp.runs.manifest import state_fault
 from rayexp.runs.run import Run
+from rayexp.runs.trackers.opening import hand_on, refuse_missing
 from rayexp.runs.writer import RunWriter
 from rayexp.system.clock import mark
 from rayexp.system.cores import cores
@@ -86,6 +87,7 @@ def run(
     """
     began = mark(started)
     config = resolve_paths(config).absolute()
+    refuse_missing(config.tracking)
     if resume is not None:
         config = _as_begun(resume, config)
         check_unchanged(resume, config)
@@ -99,6 +101,7 @@ def run(
     with _driving(made, fresh=resume is None) as driver, stoppable(made) as stopping:
         if resume is not None:
             _reopen(made, config, argv)
+        hand_on(made, config.tracking)
 
         def job(plan: Placement, nodes: int) -> WorkerJob:
             """The job of one attempt."""
@@ -270,6 +273,7 @@ def outline(config: ExperimentConfig, address: str | None = None, resume: Run | 
     from rayexp.launch.local import here
 
     config = config.absolute()
+    refuse_missing(config.tracking)
     if resume is not None:
         config = _as_begun(resume, config)
         check_unchanged(resume, config)

@@ -19,6 +19,7 @@ from rayexp.launch.local import here
 from rayexp.runs.code import code_of
 from rayexp.runs.manifest import digest, seal_predictions
 from rayexp.runs.records import Predictions
+from rayexp.runs.retention import checkpoint_of
 from rayexp.runs.run import Run, broken
 from rayexp.system.disk import write_atomic
 
@@ -89,9 +90,7 @@ def evaluate(
     from rayexp.engine import checkpoint, evaluate, runtime
     from rayexp.engine.group import WorkerGroup
 
-    folder = run.checkpoint(epoch)
-    if not folder.is_dir():
-        raise UserError(f"{run.id}@{epoch}: has no checkpoint in {folder.parent}; there are {run.epochs()}")
+    folder = checkpoint_of(run, epoch)
     if why := broken(folder):
         raise RunError(f"{folder}: {why}")
     files = {file.name: file.read_bytes() for file in folder.iterdir()}

@@ -239,7 +239,8 @@ class _Bench:
     def run(self, config: ExperimentConfig, label: str, workers: int, name: str) -> Trial:
         """One trial from start to end; `name`: for the screen."""
         threads = config.threads_per_shard or self.threads
-        config = config.model_copy(update={"storage_path": self.folder, "threads_per_shard": threads})
+        own = {"storage_path": self.folder, "tracking": (), "threads_per_shard": threads}
+        config = config.model_copy(update=own)
         try:
             with self.screen.trial(name):
                 if workers and self.launcher == "processes":

@@ -342,13 +342,14 @@ class _Worker:
         momenta = [momentum for _, momentum in self.trainer.layout.momentum]
         if absurd := absurd_loss(record.epoch, record.val_loss, momenta, record.step):
             self._warn_while_training(absurd)
-        if record.epoch == 1 and not self.job.trace:
+        if record.epoch == 1 and not self.job.trace and "tensorboard" in self.config.tracking:
             # After the first epoch: drawing must not disturb the first steps' times.
             self.saver.graph(self.trainer.master.model, self.workload.example(), self._warn_while_training)
 
     def _plot(self) -> None:
         self.plotted = time.monotonic()
-        self.writer.plot_steps(*self.steps.take())
+        for warning in self.writer.plot_steps(*self.steps.take()):
+            self._warn_while_training(warning)
 
     # ------------------------------------------------------------------ what the user sees
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from rayexp.config import ExperimentConfig, parse, read
 from rayexp.config.code import FOLDER
 from rayexp.errors import UserError
+from rayexp.runs import metrics_csv, retention
 from rayexp.runs.code import code_faults
 from rayexp.runs.manifest import SEAL, digest, has_valid_seal, state_fault
 from rayexp.runs.records import EpochRecord, Predictions, read_lines, step_line
@@ -21,8 +22,8 @@ from rayexp.runs.run import Run, broken, epoch_name
 # Keys that say where and how a run is trained, not what is trained: a resume may change them. Whether data.root holds
 # the same data is checked by hash; the run keeps its name and its directory.
 LOCATION = ("storage_path", "name", "data.root")
-FREE = ("scaling", "checkpoint", "capture", "data.resident", "max_failures", *LOCATION)
-RECORDS = ("config.yaml", "data.json", "epochs.jsonl", "steps.jsonl")
+FREE = ("scaling", "checkpoint", "tracking", "capture", "data.resident", "max_failures", *LOCATION)
+RECORDS = ("config.yaml", "data.json", "epochs.jsonl", "steps.jsonl", metrics_csv.FILE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +33,12 @@ class Finding:
     Attributes:
         what: a path in the run directory.
         state: `ok`: its hash matches. `not covered`: readable and consistent, but an older rayexp stored no hash of
-            it. `damaged`: anything else.
-        detail: what is wrong; empty unless damaged.
+            it. `not kept`: a checkpoint that was removed as `checkpoint.keep` asks. `damaged`: anything else.
+        detail: what is wrong, or why it was not kept.
     """
 
     what: str
-    state: Literal["ok", "not covered", "damaged"]
+    state: Literal["ok", "not covered", "not kept", "damaged"]
     detail: str = ""
 
     def __str__(self) -> str:
@@ -51,7 +52,7 @@ def examine(run: Run) -> list[Finding]:
     except UserError as error:
         return [Finding("run.json", "damaged", str(error))]
     code = (_finding(f"{FOLDER}/{name}", why, covered=True) for name, why in code_faults(run.root, run.meta()))
-    return [*described(run), *code, *_predictions(run), *_checkpoints(run)]
+    return [*described(run), *code, *_predictions(run), *_removed(run), *_checkpoints(run)]
 
 
 def faults(run: Run) -> list[str]:
@@ -114,6 +115,12 @@ def predictions_fault(path: Path, record: EpochRecord) -> str | None:
     except UserError as error:
         return str(error).removeprefix(f"{path.name}: ")
     return None
+
+
+def _removed(run: Run) -> Iterator[Finding]:
+    """The checkpoints that are not there, and should not be."""
+    for epoch, keep in retention.not_kept(run).items():
+        yield Finding(f"checkpoints/{epoch_name(epoch)}", "not kept", f"checkpoint.keep: {keep}")
 
 
 def _checkpoints(run: Run) -> Iterator[Finding]:

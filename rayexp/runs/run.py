@@ -1,7 +1,7 @@
 """A run directory on disk: layout, atomic writes, and the references RUN@7, RUN@best, RUN@last.
 
     runs/<utc>-<name>-<4 hex>/
-      run.json  config.yaml  data.json  epochs.jsonl  steps.jsonl  progress.json
+      run.json  config.yaml  data.json  epochs.jsonl  metrics.csv  steps.jsonl  progress.json
       checkpoints/epoch_007/{state.safetensors, state.json}   checkpoints/step_00000123/   (inside an epoch)
       predictions/epoch_007.npz   tb/   logs/   code/
 
@@ -15,6 +15,7 @@ import contextlib
 import json
 import os
 import socket
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ from rayexp.system.locks import DRIVER, is_locked
 __all__ = ["Run", "broken", "epoch_name", "resolve", "step_name"]
 
 LAYOUT = 1
+_UPDATING = threading.Lock()  # training notes things while an epoch is written in the background
 
 
 def epoch_name(epoch: int) -> str:
@@ -364,7 +366,8 @@ class Run:
 
     def update(self, **fields: Any) -> None:
         """Set fields of run.json."""
-        write_json(self.meta_path, {**self.meta(), **fields})
+        with _UPDATING:
+            write_json(self.meta_path, {**self.meta(), **fields})
 
     def write(self, name: str, data: str) -> None:
         """Write a file that the manifest covers.

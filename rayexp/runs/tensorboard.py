@@ -16,7 +16,7 @@ import shutil
 import socket
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,93 @@ from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import RecordWriter, register_writer_factory
 from tensorboardX.summary import hparams, scalar, text
 
+from rayexp.runs.records import EpochRecord
+from rayexp.runs.run import Run
+from rayexp.runs.trackers.tracker import points, scalars
 from rayexp.system.disk import naming
 
 logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)  # its "NaN or Inf found" names no place and no value
 
 FILE = "events.out.tfevents."
 VERSION = "brain.Event:2"
+
+
+class TensorBoard:
+    """The tracker whose files are part of the run directory (see trackers.Tracker): an error in writing them is one of
+    the run. Its files are made when there is something to write."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self._board: Board | None = None
+        self._steps: Board | None = None
+        self._done = 0  # the last epoch that was finished when the file was begun
+
+    def begin(self) -> None:
+        """See Tracker; the configuration becomes a text."""
+        board = self._epochs()
+        board.text("config", "```yaml\n" + self.run.config_path.read_text() + "```")
+        board.flush()
+
+    def steps(self, first: int, loss: Sequence[float | None], lr: Sequence[float | None]) -> None:
+        """See Tracker; they are on disk when this returns. What earlier attempts plotted from the first call's `first`
+        on is replaced."""
+        if self._steps is None:
+            self._steps = Board(self.run.tb / "steps", purge=first)
+        for step, values in points(first, loss, lr):
+            self._steps.points(step, values)
+        self._steps.flush()
+
+    def epoch(self, record: EpochRecord) -> None:
+        """See Tracker."""
+        board = self._epochs()
+        if record.epoch > self._done:
+            board.scalars(record.epoch, scalars(record))
+
+    def end(self, status: str) -> None:
+        """See Tracker; a run that is done becomes a row of the HPARAMS page."""
+        if self._board is not None:
+            if status == "done":
+                self._hyperparameters()
+            self._board.close()
+        if self._steps is not None:
+            self._steps.close()
+        self._board = self._steps = None
+
+    def take_warnings(self) -> list[str]:
+        """None: errors are raised."""
+        return []
+
+    def _epochs(self) -> Board:
+        if self._board is None:
+            records = self.run.records()
+            self._done = records[-1].epoch if records else 0
+            self._board = Board(self.run.tb, purge=self._done)
+            if records:  # the purge drops this epoch's points, and a killed attempt may not have written them
+                self._board.scalars(self._done, scalars(records[-1]))
+        return self._board
+
+    def _hyperparameters(self) -> None:
+        records = self.run.records()
+        if not records:
+            return
+        config = self.run.config()
+        hyperparameters = {
+            "model": config.subject,
+            "batch_size": config.batch_size,
+            "lr": config.lr,
+            "weight_decay": config.weight_decay,
+            "optimizer": config.optimizer.name,
+            "schedule": config.schedule.name,
+            "epochs": config.epochs,
+            "seed": config.seed,
+            "precision": config.precision,
+            "reduction": config.reduction,
+            "shards": config.shards,
+            "num_workers": str(config.scaling.num_workers),
+        }
+        last = records[-1]
+        metrics = {"hparam/val_loss": last.val_loss, **{f"hparam/{k}": v for k, v in last.metrics.items()}}
+        write_hyperparameters(self.run.tb / "hparams", hyperparameters, metrics)
 
 
 class Board:

@@ -10,24 +10,26 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayexp.config import UNDECIDED
 from rayexp.config.code import FOLDER
+from rayexp.runs import metrics_csv
 from rayexp.runs.code import code_of
 from rayexp.runs.manifest import SEAL, STATE, digest, state_fault
 from rayexp.runs.records import EpochRecord, read_lines, step_line
+from rayexp.runs.retention import prune
 from rayexp.runs.run import Run, broken, epoch_name, step_name
 from rayexp.system.clock import since
-from rayexp.system.disk import append_line, now, sweep, write_atomic, write_directory
+from rayexp.system.disk import append_line, now, remove_directory, sweep, write_atomic, write_directory
 
 if TYPE_CHECKING:
-    from rayexp.runs.tensorboard import Board
+    from rayexp.runs.trackers.tracker import Tracker
 
 KEEP_SNAPSHOTS = 2
+GROWING = ("epochs.jsonl", "steps.jsonl", metrics_csv.FILE)  # the manifest names them once the run has ended
 
 
 class RunWriter:
@@ -35,10 +37,9 @@ class RunWriter:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self._board: Board | None = None
-        self._steps_board: Board | None = None
-        self._done = 0  # the last epoch that was finished when the board was opened
+        self._trackers: list[Tracker] | None = None  # None: not opened yet
         self._ends: dict[Path, int] = {}  # the last epoch in each file that holds one line per epoch
+        self._rows: list[dict[str, Any]] | None = None  # the lines of epochs.jsonl; None: not read yet
 
     # ------------------------------------------------------------------ reading for a resume
 
@@ -59,7 +60,7 @@ class RunWriter:
         for name in self.run.files():
             if name != "config.yaml" and (why := self.run.fault(name)):  # the driver has refused another config.yaml
                 notes.append(f"{name}: {why}; it is made anew")
-        self.run.uncover("epochs.jsonl", "steps.jsonl")
+        self.run.uncover(*GROWING)
         files: dict[str, bytes] | None = None
         done = 0
         for path, state in self.run.resumable():
@@ -99,6 +100,7 @@ class RunWriter:
         if self.run.steps_path.exists():
             self._write_lines(self.run.steps_path, steps)
         notes += [f"{self.run.steps_path.name}: {note}" for note in damaged]
+        self._tabulate()
         return notes
 
     def code(self) -> dict[str, bytes]:
@@ -147,9 +149,8 @@ class RunWriter:
         """Begin training: set fields of run.json, and write the description of the data to data.json."""
         self.run.update(**meta)
         self.run.write("data.json", json.dumps(data, indent=2, default=str) + "\n")
-        board, _ = self._tensorboard()
-        board.text("config", "```yaml\n" + self.run.config_path.read_text() + "```")
-        board.flush()
+        for tracker in self._opened():
+            tracker.begin()
 
     def graph(self, events: bytes) -> None:
         """Store an event file that holds the model's graph beside the run's own; empty bytes store nothing."""
@@ -167,7 +168,7 @@ class RunWriter:
         """Write a checkpoint inside an epoch, and keep the newest two."""
         write_directory(self.run.checkpoints / step_name(step), files)
         for old in sorted(self.run.checkpoints.glob("step_*"))[:-KEEP_SNAPSHOTS]:
-            shutil.rmtree(old, ignore_errors=True)
+            remove_directory(old)
 
     def epoch(
         self,
@@ -176,15 +177,18 @@ class RunWriter:
         predictions: bytes,
         steps: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write a finished epoch: its predictions, its steps (`Run.steps`), its checkpoint, its record."""
+        """Write a finished epoch: its predictions, its steps (`Run.steps`), its checkpoint, its record. Then what it
+        makes superfluous goes: snapshots, and checkpoints that `checkpoint.keep` does not ask for."""
         epoch = int(record["epoch"])
         write_atomic(self.run.predictions_path(epoch), predictions)
         if steps is not None:
             self._append(self.run.steps_path, steps)
         write_directory(self.run.checkpoints / epoch_name(epoch), files)
         self._append(self.run.epochs_path, record)
+        self._tabulate(record)
         for old in self.run.checkpoints.glob("step_*"):
-            shutil.rmtree(old, ignore_errors=True)
+            remove_directory(old)
+        prune(self.run, epoch)
         self._plot(EpochRecord.from_json(record))
 
     def trace(self, fields: Mapping[str, Any]) -> None:
@@ -200,84 +204,60 @@ class RunWriter:
 
     def end(self, status: str, error: str | None = None, **fields: Any) -> None:
         """Close the run with the status `done`, `failed` or `stopped`."""
-        if self._board is not None:
-            if status == "done":
-                self._hyperparameters()
-            self._board.close()
-            self._board = None
-        if self._steps_board is not None:
-            self._steps_board.close()
-            self._steps_board = None
+        warnings = self._end_trackers(status)
         self.run.progress_path.unlink(missing_ok=True)
-        written = (path for path in (self.run.epochs_path, self.run.steps_path) if path.is_file())
+        written = (path for path in (self.run.root / name for name in GROWING) if path.is_file())
         files = self.run.files() | {path.name: digest(path.read_bytes()) for path in written}
+        if warnings:
+            fields = {"warnings": list(dict.fromkeys([*self.run.meta().get("warnings", ()), *warnings])), **fields}
         self.run.update(status=status, error=error, finished=now(), files=files, **fields)
 
     def stop_requested(self) -> bool:
         """Whether someone asked the run to save and stop."""
         return self.run.stop_path.exists()
 
-    # ------------------------------------------------------------------ TensorBoard
+    # ------------------------------------------------------------------ trackers
 
-    def _tensorboard(self) -> tuple[Board, int]:
-        """The open event file, and the last epoch that was finished when it was opened (0: a fresh run)."""
-        if self._board is None:
-            from rayexp.runs.tensorboard import Board
+    def _opened(self) -> list[Tracker]:
+        if self._trackers is None:
+            from rayexp.runs.trackers.opening import opened
 
-            records = self.run.records()
-            self._done = records[-1].epoch if records else 0
-            self._board = Board(self.run.tb, purge=self._done)
-            if records:  # the purge drops this epoch's points, and a killed attempt may not have written them
-                self._board.scalars(self._done, scalars(records[-1]))
-        return self._board, self._done
+            self._trackers = opened(self.run)
+        return self._trackers
 
-    def plot_steps(self, first: int, loss: Sequence[float | None], lr: Sequence[float | None]) -> None:
-        """Add points to the curves over the optimizer steps; they are on disk when this returns.
+    def plot_steps(self, first: int, loss: Sequence[float | None], lr: Sequence[float | None]) -> list[str]:
+        """Tell the trackers of optimizer steps; the curves of TensorBoard are on disk when this returns.
 
         Args:
             first: number of the first step in the whole run, from 1. The first call of an attempt begins where an epoch
                 does: what earlier attempts plotted from there on is replaced.
             loss, lr: of this step and those after it; what is None is left out.
-        """
-        if self._steps_board is None:
-            from rayexp.runs.tensorboard import Board
 
-            self._steps_board = Board(self.run.tb / "steps", purge=first)
-        for step, values in enumerate(zip(loss, lr, strict=True), first):
-            named = zip(("step/loss", "step/lr"), values, strict=True)
-            if known := {name: value for name, value in named if value is not None}:
-                self._steps_board.points(step, known)
-        self._steps_board.flush()
+        Returns:
+            A warning, where a tracker has met with an error since the last call.
+        """
+        for tracker in self._opened():
+            tracker.steps(first, loss, lr)
+        return self._take_warnings()
 
     def _plot(self, record: EpochRecord) -> None:
-        board, done = self._tensorboard()
-        if record.epoch > done:
-            board.scalars(record.epoch, scalars(record))
+        for tracker in self._opened():
+            tracker.epoch(record)
 
-    def _hyperparameters(self) -> None:
-        from rayexp.runs.tensorboard import write_hyperparameters
+    def _end_trackers(self, status: str) -> list[str]:
+        """End what was told of this run, by this writer or by that of a worker that is gone; returns warnings."""
+        if self._trackers is None:
+            from rayexp.runs.trackers.opening import told
 
-        records = self.run.records()
-        if not records:
-            return
-        config = self.run.config()
-        hyperparameters = {
-            "model": config.subject,
-            "batch_size": config.batch_size,
-            "lr": config.lr,
-            "weight_decay": config.weight_decay,
-            "optimizer": config.optimizer.name,
-            "schedule": config.schedule.name,
-            "epochs": config.epochs,
-            "seed": config.seed,
-            "precision": config.precision,
-            "reduction": config.reduction,
-            "shards": config.shards,
-            "num_workers": str(config.scaling.num_workers),
-        }
-        last = records[-1]
-        metrics = {"hparam/val_loss": last.val_loss, **{f"hparam/{k}": v for k, v in last.metrics.items()}}
-        write_hyperparameters(self.run.tb / "hparams", hyperparameters, metrics)
+            self._trackers = told(self.run)
+        for tracker in self._trackers:
+            tracker.end(status)
+        warnings = self._take_warnings()
+        self._trackers = None
+        return warnings
+
+    def _take_warnings(self) -> list[str]:
+        return [warning for tracker in self._trackers or () for warning in tracker.take_warnings()]
 
     # ------------------------------------------------------------------ one line per epoch
 
@@ -299,14 +279,15 @@ class RunWriter:
         write_atomic(path, "".join(json.dumps(line) + "\n" for line in lines))
         self._ends[path] = lines[-1]["epoch"] if lines else 0
 
-
-def scalars(record: EpochRecord) -> dict[str, float]:
-    """The values that TensorBoard plots for an epoch, by curve."""
-    return {
-        "loss/train": record.train_loss,
-        "loss/val": record.val_loss,
-        "lr": record.lr,
-        "throughput/samples_per_second": record.samples_per_second,
-        **{f"metric/{name}": value for name, value in record.metrics.items()},
-        **{f"seconds/{name}": value for name, value in record.seconds.items()},
-    }
+    def _tabulate(self, record: Mapping[str, Any] | None = None) -> None:
+        """Bring metrics.csv in step with epochs.jsonl; with `record`, its new last line."""
+        if record is None or self._rows is None:
+            self._rows = [each.to_json() for each in self.run.records()]
+        else:
+            self._rows = [*(row for row in self._rows if row["epoch"] < record["epoch"]), dict(record)]
+        path = self.run.root / metrics_csv.FILE
+        self.run.uncover(path.name)
+        if self._rows:
+            metrics_csv.write(path, self._rows)
+        else:
+            path.unlink(missing_ok=True)

@@ -98,6 +98,21 @@ def write_directory(path: Path, files: Mapping[str, bytes]) -> None:
             shutil.rmtree(old, ignore_errors=True)
 
 
+def remove_directory(path: Path) -> None:
+    """Remove a directory so that a reader, or a crash, sees all of it or nothing: it loses its name first.
+
+    What a crash leaves under a temporary name is for `sweep`.
+
+    Raises:
+        WriteError: it cannot be renamed; all of it is still there.
+    """
+    with naming(path):
+        temporary = _temporary(path)
+        path.replace(temporary)
+        sync_directory(path.parent)
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
 def append_line(path: Path, line: str) -> None:
     """Append a line to a file of JSON lines; it is on disk when this returns.
 
@@ -244,15 +259,16 @@ def make_directory(storage: Path, name: str) -> Path:
 
 def directories(storage: Path, file: str) -> list[Path]:
     """The directories in a folder that contain `file`, sorted by name (by `make_directory`: oldest first), including
-    those where it cannot be read.
+    those where it cannot be read, and without those that are being removed.
 
     Raises:
         UserError: the folder cannot be read.
     """
     try:
-        return [path for path in sorted(storage.iterdir()) if _has(path, file)] if storage.is_dir() else []
+        found = sorted(storage.iterdir()) if storage.is_dir() else []
     except OSError as error:
         raise UserError(f"{storage}: cannot be read ({error.strerror})") from error
+    return [path for path in found if not path.name.startswith(TEMPORARY) and _has(path, file)]
 
 
 def read_file(path: Path) -> bytes:

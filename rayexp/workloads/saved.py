@@ -16,6 +16,7 @@ from rayexp.engine.checkpoint import FIELDS, TENSORS, State
 from rayexp.engine.portable import Portable
 from rayexp.errors import RunError, UserError
 from rayexp.runs.code import code_of
+from rayexp.runs.retention import checkpoint_of
 from rayexp.runs.run import Run, broken
 
 
@@ -26,9 +27,7 @@ def read_state(run: Run, epoch: int) -> State:
         UserError: the epoch has none.
         RunError: it is damaged.
     """
-    folder = run.checkpoint(epoch)
-    if not folder.is_dir():
-        raise UserError(f"{run.id}@{epoch}: has no checkpoint in {folder.parent}; there are {run.epochs()}")
+    folder = checkpoint_of(run, epoch)
     if why := broken(folder):
         raise RunError(f"{folder}: {why}")
     return checkpoint.decode({name: (folder / name).read_bytes() for name in (TENSORS, FIELDS)})

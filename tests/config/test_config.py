@@ -70,7 +70,8 @@ DEFAULTS: dict[str, Any] = {
         "gpus_per_worker": 1,
         "lanes": None,
     },
-    "checkpoint": {"every_steps": None, "every_seconds": None},
+    "checkpoint": {"keep": "all", "every_steps": None, "every_seconds": None},
+    "tracking": ["tensorboard"],
     "max_failures": 3,
     "storage_path": "runs",
 }
@@ -147,8 +148,10 @@ LIMITS: dict[str, tuple[list[Any], list[Any]]] = {
     "scaling.cpus_per_worker": ([None, 0.5, 4], [0, -1]),
     "scaling.gpus_per_worker": ([0.25, 1, 2], [0, -1, None]),
     "scaling.lanes": OPTIONAL_COUNT,
+    "checkpoint.keep": (["all", "best", 1, 30], ["some", 0, -1, 1.5, None, ["best"]]),
     "checkpoint.every_steps": OPTIONAL_COUNT,
     "checkpoint.every_seconds": ([None, 0.5, 600], [0, -1]),
+    "tracking": ([[], ["tensorboard", "mlflow"], ["wandb"]], [["aim"], None, 3, {"mlflow": 1}]),
     "max_failures": ([0, 100], [-1, 0.5]),
     "storage_path": (["runs", "/x", "~/x"], ["s3://bucket/runs", "gs://x", 3]),
 }
@@ -244,7 +247,7 @@ def test_limits_of_a_grid(key: str) -> None:
         ("optimizer.wd", "allowed: name, momentum, nesterov, betas, eps, clip, decay_norm_and_bias"),
         ("schedule.warmup", "did you mean warmup_epochs?"),
         ("scaling.workers", "did you mean num_workers?"),
-        ("checkpoint.every", "allowed: every_steps, every_seconds"),
+        ("checkpoint.every", "allowed: keep, every_steps, every_seconds"),
         ("zzz", "unknown key zzz; allowed"),
     ],
 )
@@ -262,7 +265,7 @@ def test_a_models_other_keys_are_its_options() -> None:
 def test_a_value_where_keys_belong_names_them() -> None:
     for value in (None, 3, "x", []):
         with pytest.raises(
-            UserError, match=r"^test: checkpoint: expected keys under it \(every_steps, every_seconds\)"
+            UserError, match=r"^test: checkpoint: expected keys under it \(keep, every_steps, every_seconds\)"
         ):
             make("checkpoint", value)
 

@@ -371,17 +371,17 @@ def ended(run: Run, status: str = "stopped") -> Run:
 def test_the_end_covers_everything(run: Run) -> None:
     assert run.files().keys() == {"config.yaml", "data.json"}
     ended(run)
-    assert run.files().keys() == {"config.yaml", "data.json", "epochs.jsonl", "steps.jsonl"}
+    assert run.files().keys() == {"config.yaml", "data.json", "epochs.jsonl", "metrics.csv", "steps.jsonl"}
     assert {finding.state for finding in examine(run)} == {"ok"}
     assert [f.what for f in examine(run)] == [
-        "config.yaml", "data.json", "epochs.jsonl", "steps.jsonl", "predictions/epoch_001.npz",
-        "predictions/epoch_002.npz", "checkpoints/epoch_001", "checkpoints/epoch_002",
+        "config.yaml", "data.json", "epochs.jsonl", "steps.jsonl", "metrics.csv",
+        "predictions/epoch_001.npz", "predictions/epoch_002.npz", "checkpoints/epoch_001", "checkpoints/epoch_002",
         "checkpoints/step_00000023", "checkpoints/step_00000026",
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    "name", ["config.yaml", "data.json", "epochs.jsonl", "steps.jsonl", "predictions/epoch_002.npz"]
+    "name", ["config.yaml", "data.json", "epochs.jsonl", "steps.jsonl", "metrics.csv", "predictions/epoch_002.npz"]
 )
 @pytest.mark.parametrize("damage", [lambda p: p.write_bytes(p.read_bytes() + b" "), lambda p: p.unlink()])
 def test_any_other_bytes_are_named(run: Run, name: str, damage: Callable[[Path], object]) -> None:
