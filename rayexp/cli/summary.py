@@ -39,7 +39,7 @@ def summary(
     from rayexp.engine.summary import layers
 
     workload = _open(experiment, classes)
-    *inner, whole = layers(workload)
+    *inner, whole = layers(workload, experiment.model)
     if as_json:
         print_json({"layers": [dataclasses.asdict(layer) for layer in inner], "total": dataclasses.asdict(whole)})
         return
@@ -52,14 +52,16 @@ def summary(
                 "kind": layer.kind,
                 "output": layer.output,
                 "parameters": f"{layer.parameters:,}" if layer.parameters else "",
+                **({"frozen": f"{layer.frozen:,}" if layer.frozen else ""} if whole.frozen else {}),
                 "FLOPs": f"{layer.flops:,}" if layer.flops else "",
             }
             for layer in inner
             if not depth or layer.depth <= depth
         ]
     )
+    frozen = f", {whole.frozen:,} of them frozen" if whole.frozen else ""
     tell(
-        f"{whole.parameters:,} parameters ({4 * whole.parameters / 1e6:.1f} MB), {whole.flops / 1e9:.3f} GFLOP "
+        f"{whole.parameters:,} parameters ({4 * whole.parameters / 1e6:.1f} MB){frozen}, {whole.flops / 1e9:.3f} GFLOP "
         f"forward, about {3 * whole.flops / 1e9:.3f} with backward"
     )
 

@@ -52,6 +52,10 @@ def train(
     is cosine or onecycle.
     """
     run, experiment = _configure(config, overrides or [], runs, name, resume)
+    if run is not None and (config or any(word.startswith("model.weights=") for word in overrides or ())):
+        from rayexp.launch.starting import refuse_changed
+
+        refuse_changed(run, experiment)
     if dry_run:
         _show_plan(experiment, address, run, as_json)
         return

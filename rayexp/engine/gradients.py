@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from rayexp.engine.batch_norm import BATCH_NORMS
+from rayexp.engine.freezing import fixed
 from rayexp.errors import UserError
 
 SCALARS = ("loss", "count", "stop", "save")
@@ -163,6 +164,8 @@ class Master:
         stats: fp32[B], the running means and variances.
         keep: fp32[B], the share (1 - momentum) of each running statistic that a step keeps.
         half: bf16[P], the weights as `round_weights` has left them; None: they are not needed.
+        fixed: by name, the tensors outside the buffers that no step changes and a checkpoint holds (see
+            engine/freezing.py); every replica has these same tensors.
         rounded: names of the parameters of which replicas use `half`: those of convolutions and linear layers, which
             autocast would round in every pass; the gradient of such a parameter is rounded likewise.
 
@@ -178,6 +181,7 @@ class Master:
         self.params = torch.zeros(layout.size, device=device)
         self.stats = torch.zeros(layout.stats_size, device=device)
         self.keep = torch.ones(layout.stats_size, device=device)
+        self.fixed = dict(fixed(self.model))
         tensors = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
         for buffer, slots in ((self.params, layout.params), (self.stats, layout.stats)):
             for slot in slots:
@@ -193,9 +197,17 @@ class Master:
         if self.half is not None:
             self.half.copy_(self.params)
 
+    def frozen(self) -> list[Tensor]:
+        """The frozen parameters."""
+        return [parameter for parameter in self.model.parameters() if not parameter.requires_grad]
+
+    def copy(self) -> nn.Module:
+        """A copy of the model, with the fixed tensors themselves."""
+        return copy.deepcopy(self.model, {id(tensor): tensor for tensor in self.fixed.values()})
+
     def eval_model(self) -> nn.Module:
         """A copy of the model in eval mode whose tensors are views of the buffers, so that it is always current."""
-        model = copy.deepcopy(self.model)
+        model = self.copy()
         for slot in self.layout.params:
             module, name = _owner(model, slot.name)
             getattr(module, name).data = slot.view(self.params)
@@ -225,8 +237,9 @@ class Master:
                 found[name] = held.get(id(tensor), tensor.detach())
         return found
 
+    @torch.no_grad()
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Copy tensors (named as by `tensors`) into the buffers.
+        """Copy tensors (named as by `tensors`) into the buffers, and into the fixed tensors.
 
         Raises:
             KeyError, RuntimeError: a tensor is missing or has another shape.
@@ -234,6 +247,8 @@ class Master:
         for buffer, slots in ((self.params, self.layout.params), (self.stats, self.layout.stats)):
             for slot in slots:
                 slot.view(buffer).copy_(tensors[slot.name])
+        for name, tensor in self.fixed.items():
+            tensor.copy_(tensors[name])
 
     def named(self, buffer: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Views of a buffer fp32[P] that is laid out like `params` (a momentum, a gradient), by parameter name."""
@@ -310,7 +325,7 @@ class ReplicaModel:
     """
 
     def __init__(self, master: Master) -> None:
-        self.module = copy.deepcopy(master.model).train()
+        self.module = master.copy().train()
         layout = master.layout
         owners = [_owner(self.module, slot.name) for slot in layout.params]
         self._parameters: list[nn.Parameter] = [getattr(module, name) for module, name in owners]

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from rayexp.config import ModelConfig
+from rayexp.engine.freezing import freeze
 from rayexp.engine.workload import Workload
 
 
@@ -20,7 +22,8 @@ class Layer:
         name: dotted; empty for the whole model.
         kind: the module's class; a ResNet's stages also by their name in He et al. 2016 (conv2_x).
         output: size of its last output for one sample: HxWxC of a map, otherwise without the batch dimension.
-        parameters: number of trainable parameters, those of inner modules included.
+        parameters: number of parameters, those of inner modules included.
+        frozen: how many of them training leaves as they are.
         flops: floating-point operations of the forward pass for one sample, inner modules included; a multiply-add
             counts as two.
         depth: number of listed modules that contain this one; 0 for the whole model.
@@ -30,17 +33,20 @@ class Layer:
     kind: str
     output: str
     parameters: int
+    frozen: int
     flops: int
     depth: int
 
 
-def layers(workload: Workload) -> list[Layer]:
-    """The layers in the order of the model's definition, the whole model last.
+def layers(workload: Workload, config: ModelConfig | None = None) -> list[Layer]:
+    """The layers in the order of the model's definition, the whole model last; frozen is what `config` says.
 
     Makes one pass over `workload.example()` (one image, or one column of one window) and leaves out modules that it
     does not call.
     """
-    model = workload.model().eval().to("meta")
+    model = workload.model()
+    freeze(model, config or ModelConfig())
+    model = model.eval().to("meta")
     outputs: dict[str, Tensor] = {}
     hooks = [
         module.register_forward_hook(lambda _m, _i, out, name=name: _keep(outputs, name, out))
@@ -59,7 +65,8 @@ def layers(workload: Workload) -> list[Layer]:
             name,
             stages.get(name, type(module).__name__),
             _size(outputs[name], workload.batch_dim),
-            sum(p.numel() for p in module.parameters() if p.requires_grad),
+            sum(p.numel() for p in module.parameters()),
+            sum(p.numel() for p in module.parameters() if not p.requires_grad),
             int(sum(counts.get(f"{root}.{name}" if name else root, {}).values())),
             sum(name.startswith(f"{outer}.") or not outer for outer in outputs if outer != name),
         )

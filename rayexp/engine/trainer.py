@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import safetensors.torch
@@ -21,11 +21,13 @@ from torch import Tensor
 from rayexp.config import ExperimentConfig
 from rayexp.engine.checkpoint import State
 from rayexp.engine.evaluate import predict
+from rayexp.engine.freezing import freeze
 from rayexp.engine.gradients import Master, ParameterLayout
 from rayexp.engine.group import WorkerGroup
 from rayexp.engine.optimizer import Optimizer
 from rayexp.engine.runtime import Runtime
 from rayexp.engine.schedule import Schedule
+from rayexp.engine.starting import adopt
 from rayexp.engine.step import ControlFlags, Stepper, StepResult, touched
 from rayexp.engine.workload import Workload
 from rayexp.errors import RunError
@@ -102,13 +104,28 @@ class Trainer:
         epoch: finished epochs.
         step: finished steps of the present epoch.
         loss_sum, loss_count: sum of the loss and number of loss terms so far in the present epoch.
+        fit: what the model has taken of `weights`; None without.
+
+    Args:
+        weights: tensors to start from, by name (`model.weights`).
+        classes: how many the data has; an output layer of so many outputs need not fit `weights`.
     """
 
-    def __init__(self, config: ExperimentConfig, workload: Workload, group: WorkerGroup, runtime: Runtime) -> None:
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        workload: Workload,
+        group: WorkerGroup,
+        runtime: Runtime,
+        weights: Mapping[str, Tensor] | None = None,
+        classes: int | None = None,
+    ) -> None:
         self.config, self.workload, self.group, self.runtime = config, workload, group, runtime
         if runtime.device.type == "cuda" and _resident(config, workload, runtime):
             workload.resident(runtime.device)
         model = workload.model()
+        self.fit = adopt(model, weights, str(config.model.weights), classes) if weights else None
+        freeze(model, config.model)
         self.layout = ParameterLayout(model, config.shards, config.optimizer.decay_norm_and_bias)
         half = runtime.static and config.precision == "bf16"
         self.master = Master(model, self.layout, runtime.device, half)

@@ -205,6 +205,8 @@ def _plain(base: ExperimentConfig, kind: str, precision: str, nodes: Sequence[No
     skip = _reason(kind, 0, devices, precision, nodes[:1])
     scaling = ScaleConfig(num_workers=0, use_gpu=kind == "gpu").model_dump(mode="json")
     tree = base.model_dump(mode="json") | {"scaling": scaling, "precision": precision}
+    if base.model.freeze or base.model.weights:
+        skip = "the plain script draws all weights and trains all: it has no model.weights and no model.freeze"
     return Cell("", kind, 0, devices, precision, PLAIN, skip, tree, (), base.batch_size)
 
 

@@ -22,6 +22,7 @@ from rayexp.errors import RunError, UserError
 from rayexp.grid.comparison import PLAIN, Cell, CellResult, Comparison
 from rayexp.grid.plan import base_of, plan, with_overrides
 from rayexp.grid.screen import Follower, callback
+from rayexp.launch import starting
 from rayexp.launch.job import WorkerJob
 from rayexp.launch.placement import Node
 from rayexp.launch.screen import chatter_to
@@ -60,7 +61,7 @@ def planned(config: CompareConfig, folder: Path, address: str | None = None) -> 
         UserError: grid, base or overrides are wrong, or there is no Ray at that address.
     """
     base = base_of(config, folder).absolute()
-    changed = with_overrides(base, config.overrides).absolute()
+    changed = starting.resolved(with_overrides(base, config.overrides).absolute())
     return base, list(plan(config, changed, machines(address)))
 
 

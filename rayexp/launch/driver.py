@@ -25,6 +25,7 @@ from rayexp.data import open_data
 from rayexp.display import counted
 from rayexp.errors import HeadLostError, RunError, Stopped, UserError, last_words
 from rayexp.launch import placement as planning
+from rayexp.launch import starting
 from rayexp.launch.callbacks import Listeners, listening
 from rayexp.launch.job import WorkerJob
 from rayexp.launch.placement import Placement
@@ -88,7 +89,9 @@ def run(
     began = mark(started)
     config = resolve_paths(config).absolute()
     refuse_missing(config.tracking)
-    if resume is not None:
+    if resume is None:
+        config = starting.resolved(config)
+    else:
         config = _as_begun(resume, config)
         check_unchanged(resume, config)
         check_code(resume.root, resume.meta(), config)
@@ -96,6 +99,7 @@ def run(
             if console is not None:
                 console.print(finished_line(resume, config), markup=False, highlight=False, soft_wrap=True)
             return resume
+    weights = starting.read(config) if resume is None else None
     made = resume or Run.create(config, argv=list(argv), parent=parent)
     config = with_copy(made.root, config)
     with _driving(made, fresh=resume is None) as driver, stoppable(made) as stopping:
@@ -125,6 +129,8 @@ def run(
 
         heard: Listeners | None = None
         try:
+            if weights is not None:
+                weights.keep(made)
             with listening(made, callbacks, stopping.halt) as heard:
                 status = _supervise(made, config, job, address, console, stopping, guest)
         except BaseException as error:
@@ -172,7 +178,7 @@ def _as_begun(run: Run, config: ExperimentConfig) -> ExperimentConfig:
     decided = {key: getattr(begun, key) for key, open_ in UNDECIDED.items() if getattr(config, key) == open_}
     if decided.get("threads_per_shard", 1) is None and _holds_work(run):
         decided["threads_per_shard"] = 1  # it has trained on a GPU, or before there was this key
-    return config.model_copy(update=decided)
+    return starting.as_begun(run, config.model_copy(update=decided))
 
 
 def _decided(run: Run, config: ExperimentConfig, plan: Placement) -> ExperimentConfig:
@@ -274,7 +280,9 @@ def outline(config: ExperimentConfig, address: str | None = None, resume: Run | 
 
     config = config.absolute()
     refuse_missing(config.tracking)
-    if resume is not None:
+    if resume is None:
+        config = starting.resolved(config)
+    else:
         config = _as_begun(resume, config)
         check_unchanged(resume, config)
         check_code(resume.root, resume.meta(), config)

@@ -105,6 +105,10 @@ class Screen:
                 self.say(f"run: {here(self.run.root)}")
             if layout := meta["data"].get("layout"):
                 self.say(f"data: {layout}")
+            if "summary" in (weights := meta.get("weights") or {}):
+                self.say(f"weights: {weights['source']}: {weights['summary']}")
+            if frozen := meta.get("frozen"):
+                self.say(f"frozen: {frozen:,} of {frozen + meta['parameters']:,} parameters")
 
     def _progress(self) -> None:
         try:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rayexp.config import ExperimentConfig, parse
 from rayexp.display import counted
 from rayexp.errors import RunError, Stopped, UserError
-from rayexp.launch import processes
+from rayexp.launch import processes, starting
 from rayexp.launch.driver import run as train
 from rayexp.launch.job import WorkerJob
 from rayexp.launch.killer import Killer
@@ -173,6 +173,7 @@ def verify(
         raise UserError(f"--workers: comparing needs two or more different counts, got {list(workers)}")
     if kill and max(workers) < 2:
         raise UserError("--kill: a worker can only be lost where there are two or more; add 2 to --workers")
+    config = starting.resolved(config)
     configs = {n: _with(config, n) for n in dict.fromkeys(workers)}
     with tempfile.TemporaryDirectory(prefix="rayexp-verify-") as folder:
         beside = contrast and config.reduction == "exact"
@@ -288,7 +289,10 @@ class _Bench:
         gpu = node.gpus > 0 and config.scaling.use_gpu is not False
         plan = Placement(workers, gpu, max(1, node.cpus // workers))
         config = with_threads(config, plan, node.cpus)
+        weights = starting.read(config)
         made = Run.create(config, argv=["verify"])
+        if weights is not None:
+            weights.keep(made)
         job = WorkerJob(
             run=made.root.absolute(),
             config=config.absolute(),

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rayexp import workloads
 from rayexp.config import passed_over
@@ -25,10 +26,11 @@ from rayexp.engine.diagnosis import absurd_loss
 from rayexp.engine.fingerprint import differences, fingerprint
 from rayexp.engine.group import WorkerGroup, join
 from rayexp.engine.runtime import Runtime
+from rayexp.engine.starting import read as read_weights
 from rayexp.engine.step import ControlFlags
 from rayexp.engine.trainer import EpochDone, StepDone, Trainer
 from rayexp.engine.workload import Workload
-from rayexp.errors import UserError
+from rayexp.errors import RunError, UserError
 from rayexp.launch.alike import WorkerInfo, everyone, unlike, unlike_weights
 from rayexp.launch.contract import before_training
 from rayexp.launch.fence import end_with_parent
@@ -36,7 +38,9 @@ from rayexp.launch.job import WorkerJob
 from rayexp.launch.precision import decided
 from rayexp.launch.readings import DeviceReadings
 from rayexp.launch.saver import Saver
+from rayexp.launch.starting import vocabulary_sha
 from rayexp.launch.step_log import StepLog
+from rayexp.runs.manifest import WEIGHTS
 from rayexp.runs.records import EpochRecord
 from rayexp.runs.traits import Traits
 from rayexp.runs.writer import RunWriter
@@ -115,7 +119,11 @@ class _Worker:
         self.dataset = {"kind": workload.kind, **workload.describe()}
         self.data_shas = {key: self.dataset[key] for key in ("train_sha", "val_sha")}
         self.fingerprint = fingerprint(self.runtime)
-        self.trainer = Trainer(self.config, workload, group, self.runtime)
+        weights, self.weights = self._weights()
+        if self.weights:
+            self.fingerprint["weights"] = self.weights["sha256"]
+        classes = len(self.dataset.get("classes", ())) or None
+        self.trainer = Trainer(self.config, workload, group, self.runtime, weights, classes)
         config = self.config.model_dump(mode="json")
         self.saver = Saver(writer, {"fingerprint": self.fingerprint, "data": self.data_shas, "config": config})
         self.steps = StepLog()
@@ -164,6 +172,20 @@ class _Worker:
 
     # ------------------------------------------------------------------ beginning
 
+    def _weights(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The tensors to start from, by name, and what run.json says of them; empty where the weights are drawn."""
+        if self.config.model.weights is None:
+            return {}, {}
+        data, about = self.writer.weights() if self.lead else (None, None)
+        about = json.loads(self.group.broadcast(json.dumps(about).encode() if self.lead else None))
+        data = self.group.broadcast(data)
+        words = about.get("vocabulary_sha")
+        if words is not None and words != vocabulary_sha(self.dataset.get("vocabulary")):
+            raise UserError(
+                f"model.weights: {about['source']} was trained with another vocabulary than that of these data"
+            )
+        return (read_weights(data, WEIGHTS) if data else {}), about
+
     def _resume(self) -> None:
         """Load the newest whole checkpoint in every worker, where there is one."""
         files: dict[str, bytes] | None = None
@@ -173,6 +195,8 @@ class _Worker:
                 self._warn(note)
         fields = self.group.broadcast(files[FIELDS] if files else b"")
         if not fields:
+            if self.config.model.weights is not None and self.trainer.fit is None:
+                raise RunError(f"{WEIGHTS} is missing or damaged, and no checkpoint is whole: nothing to begin with")
             return
         tensors = self.group.broadcast(files[TENSORS] if files else None)
         state = checkpoint.decode({FIELDS: fields, TENSORS: tensors})
@@ -248,6 +272,10 @@ class _Worker:
             "warnings": self.warnings,
             "data": {k: v for k, v in self.dataset.items() if not isinstance(v, list)},
         }
+        if self.trainer.fit is not None:
+            meta["weights"] = {**self.weights, **self.trainer.fit.to_json(), "summary": str(self.trainer.fit)}
+        if self.config.model.freeze:
+            meta["frozen"] = sum(tensor.numel() for tensor in self.trainer.master.frozen())
         self.writer.begin(meta, self.dataset)
 
     # ------------------------------------------------------------------ while it runs

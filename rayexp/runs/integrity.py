@@ -15,7 +15,7 @@ from rayexp.config.code import FOLDER
 from rayexp.errors import UserError
 from rayexp.runs import metrics_csv, retention
 from rayexp.runs.code import code_faults
-from rayexp.runs.manifest import SEAL, digest, has_valid_seal, state_fault
+from rayexp.runs.manifest import SEAL, WEIGHTS, digest, has_valid_seal, state_fault
 from rayexp.runs.records import EpochRecord, Predictions, read_lines, step_line
 from rayexp.runs.run import Run, broken, epoch_name
 
@@ -23,7 +23,7 @@ from rayexp.runs.run import Run, broken, epoch_name
 # the same data is checked by hash; the run keeps its name and its directory.
 LOCATION = ("storage_path", "name", "data.root")
 FREE = ("scaling", "checkpoint", "tracking", "capture", "data.resident", "max_failures", *LOCATION)
-RECORDS = ("config.yaml", "data.json", "epochs.jsonl", "steps.jsonl", metrics_csv.FILE)
+RECORDS = ("config.yaml", "data.json", "epochs.jsonl", "steps.jsonl", metrics_csv.FILE, WEIGHTS)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,8 @@
 
     state.json   has a seal: `sha256` over everything else in it, which includes the hashes of the checkpoint's other
                  files, the configuration, and the data's hashes
-    run.json     `files`: name -> sha256 of config.yaml and data.json, and of epochs.jsonl and steps.jsonl once the run
-                 has ended
+    run.json     `files`: name -> sha256 of config.yaml, data.json and weights.safetensors, and of epochs.jsonl,
+                 steps.jsonl and metrics.csv once the run has ended
     epochs.jsonl `predictions_sha`: the sha256 of each epoch's predictions as training stored them
     predictions  have a seal at the file's end where `evaluate` made them again with other bytes (`seal_predictions`)
 
@@ -25,6 +25,7 @@ from rayexp.runs.records import one_line
 from rayexp.system.disk import inside, read_file
 
 SEAL = "sha256"
+WEIGHTS = "weights.safetensors"  # what a run starts from, where it does not draw its weights
 _SEAL_BYTES = 2 * 64  # two sha256 in hexadecimal
 # The fields of state.json that a resume reads, and their types.
 STATE: Mapping[str, type | tuple[type, ...]] = {

@@ -18,7 +18,7 @@ from rayexp.config import UNDECIDED
 from rayexp.config.code import FOLDER
 from rayexp.runs import metrics_csv
 from rayexp.runs.code import code_of
-from rayexp.runs.manifest import SEAL, STATE, digest, state_fault
+from rayexp.runs.manifest import SEAL, STATE, WEIGHTS, digest, state_fault
 from rayexp.runs.records import EpochRecord, read_lines, step_line
 from rayexp.runs.retention import prune
 from rayexp.runs.run import Run, broken, epoch_name, step_name
@@ -58,7 +58,8 @@ class RunWriter:
         sweep(self.run.root / "predictions")
         notes = []
         for name in self.run.files():
-            if name != "config.yaml" and (why := self.run.fault(name)):  # the driver has refused another config.yaml
+            # The driver has refused another config.yaml; weights are the user's, and a whole checkpoint has them all.
+            if name not in ("config.yaml", WEIGHTS) and (why := self.run.fault(name)):
                 notes.append(f"{name}: {why}; it is made anew")
         self.run.uncover(*GROWING)
         files: dict[str, bytes] | None = None
@@ -107,7 +108,25 @@ class RunWriter:
         """The files of the run's code, by name (UserError where one is damaged)."""
         return code_of(self.run.root)
 
+    def weights(self) -> tuple[bytes, dict[str, Any]]:
+        """The run's copy of the weights that it starts from, and what run.json says of them; empty where it has none
+        that is whole."""
+        about = self.run.meta().get("weights")
+        if not isinstance(about, dict) or self.run.fault(WEIGHTS):
+            return b"", {}
+        return (self.run.root / WEIGHTS).read_bytes(), about
+
     # ------------------------------------------------------------------ writing
+
+    def keep_weights(self, data: bytes, about: Mapping[str, Any]) -> None:
+        """Keep the weights that the run starts from.
+
+        Args:
+            data: a safetensors file.
+            about: for run.json.
+        """
+        write_atomic(self.run.root / WEIGHTS, data)
+        self.run.update(weights=dict(about), files={**self.run.files(), WEIGHTS: digest(data)})
 
     def decide(self, key: str, value: Any) -> Any:
         """Put into config.yaml what a key that it leaves open comes to, unless an earlier attempt has decided that.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from rayexp.engine.cpu import taps
+from rayexp.engine.freezing import FixedBatchNorm
 from rayexp.engine.reduction import total
 from rayexp.engine.rng import Draws
 
@@ -46,7 +47,9 @@ class _Conv(torch.autograd.Function):
             )
             return found
 
-        need_x = ctx.needs_input_grad[0]
+        need_x, *of_parameters = ctx.needs_input_grad[:3]
+        if not any(of_parameters):  # frozen
+            return (gradients(grad, x, True, False)[0] if need_x else None), None, None, None, None
         by_taps = not ctx.bias and taps.pay(weight, x, *ctx.options)
         if len(ctx.sizes) == 1 and not by_taps:
             return *gradients(grad, x, need_x, True), None, None
@@ -66,7 +69,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, sizes: Sequence[int]) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.bias, ctx.sizes = bias is not None, sizes
+        ctx.sizes = sizes
         return torch.cat([F.linear(part, weight, bias) for part in torch.split(x, list(sizes))])
 
     @staticmethod
@@ -75,10 +78,11 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         pairs = [(g.flatten(0, -2), p.flatten(0, -2)) for g, p in _split(ctx.sizes, grad, x)]
         grad_x = torch.cat([g @ weight for g, _ in pairs]).view(x.shape)
+        of_weight, of_bias = ctx.needs_input_grad[1:3]  # not of what is frozen
         return (
             grad_x,
-            total(g.t() @ part for g, part in pairs),
-            total(g.sum(0) for g, _ in pairs) if ctx.bias else None,
+            total(g.t() @ part for g, part in pairs) if of_weight else None,
+            total(g.sum(0) for g, _ in pairs) if of_bias else None,
             None,
         )
 
@@ -94,7 +98,7 @@ def can_keep_apart(model: nn.Module) -> bool:
     return all(
         (type(m) is nn.Conv2d and m.padding_mode == "zeros" and not isinstance(m.padding, str))
         or type(m) is nn.Linear
-        or type(m) in (nn.BatchNorm1d, nn.BatchNorm2d)
+        or type(m) in (nn.BatchNorm1d, nn.BatchNorm2d, FixedBatchNorm)
         for m in owners
     )
 

@@ -88,7 +88,9 @@ class _SmallMap(torch.autograd.Function):
         for matrix, (rows, columns, seers, _) in zip(matrices, ctx.seen, strict=True):
             into = grad_x[:, rows, columns]
             into += onednn(outs[:, seers.start : seers.stop].flatten(1), matrix.t()).view(into.shape)
-        of_weight = weight_gradient(ctx.leaf, grad, pixels.permute(0, 3, 1, 2), (ctx.stride, ctx.stride), ctx.sizes)
+        of_weight = None
+        if ctx.needs_input_grad[1]:  # it is not frozen
+            of_weight = weight_gradient(ctx.leaf, grad, pixels.permute(0, 3, 1, 2), (ctx.stride, ctx.stride), ctx.sizes)
         return grad_x.permute(0, 3, 1, 2), of_weight, None, None, None, None
 
 
