@@ -8,7 +8,6 @@ from rayexp.config.experiment import AugmentConfig as AugmentConfig
 from rayexp.config.experiment import CheckpointConfig as CheckpointConfig
 from rayexp.config.experiment import DataConfig as DataConfig
 from rayexp.config.experiment import ExperimentConfig as ExperimentConfig
-from rayexp.config.experiment import ModelConfig as ModelConfig
 from rayexp.config.experiment import OptimizerConfig as OptimizerConfig
 from rayexp.config.experiment import ScaleConfig as ScaleConfig
 from rayexp.config.experiment import ScheduleConfig as ScheduleConfig
@@ -19,6 +18,7 @@ from rayexp.config.loading import parse as parse
 from rayexp.config.loading import passed_over as passed_over
 from rayexp.config.loading import read as read
 from rayexp.config.loading import refuse_contradictions as refuse_contradictions
+from rayexp.config.model import ModelConfig as ModelConfig
 from rayexp.config.shipped import find_config as find_config
 from rayexp.config.shipped import headline as headline
 from rayexp.config.shipped import is_grid as is_grid

@@ -23,7 +23,8 @@ from pydantic import (
 from rayexp.config import components, yaml_tree
 from rayexp.config.code import relocate
 from rayexp.config.components import IMAGE_DATA, OPTIMIZERS, SCHEDULES, TEXT_DATA, WORKLOADS
-from rayexp.config.fields import alternatives
+from rayexp.config.fields import alternatives, listed
+from rayexp.config.model import ModelConfig
 
 IMAGES_ONLY = ("max_train_samples", "max_val_samples", "image_size", "resident", "augment")
 TEXT_ONLY = ("max_train_tokens", "max_val_tokens", "bptt", "eval_columns")
@@ -46,14 +47,6 @@ def _no_uri(value: Any) -> Any:
 
 
 Folder = Annotated[Path, BeforeValidator(_no_uri)]
-
-
-def _listed(value: Any) -> Any:
-    """A list in place of the one name in it, and without repetitions."""
-    names = [value] if isinstance(value, str) else value
-    if isinstance(names, list | tuple) and all(isinstance(name, str) for name in names):
-        return list(dict.fromkeys(names))
-    return names
 
 
 class Section(BaseModel):
@@ -140,31 +133,6 @@ class DataConfig(OpenSection):
         if self.root is None and self.name in ("tiny_imagenet", "folder", "wikitext2", "text"):
             raise ValueError(f"root: {self.name} needs the folder that `rayexp data fetch` filled (data.root=DIR)")
         return self
-
-
-class ModelConfig(BaseModel):
-    """The model's name and its own options, which the workload checks."""
-
-    model_config = ConfigDict(frozen=True, extra="allow", use_attribute_docstrings=True)
-
-    name: str = "resnet18"
-    """The model. image_classification: an image classifier of torchvision. language_model: lstm, gru, rnn_tanh,
-    rnn_relu or transformer. Or your own, by reference; the further keys are its options."""
-    weights: str | None = None
-    """The weights to start from: a file (.pt with a state_dict, .safetensors), a checkpoint RUN@EPOCH, or a name of
-    torchvision's for weights that lie in torch's cache already (nothing is downloaded). An output layer for another
-    number of classes is drawn anew. null: all weights are drawn, by `seed`."""
-    freeze: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ()
-    """Patterns of parameters that stay as they are, such as `layer1.*` (`*`: any characters); `rayexp summary` shows
-    what they freeze."""
-    freeze_statistics: bool = True
-    """true: a batch norm whose weight and bias are both frozen normalises by its running statistics and keeps them.
-    false: they follow the batches, as PyTorch's do where only requires_grad is false."""
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The keys that the workload knows."""
-        return dict(self.model_extra or {})
 
 
 class OptimizerConfig(OpenSection):
@@ -326,7 +294,7 @@ class ExperimentConfig(Section):
     """How many workers, and on what devices."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Which checkpoints stay on disk, and snapshots inside the epoch."""
-    tracking: Annotated[tuple[Literal["tensorboard", "mlflow", "wandb"], ...], BeforeValidator(_listed)] = (
+    tracking: Annotated[tuple[Literal["tensorboard", "mlflow", "wandb"], ...], BeforeValidator(listed)] = (
         "tensorboard",
     )
     """Where the run can be followed besides its own files. tensorboard: tb/ of the run directory. mlflow, wandb:

@@ -108,3 +108,11 @@ def models_of(field: Any) -> list[type[BaseModel]]:
     if isinstance(field, KeysOf):
         return [field.kind]
     return [model for part in get_args(field) for model in models_of(part)]
+
+
+def listed(value: Any) -> Any:
+    """A list in place of the one name in it, and without repetitions."""
+    names = [value] if isinstance(value, str) else value
+    if isinstance(names, list | tuple) and all(isinstance(name, str) for name in names):
+        return list(dict.fromkeys(names))
+    return names

@@ -23,6 +23,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from rayexp.engine.batch_norm import BATCH_NORMS
 from rayexp.engine.freezing import fixed
+from rayexp.engine.rounding import of_products
 from rayexp.errors import UserError
 
 SCALARS = ("loss", "count", "stop", "save")
@@ -30,11 +31,6 @@ LOSS, COUNT, STOP, SAVE = range(len(SCALARS))
 """The scalars at the start of a gradient buffer, each a sum over shards: the loss, the number of loss terms, and who
 asks to stop or to save."""
 _ALIGN = 16  # elements, a cache line
-_PRODUCTS = (
-    nn.Linear,
-    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
-    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,16 +186,17 @@ class Master:
         for slot in layout.stats:
             slot.view(self.keep).fill_(1 - momentum[slot.name])
         self.half = torch.zeros(layout.size, device=device, dtype=torch.bfloat16) if half else None
-        self.rounded = _of_products(self.model) if half else frozenset()
+        self.rounded = of_products(self.model) if half else frozenset()
 
     def round_weights(self) -> None:
         """Round the present weights to bfloat16, once for all shards of a step."""
         if self.half is not None:
             self.half.copy_(self.params)
 
-    def frozen(self) -> list[Tensor]:
-        """The frozen parameters."""
-        return [parameter for parameter in self.model.parameters() if not parameter.requires_grad]
+    @property
+    def frozen(self) -> int:
+        """Elements of all frozen parameters."""
+        return sum(parameter.numel() for parameter in self.model.parameters() if not parameter.requires_grad)
 
     def copy(self) -> nn.Module:
         """A copy of the model, with the fixed tensors themselves."""
@@ -399,13 +396,3 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     """The module that holds the tensor of a dotted name, and the name's last part."""
     path, _, last = name.rpartition(".")
     return model.get_submodule(path), last
-
-
-def _of_products(model: nn.Module) -> frozenset[str]:
-    """Names of the parameters of convolutions and linear layers that have one name only."""
-    held: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        held.setdefault(id(parameter), []).append(name)
-    layers = [name for name, module in model.named_modules() if type(module) in _PRODUCTS]
-    named = {f"{layer}.{name}".lstrip(".") for layer in layers for name in ("weight", "bias")}
-    return frozenset(names[0] for names in held.values() if len(names) == 1 and names[0] in named)

@@ -58,6 +58,7 @@ class Fit:
             "replaced": list(self.replaced),
             "missing": list(self.missing),
             "unused": list(self.unused),
+            "summary": str(self),
         }
 
 

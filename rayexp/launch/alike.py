@@ -11,8 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from rayexp.config import ExperimentConfig
 from rayexp.engine.fingerprint import differences
 from rayexp.engine.group import WorkerGroup
+from rayexp.errors import UserError
 
 NAMED = 3  # groups of workers that a line names; the rest is counted
 
@@ -83,3 +85,11 @@ def _what(one: WorkerInfo, other: WorkerInfo) -> str:
     # Where something with a name differs, that is the cause, and the probe only shows that it matters.
     named = [text for text in found if not text.startswith("probe ")]
     return ", ".join(named or found)
+
+
+def refuse_other_data(config: ExperimentConfig, before: Mapping[str, str] | None, now: Mapping[str, str]) -> None:
+    """Refuse (UserError) other data than a checkpoint was trained on; hashes by name, None where it has none."""
+    if before is not None and before != now:
+        changed = [key for key in now if before.get(key) != now[key]]
+        differs = ", ".join(f"{key} {str(before.get(key))[:12]} -> {now[key][:12]}" for key in changed)
+        raise UserError(f"data: {config.data.root or config.data.name} does not hold the data of this run ({differs})")

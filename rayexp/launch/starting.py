@@ -11,15 +11,20 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rayexp.config import ExperimentConfig
 from rayexp.errors import RunError, UserError
-from rayexp.runs.manifest import broken, digest
+from rayexp.runs.manifest import WEIGHTS, broken, digest
 from rayexp.runs.records import RunRef
 from rayexp.runs.retention import checkpoint_of
 from rayexp.runs.run import Run
 from rayexp.runs.writer import RunWriter
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rayexp.engine.group import WorkerGroup
 
 STATE = "state.safetensors"
 
@@ -149,6 +154,35 @@ def refuse_changed(run: Run, config: ExperimentConfig) -> None:
             f"--resume {run.id}: model.weights: {found} has changed since the run began (sha256 {then[:12]} -> "
             f"{now[:12]}); the run has its own copy: leave it out"
         )
+
+
+def share(
+    config: ExperimentConfig, group: WorkerGroup, writer: RunWriter, vocabulary: Sequence[str] | None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors to start from, by name, and what run.json says of them, in every worker; empty where the weights are
+    drawn. The first worker reads the run's copy.
+
+    Args:
+        config: may name weights.
+        group: all call this.
+        writer: of the run.
+        vocabulary: of the data, where it is a text.
+
+    Raises:
+        UserError: the weights are of a run with another vocabulary.
+    """
+    if config.model.weights is None:
+        return {}, {}
+    from rayexp.engine import starting
+
+    lead = group.rank == 0
+    data, found = writer.weights() if lead else (None, {})
+    about = json.loads(group.broadcast(json.dumps(found).encode() if lead else None))
+    data = group.broadcast(data)
+    words = about.get("vocabulary_sha")
+    if words is not None and words != vocabulary_sha(vocabulary):
+        raise UserError(f"model.weights: {about['source']} was trained with another vocabulary than that of these data")
+    return (starting.read(data, WEIGHTS) if data else {}), about
 
 
 def vocabulary_sha(words: Sequence[str] | None) -> str | None:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from rayexp import workloads
 from rayexp.config import passed_over
@@ -26,19 +25,18 @@ from rayexp.engine.diagnosis import absurd_loss
 from rayexp.engine.fingerprint import differences, fingerprint
 from rayexp.engine.group import WorkerGroup, join
 from rayexp.engine.runtime import Runtime
-from rayexp.engine.starting import read as read_weights
 from rayexp.engine.step import ControlFlags
 from rayexp.engine.trainer import EpochDone, StepDone, Trainer
 from rayexp.engine.workload import Workload
 from rayexp.errors import RunError, UserError
-from rayexp.launch.alike import WorkerInfo, everyone, unlike, unlike_weights
+from rayexp.launch import starting
+from rayexp.launch.alike import WorkerInfo, everyone, refuse_other_data, unlike, unlike_weights
 from rayexp.launch.contract import before_training
 from rayexp.launch.fence import end_with_parent
 from rayexp.launch.job import WorkerJob
 from rayexp.launch.precision import decided
 from rayexp.launch.readings import DeviceReadings
 from rayexp.launch.saver import Saver
-from rayexp.launch.starting import vocabulary_sha
 from rayexp.launch.step_log import StepLog
 from rayexp.runs.manifest import WEIGHTS
 from rayexp.runs.records import EpochRecord
@@ -119,9 +117,8 @@ class _Worker:
         self.dataset = {"kind": workload.kind, **workload.describe()}
         self.data_shas = {key: self.dataset[key] for key in ("train_sha", "val_sha")}
         self.fingerprint = fingerprint(self.runtime)
-        weights, self.weights = self._weights()
-        if self.weights:
-            self.fingerprint["weights"] = self.weights["sha256"]
+        weights, self.weights = starting.share(self.config, group, writer, self.dataset.get("vocabulary"))
+        self.fingerprint |= {"weights": self.weights["sha256"]} if self.weights else {}
         classes = len(self.dataset.get("classes", ())) or None
         self.trainer = Trainer(self.config, workload, group, self.runtime, weights, classes)
         config = self.config.model_dump(mode="json")
@@ -172,20 +169,6 @@ class _Worker:
 
     # ------------------------------------------------------------------ beginning
 
-    def _weights(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The tensors to start from, by name, and what run.json says of them; empty where the weights are drawn."""
-        if self.config.model.weights is None:
-            return {}, {}
-        data, about = self.writer.weights() if self.lead else (None, None)
-        about = json.loads(self.group.broadcast(json.dumps(about).encode() if self.lead else None))
-        data = self.group.broadcast(data)
-        words = about.get("vocabulary_sha")
-        if words is not None and words != vocabulary_sha(self.dataset.get("vocabulary")):
-            raise UserError(
-                f"model.weights: {about['source']} was trained with another vocabulary than that of these data"
-            )
-        return (read_weights(data, WEIGHTS) if data else {}), about
-
     def _resume(self) -> None:
         """Load the newest whole checkpoint in every worker, where there is one."""
         files: dict[str, bytes] | None = None
@@ -203,20 +186,10 @@ class _Worker:
         self.trainer.load(state)
         self.steps = StepLog.resumed(self.trainer.global_step, self.trainer.step, state.fields)
         self._log(f"resumed at epoch {self.trainer.epoch + 1}, step {self.trainer.step}")
-        self._check_data(state.fields.get("data"))
+        refuse_other_data(self.config, state.fields.get("data"), self.data_shas)
         before = state.fields.get("fingerprint")
         if self.lead and before and (differs := ", ".join(differences(before, self.fingerprint))):
             self._warn(f"resumed under another fingerprint: {differs}; the bits may differ from here on")
-
-    def _check_data(self, before: Mapping[str, str] | None) -> None:
-        """Refuse other data than the checkpoint was trained on."""
-        now = self.data_shas
-        if before is not None and before != now:
-            changed = [key for key in now if before.get(key) != now[key]]
-            differs = ", ".join(f"{key} {str(before.get(key))[:12]} -> {now[key][:12]}" for key in changed)
-            raise UserError(
-                f"data: {self.config.data.root or self.config.data.name} does not hold the data of this run ({differs})"
-            )
 
     def _config_warnings(self) -> list[str]:
         """A line for every setting that this machine, these data or another setting overrules."""
@@ -266,6 +239,7 @@ class _Worker:
             "fingerprint": self.fingerprint,
             "workers": [worker.to_json() for worker in workers],
             "parameters": sum(slot.size for slot in self.trainer.layout.params),
+            "frozen": self.trainer.master.frozen,
             "exchange_bytes": self.trainer.stepper.exchange_bytes,
             "link": measured,
             "steps_per_epoch": self.trainer.steps,
@@ -273,9 +247,7 @@ class _Worker:
             "data": {k: v for k, v in self.dataset.items() if not isinstance(v, list)},
         }
         if self.trainer.fit is not None:
-            meta["weights"] = {**self.weights, **self.trainer.fit.to_json(), "summary": str(self.trainer.fit)}
-        if self.config.model.freeze:
-            meta["frozen"] = sum(tensor.numel() for tensor in self.trainer.master.frozen())
+            meta["weights"] = self.weights | self.trainer.fit.to_json()
         self.writer.begin(meta, self.dataset)
 
     # ------------------------------------------------------------------ while it runs

@@ -147,7 +147,8 @@ def test_the_output_layer_is_drawn_anew_where_classes_differ() -> None:
     assert torch.equal(model[3].weight, drawn)
     assert torch.equal(model[0].weight, weights()["0.weight"])
     assert str(fit) == "6 tensors taken; new: 3.weight, 3.bias"
-    assert fit.to_json() == {"taken": 6, "replaced": ["3.weight", "3.bias"], "missing": [], "unused": []}
+    lists = {"replaced": ["3.weight", "3.bias"], "missing": [], "unused": []}
+    assert fit.to_json() == {"taken": 6, **lists, "summary": str(fit)}
 
 
 def test_what_lacks_and_what_is_not_used_is_named() -> None:
