@@ -22,8 +22,6 @@ from rayexp.runs.run import Run
 from rayexp.runs.writer import RunWriter
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from rayexp.engine.group import WorkerGroup
 
 STATE = "state.safetensors"
@@ -158,7 +156,7 @@ def refuse_changed(run: Run, config: ExperimentConfig) -> None:
 
 def share(
     config: ExperimentConfig, group: WorkerGroup, writer: RunWriter, vocabulary: Sequence[str] | None
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """The tensors to start from, by name, and what run.json says of them, in every worker; empty where the weights are
     drawn. The first worker reads the run's copy.
 
