@@ -14,7 +14,7 @@ from rayexp.config.references import provide
 from rayexp.engine import checkpoint, settings
 from rayexp.engine.checkpoint import FIELDS, TENSORS, State
 from rayexp.engine.portable import Portable
-from rayexp.errors import RunError, UserError
+from rayexp.errors import RunError
 from rayexp.runs.code import code_of
 from rayexp.runs.retention import checkpoint_of
 from rayexp.runs.run import Run, broken
