@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import os
 import random
@@ -144,6 +145,32 @@ def test_two_threads_at_once_are_refused_and_one_after_the_other_is_not(runs: Pa
     rayexp.train(words.config(), runs=runs / "more", callbacks=[Nosy()], progress=False)
     assert refused == ["evaluate: train is at work in this process; allowed: one after the other"]
     rayexp.evaluate("words@1", runs=runs)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_whatever_is_changed_inside_a_call_is_restored(own: None, tmp_path: Path, fails: bool) -> None:
+    """A model or a callback of the user's may change anything."""
+    (tmp_path / "below").mkdir()
+    before = snapshot()
+    with contextlib.suppress(ValueError), guest("call"):
+        torch.set_num_threads(1)
+        torch.set_default_dtype(torch.float16)
+        torch.set_float32_matmul_precision("highest")
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cudnn.benchmark = True
+        torch.set_grad_enabled(False)
+        torch.manual_seed(1)
+        random.seed(2)
+        np.random.seed(3)
+        os.environ["RAYEXP_NEW"] = "1"
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        os.chdir("below")
+        warnings.simplefilter("ignore")
+        sys.excepthook = threading.excepthook = print
+        if fails:
+            raise ValueError("inside")
+    after = snapshot()
+    assert {name: (value, after[name]) for name, value in before.items() if value != after[name]} == {}
 
 
 def test_an_error_lets_the_next_call_in() -> None:
