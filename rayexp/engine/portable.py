@@ -87,7 +87,8 @@ def to_onnx(portable: Portable) -> bytes:
             raise RunError(f".onnx: PyTorch cannot export this model ({type(error).__name__}: {why})") from error
         assert program is not None
         for given, axes in zip(program.model.graph.inputs, portable.axes, strict=True):
-            if fixed := [name for at, name in axes.items() if isinstance(given.shape[at], int)]:
+            sizes = given.shape
+            if fixed := [name for at, name in axes.items() if sizes is None or isinstance(sizes[at], int)]:
                 raise RunError(f".onnx: PyTorch can export this model for one size of {', '.join(fixed)} only")
         for key, value in portable.about.items():
             program.model.metadata_props[key] = value if isinstance(value, str) else json.dumps(value)
