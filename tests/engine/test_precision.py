@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from rayexp.config import ExperimentConfig, parse
+from rayexp.engine import runtime
 from rayexp.engine.cpu import blocked_loss
 from rayexp.engine.optimizer import Optimizer
 from rayexp.engine.runtime import configure
+from rayexp.engine.settings import pin_precision
 from rayexp.engine.trainer import StepDone, Trainer
 
 Open = Callable[[ExperimentConfig], Trainer]
@@ -132,10 +134,24 @@ def test_a_transformer_in_bf16(session: Open) -> None:
         assert linear == {wanted}
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
-def test_tf32_is_allowed_where_it_is_asked_for_and_nowhere_else(precision: str) -> None:
+def test_tf32_is_asked_for_on_gpus_alone(precision: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class PinnedError(Exception):
+        """Ends `configure` before it asks for a GPU."""
+
+    def pin(tf32: bool) -> None:
+        raise PinnedError(tf32)
+
+    monkeypatch.setattr(runtime, "pin_precision", pin)
+    with pytest.raises(PinnedError, match=str(precision == "tf32" and device == "cuda")):
+        configure(config(IMAGES, precision), torch.device(device), 4)
+
+
+@pytest.mark.parametrize("tf32", [True, False])
+def test_tf32_is_allowed_where_it_is_asked_for_and_nowhere_else(tf32: bool) -> None:
     for before in (True, False):
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = before
-        configure(config(IMAGES, precision), torch.device("cpu"), 4)
-        assert torch.backends.cuda.matmul.allow_tf32 == (precision == "tf32")
-        assert torch.backends.cudnn.allow_tf32 == (precision == "tf32")
+        pin_precision(tf32)
+        assert torch.backends.cuda.matmul.allow_tf32 == tf32
+        assert torch.backends.cudnn.allow_tf32 == tf32

@@ -131,7 +131,7 @@ def test_a_finished_run_is_covered_from_end_to_end(tiny: Tiny) -> None:
     made = run(tiny(), argv=[])
     assert {finding.what: finding.state for finding in examine(made)} == dict.fromkeys(
         (
-            "config.yaml", "data.json", "epochs.jsonl", "steps.jsonl", "predictions/epoch_001.npz",
+            "config.yaml", "data.json", "epochs.jsonl", "metrics.csv", "steps.jsonl", "predictions/epoch_001.npz",
             "predictions/epoch_002.npz", "checkpoints/epoch_001", "checkpoints/epoch_002",
         ),
         "ok",

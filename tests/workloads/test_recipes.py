@@ -62,7 +62,7 @@ def test_recipes_are_those_that_were_measured(
         "compile": False,
     }
     found = config.model_dump(mode="json")
-    found["model"] = {"stem": "imagenet"} | found["model"]
+    found["model"] = {"stem": "imagenet"} | {key: found["model"][key] for key in config.model.model_fields_set}
     assert {key: found[key] for key in expected} == expected
     assert config.optimizer.model_dump(include={"name", "momentum", "nesterov", "decay_norm_and_bias", "clip"}) == {
         "name": "sgd",
