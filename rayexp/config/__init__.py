@@ -13,6 +13,7 @@ from rayexp.config.experiment import ScaleConfig as ScaleConfig
 from rayexp.config.experiment import ScheduleConfig as ScheduleConfig
 from rayexp.config.experiment import Section as Section
 from rayexp.config.fields import explain as explain
+from rayexp.config.loading import blame_words as blame_words
 from rayexp.config.loading import load as load
 from rayexp.config.loading import parse as parse
 from rayexp.config.loading import passed_over as passed_over

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,16 +18,21 @@ from rayexp.config.shipped import find_config
 from rayexp.errors import UserError
 
 ConfigT = TypeVar("ConfigT", ExperimentConfig, CompareConfig)
+MadeT = TypeVar("MadeT")
 
 
 def load(path: Path | str, overrides: Sequence[str] = (), kind: type[ConfigT] = ExperimentConfig) -> ConfigT:  # type: ignore[assignment]
     """Read a configuration that a user wrote: find the file (`find_config`), `read` it, and refuse settings that
     contradict each other (UserError)."""
     path = find_config(path)
-    config = read(path, overrides, kind)
-    if isinstance(config, ExperimentConfig):
-        refuse_contradictions(config, str(path))
-    return config
+
+    def made(words: Sequence[str]) -> ConfigT:
+        config = _read(path, words, kind)
+        if isinstance(config, ExperimentConfig):
+            refuse_contradictions(config, str(path))
+        return config
+
+    return blame_words(str(path), overrides, made)
 
 
 def read(path: Path | str, overrides: Sequence[str] = (), kind: type[ConfigT] = ExperimentConfig) -> ConfigT:  # type: ignore[assignment]
@@ -38,6 +44,37 @@ def read(path: Path | str, overrides: Sequence[str] = (), kind: type[ConfigT] = 
         UserError: no such file, no YAML mapping, another kind of configuration, an unknown key, a value that is not
             allowed; the line names it.
     """
+    return blame_words(str(path), overrides, lambda words: _read(path, words, kind))
+
+
+def blame_words(source: str, overrides: Sequence[str], make: Callable[[Sequence[str]], MadeT]) -> MadeT:
+    """What `make` makes of the overrides. Where it raises a UserError that begins with the source, and which would be
+    another or none without some of the overrides, the line names these in the source's place."""
+    try:
+        return make(overrides)
+    except UserError as error:
+        line = str(error)
+        if not line.startswith(f"{source}: "):
+            raise
+        words = [word for word in overrides if _said(make, [other for other in overrides if other != word]) != line]
+        if not words:
+            raise
+        fault = line.removeprefix(f"{source}: ")
+        if len(words) == 1:
+            fault = fault.removeprefix(f"{words[0].partition('=')[0]}: ")
+        raise UserError(f"{shlex.join(words)}: {fault}") from None
+
+
+def _said(make: Callable[[Sequence[str]], object], overrides: Sequence[str]) -> str:
+    """The line of the UserError that `make` raises; empty where it raises none."""
+    try:
+        make(overrides)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def _read(path: Path | str, overrides: Sequence[str], kind: type[ConfigT]) -> ConfigT:
     tree = yaml_tree.read(Path(path), kind)
     _refuse_other_kind(tree, kind, str(path))
     if kind is ExperimentConfig:
@@ -86,7 +123,7 @@ def refuse_contradictions(config: ExperimentConfig, source: str) -> None:
         )
     if config.compile and config.reduction == "exact":
         raise UserError(
-            f"{source}: compile: true is for reduction ddp; exact refuses it, because kernels that are tuned in each "
+            f"{source}: compile: for reduction ddp only; exact refuses it, because kernels that are tuned in each "
             "process may round differently; allowed with exact: false"
         )
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from rayexp.config import (
     CompareConfig,
     ExperimentConfig,
+    blame_words,
     code,
     find_config,
     load,
@@ -56,18 +57,23 @@ def read(config: Config | CompareConfig, overrides: Overrides, kind: type[KindT]
     tree = config.model_dump(mode="json") if isinstance(config, kind) else config
     if not isinstance(tree, Mapping):
         raise UserError(f"config: expected a path, a name, a dict or {kind.__name__}, got {type(config).__name__}")
-    changed = copy.deepcopy(dict(tree))
-    for change in changes:
-        yaml_tree.set_override(changed, change, kind)
-    if kind is ExperimentConfig:
-        # References to files count from the working directory; those of a configuration that is one are known.
-        keys = [change.partition("=")[0] for change in changes] if isinstance(config, kind) else None
-        code.anchor(changed, Path.cwd(), keys)
-        code.settle(changed, Path.cwd(), "config")
-    parsed = parse(changed, kind, "config")
-    if isinstance(parsed, ExperimentConfig):
-        refuse_contradictions(parsed, "config")
-    return parsed
+    has_code = kind is ExperimentConfig
+
+    def made(changes: Sequence[str]) -> KindT:
+        changed = copy.deepcopy(dict(tree))
+        for change in changes:
+            yaml_tree.set_override(changed, change, kind)
+        if has_code:
+            # References to files count from the working directory; those of a configuration that is one are known.
+            keys = [change.partition("=")[0] for change in changes] if isinstance(config, kind) else None
+            code.anchor(changed, Path.cwd(), keys)
+            code.settle(changed, Path.cwd(), "config")
+        parsed = parse(changed, kind, "config")
+        if isinstance(parsed, ExperimentConfig):
+            refuse_contradictions(parsed, "config")
+        return parsed
+
+    return blame_words("config", changes, made)
 
 
 def folder_of(config: Any) -> Path:

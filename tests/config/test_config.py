@@ -346,7 +346,7 @@ def test_the_workers_that_are_allowed(shards: int) -> None:
         (["data.name=python_docs", "data.max_val_samples=9"], r"data.max_val_samples is for images"),
         (["data.name=python_docs", "data.image_size=32"], r"data.image_size is for images"),
         (["data.name=python_docs", "data.augment=null"], r"data.augment is for images .*; data.name is python_docs"),
-        (["compile=true"], r"compile: true is for reduction ddp; exact refuses it, .*; allowed with exact: false"),
+        (["compile=true"], r"compile: for reduction ddp only; exact refuses it, .*; allowed with exact: false"),
     ],
 )
 def test_a_contradiction_is_refused_where_it_is_written_and_not_where_an_old_run_has_it(
@@ -354,13 +354,44 @@ def test_a_contradiction_is_refused_where_it_is_written_and_not_where_an_old_run
 ) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("{}")
-    with pytest.raises(UserError, match=f"c.yaml: {expected}"):
-        load(path, overrides)
+    with pytest.raises(UserError, match=rf"^(?!.*c\.yaml).*{expected.partition(': ')[2] or expected}"):
+        load(path, overrides)  # what was typed is named, and not the file
+    (tmp_path / "written.yaml").write_text(read(path, overrides).to_yaml())
+    with pytest.raises(UserError, match=f"written.yaml: {expected}"):
+        load(tmp_path / "written.yaml")
     old = read(path, overrides)
     (tmp_path / "old.yaml").write_text(old.to_yaml())
     assert read(tmp_path / "old.yaml") == old
     with pytest.raises(UserError, match=f"^here: {expected}"):
         refuse_contradictions(old, "here")
+
+
+@pytest.mark.parametrize(
+    ("written", "overrides", "line"),
+    [
+        ("{}", ["epochs=0"], "epochs=0: expected a value above 0, got 0"),
+        ("{}", ["lr=0.1", "epochs=0"], "epochs=0: expected a value above 0, got 0"),
+        ("{}", ["epochs=0", "lr=-1"], "epochs=0: expected a value above 0, got 0"),  # one line: the first
+        ("{}", ["epochs=0", "epochs=-1"], "epochs=-1: expected a value above 0, got -1"),
+        ("epochs: 3", ["scaling={num_workers: -1}"], "'scaling={num_workers: -1}': scaling.num_workers: "),
+        ("shards: 8", ["lr=1", "batch_size=100"], "batch_size=100: shards: 8 does not divide batch_size 100; allowed"),
+        ("{}", ["shards=5", "batch_size=102"], "shards=5 batch_size=102: shards: 5 does not divide batch_size 102"),
+        ("{}", ["epoch=3"], "epoch=3: unknown key epoch (did you mean epochs?)"),
+        ("epochs: 0", ["lr=0.1"], "c.yaml: epochs: expected a value above 0, got 0"),
+        ("epochs: 0", ["lr=-1"], "c.yaml: epochs: expected a value above 0, got 0"),
+        ("lr: -1", ["epochs=0"], "epochs=0: expected a value above 0, got 0"),
+        ("epochs: 0", [], "c.yaml: epochs: expected a value above 0, got 0"),
+        ("{}", ["name=a b"], "'name=a b': "),
+    ],
+)
+def test_what_was_typed_is_blamed_for_its_own_faults_alone(
+    tmp_path: Path, written: str, overrides: list[str], line: str
+) -> None:
+    (tmp_path / "c.yaml").write_text(written)
+    for reading in (read, load):
+        with pytest.raises(UserError) as caught:
+            reading(tmp_path / "c.yaml", overrides)
+        assert str(caught.value).replace(f"{tmp_path}/", "").startswith(line)
 
 
 @pytest.mark.parametrize("name", ["constant", "step", "cosine", "plateau"])

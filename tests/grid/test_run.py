@@ -86,7 +86,7 @@ def test_on_a_gpu_the_run_decides():
 
 def test_a_compiled_model_is_not_run_exactly():
     cells = by_id(grid_of(cpu(1), reduction=["exact", "ddp"], baseline=False), compile=True, reduction="ddp")
-    assert cells["cpu-x1-exact"].skip.startswith("compile: true is for reduction ddp; exact refuses it")
+    assert cells["cpu-x1-exact"].skip.startswith("compile: for reduction ddp only; exact refuses it")
     assert cells["cpu-x1-ddp"].skip is None
 
 

@@ -69,10 +69,11 @@ def test_a_dict_is_left_as_it_was() -> None:
     [
         ("nothing", (), "nothing: no such file"),
         ({"epoch": 2}, (), "config: unknown key epoch .did you mean epochs"),
-        ({}, {"epochs": "many"}, "config: epochs"),
+        ({}, {"epochs": "many"}, """^'epochs="many"': expected a whole number"""),
+        ({}, ["lr=1", "epochs=many"], "^epochs=many: expected a whole number"),
         ({}, "epochs=2", "overrides: expected a list of KEY=VALUE or a dict"),
         (7, (), "config: expected a path, a name, a dict or ExperimentConfig, got int"),
-        ({"compile": True}, (), "config: compile: true is for reduction ddp"),
+        ({"compile": True}, (), "config: compile: for reduction ddp only"),
     ],
 )
 def test_what_is_wrong_with_a_configuration_is_said(config: Any, overrides: Any, line: str) -> None:
