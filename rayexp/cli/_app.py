@@ -5,14 +5,57 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
 import typer.core
 
 from rayexp.cli import _complete
 from rayexp.cli._output import error_line, say
+
+CommandT = TypeVar("CommandT", bound=Callable[..., Any])
+
+
+class Command(typer.core.TyperCommand):
+    """A command whose help calls each argument by its metavar alone, without the type that it has in Python."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """See click: `[OPTIONS] CONFIG [KEY=VALUE]...`."""
+        arguments = [param for param in self.get_params(ctx) if param.param_type_name == "argument"]
+        return [*([self.options_metavar] if self.options_metavar else []), *map(_usage, arguments)]
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """See click."""
+        rows: dict[str, list[tuple[str, str]]] = {"argument": [], "option": []}
+        for param in self.get_params(ctx):
+            if record := param.get_help_record(ctx):
+                kind = param.param_type_name
+                rows[kind].append((_metavar(param) if kind == "argument" else record[0], record[1]))
+        for title, kind in (("Arguments", "argument"), ("Options", "option")):
+            if rows[kind]:
+                with formatter.section(title):
+                    formatter.write_dl(rows[kind])
+
+
+def _metavar(argument: Any) -> str:
+    return str(argument.metavar or argument.name.upper())
+
+
+def _usage(argument: Any) -> str:
+    name = _metavar(argument)
+    if not argument.required and not name.startswith("["):
+        name = f"[{name}]"
+    return name if argument.nargs == 1 or name.endswith("...") else f"{name}..."
+
+
+class App(typer.Typer):
+    """A typer app whose commands are `Command`s."""
+
+    def command(self, name: str | None = None, *, cls: Any = Command, **fields: Any) -> Callable[[CommandT], CommandT]:
+        """See typer."""
+        return super().command(name, cls=cls, **fields)
 
 
 class Group(typer.core.TyperGroup):
@@ -41,7 +84,7 @@ class _Commands(Group):
             raise typer.Exit(128 + stopped.number) from stopped
 
 
-app = typer.Typer(
+app = App(
     cls=_Commands,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,

@@ -105,7 +105,8 @@ def compare(
 def report(
     name: Annotated[str, typer.Argument(metavar="RUN|COMPARE", autocompletion=_complete.runs, show_default=False)],
     out: Annotated[
-        Path | None, typer.Option(help="The page. [default: report.html in the directory]", dir_okay=False)
+        Path | None,
+        typer.Option(metavar="FILE", help="The page. [default: report.html in the directory]", dir_okay=False),
     ] = None,
     markdown: MarkdownOption = None,
     runs: RunsOption = RUNS,

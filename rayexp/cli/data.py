@@ -11,11 +11,11 @@ from typing import Annotated, Any
 import typer
 
 from rayexp.cli import _complete
-from rayexp.cli._app import Group, JsonOption, app, folder
+from rayexp.cli._app import App, Group, JsonOption, app, folder
 from rayexp.cli._output import print_json, print_table, say, tell
 from rayexp.display import counted
 
-data = typer.Typer(cls=Group, help="Fetch, check and pack datasets; show what is packed.")
+data = App(cls=Group, help="Fetch, check and pack datasets; show what is packed.")
 app.add_typer(data, name="data")
 SHOWN = 10  # classes in the table
 FETCHED = {

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import typer.core
 
 from rayexp.cli import _complete
-from rayexp.cli._app import RUNS, JsonOption, RunsOption, app
+from rayexp.cli._app import RUNS, Command, JsonOption, RunsOption, app
 from rayexp.cli._output import print_json, say
 
 if TYPE_CHECKING:
@@ -22,7 +21,7 @@ VERDICT_CODES = {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 3}
 SEVERAL = "--baseline"  # takes every word up to the next option
 
 
-class _Diff(typer.core.TyperCommand):
+class _Diff(Command):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """See click, whose options take a fixed number of words."""
         return super().parse_args(ctx, spread(args, SEVERAL))
@@ -69,10 +68,14 @@ def diff(
     ] = None,
     tolerance: Annotated[
         float | None,
-        typer.Option(min=0, help="Samples: how much a loss must move. [default: a tenth of the median]"),
+        typer.Option(metavar="X", min=0, help="Samples: how much a loss must move. [default: a tenth of the median]"),
     ] = None,
-    html: Annotated[Path | None, typer.Option(help="Write one offline page with the pictures.", dir_okay=False)] = None,
-    csv: Annotated[Path | None, typer.Option(help="Write the list of changed judgements.", dir_okay=False)] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write one offline page with the pictures.", dir_okay=False)
+    ] = None,
+    csv: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the list of changed judgements.", dir_okay=False)
+    ] = None,
     max_drop: Annotated[
         float | None,
         typer.Option(

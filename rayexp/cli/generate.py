@@ -23,11 +23,15 @@ def generate(
         ),
     ],
     words: Annotated[int, typer.Option(metavar="N", min=1, help="How many words.")] = 1000,
-    temperature: Annotated[float, typer.Option(min=0, help="Below 1 bolder, above 1 wilder; 0: the likeliest.")] = 1.0,
+    temperature: Annotated[
+        float, typer.Option(metavar="T", min=0, help="Below 1 bolder, above 1 wilder; 0: the likeliest.")
+    ] = 1.0,
     top_k: Annotated[int | None, typer.Option(metavar="K", min=1, help="Only the K likeliest words can come.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same text.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="S", min=0, help="The same seed gives the same text.")] = 0,
     prompt: Annotated[str, typer.Option(metavar="TEXT", help="Words to go on from; none: a new line.")] = "",
-    out: Annotated[Path | None, typer.Option(help="Write the text here, not to stdout.", dir_okay=False)] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the text here, not to stdout.", dir_okay=False)
+    ] = None,
     runs: RunsOption = RUNS,
 ) -> None:
     """Write text with a trained language model."""

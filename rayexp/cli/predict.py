@@ -25,7 +25,9 @@ def predict(
         list[Path],
         typer.Argument(metavar="FILES|DIR", help="Pictures, or folders of them; for a language model text files."),
     ],
-    csv: Annotated[Path | None, typer.Option(help="Write the answers here, too.", dir_okay=False)] = None,
+    csv: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the answers here, too.", dir_okay=False)
+    ] = None,
     top: Annotated[int, typer.Option(metavar="K", min=1, help="Classes of each picture.")] = 5,
     runs: RunsOption = RUNS,
     as_json: JsonOption = False,

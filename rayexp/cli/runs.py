@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import typer.core
 
 from rayexp.cli import _complete
-from rayexp.cli._app import RUNS, JsonOption, RunsOption, app
+from rayexp.cli._app import RUNS, Command, JsonOption, RunsOption, app
 from rayexp.cli._output import print_json, print_table, say, tell
 from rayexp.cli._runs_du import show_disk_use
 from rayexp.cli.runs_rm import rm_app
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from rayexp.runs.run import Run
 
 
-class _RunsCommand(typer.core.TyperCommand):
+class _RunsCommand(Command):
     """`runs [RUN]`, and `runs rm RUN...`, which is a command of its own."""
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rayexp.cli import _complete
-from rayexp.cli._app import RUNS, JsonOption, RunsOption
+from rayexp.cli._app import RUNS, App, JsonOption, RunsOption
 from rayexp.cli._output import print_json, print_table, say, tell
 from rayexp.display import counted
 
 if TYPE_CHECKING:
     from rayexp.runs.run import Run
 
-rm_app = typer.Typer(add_completion=False, rich_markup_mode=None)
+rm_app = App(add_completion=False, rich_markup_mode=None)
 
 
 @rm_app.command("rm")

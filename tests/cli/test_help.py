@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -59,6 +60,14 @@ def test_help_that_is_asked_for_is_an_answer(typed: Typed, words: tuple[str, ...
     assert (code, err) == (0, "")
     assert out.startswith("Usage: ")
     assert "-h, --help" in out
+    assert not re.findall(r"<\w.*>", out)  # `CONFIG`, not `CONFIG <str>`
+
+
+def test_arguments_are_called_what_the_usage_calls_them(typed: Typed) -> None:
+    _, out, _ = typed("train", "-h")
+    assert re.search(r"^  CONFIG +YAML of", out, re.MULTILINE)
+    assert re.search(r"^  KEY=VALUE +Set a key", out, re.MULTILINE)
+    assert re.search(r"^  --resume RUN +Go on", out, re.MULTILINE)
 
 
 def test_a_wrong_word_is_one_line_that_leads_to_the_help(typed: Typed) -> None:
