@@ -27,9 +27,10 @@ from rayexp.launch.job import WorkerJob
 from rayexp.launch.screen import Screen, show
 from rayexp.runs.code import code_of
 from rayexp.runs.integrity import predictions_fault
-from rayexp.runs.manifest import STATE, broken, has_valid_seal
+from rayexp.runs.manifest import STATE, WEIGHTS, broken, has_valid_seal
 from rayexp.runs.records import EpochRecord, read_lines
 from rayexp.runs.run import Run
+from rayexp.runs.writer import RunWriter
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -234,10 +235,11 @@ def _config(run: Run, root: Path | None) -> ExperimentConfig:
     if run.meta().get("device") == "cuda" and not local.here().gpus:
         raise UserError(f"{run.id}: was trained on a GPU, and this machine has none; audit it on one that has")
     there = config.data.model_copy(update={"root": root.expanduser().resolve()}) if root else config.data
-    # Without snapshots inside an epoch; a run from before there was `threads_per_shard` had one thread.
+    # Without trackers, and without snapshots inside an epoch; a run from before there was `threads_per_shard` had one.
     every = config.checkpoint.model_copy(update={"every_steps": None, "every_seconds": None})
     threads = config.threads_per_shard or 1
-    return config.model_copy(update={"data": there, "checkpoint": every, "threads_per_shard": threads}).absolute()
+    changes = {"data": there, "checkpoint": every, "threads_per_shard": threads, "tracking": ()}
+    return config.model_copy(update=changes).absolute()
 
 
 def _other_workers(config: ExperimentConfig, trained_with: Sequence[int]) -> int:
@@ -283,6 +285,9 @@ def _retrain(
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="rayexp-audit-") as folder:
         made = Run.create(config.model_copy(update={"storage_path": Path(folder)}), argv=["audit", run.id])
+        weights, about = RunWriter(run).weights()
+        if weights:
+            RunWriter(made).keep_weights(weights, about)
         if stretch.first:
             shutil.copytree(run.checkpoint(stretch.first), made.checkpoint(stretch.first))
         _train(made, run, stretch, workers, console)
@@ -305,8 +310,9 @@ def _state_fault(run: Run, epoch: int) -> str | None:
 
 def _stored_fault(run: Run, stretch: Stretch) -> str | None:
     """What is wrong with the records and predictions of a stretch, or None."""
-    if why := run.fault("epochs.jsonl"):
-        return f"epochs.jsonl: {why}"
+    for name in ("epochs.jsonl", *([WEIGHTS] if run.config().model.weights else [])):
+        if why := run.fault(name):
+            return f"{name}: {why}"
     try:
         records = _records(run, stretch)
     except UserError as error:

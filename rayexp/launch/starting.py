@@ -117,6 +117,24 @@ class Weights:
         """Write them into a new run's directory."""
         RunWriter(run).keep_weights(self.data, self.about)
 
+    def tensors(self, vocabulary: Sequence[str] | None) -> dict[str, Any]:
+        """The tensors by name.
+
+        Args:
+            vocabulary: of the data, where it is a text.
+
+        Raises:
+            UserError: the weights are of a run with another vocabulary.
+        """
+        from rayexp.engine import starting
+
+        words = self.about.get("vocabulary_sha")
+        if words is not None and words != vocabulary_sha(vocabulary):
+            raise UserError(
+                f"model.weights: {self.about['source']} was trained with another vocabulary than that of these data"
+            )
+        return starting.read(self.data, WEIGHTS) if self.data else {}
+
 
 def read(config: ExperimentConfig) -> Weights | None:
     """The weights that a configuration names; None where it names none.
@@ -171,16 +189,10 @@ def share(
     """
     if config.model.weights is None:
         return {}, {}
-    from rayexp.engine import starting
-
     lead = group.rank == 0
     data, found = writer.weights() if lead else (None, {})
     about = json.loads(group.broadcast(json.dumps(found).encode() if lead else None))
-    data = group.broadcast(data)
-    words = about.get("vocabulary_sha")
-    if words is not None and words != vocabulary_sha(vocabulary):
-        raise UserError(f"model.weights: {about['source']} was trained with another vocabulary than that of these data")
-    return (starting.read(data, WEIGHTS) if data else {}), about
+    return Weights(group.broadcast(data), about).tensors(vocabulary), about
 
 
 def vocabulary_sha(words: Sequence[str] | None) -> str | None:

@@ -21,7 +21,7 @@ from rayexp.launch import audit as auditing
 from rayexp.launch.audit import Retrained, Stretch, audit, stretches
 from rayexp.launch.driver import run as train
 from rayexp.runs.integrity import faults
-from rayexp.runs.manifest import SEAL, digest, sealed
+from rayexp.runs.manifest import SEAL, WEIGHTS, digest, sealed
 from rayexp.runs.run import Run
 
 Tiny = Callable[..., ExperimentConfig]
@@ -211,6 +211,53 @@ def test_a_workload_of_ones_own_is_proven_by_the_code_that_the_run_keeps(
     (made.root / "code" / "own_workload.py").write_text("# another\n")
     with pytest.raises(UserError, match=r"code/own_workload.py: not what the run wrote"):
         audit(made, workers=0)
+
+
+def test_a_run_from_weights_with_frozen_parameters_is_proven_by_its_own_copy(trained: Run, tmp_path: Path) -> None:
+    storage = tmp_path / "runs"
+    shutil.copytree(trained.checkpoint(1), tmp_path / "first")
+    model = {**WORDS["model"], "weights": str(tmp_path / "first" / "state.safetensors"), "freeze": ["encoder.*"]}
+    tree = {**WORDS, "epochs": 2, "model": model, "storage_path": str(storage), "seed": 5}
+    run = train(parse(tree, ExperimentConfig, "test"), argv=[])
+    shutil.rmtree(tmp_path / "first")
+    before = contents(run)
+    found = audit(run, segments=2, workers=0)
+    assert (found.outcome, found.share, found.machine) == ("proven", 1.0, ())
+    assert contents(run) == before
+    (run.root / WEIGHTS).write_bytes(b"another")
+    found = audit(run, segments=2, workers=0)
+    assert (found.outcome, found.retrained[0].detail[:20]) == ("damaged", "weights.safetensors:")
+
+
+@pytest.mark.parametrize("keep", ["best", 1])
+def test_a_run_that_kept_some_checkpoints_is_proven_over_the_gaps(tmp_path: Path, keep: str | int) -> None:
+    tree = {**WORDS, "checkpoint": {"keep": keep}, "storage_path": str(tmp_path / "runs")}
+    made = train(parse(tree, ExperimentConfig, "test"), argv=[])
+    assert len(kept := made.epochs()) < 4
+    found = audit(made, segments=9, workers=0)
+    assert [each.stretch.last for each in found.retrained] == kept
+    assert (found.outcome, found.share) == ("proven", 1.0)
+
+
+def test_a_run_of_several_world_sizes_is_trained_with_another(made: Run) -> None:
+    for epoch, workers in ((2, 2), (3, 4)):
+        rewrite(made, epoch, world_size=workers)
+    found = audit(made, segments=1, seed=1, workers=0)
+    assert (found.trained_with, found.outcome) == ((0, 2, 4), "proven")
+    assert auditing._other_workers(made.config(), found.trained_with) == 1
+
+
+def test_an_audit_tells_no_tracker(made: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(auditing, "_retrain", lambda run, config, *rest: asked.append(config) or _proven(*rest))
+    config = made.config().model_copy(update={"tracking": ("tensorboard", "mlflow", "wandb")})
+    monkeypatch.setattr(Run, "config", lambda run: config)
+    audit(made, segments=1, workers=0)
+    assert [config.tracking for config in asked] == [()]
+
+
+def _proven(stretch: Stretch, *rest: Any) -> tuple[Retrained, list[str]]:
+    return Retrained(stretch, "proven"), []
 
 
 # ---------------------------------------------------------------------- not proven

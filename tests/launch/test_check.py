@@ -166,6 +166,60 @@ def test_more_than_one_breach_is_counted(tiny: Tiny, own: Callable[..., None], m
         run(tiny(**IMAGES), argv=[])
 
 
+# ---------------------------------------------------------------------- as training begins with it
+
+
+def test_frozen_parameters_are_frozen_in_the_check(
+    tiny: Tiny, own: Callable[..., None], typed: Callable[..., Any]
+) -> None:
+    own(spare=True)
+    code, _, err = typed(tiny(**IMAGES), "model.freeze=[spare.*]")
+    assert (code, err) == (0, "")
+    made = run(tiny(**{**IMAGES, "model": {"name": "squeezenet1_1", "freeze": ["spare.*"]}}), argv=[])
+    assert not [warning for warning in made.meta()["warnings"] if "gradient" in warning]
+    code, out, err = typed(tiny(**IMAGES), "model.freeze=[spar.*]")
+    assert (code, out) == (2, "")
+    assert "model.freeze: 'spar.*' matches no parameter" in err
+    code, out, err = typed(tiny(**IMAGES), "model.freeze=['*']")
+    assert (code, out) == (2, "")
+    assert "model.freeze: * leaves no parameter to train" in err
+
+
+def test_weights_are_read_and_fitted_in_the_check(
+    tiny: Tiny, own: Callable[..., None], typed: Callable[..., Any], tmp_path: Path
+) -> None:
+    own()
+    file = tmp_path / "own.pt"
+    torch.save({**Own().state_dict(), "head.weight": torch.zeros(7, 8), "head.bias": torch.zeros(7)}, file)
+    assert typed(tiny(**IMAGES), f"model.weights={file}")[0] == 0
+    torch.save({**Own().state_dict(), "conv.weight": torch.zeros(3)}, file)
+    code, out, err = typed(tiny(**IMAGES), f"model.weights={file}")
+    assert (code, out) == (2, "")
+    assert f"model.weights: {file} does not fit this model: conv.weight is 3 there and 8x3x8x8 here" in err
+    code, out, err = typed(tiny(**IMAGES), f"model.weights={tmp_path / 'none.pt'}")
+    assert (code, out) == (2, "")
+    assert "none.pt: no such file" in err
+
+
+def test_the_trials_compute_with_the_weights(
+    tiny: Tiny, own: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    own()
+    file, seen = tmp_path / "own.pt", []
+    weights = {name: torch.full_like(tensor, 0.25) for name, tensor in Own().state_dict().items()}
+    torch.save(weights, file)
+
+    def watched(self: Own, x: Tensor) -> Tensor:
+        seen.append(float(self.head.bias.detach().float().sum()))
+        return self.head(self.conv(x).relu().mean((2, 3)))
+
+    monkeypatch.setattr(Own, "forward", watched)
+    config = tiny(**{**IMAGES, "model": {"name": "squeezenet1_1", "weights": str(file)}})
+    assert not check(config).refused
+    assert set(seen) >= {5.0}
+    assert all(abs(total - 5) < 0.1 for total in seen)  # one trial adds noise to the weights
+
+
 # ---------------------------------------------------------------------- by reference
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -123,7 +123,7 @@ def copied(setting: Setting, states: GlobalStates) -> tuple[list[Breach], bool]:
     Raises:
         FailedPassError: a pass has failed.
     """
-    original = setting.workload.model()
+    original = setting.model()
     replica = copy.deepcopy(original)
     plain, source = _Plain(setting, replica), _Plain(setting, original)
     try:
@@ -192,7 +192,7 @@ def alone_and_together(setting: Setting, states: GlobalStates) -> list[Breach]:
     Raises:
         FailedPassError: a pass has failed.
     """
-    plain = _Plain(setting, setting.workload.model()).drop_nothing()
+    plain = _Plain(setting, setting.model()).drop_nothing()
     exact = copy.deepcopy(plain.model.state_dict())
     for noise in (True, False):
         plain.model.double().load_state_dict(exact)
@@ -203,7 +203,7 @@ def alone_and_together(setting: Setting, states: GlobalStates) -> list[Breach]:
             break  # something in it takes float32 only
         if all(torch.isfinite(torch.tensor(one.loss)) for one in passes):
             return _mixing(passes, TOLERANCE[torch.float64])
-    single = _Plain(setting, setting.workload.model()).drop_nothing()
+    single = _Plain(setting, setting.model()).drop_nothing()
     return _mixing(_passes(single, states), TOLERANCE[torch.float32])
 
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rayexp.config import ExperimentConfig
 from rayexp.config.components import GROUPS, entry_points, is_reference
@@ -21,6 +21,7 @@ from rayexp.engine.contract.breach import Breach, Contract, once
 from rayexp.engine.contract.draws import GlobalStates, undisturbed
 from rayexp.engine.contract.passes import FailedPassError
 from rayexp.engine.contract.setting import MOST, SHARDS, Setting, small
+from rayexp.engine.freezing import freeze
 from rayexp.engine.runtime import Runtime
 from rayexp.engine.workload import Workload
 from rayexp.errors import UserError
@@ -38,21 +39,28 @@ def is_shipped(config: ExperimentConfig, workload: Workload, model: nn.Module) -
     return packages <= set(SHIPPED) and not own
 
 
-def check(config: ExperimentConfig, open_workload: Opener, runtime: Runtime) -> Contract:
+def check(
+    config: ExperimentConfig,
+    open_workload: Opener,
+    runtime: Runtime,
+    weights: Callable[[Workload], Mapping[str, Tensor]] = lambda workload: {},
+) -> Contract:
     """Try the model of a configuration on two tiny shards of its data.
 
     Args:
         config: as it will be trained; `reduction` decides what is refused.
         open_workload: opens the workload of a configuration.
         runtime: where to compute, as `runtime.configure` has set it up.
+        weights: of an opened workload, the tensors to start from, by name; none: those that the model is built with.
 
     Raises:
-        UserError: the configuration or the data does not fit.
+        UserError: the configuration, the data, the weights or a pattern of `model.freeze` does not fit.
     """
     with undisturbed(runtime.device), torch.enable_grad():
-        setting, half = (
-            Setting(sized, open_workload(sized), runtime) for sized in (small(config), small(config, MOST // 2))
-        )
+        sizes = small(config), small(config, MOST // 2)
+        opened = [open_workload(sized) for sized in sizes]
+        tensors = weights(opened[0])
+        setting, half = (Setting(*pair, runtime, tensors) for pair in zip(sizes, opened, strict=True))
         trial = _Trial(setting, half)
         trial.run()
     return Contract(config.reduction, once(trial.found), tuple(trial.checked))
@@ -78,6 +86,7 @@ class _Trial:
                 what = f"it cannot be built ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
                 self.found.append(Breach("model", "", what, "a module, freshly initialised", "always"))
                 return
+            freeze(model, self.setting.config.model)
             seen, fatal = structure.inspect(model)
             self.found += seen
             if fatal:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
 
 from rayexp.config import ExperimentConfig
+from rayexp.engine.freezing import freeze
 from rayexp.engine.gradients import Master, ParameterLayout
 from rayexp.engine.inputs import StepInputs
 from rayexp.engine.runtime import Runtime, upload
+from rayexp.engine.starting import adopt
 from rayexp.engine.workload import Workload
 
 SHARDS = range(2)
@@ -31,11 +36,26 @@ class Setting:
         config: from `small`.
         workload: of that configuration.
         runtime: where to compute.
+        weights: tensors to start from, by name (`model.weights`); empty: the model's own.
     """
 
     config: ExperimentConfig
     workload: Workload
     runtime: Runtime
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def model(self) -> nn.Module:
+        """A model as training begins with it: with the weights to start from, and frozen as `model.freeze` says.
+
+        Raises:
+            UserError: the weights do not fit, or a pattern matches no parameter.
+        """
+        model = self.workload.model()
+        if self.weights:
+            classes = len(self.workload.describe().get("classes", ())) or None
+            adopt(model, self.weights, str(self.config.model.weights), classes)
+        freeze(model, self.config.model)
+        return model
 
     def inputs(self) -> StepInputs:
         """What the first step of such a run is told."""
@@ -46,8 +66,8 @@ class Setting:
         return inputs
 
     def master(self) -> Master:
-        """Freshly initialised weights, with the layout of a run."""
-        model = self.workload.model()
+        """The weights that training begins with, in the layout of a run."""
+        model = self.model()
         layout = ParameterLayout(model, len(SHARDS), self.config.optimizer.decay_norm_and_bias)
         half = self.runtime.static and self.config.precision == "bf16"
         master = Master(model, layout, self.runtime.device, half)
