@@ -37,8 +37,8 @@ def submit(
 ) -> None:
     """Send a run to a Ray cluster; prints the job's id.
 
-    Only the package and the resolved configuration travel. Paths in it are the cluster's; relative ones count from the
-    home directory there. The job goes on when this command ends or loses its connection.
+    The package, the resolved configuration, your own code and a file of weights travel. Other paths are the cluster's;
+    relative ones count from the home directory there. The job goes on when this command ends or loses its connection.
     """
     from rayexp.cluster import jobs
     from rayexp.config import load

@@ -36,11 +36,15 @@ def resolve_path(path: Path) -> Path:
 
 
 def resolve_paths(config: ExperimentConfig) -> ExperimentConfig:
-    """The configuration with every path resolved by `resolve_path`; data that came with the job is used where it is."""
+    """The configuration with every path resolved by `resolve_path`; data and weights that came with the job are used
+    where they are, and weights without a folder are the name of a run or of torchvision's."""
     if job_id() is None:
         return config
     root = config.data.root
     if root is not None and not root.expanduser().exists():
         root = resolve_path(root)
     data = config.data.model_copy(update={"root": root})
-    return config.model_copy(update={"data": data, "storage_path": resolve_path(config.storage_path)})
+    model, text = config.model, config.model.weights
+    if text is not None and len(Path(text).parts) > 1 and not Path(text).expanduser().exists():
+        model = model.model_copy(update={"weights": str(resolve_path(Path(text).expanduser()))})
+    return config.model_copy(update={"data": data, "model": model, "storage_path": resolve_path(config.storage_path)})

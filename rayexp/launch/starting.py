@@ -92,13 +92,19 @@ def resolved(config: ExperimentConfig) -> ExperimentConfig:
 
 def as_begun(run: Run, config: ExperimentConfig) -> ExperimentConfig:
     """The configuration of a resume, with `model.weights` in the words that the run has for it, where it means the
-    same; the file itself need not be there any more."""
+    same: that place, which need not be there any more, or a file of the same content elsewhere."""
     text, begun = config.model.weights, run.config().model.weights
     if text is None or begun is None or text == begun:
         return config
-    if str(Path(text).expanduser().resolve()) != begun:
+    if str(Path(text).expanduser().resolve()) != begun and not _is_kept(run, config):
         return resolved(config)
     return config.model_copy(update={"model": config.model.model_copy(update={"weights": begun})})
+
+
+def _is_kept(run: Run, config: ExperimentConfig) -> bool:
+    """Whether `model.weights` is a file of the content that the run began with."""
+    kept = run.meta().get("weights")
+    return isinstance(kept, dict) and kept.get("sha256") == digest(_read(find(config).file))
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 import rayexp
-from rayexp.cluster import package
+from rayexp.cluster import job_context, package
 from rayexp.config import ExperimentConfig, load
 from rayexp.errors import UserError
 
@@ -41,3 +42,58 @@ def test_the_command_trains_the_packed_configuration() -> None:
     assert package.command() == ["python", "-m", "rayexp", "train", "config.yaml"]
     assert package.command("/opt/py", "run-1")[0] == "/opt/py"
     assert package.command("/opt/py", "run-1")[-2:] == ["--resume", "run-1"]
+
+
+def with_weights(text: str) -> ExperimentConfig:
+    return ExperimentConfig.model_validate({"model": {"name": "resnet18", "weights": text}})
+
+
+def test_a_file_of_weights_travels_and_is_used_where_it_came(
+    tmp_path: Path, empty_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own.pt").write_bytes(b"tensors")
+    folder = tmp_path / "package"
+    for text in (str(tmp_path / "own.pt"), "own.pt"):
+        monkeypatch.chdir(tmp_path)
+        packed = package.pack(with_weights(text), folder)
+        assert packed.files["weights/own.pt"] == 7
+        monkeypatch.chdir(folder)  # as the job does
+        monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", '{"metadata": {"job_submission_id": "j1"}}')
+        weights = job_context.resolve_paths(load(folder / "config.yaml")).model.weights
+        assert (weights, Path(str(weights)).read_bytes()) == ("weights/own.pt", b"tensors")
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "there"),
+    [("IMAGENET1K_V1", ""), ("first@best", ""), ("nets/own.pt", "home"), ("old/first@2", "home"), ("/nfs/own.pt", "")],
+)
+def test_weights_that_are_not_here_are_the_clusters(
+    tmp_path: Path, empty_home: Path, monkeypatch: pytest.MonkeyPatch, text: str, there: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    packed = package.pack(with_weights(text), tmp_path / "package")
+    assert not [name for name in packed.files if name.startswith("weights/")]
+    config = load(tmp_path / "package" / "config.yaml")
+    assert config.model.weights == text
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", '{"metadata": {"job_submission_id": "j1"}}')
+    expected = str(empty_home / text) if there else text
+    assert job_context.resolve_paths(config).model.weights == expected
+
+
+@pytest.mark.parametrize("text", ["runs/first@2", "runs/first/checkpoints/epoch_002"])
+def test_a_checkpoint_here_is_refused_before_anything_is_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    (tmp_path / "runs" / "first" / "checkpoints" / "epoch_002").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    line = rf"^model\.weights: {text} is a checkpoint on this machine, and only a file can be sent; `rayexp export RUN@"
+    with pytest.raises(UserError, match=line):
+        package.pack(with_weights(text), tmp_path / "package")
+
+
+def test_weights_too_large_to_send_are_named(tmp_path: Path) -> None:
+    with (tmp_path / "own.pt").open("wb") as file:
+        file.truncate(101 * 2**20)
+    with pytest.raises(UserError, match=r"Ray takes 100; largest: weights/own\.pt \(101\.0 MiB\)"):
+        package.pack(with_weights(str(tmp_path / "own.pt")), tmp_path / "package")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from rayexp.cli import main
 from rayexp.config import ExperimentConfig, parse
 from rayexp.engine.checkpoint import sha
 from rayexp.errors import RunError, UserError
@@ -137,13 +140,15 @@ def test_a_resume_may_name_the_same_weights_and_no_others(
     first: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("own.pt", "other.pt"):
-        torch.save(tensors(first, 2), name)
+    torch.save(tensors(first, 2), "own.pt")
+    shutil.copy("own.pt", "moved.pt")
+    torch.save(tensors(first, 1), "other.pt")
     run = train(config(Path("runs"), model={**MODEL, "weights": "own.pt"}), argv=[], max_steps=1)
     assert run.config().model.weights == str(tmp_path / "own.pt")
     same = config(Path("runs"), model={**MODEL, "weights": "own.pt"})
     outline(same, resume=run)
     refuse_changed(run, same)
+    outline(config(Path("runs"), model={**MODEL, "weights": "moved.pt"}), resume=run)  # the same content elsewhere
     other = config(Path("runs"), model={**MODEL, "weights": "other.pt"})
     with pytest.raises(UserError, match=r"model\.weights \S+/own\.pt -> \S+/other\.pt"):
         outline(other, resume=run)
@@ -156,6 +161,33 @@ def test_a_resume_may_name_the_same_weights_and_no_others(
     Path("own.pt").unlink()
     refuse_changed(run, same)
     outline(same, resume=run)
+
+
+def test_the_command_goes_on_with_the_same_weights_and_no_others(
+    first: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(tensors(first, 2), "own.pt")
+    torch.save(tensors(first, 1), "other.pt")
+    model = {**MODEL, "weights": "own.pt"}
+    whole = made(tmp_path / "runs", model=model)
+    run = train(config(tmp_path / "runs", model=model), argv=[], max_steps=1)
+
+    def resume(word: str) -> tuple[Any, str]:
+        words = ["rayexp", "train", "--resume", run.id, "--runs", str(tmp_path / "runs"), f"model.weights={word}"]
+        monkeypatch.setattr(sys, "argv", words)
+        with pytest.raises(SystemExit) as end:
+            main()
+        return end.value.code, capsys.readouterr().err
+
+    code, err = resume("other.pt")
+    assert (code, run.status()) == (2, "stopped")
+    assert re.search(rf"--resume {run.id}: model\.weights: \S*other\.pt has changed since the run began", err)
+    code, err = resume("none.pt")
+    assert (code, run.status()) == (2, "stopped")
+    assert "model.weights: none.pt is not in " in err
+    assert resume("own.pt")[0] == 0
+    assert run.records()[-1].weights_sha == whole.records()[-1].weights_sha
 
 
 # ---------------------------------------------------------------------- where they are found
