@@ -96,6 +96,26 @@ def command(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
         process.communicate()
 
 
+@pytest.fixture
+def typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run `rayexp ...` in tmp_path and in this process: a new one takes seconds to import what a command needs."""
+    from rayexp.cli import main
+
+    def run(*words: object) -> subprocess.CompletedProcess[str]:
+        command = ["rayexp", *map(str, words)]
+        capsys.readouterr()
+        with monkeypatch.context() as patched:
+            patched.chdir(tmp_path)
+            patched.setattr(sys, "argv", command)
+            with pytest.raises(SystemExit) as end:
+                main()
+        return subprocess.CompletedProcess(command, int(end.value.code or 0), *capsys.readouterr())
+
+    return run
+
+
 @pytest.fixture(name="members")
 def members_fixture() -> Callable[[int], list[psutil.Process]]:
     return members

@@ -4,6 +4,7 @@ classes share a name, and a file can be read in one sitting."""
 from __future__ import annotations
 
 import ast
+import functools
 import graphlib
 import shutil
 import subprocess
@@ -54,13 +55,22 @@ ROOMS = {
 MAX_LINES = 400
 
 
-def imports(path: Path, *, types: bool = True) -> Iterator[str]:
+def imports(path: Path, *, types: bool = True) -> tuple[str, ...]:
     """Dotted names of everything that a file imports, wherever in it; `types`: under TYPE_CHECKING too."""
-    for node in nodes(ast.parse(path.read_text(encoding="utf-8")), types):
+    return imported(path.read_text(encoding="utf-8"), types)
+
+
+@functools.cache  # every planted fault is looked for in the whole house, of which one file has changed
+def imported(text: str, types: bool) -> tuple[str, ...]:
+    return tuple(names(text, types))
+
+
+def names(text: str, types: bool) -> Iterator[str]:
+    for node in nodes(ast.parse(text), types):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
+            assert node.level == 0, f"relative import: {ast.unparse(node)}"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
         elif (
             isinstance(node, ast.Call)

@@ -62,7 +62,7 @@ class Server(HTTPServer):
 
         self.seen = seen
         super().__init__(("127.0.0.1", 0), Page)
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
     @property
     def url(self) -> str:

@@ -108,7 +108,7 @@ class Cluster(HTTPServer):
                 pass
 
         super().__init__(("127.0.0.1", 0), Page)
-        Thread(target=self.serve_forever, daemon=True).start()
+        Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
     @property
     def url(self) -> str:

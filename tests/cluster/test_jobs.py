@@ -30,7 +30,7 @@ def test_another_server_at_the_address() -> None:
             pass
 
     server = HTTPServer(("127.0.0.1", 0), Page)
-    Thread(target=server.serve_forever, daemon=True).start()
+    Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     try:
         place = f"http://127.0.0.1:{server.server_port}"
         with pytest.raises(UserError, match="not a Ray dashboard"):

@@ -1,9 +1,9 @@
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import re
-import subprocess
 import sys
 
 import pytest
@@ -13,14 +13,9 @@ from rayexp.data import DATASETS
 
 
 @pytest.fixture
-def rayexp(tmp_path, cache):
-    """Run the command in an empty folder."""
-
-    def run(*args):
-        command = [sys.executable, "-m", "rayexp", "data", *map(str, args)]
-        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
-
-    return run
+def rayexp(typed, cache):
+    """Run `rayexp data ...` in an empty folder."""
+    return functools.partial(typed, "data")
 
 
 def test_fetch_and_info(rayexp, tmp_path, tiny):

@@ -18,13 +18,11 @@ HEAVY = ("torch", "ray", "scipy.stats", "scipy.optimize", "matplotlib", "jinja2"
 
 
 @pytest.fixture
-def rayexp(tmp_path):
-    """Runs the command; returns (exit code, stdout, stderr)."""
+def rayexp(typed):
+    """Runs the command, which must end with this exit code; returns (stdout, stderr)."""
 
     def call(*words, code=0):
-        done = subprocess.run(
-            [sys.executable, "-m", "rayexp", *map(str, words)], capture_output=True, text=True, cwd=tmp_path, timeout=60
-        )
+        done = typed(*words)
         assert done.returncode == code, done.stdout + done.stderr
         assert "Traceback" not in done.stderr
         return done.stdout, done.stderr

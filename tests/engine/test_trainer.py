@@ -65,8 +65,10 @@ def test_resume_at_every_step_gives_the_same_bits(small: Make, session: Open, re
     for at in (0, len(saved) // 2 - 1, len(saved) // 2, len(saved) - 2):
         again = session(config)
         again.load(checkpoint.decode(saved[at]))
-        rest = [(type(e).__name__, checkpoint.sha(again.state().tensors)) for e in again.train()]
-        assert rest == expected[at + 1 :]
+        # From the first step on only a little way: the rest is what the others do.
+        until = None if at else 4
+        events = itertools.islice(again.train(), until)
+        assert [(type(e).__name__, checkpoint.sha(again.state().tensors)) for e in events] == expected[at + 1 :][:until]
 
 
 def test_what_an_epoch_says(small: Make, session: Open) -> None:

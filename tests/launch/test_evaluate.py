@@ -26,6 +26,7 @@ from rayexp.workloads.image_classification.workload import ImageClassification, 
 from rayexp.workloads.language_model import generate as text
 
 Tiny = Callable[..., ExperimentConfig]
+Typed = Callable[..., "subprocess.CompletedProcess[str]"]
 IMAGES = {
     "workload": "image_classification",
     "data": {"name": "shapes", "max_train_samples": 64, "max_val_samples": 72},
@@ -97,11 +98,11 @@ def test_what_is_damaged_or_missing_is_named(tiny: Tiny) -> None:
 
 
 def test_the_lines_are_those_of_pytorchs_example(
-    tiny: Tiny, tmp_path: Path, command: Callable[..., subprocess.Popen[str]]
+    tiny: Tiny, tmp_path: Path, typed: Typed
 ) -> None:
     made = run(tiny(**IMAGES, batch_size=32), argv=[])
-    out, err = command("evaluate", f"{made.id}@last", "--print-freq", "2").communicate(timeout=60)
-    lines = out.splitlines()
+    done = typed("evaluate", f"{made.id}@last", "--print-freq", "2")
+    lines, err = done.stdout.splitlines(), done.stderr
     assert [line.split("\t")[0] for line in lines[:2]] == ["Test: [1/3]", "Test: [3/3]"], err
     assert err.splitlines()[0] == f"judging with {made.id}@1"  # which one `@last` was
     assert [part.split()[0] for part in lines[0].split("\t")] == ["Test:", "Time", "Loss", "Acc@1", "Acc@5"]
@@ -109,8 +110,7 @@ def test_the_lines_are_those_of_pytorchs_example(
     assert lines[2] == f" * Acc@1 {metrics['acc1']:.3f} Acc@5 {metrics['acc5']:.3f}"
     means = lines[1].split("\t")
     assert means[3].endswith(f"({metrics['acc1']:6.2f})")
-    out, _ = command("evaluate", f"{made.id}@1", "--json").communicate(timeout=60)
-    tree = json.loads(out)
+    tree = json.loads(typed("evaluate", f"{made.id}@1", "--json").stdout)
     assert (tree["acc1"], tree["mirrored"]) == (metrics["acc1"], False)
 
 
@@ -154,15 +154,15 @@ def test_mirroring_keeps_what_is_unlikely_finite() -> None:
     torch.testing.assert_close(model(torch.zeros(1, 3, 2, 2)), torch.log_softmax(logits, 1))
 
 
-def test_mirrored_figures_are_labelled(tiny: Tiny, command: Callable[..., subprocess.Popen[str]]) -> None:
+def test_mirrored_figures_are_labelled(tiny: Tiny, typed: Typed) -> None:
     made = run(tiny(**IMAGES, batch_size=64), argv=[])
-    out, err = command("evaluate", f"{made.id}@1", "--mirror").communicate(timeout=60)
-    lines = out.splitlines()
+    done = typed("evaluate", f"{made.id}@1", "--mirror")
+    lines, err = done.stdout.splitlines(), done.stderr
     assert lines[0].startswith("Test mirrored: [1/2]\t"), err
     assert lines[-1].startswith(" * Acc@1 ")
     assert lines[-1].endswith(" (mirrored)")
     assert "differ from the predictions" not in err
-    tree = json.loads(command("evaluate", f"{made.id}@1", "--mirror", "--json").communicate(timeout=60)[0])
+    tree = json.loads(typed("evaluate", f"{made.id}@1", "--mirror", "--json").stdout)
     assert (tree["mirrored"], tree["predictions"], tree["stored"], tree["equal"]) == (True, None, False, None)
     assert tree["val_loss"] != made.records()[0].val_loss
 
@@ -175,19 +175,18 @@ def test_words_are_not_mirrored(tiny: Tiny) -> None:
 
 @pytest.mark.slow
 def test_a_model_that_is_not_finite_is_said_and_compared(
-    tiny: Tiny, command: Callable[..., subprocess.Popen[str]]
+    tiny: Tiny, typed: Typed
 ) -> None:
     made = run(tiny(**{**IMAGES, "lr": 1e30, "batch_size": 64}), argv=[])  # one step, and its loss is finite
     found = evaluate(made, 1)
     assert found.not_finite == len(found.predictions) == 72
     assert found.equal
     assert (found.metrics["acc1"], found.metrics["acc5"]) == (0, 0)
-    out, err = command("evaluate", f"{made.id}@1").communicate(timeout=60)
-    assert "NOT FINITE: the model's output for 72 of 72 samples" in err
-    assert "another device" not in err
-    assert "Loss not finite (not finite)" in out
-    out, _ = command("evaluate", f"{made.id}@1", "--json").communicate(timeout=60)
-    tree = json.loads(out, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    done = typed("evaluate", f"{made.id}@1")
+    assert "NOT FINITE: the model's output for 72 of 72 samples" in done.stderr
+    assert "another device" not in done.stderr
+    assert "Loss not finite (not finite)" in done.stdout
+    tree = json.loads(typed("evaluate", f"{made.id}@1", "--json").stdout, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
     assert (tree["val_loss"], tree["not_finite"], tree["equal"]) == (None, 72, True)
 
 
@@ -214,7 +213,7 @@ def picture_folder(root: Path, seed: int) -> Path:
 
 
 def test_data_that_has_moved_is_taken_by_its_hash(
-    tiny: Tiny, tmp_path: Path, command: Callable[..., subprocess.Popen[str]]
+    tiny: Tiny, tmp_path: Path, typed: Typed
 ) -> None:
     old, new = picture_folder(tmp_path / "old", 0), tmp_path / "new"
     data = {"name": "folder", "root": str(old), "image_size": 32}
@@ -232,8 +231,7 @@ def test_data_that_has_moved_is_taken_by_its_hash(
         evaluate(made, 1, root=new)
     (new / "val" / "x").rename(new / "val" / "cat")
     (new / "train" / "x").rename(new / "train" / "cat")
-    process = command("evaluate", f"{made.id}@1", f"data.root={new}", "--json")
-    assert json.loads(process.communicate(timeout=60)[0])["equal"] is True
-    process = command("evaluate", f"{made.id}@1", "lr=3")
-    assert "data.root=DIR only" in process.communicate(timeout=60)[1]
-    assert process.returncode == 2
+    assert json.loads(typed("evaluate", f"{made.id}@1", f"data.root={new}", "--json").stdout)["equal"] is True
+    refused = typed("evaluate", f"{made.id}@1", "lr=3")
+    assert "data.root=DIR only" in refused.stderr
+    assert refused.returncode == 2

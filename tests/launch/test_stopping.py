@@ -66,7 +66,13 @@ def begun(tiny: Tiny, tmp_path: Path, until: Until) -> Callable[[], Run]:
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138), (signal.SIGHUP, 129)]
+    ("number", "code"),
+    [
+        (signal.SIGINT, 130),
+        (signal.SIGTERM, 143),
+        pytest.param(signal.SIGUSR1, 138, marks=pytest.mark.slow),  # all four take one way
+        pytest.param(signal.SIGHUP, 129, marks=pytest.mark.slow),  # see test_a_closed_terminal_saves
+    ],
 )
 def test_a_signal_saves_and_has_its_exit_code(
     begun: Callable[[], Run], command: Command, number: int, code: int
@@ -87,6 +93,7 @@ def test_a_signal_saves_and_has_its_exit_code(
     assert not made.progress_path.exists()
 
 
+@pytest.mark.slow  # in this process: test_a_stopped_run_goes_on_at_its_step of test_driver.py
 def test_a_stopped_run_goes_on_to_the_same_weights(tiny: Tiny, tmp_path: Path, command: Command, until: Until) -> None:
     config = tiny(epochs=16)
     (tmp_path / "c.yaml").write_text(config.to_yaml())

@@ -51,7 +51,7 @@ def no_flock(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     monkeypatch.setattr(fcntl, "flock", refuse)
 
 
-@pytest.mark.parametrize("number", [0, *MISSING])
+@pytest.mark.parametrize("number", [0, MISSING[0], *(pytest.param(n, marks=pytest.mark.slow) for n in MISSING[1:])])
 def test_one_driver_until_its_process_ends(
     tmp_path: Path, faults: Environment, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:

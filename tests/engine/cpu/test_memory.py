@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from rayexp.engine.cpu import memory
+
 TRAINED = """
 import threading, torch
 from rayexp.config import ExperimentConfig, parse
@@ -82,8 +84,25 @@ def bits() -> list[str]:
     return found
 
 
+# The module by itself, without PyTorch.
+TOLD = """
+import runpy, sys
+memory = runpy.run_path(sys.argv[1])
+memory["keep_freed_memory"]()
+print(memory["_glibc"]() is not None)
+"""
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="not glibc")
-@pytest.mark.parametrize("allocator", ["jemalloc", pytest.param("of our own", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("allocator", ["glibc", "jemalloc", "of our own"])
+def test_another_allocator_is_seen(tmp_path: Path, allocator: str) -> None:
+    preloaded = {"glibc": lambda: "", "jemalloc": jemalloc, "of our own": lambda: of_our_own(tmp_path)}[allocator]()
+    assert run(TOLD, memory.__file__, LD_PRELOAD=preloaded) == str(allocator == "glibc")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="not glibc")
+@pytest.mark.parametrize("allocator", ["jemalloc", "of our own"])
 def test_under_another_allocator_training_has_the_same_bits(bits: list[str], tmp_path: Path, allocator: str) -> None:
     library = jemalloc() if allocator == "jemalloc" else of_our_own(tmp_path)
     assert run(TRAINED, LD_PRELOAD=library).split() == ["False", *bits]

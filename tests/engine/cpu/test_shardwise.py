@@ -43,7 +43,11 @@ def shas(session: Trainer) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "model", ["resnet18", "squeezenet1_1", "shufflenet_v2_x0_5", "efficientnet_b0", "regnet_y_400mf"]
+    "model",
+    [
+        *("resnet18", "squeezenet1_1", "shufflenet_v2_x0_5"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("efficientnet_b0", "regnet_y_400mf")),
+    ],
 )
 def test_together_or_one_by_one(session: Open, monkeypatch: pytest.MonkeyPatch, model: str) -> None:
     together = session(config(model, epochs=1))
