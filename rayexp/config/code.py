@@ -54,7 +54,7 @@ def anchor(tree: dict[str, Any], folder: Path, keys: Sequence[str] | None = None
         tree["code"] = [str(folder.absolute() / Path(str(entry)).expanduser()) for entry in tree["code"]]
 
 
-def settle(tree: dict[str, Any], folder: Path, source: str) -> None:
+def resolve(tree: dict[str, Any], folder: Path, source: str) -> None:
     """Name the files of an anchored tree's references as they travel, and set `code` where it is not given: to the
     Python files of the folder, if a reference leads there, and of the folders of other files that are named.
 
@@ -97,7 +97,7 @@ def settle(tree: dict[str, Any], folder: Path, source: str) -> None:
 
 
 def relocate(tree: dict[str, Any], folder: str | None = None) -> None:
-    """The reverse of `settle`, for a configuration that is written: references to files lead to where these are, or to
+    """The reverse of `resolve`, for a configuration that is written: references to files lead to where these are, or to
     a folder beside the configuration that holds a copy of the code.
 
     Args:

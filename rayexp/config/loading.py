@@ -83,7 +83,7 @@ def _read(path: Path | str, overrides: Sequence[str], kind: type[ConfigT]) -> Co
         yaml_tree.set_override(tree, override, kind)
     if kind is ExperimentConfig:
         code.anchor(tree, Path.cwd(), [override.partition("=")[0] for override in overrides])
-        code.settle(tree, Path(path).parent, str(path))
+        code.resolve(tree, Path(path).parent, str(path))
     return parse(tree, kind, str(path))
 
 

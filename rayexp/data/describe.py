@@ -55,7 +55,7 @@ def _own(name: str) -> dict[str, Any]:
     """A dataset of the user's own, by a reference relative to the working directory; nothing is packed."""
     tree: dict[str, Any] = {"data": {"name": name}}
     code.anchor(tree, Path.cwd())
-    code.settle(tree, Path.cwd(), "data info")
+    code.resolve(tree, Path.cwd(), "data info")
     config = parse(tree, ExperimentConfig, "data info")
     plan = own.make_plan(own.Recipe(config.data.name, config.data, config.code))
     labels = {split: [label for _, _, label in items] for split, items in plan.splits.items()}

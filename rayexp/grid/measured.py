@@ -133,10 +133,6 @@ class Measured:
         """Mean seconds of a step's phases together."""
         return float(np.mean([r.step_seconds(*phases) for r in self.repeats]))
 
-    def step_samples(self) -> float:
-        """Mean samples of a step."""
-        return float(np.mean(np.concatenate([r.steps["count"] for r in self.repeats])))
-
     def step_median(self) -> float:
         """The median of a step's seconds; far below the mean where a few steps wait for all."""
         return float(np.median(np.concatenate([r.steps["total"] for r in self.repeats])))

@@ -67,7 +67,7 @@ def read(config: Config | CompareConfig, overrides: Overrides, kind: type[KindT]
             # References to files count from the working directory; those of a configuration that is one are known.
             keys = [change.partition("=")[0] for change in changes] if isinstance(config, kind) else None
             code.anchor(changed, Path.cwd(), keys)
-            code.settle(changed, Path.cwd(), "config")
+            code.resolve(changed, Path.cwd(), "config")
         parsed = parse(changed, kind, "config")
         if isinstance(parsed, ExperimentConfig):
             refuse_contradictions(parsed, "config")

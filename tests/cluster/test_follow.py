@@ -12,6 +12,7 @@ from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -155,6 +156,13 @@ def cluster() -> Iterator[Callable[..., Cluster]]:
         server.server_close()
 
 
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Following waits for nothing between two questions."""
+    monkeypatch.setattr(follow, "time", SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: None))
+
+
+@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("status", ["RUNNING", "PENDING"])
 def test_a_job_whose_node_is_gone_has_failed(cluster: Callable[..., Cluster], status: str) -> None:
     place = cluster(job_info(status), nodes("DEAD"), TRACE).url

@@ -169,7 +169,7 @@ def test_few_documents_have_no_interval():
     assert sign_flip(np.arange(1.0, 8.0), np.full(7, 9))[1] is not None
 
 
-@pytest.mark.parametrize("count", [10, 60])
+@pytest.mark.parametrize("count", [10, pytest.param(60, marks=pytest.mark.slow)])
 def test_intervals_cover(count):
     """They hold the true value in about 95 % of repeated texts."""
     rng = np.random.default_rng(1)

@@ -157,6 +157,7 @@ def _weights(run: Run) -> dict[str, torch.Tensor]:
     return safetensors.torch.load_file(newest / "state.safetensors")
 
 
+@pytest.mark.slow  # see test_other_weights_are_named
 def test_exact_refuses_other_initial_weights(tiny: Tiny, plant: Plant) -> None:
     workers = Workers(tiny(), {}, plant(OTHER_WEIGHTS))
     ended = workers.end()

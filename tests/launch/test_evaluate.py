@@ -97,9 +97,7 @@ def test_what_is_damaged_or_missing_is_named(tiny: Tiny) -> None:
         predict(made, 2)
 
 
-def test_the_lines_are_those_of_pytorchs_example(
-    tiny: Tiny, tmp_path: Path, typed: Typed
-) -> None:
+def test_the_lines_are_those_of_pytorchs_example(tiny: Tiny, tmp_path: Path, typed: Typed) -> None:
     made = run(tiny(**IMAGES, batch_size=32), argv=[])
     done = typed("evaluate", f"{made.id}@last", "--print-freq", "2")
     lines, err = done.stdout.splitlines(), done.stderr
@@ -174,9 +172,7 @@ def test_words_are_not_mirrored(tiny: Tiny) -> None:
 
 
 @pytest.mark.slow
-def test_a_model_that_is_not_finite_is_said_and_compared(
-    tiny: Tiny, typed: Typed
-) -> None:
+def test_a_model_that_is_not_finite_is_said_and_compared(tiny: Tiny, typed: Typed) -> None:
     made = run(tiny(**{**IMAGES, "lr": 1e30, "batch_size": 64}), argv=[])  # one step, and its loss is finite
     found = evaluate(made, 1)
     assert found.not_finite == len(found.predictions) == 72
@@ -186,7 +182,8 @@ def test_a_model_that_is_not_finite_is_said_and_compared(
     assert "NOT FINITE: the model's output for 72 of 72 samples" in done.stderr
     assert "another device" not in done.stderr
     assert "Loss not finite (not finite)" in done.stdout
-    tree = json.loads(typed("evaluate", f"{made.id}@1", "--json").stdout, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    out = typed("evaluate", f"{made.id}@1", "--json").stdout
+    tree = json.loads(out, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
     assert (tree["val_loss"], tree["not_finite"], tree["equal"]) == (None, 72, True)
 
 
@@ -212,9 +209,7 @@ def picture_folder(root: Path, seed: int) -> Path:
     return root
 
 
-def test_data_that_has_moved_is_taken_by_its_hash(
-    tiny: Tiny, tmp_path: Path, typed: Typed
-) -> None:
+def test_data_that_has_moved_is_taken_by_its_hash(tiny: Tiny, tmp_path: Path, typed: Typed) -> None:
     old, new = picture_folder(tmp_path / "old", 0), tmp_path / "new"
     data = {"name": "folder", "root": str(old), "image_size": 32}
     made = run(tiny(**{**IMAGES, "data": data, "batch_size": 8, "shards": 2}), argv=[])

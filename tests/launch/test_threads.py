@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from rayexp.config import ExperimentConfig
-from rayexp.errors import UserError
+from rayexp.errors import RunError, UserError
 from rayexp.launch import driver, processes
 from rayexp.launch.driver import outline, run
 from rayexp.launch.job import WorkerJob
@@ -82,10 +82,15 @@ def test_all_trials_of_verify_have_the_first_ones_number(
 ) -> None:
     machine(2 * SHARDS)
     jobs: list[WorkerJob] = []
-    true = processes.start
-    monkeypatch.setattr(processes, "start", lambda job, world: jobs.append(job) or true(job, world))
+
+    def start(job: WorkerJob, world: int) -> list[Any]:
+        jobs.append(job)
+        raise RunError("the job is all that is asked for")
+
+    monkeypatch.setattr(processes, "start", start)
     monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
-    assert verify(tiny(epochs=1, scaling=SIDE_BY_SIDE), [0, 2], steps=2, launcher="processes", contrast=False).ok
+    with pytest.raises(RunError, match="all that is asked for"):
+        verify(tiny(epochs=1, scaling=SIDE_BY_SIDE), [0, 2], steps=2, launcher="processes", contrast=False)
     assert [job.config.threads_per_shard for job in jobs] == [2]
 
 

@@ -134,6 +134,7 @@ def test_pages_of_large_blocks_are_kept(thread: str, env: dict[str, str]) -> Non
     assert int(run(FAULTS, thread, **env)) < 100  # of 24,576 pages
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="not glibc")
 def test_in_an_arena_of_its_own_a_thread_loses_them() -> None:
     """Why launch.on_ray.session sets MALLOC_ARENA_MAX; once glibc keeps them here too, that can go."""
