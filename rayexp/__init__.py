@@ -72,6 +72,7 @@ __all__ = [
 ]
 
 # The package rayexp.diff is loaded before its name is given to the function: an import binds it only the first time.
+# `from rayexp.diff import churn` finds its modules; `import rayexp.diff.churn as churn` asks the function, and fails.
 del _package
 globals().pop("diff", None)
 

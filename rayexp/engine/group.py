@@ -84,11 +84,6 @@ class WorkerGroup:
         return cls(rank, members, data, control)
 
     @property
-    def member(self) -> bool:
-        """Whether this process takes part."""
-        return self.rank < self.world
-
-    @property
     def direct(self) -> bool:
         """Whether tensors are sent from worker to worker (gloo, not NCCL): `collect` may then be called in another
         thread than `scatter`, and between any two of its calls."""
