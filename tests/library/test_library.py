@@ -191,7 +191,7 @@ def test_a_script_needs_no_guard_and_its_arguments_are_its_own(tmp_path: Path, w
     assert len(Run.all(tmp_path / "mine")) == 1
 
 
-def test_predict_answers_for_arrays_pictures_and_files(runs: Path, pictures: Run, tmp_path: Path) -> None:
+def test_predict_answers_for_arrays_pictures_and_files(runs: Path, pictures: Run, tmp_path: Path, words: Run) -> None:
     from PIL import Image
 
     pixels = np.random.default_rng(0).integers(0, 256, (3, 40, 56, 3), dtype=np.uint8)
