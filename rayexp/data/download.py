@@ -132,8 +132,9 @@ def _bar(name: str, total: int | None, have: int) -> Any:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     console = Console(stderr=True)
-    columns = (TextColumn(name), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    counts = (TextColumn(name), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    columns = (*counts, TimeRemainingColumn(), TextColumn("left"))
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task(name, total=total, completed=have)
         yield lambda size: bar.advance(task, size)
 

@@ -297,7 +297,8 @@ def _progress(total: int) -> Iterator[Callable[[int], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
-    columns = (TextColumn("packing"), BarColumn(), MofNCompleteColumn(), TextColumn("images"), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    counts = (TextColumn("packing"), BarColumn(), MofNCompleteColumn(), TextColumn("images"))
+    columns = (*counts, TimeRemainingColumn(), TextColumn("left"))
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task("packing", total=total)
         yield lambda images: bar.advance(task, images)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 POLL_S = 0.2
 WIDE = 100  # columns of a terminal that have room for all times beside the bar
 NARROW = 72  # below, the rate goes, too
+ECHO = 3  # columns behind the bar
 
 
 def show(console: Console | None, text: str) -> None:
@@ -183,11 +184,21 @@ def _loss(value: float | None) -> str:
 
 
 def bar(console: Console) -> Any:
-    """A progress bar of rich's; its tasks have the fields `figures` and `rate`."""
+    """A progress bar of rich's; its tasks have the fields `figures` and `rate`.
+
+    It leaves ECHO columns free: a terminal shows a Ctrl-C as `^C` behind it, which would else begin a line of its own,
+    and the bar would not find its line again.
+    """
+    from rich.console import RenderableType
+    from rich.constrain import Constrain
     from rich.progress import BarColumn, Progress, TextColumn
 
+    class Bar(Progress):
+        def get_renderable(self) -> RenderableType:
+            return Constrain(super().get_renderable(), console.width - ECHO)
+
     plain = console.file is sys.stderr  # otherwise `chatter_to` sends stdout and stderr to a file
-    return Progress(
+    return Bar(
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=None),
         TextColumn("{task.fields[figures]}", markup=False),

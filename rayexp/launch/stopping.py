@@ -55,7 +55,7 @@ class Stopping:
         if again or not self.run.stepping():
             raise Stopped(number)
         self.run.stop_path.touch()
-        self.say(f"{number.name}: stopping after this step; once more ends at once, with what was saved last")
+        self.say(f"{number.name}: stopping after this step; one more ends at once, as it was last saved")
 
 
 @contextlib.contextmanager

@@ -142,6 +142,15 @@ def test_times_beside_the_bar_say_what_they_are(monkeypatch: pytest.MonkeyPatch,
     assert "…" not in line
 
 
+@pytest.mark.parametrize("width", [60, 80, 100, 200])
+def test_a_terminal_has_room_to_show_ctrl_c_behind_the_bar(width: int) -> None:
+    out = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+    bar = screens.bar(out)
+    bar.add_task("epoch 12/20", total=100, completed=50, figures="step 123/391  loss 4.1234", rate="12,345 images/s")
+    lines = out.render_lines(bar.get_renderable(), pad=False)  # as a live display draws it
+    assert [sum(piece.cell_length for piece in line) for line in lines] == [width - len("^C") - 1]
+
+
 def test_before_the_first_step_only_what_has_passed_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     out = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
     bar = screens.bar(out)
