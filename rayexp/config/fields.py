@@ -77,12 +77,24 @@ def explain(error: ValidationError, kind: type[BaseModel], prefix: str = "") -> 
     key = ".".join([prefix, *parts] if prefix else parts)
     if first["type"] == "extra_forbidden":
         allowed = list(_section(kind, parts[:-1]).model_fields)
-        return f"unknown key {key}{nearest(parts[-1], allowed)}; allowed: {', '.join(allowed)}"
+        elsewhere = " or ".join(_places(kind, parts[-1]))
+        meant = f" (did you mean {elsewhere}?)" if elsewhere else nearest(parts[-1], allowed)
+        return f"unknown key {key}{meant}; allowed: {', '.join(allowed)}"
     if first["type"] == "model_type":
         message = f"expected keys under it ({', '.join(_section(kind, parts).model_fields)}){given(first['input'])}"
     else:
         message = phrase([e for e in own if _key(e["loc"]) == parts])
     return f"{key}: {message}" if key else message
+
+
+def _places(kind: type[BaseModel], name: str) -> list[str]:
+    """The dotted keys that end in this name, outside of lists."""
+    found = [name] if name in kind.model_fields else []
+    for part in kind.model_fields:
+        field = at(kind, [part])
+        if item(field) is Any:
+            found += [f"{part}.{key}" for model in models_of(field) for key in _places(model, name)]
+    return found
 
 
 def _key(location: Sequence[str | int]) -> list[str]:

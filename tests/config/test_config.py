@@ -246,7 +246,10 @@ def test_limits_of_a_grid(key: str) -> None:
         ("epoch", "unknown key epoch (did you mean epochs?); allowed: name, workload, code, data,"),
         ("data.bppt", "unknown key data.bppt (did you mean bptt?); allowed: name, root,"),
         ("data.augment.flp", "unknown key data.augment.flp (did you mean flip?); allowed: scale, ratio, flip, pad"),
-        ("optimizer.lr", "unknown key optimizer.lr"),
+        ("optimizer.lr", "unknown key optimizer.lr (did you mean lr?); allowed: name, momentum"),
+        ("max_train_samples", "unknown key max_train_samples (did you mean data.max_train_samples?); allowed: name, "),
+        ("num_workers", "unknown key num_workers (did you mean scaling.num_workers?)"),
+        ("flip", "unknown key flip (did you mean data.augment.flip?)"),
         ("optimizer.wd", "allowed: name, momentum, nesterov, betas, eps, clip, decay_norm_and_bias"),
         ("schedule.warmup", "did you mean warmup_epochs?"),
         ("scaling.workers", "did you mean num_workers?"),
@@ -258,6 +261,13 @@ def test_unknown_keys_name_the_nearest(key: str, expected: str) -> None:
     with pytest.raises(UserError) as caught:
         make(key, 1)
     assert expected in str(caught.value)
+
+
+def test_keys_of_the_base_are_looked_for_in_a_grid() -> None:
+    with pytest.raises(UserError, match=r"unknown key epochs \(did you mean overrides.epochs\?\); allowed: name, base"):
+        make_compare("epochs", 3)
+    with pytest.raises(UserError, match=r"unknown key num_workers \(did you mean overrides.scaling.num_workers\?\)"):
+        make_compare("num_workers", 3)
 
 
 def test_a_models_other_keys_are_its_options() -> None:
