@@ -201,8 +201,7 @@ def curves(records: Sequence[EpochRecord], metrics: Sequence[str]) -> str:
             ax.plot(epochs, values, f"{MARKERS[i % len(MARKERS)]}-", color=COLOURS[(2, 4, 1)[i % 3]], markersize=4)
             ax.set_ylabel(metric_label(name))
         for ax in (losses, *others):
-            ax.set_xlabel("epoch")
-            ax.xaxis.get_major_locator().set_params(integer=True)
+            _count_along(ax, "epoch")
 
     return draw("fig-curves", 2.7, fill, panels=1 + len(shown))
 
@@ -227,8 +226,13 @@ def _over_epochs(ax: Any, records: Sequence[EpochRecord], values: Sequence[float
     ax.plot([r.epoch for r in records], values, "o-", color=COLOURS[0], markersize=4)
     ax.set_ylim(0, 1.08 * max(values))
     ax.set_ylabel(label)
-    ax.set_xlabel("epoch")
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    _count_along(ax, "epoch")
+
+
+def _count_along(ax: Any, what: str) -> None:
+    """Whole numbers along the axis, be it one alone."""
+    ax.set_xlabel(what)
+    ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
 
 
 def step_curves(records: Sequence[EpochRecord], lines: Sequence[Mapping[str, Any]], unit: str) -> str:
@@ -268,8 +272,7 @@ def step_curves(records: Sequence[EpochRecord], lines: Sequence[Mapping[str, Any
         middle.set_ylabel("learning rate")
         middle.set_ylim(0, 1.08 * float(lr.max()))
         for ax in (left, middle):
-            ax.set_xlabel("step")
-            ax.xaxis.get_major_locator().set_params(integer=True)
+            _count_along(ax, "step")
         _over_epochs(right, records, [r.samples_per_second for r in records], f"{unit} per second")
 
     return draw("fig-steps", 2.7, fill, panels=3)
@@ -297,7 +300,7 @@ def heat_map(matrix: NDArray[np.int64], names: Sequence[str]) -> str:
 
     Args:
         matrix: int64[classes, classes].
-        names: of the classes; they stand at the axes where there is room.
+        names: of the classes; they stand at the axes, where there are many every second, third and so on.
     """
     from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 
@@ -310,10 +313,10 @@ def heat_map(matrix: NDArray[np.int64], names: Sequence[str]) -> str:
         ax.grid(visible=False)
         ax.set_xlabel("predicted class")
         ax.set_ylabel("class")
-        if len(names) <= NAMED and not narrow(ax):
-            written = [textwrap.shorten(name, 24, placeholder="...") for name in names]
-            ax.set_xticks(range(len(names)), written, rotation=90, fontsize=7)
-            ax.set_yticks(range(len(names)), written, fontsize=7)
+        written = range(0, len(names), -(-len(names) // (NAMED // 3 if narrow(ax) else NAMED)) or 1)
+        labels = [textwrap.shorten(names[i], 24, placeholder="...") for i in written]
+        ax.set_xticks(written, labels, rotation=90, fontsize=7)
+        ax.set_yticks(written, labels, fontsize=7)
         where = {"location": "bottom", "shrink": 0.9} if narrow(ax) else {"shrink": 0.8}
         ax.figure.colorbar(shown, ax=ax, label="share of the class's images", **where)
 

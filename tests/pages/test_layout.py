@@ -8,6 +8,7 @@ import re
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from rayexp.diff.churn import diff_all
@@ -129,6 +130,44 @@ def test_each_figure_is_drawn_for_a_screen_and_for_a_telephone(makes):
     )
     assert wide == narrow == ["fig-curves", "fig-pace", "fig-phases"]
     assert all(page.count(f'<figcaption id="{name}">') == 1 for name in wide)
+
+
+def axes_of(monkeypatch, width, panels, make):
+    """The axes as `make` fills them in a figure so many inches wide."""
+    fills = []
+    with monkeypatch.context() as patch:
+        patch.setattr(plots, "draw", lambda name, height, fill, **_: fills.append(fill) or "")
+        make()
+    axes = list(Figure(figsize=(width, 3), layout="constrained").subplots(1, panels, squeeze=False).flat)
+    fills[0](axes[0] if panels == 1 else axes)
+    return axes
+
+
+@pytest.mark.parametrize("epochs", [1, 30])
+@pytest.mark.parametrize("width", [plots.WIDE, plots.NARROW])
+def test_epochs_are_counted_in_whole_numbers(makes, monkeypatch, epochs, width):
+    records = makes.random_images(20, 4, epochs).records()
+    curves = axes_of(monkeypatch, width, 2, lambda: plots.curves(records, ["acc1"]))
+    pace = axes_of(monkeypatch, width, 2, lambda: plots.pace(records, "images"))
+    for ax in (*curves, *pace):
+        low, high = ax.get_xlim()
+        ticks = [tick for tick in ax.get_xticks() if low <= tick <= high]
+        assert ticks
+        assert all(tick == round(tick) for tick in ticks)
+
+
+@pytest.mark.parametrize("width", [plots.WIDE, plots.NARROW])
+@pytest.mark.parametrize("classes", [1, 17, 67])
+def test_a_heat_map_names_classes_and_does_not_count_those_that_occur(monkeypatch, width, classes):
+    names = [f"class {i}" for i in range(classes)]
+    matrix = np.eye(classes, dtype=np.int64)
+    (ax, *_) = axes_of(monkeypatch, width, 1, lambda: plots.heat_map(matrix, names))
+    for axis in (ax.xaxis, ax.yaxis):
+        texts = [label.get_text() for label in axis.get_ticklabels()]
+        written = dict(zip(map(int, axis.get_ticklocs()), texts, strict=True))
+        assert written == {i: f"class {i}" for i in written}
+        assert 0 in written
+        assert min(classes, 8) <= len(written) <= (16 if width == plots.NARROW else 48)
 
 
 def test_every_metric_has_axes_of_its_own(makes, monkeypatch):
