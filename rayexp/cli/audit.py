@@ -75,6 +75,6 @@ def audit(
     if found.machine:
         tell(f"this machine differs from the run's: {', '.join(found.machine)}; equal bits are a proof all the same")
     tell(found.sentence())
-    if found.whole_seconds is not None:
+    if found.whole_seconds is not None and len(found.retrained) < found.stretches:
         tell(f"all {found.stretches} would take about {seconds(found.whole_seconds)} here (seed {found.seed})")
     raise typer.Exit(CODES[found.outcome])

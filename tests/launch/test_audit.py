@@ -400,12 +400,14 @@ def test_exit_codes_and_words(
     found, out, err = typed(*words)
     assert found == code
     assert "this machine differs from the run's: torch 2, not 1; equal bits are a proof all the same" in out
-    assert err.splitlines()[0] == f"{made.id}: 1 of 4 stretches (seed 3), in 2 processes; trained with 0"
+    begun = f"{made.id}: 1 of 4 stretches (seed 3), in 2 processes; the run was trained in one process"
+    assert err.splitlines()[0] == begun
     assert err.splitlines()[1].startswith(f"[1/1] epoch 1 -> 2: {outcome}")
     if outcome == "damaged":
         assert "would take" not in out
     else:
         assert out.splitlines()[-1] == "all 4 would take about 8 s here (seed 3)"
+    assert "would take" not in typed(str(made.root), "--segments", "4")[1]  # these are all
     found, out, _ = typed(*words, "--json")
     assert found == code
     told = json.loads(out)
