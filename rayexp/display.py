@@ -67,6 +67,11 @@ def counted(number: float, noun: str, plural: str = "") -> str:
     return f"{shown} {noun if number == 1 else plural or noun + 's'}"
 
 
+def with_workers(workers: int) -> str:
+    """`with 2 workers`, or for 0 `in one process`."""
+    return f"with {counted(workers, 'worker')}" if workers else "in one process"
+
+
 def short(sha: str) -> str:
     """The beginning of a hash, as people compare it; JSON and files hold it whole."""
     return sha[:8]

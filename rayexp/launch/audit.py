@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rayexp.config import ExperimentConfig, parse
 from rayexp.config.references import provide
-from rayexp.display import counted
+from rayexp.display import counted, with_workers
 from rayexp.errors import UserError
 from rayexp.launch import local, processes
 from rayexp.launch.job import WorkerJob
@@ -122,7 +122,7 @@ class Audit:
     def sentence(self) -> str:
         """The answer in one line."""
         worst = next((each for each in self.retrained if each.outcome == self.outcome), None)
-        how = _by(self.workers)
+        how = with_workers(self.workers)
         if worst is None or self.outcome == "proven":
             chosen = f"{len(self.retrained)} of {counted(self.stretches, 'stretch', 'stretches')}"
             return f"proven: {chosen} ({100 * self.share:.1f} % of the steps) came to the stored bits {how}"
@@ -149,10 +149,6 @@ class Audit:
                 for each in self.retrained
             ],
         }
-
-
-def _by(workers: int) -> str:
-    return f"with {counted(workers, 'worker')}" if workers else "in one process"
 
 
 def audit(
@@ -194,7 +190,7 @@ def audit(
     _check_data(run, config)
     words = "in this process" if not workers else f"in {counted(workers, 'process', 'processes')}"
     picked = f"{len(chosen)} of {counted(len(there), 'stretch', 'stretches')} (seed {seed})"
-    show(console, f"{run.id}: {picked}, {words}; the run was trained {' and '.join(map(_by, trained_with))}")
+    show(console, f"{run.id}: {picked}, {words}; the run was trained {' and '.join(map(with_workers, trained_with))}")
     done, machine = [], dict[str, None]()
     for number, index in enumerate(chosen, 1):
         found, unlike = _retrain(run, config, there[index], workers, console)
