@@ -200,11 +200,11 @@ def manifest_sha(hashes: Mapping[str, str]) -> str:
 
 
 def _files(entry: str, where: str) -> Iterator[tuple[str, Path]]:
-    parts = Path(entry).parts
-    wild = next((i for i, part in enumerate(parts) if any(sign in part for sign in "*?[")), None)
     path = Path(entry)
-    if wild is not None and not path.exists():
-        root, pattern = Path(*parts[:wild]), "/".join(parts[wild:])
+    # Signs of a pattern are allowed in the names of folders: a folder that is there is itself.
+    root = next((above for above in path.parents if above.exists()), path)
+    pattern = path.relative_to(root).as_posix()
+    if any(sign in pattern for sign in "*?[") and not path.exists():
         yield from ((name, file) for name, file in _below(root, where) if _matches(name, pattern))
     elif path.is_dir():
         prefix = f"{path.name}/" if (path / "__init__.py").exists() else ""
@@ -237,5 +237,5 @@ def _below(root: Path, where: str) -> Iterator[tuple[str, Path]]:
         if seen > MOST_SEEN:
             raise UserError(f"{where}: {root} holds too much to look through; `code: [./a.py]` names what is to travel")
         for name in sorted(names):
-            if not name.startswith(".") and not name.endswith(".pyc"):
+            if not name.startswith(".") and not name.endswith(".pyc") and (here / name).is_file():
                 yield (here / name).relative_to(root).as_posix(), here / name

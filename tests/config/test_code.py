@@ -42,6 +42,23 @@ def test_what_an_entry_stands_for(tree: Path) -> None:
     assert travelling(tree) == everything | {"plain/cnn.py"}
 
 
+@pytest.mark.parametrize("name", ["exp [v2]", "what?", "all * of it", "[ab]"])
+def test_folders_may_have_the_signs_of_a_pattern_in_their_names(tree: Path, name: str) -> None:
+    (tree / "a").mkdir()
+    (tree / "a" / "other.py").touch()
+    (folder := tree / name).mkdir()
+    (folder / "net.py").write_text("class Net: ...")
+    (folder / "mine.yaml").write_text("model: {name: './net.py:Net'}")
+    config = load(folder / "mine.yaml")
+    assert config.model.name == "net.py:Net"
+    assert travelling(*(config.code or ())) == {"net.py"}
+
+
+def test_links_that_lead_nowhere_do_not_travel(tree: Path) -> None:
+    (tree / "plain" / "old.py").symlink_to(tree / "gone.py")
+    assert travelling(tree / "plain") == travelling(f"{tree}/plain/*.py") == {"cnn.py"}
+
+
 def test_what_cannot_travel(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for entry in ("gone.py", "*.txtx", "plain/*.json"):
         with pytest.raises(UserError, match=r"^code: .*: no such file or folder, or nothing in it$"):
