@@ -24,7 +24,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, PydanticSchemaGenerationError, ValidationError, create_model
 
-from rayexp.config.code import code_sha, read_code, sources
+from rayexp.config.code import FOLDER, code_sha, read_code, sources
 from rayexp.config.components import GROUPS, entry_points, is_file, is_reference, parts_of
 from rayexp.config.fields import explain
 from rayexp.errors import UserError, nearest
@@ -158,7 +158,7 @@ def load_component(key: str, name: str, code: Sequence[str] | None = None) -> An
         raise UserError(
             f"{key}: {name}: there is no module {error.name!r}, neither installed nor beside the configuration"
         ) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script that ends itself ends nothing here
         raise UserError(f"{key}: {name} cannot be imported ({failure(error, code)})") from error
     found: Any = module
     for part in inner.split("."):
@@ -223,7 +223,7 @@ def failure(error: BaseException, code: Sequence[str] | None = None) -> str:
 
 
 def _original(path: Path, code: Sequence[str] | None) -> Path:
-    """The user's own file of which `path` is the copy, where it is still there."""
+    """The user's own file of which `path` is the copy, where it is still there; else as it travels."""
     if _IN_USE.root is None or not path.is_relative_to(_IN_USE.root):
         return path
     name = path.relative_to(_IN_USE.root).as_posix()
@@ -231,7 +231,9 @@ def _original(path: Path, code: Sequence[str] | None) -> Path:
         found = sources(code or ()).get(name, path)
     except UserError:
         found = path
-    return Path(name) if found.is_relative_to(_IN_USE.root) else found
+    # A run's copy goes with the run, where that has not begun.
+    copies = [Path(entry) for entry in code or () if Path(entry).name == FOLDER]
+    return Path(name) if any(found.is_relative_to(where) for where in (_IN_USE.root, *copies)) else found
 
 
 def source_sha(component: Any, code: Sequence[str] | None) -> str:
@@ -353,5 +355,5 @@ def call(key: str, name: str, component: Any, arguments: Mapping[str, Any], code
         return component(**arguments)
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"{key}: {name} cannot be made ({failure(error, code)})") from error

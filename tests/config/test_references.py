@@ -11,7 +11,7 @@ import pytest
 from pydantic import BaseModel, Field
 
 from rayexp.config import components, references
-from rayexp.config.references import arguments, failure, imported, load_component, provide, source_sha, use
+from rayexp.config.references import arguments, call, failure, imported, load_component, provide, source_sha, use
 from rayexp.errors import UserError
 
 Write = Callable[..., tuple[str, ...]]
@@ -129,6 +129,7 @@ def test_what_was_edited_after_the_copy_changes_nothing_and_a_damaged_copy_is_ma
             r"cannot be imported \(line 3 of .*code0/net.py: ZeroDivisionError: division by zero\)",
         ),
         ("\ndef f(:", "net.py:x", r"cannot be imported \(line 2 of .*code0/net.py: SyntaxError: "),
+        ("\nraise SystemExit(2)", "net.py:x", r"cannot be imported \(line 2 of .*code0/net.py: SystemExit: 2\)$"),
         ("", "gone.py:x", r"gone.py does not travel with the run"),
         ("", "net.gone:x", r"there is no module 'net.gone'"),
         ("import gone", "net:x", r"cannot be imported \(line 1 of .*net.py: ModuleNotFoundError"),
@@ -142,6 +143,20 @@ def test_what_cannot_be_opened_is_told_in_a_line(write: Write, text: str, name: 
 def test_a_file_without_code() -> None:
     with pytest.raises(UserError, match=r"^model.name: net.py:Net: no code travels with this configuration"):
         load_component("model.name", "net.py:Net")
+
+
+def test_a_component_that_ends_the_process_ends_nothing(write: Write) -> None:
+    code = write(net="import sys\ndef net(): sys.exit('no weights')")
+    component = load_component("model.name", "net.py:net", code)
+    with pytest.raises(UserError, match=r"net.py:net cannot be made \(line 2 of .*net.py: SystemExit: no weights\)$"):
+        call("model.name", "net.py:net", component, {}, code)
+
+
+def test_an_error_in_a_runs_copy_names_the_file_as_it_travels(write: Write, tmp_path: Path) -> None:
+    """The copy is removed with a run that does not begin."""
+    Path(write(net="\n1 / 0")[0]).rename(copy := tmp_path / "code")
+    with pytest.raises(UserError, match=r"cannot be imported \(line 2 of net.py: ZeroDivisionError"):
+        load_component("model.name", "net.py:net", (str(copy),))
 
 
 def test_an_error_outside_of_the_users_code_names_no_line(write: Write) -> None:
