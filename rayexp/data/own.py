@@ -16,7 +16,7 @@ import functools
 import hashlib
 import json
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -170,17 +170,17 @@ def make_plan(recipe: Recipe, key: str = "") -> OwnPlan:
 
 def _labels(recipe: Recipe, split: str, dataset: Any) -> list[int]:
     """The labels of a split: its `targets`, or what its samples say."""
-    try:
-        count = len(dataset)
-    except TypeError:
+    if not (hasattr(type(dataset), "__len__") and hasattr(type(dataset), "__getitem__")):
         raise UserError(
             f"data.name: {recipe.name} gives a {type(dataset).__name__} for split={split!r}; expected a dataset with "
             "__len__ and __getitem__"
-        ) from None
+        )
+    count = _asked(recipe, split, "__len__", lambda: len(dataset))
     if not count:
         raise UserError(f"data.name: {recipe.name} has no samples for split={split!r}")
     _check_repeats(recipe, split, dataset)
-    if (targets := getattr(dataset, "targets", None)) is not None:
+    targets = _asked(recipe, split, "targets", lambda: getattr(dataset, "targets", None))
+    if targets is not None:
         labels = [_label(recipe, split, i, value) for i, value in enumerate(targets)]
         if len(labels) != count:
             raise UserError(f"data.name: {recipe.name} has {len(labels)} targets and {count} samples ({split})")
@@ -189,6 +189,15 @@ def _labels(recipe: Recipe, split: str, dataset: Any) -> list[int]:
     calls = [[text, split, start, min(count, start + CHUNK)] for start in range(0, count, CHUNK)]
     found = pool.ordered("rayexp.data.own:labels", iter(calls), min(pool.cores(), len(calls)))
     return [int(label) for part in found for label in np.frombuffer(part, np.int64)]
+
+
+def _asked(recipe: Recipe, split: str, what: str, ask: Callable[[], Any]) -> Any:
+    """What a dataset says of itself (UserError where its code fails)."""
+    try:
+        return ask()
+    except (Exception, SystemExit) as error:
+        why = failure(error, recipe.code)
+        raise UserError(f"data.name: {recipe.name}: {what} of split={split!r} fails ({why})") from error
 
 
 def _check_repeats(recipe: Recipe, split: str, dataset: Any) -> None:
@@ -204,10 +213,15 @@ def _check_repeats(recipe: Recipe, split: str, dataset: Any) -> None:
 def _classes(recipe: Recipe, dataset: Any, labels: Mapping[str, list[int]]) -> tuple[tuple[str, str], ...]:
     """(id, name) of each class, by the dataset's `classes`, else the labels' numbers."""
     most = max(max(of) for of in labels.values()) + 1
-    given = getattr(dataset, "classes", None)
+    given = _asked(recipe, "train", "classes", lambda: getattr(dataset, "classes", None))
     if given is None:
+        if most > max(2, sum(map(len, labels.values()))):
+            raise UserError(
+                f"data.name: {recipe.name} has labels up to {most - 1}, more than samples; labels count from 0, and "
+                "`classes` names those without a sample"
+            )
         return tuple((str(i), str(i)) for i in range(max(2, most)))
-    names = [(str(one), str(one)) if isinstance(one, str) else tuple(map(str, one)) for one in given]
+    names = [tuple(map(str, one)) if isinstance(one, tuple | list) else (str(one), str(one)) for one in given]
     if len(names) < most or len(names) < 2 or any(len(one) != 2 for one in names):
         raise UserError(f"data.name: {recipe.name} has {len(names)} classes, and labels up to {most - 1}")
     return tuple((one[0], one[1]) for one in names)
@@ -244,7 +258,7 @@ def _made(recipe: str, split: str) -> tuple[Recipe, Any]:
 def _sample(recipe: Recipe, split: str, dataset: Any, number: int) -> tuple[Any, Any]:
     try:
         image, label = dataset[number]
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         why = failure(error, recipe.code)
         raise UserError(
             f"data.name: {recipe.name}: sample {number} of {split} cannot be read as (image, label) ({why})"
@@ -257,7 +271,7 @@ def _label(recipe: Recipe, split: str, number: int, value: Any) -> int:
         label = operator.index(value)
     except TypeError:
         label = -1
-    if label < 0:
+    if not 0 <= label < 2**31:
         raise UserError(
             f"data.name: {recipe.name}: sample {number} of {split} has the label {value!r}; expected a number from 0"
         )
@@ -270,7 +284,7 @@ def _picture(recipe: Recipe, split: str, number: int, image: Any) -> Image.Image
         if not isinstance(image, Image.Image):
             image = Image.fromarray(_bytes(image))
         return eight_bits(image).convert("RGB")
-    except (ValueError, TypeError) as error:
+    except Exception as error:  # Pillow reads a file now, and each of its formats has errors of its own
         raise UserError(f"data.name: {recipe.name}: sample {number} of {split} is no image ({error})") from error
 
 

@@ -163,6 +163,11 @@ def test_targets_save_asking_for_every_label(opened: Open, targets: str, monkeyp
         (('("a", "b")', '("a", "b")\n    targets = (0, 1)'), r"has 2 targets and 6 samples \(train\)"),
         (('("a", "b")', '("a", "b")\n    targets = property(lambda s: [1] * s.n)'), r"has the label 0, its targets"),
         (("(8, 12)", "(8,)"), r"sample 0 of train is no image \(shape"),
+        (("return np.full", "raise SystemExit(3); return np.full"), r"sample 0 of train cannot .*SystemExit: 3"),
+        (("return self.n", "raise OSError('gone')"), r"__len__ of split='train' fails \(line 7 of .*OSError: gone\)$"),
+        (('("a", "b")', '("a", "b")\n    targets = property(lambda s: 1 / 0)'), r"targets of split='train' fails \("),
+        (("classes = (\"a\", \"b\")", "classes = property(lambda s: 1 / 0)"), r"classes of split='train' fails \("),
+        ((", i % 2", ", 10**30"), r"has the label 10+; expected a number from 0"),
     ],
 )  # fmt: skip
 def test_mistakes_are_told_in_a_line_and_nothing_is_left(
@@ -173,6 +178,31 @@ def test_mistakes_are_told_in_a_line_and_nothing_is_left(
         opened(HEAD.replace(*change))
     folders = tmp_path / "cache" / "folders"
     assert not folders.exists() or not any(folders.iterdir())
+
+
+def test_labels_without_names_are_bounded_by_the_samples(opened: Open) -> None:
+    nameless = HEAD.replace('classes = ("a", "b")', "")
+    assert opened(nameless).classes == (("0", "0"), ("1", "1"))
+    assert len(opened(nameless.replace("i % 2", "i + 2")).classes) == 8
+    with pytest.raises(UserError, match=r"^data.name: data.py:D has labels up to 8, more than samples; labels count"):
+        opened(nameless.replace("i % 2", "i + 3"))
+
+
+def test_classes_may_be_numbers(opened: Open) -> None:
+    assert opened(HEAD.replace('("a", "b")', "[7, 9]")).classes == (("7", "7"), ("9", "9"))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_file_that_is_cut_short_is_named(opened: Open, tmp_path: Path, first: bool) -> None:
+    """Pillow opens it, and fails when it is read: in a helper process, unless it is the first sample."""
+    Image.effect_noise((90, 90), 90).save(whole := tmp_path / "whole.jpg")
+    (cut := tmp_path / "cut.jpg").write_bytes(whole.read_bytes()[:900])
+    text = "from PIL import Image\n" + HEAD.replace(
+        "return np.full((8, 12), 10 * i, np.uint8)",
+        f"return Image.open({str(cut)!r} if i == {0 if first else 3} else {str(whole)!r})",
+    )
+    with pytest.raises(UserError, match=rf"^data.name: data.py:D: sample {0 if first else 3} of train is no image \("):
+        opened(text)
 
 
 def test_wrong_options_are_named(opened: Open) -> None:
