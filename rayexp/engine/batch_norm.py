@@ -105,7 +105,7 @@ def _formula(norm: BatchNorm, draws: Draws) -> Any:
     one_by_one = _forward(norm, draws)
 
     def forward(x: Tensor) -> Tensor:
-        shards, each = len(draws.sizes), draws.sizes[0]
+        shards, each = len(draws.sizes), draws.rows(len(x))[0]
         if len(set(draws.sizes)) > 1:
             unequal: Tensor = one_by_one(x)
             return unequal
@@ -138,7 +138,7 @@ def _forward(norm: BatchNorm, draws: Draws) -> Any:
             sums = mean, variance
         weight = norm.weight if norm.affine else torch.ones_like(sums[0])  # type: ignore[arg-type]
         bias = norm.bias if norm.affine else torch.zeros_like(sums[0])  # type: ignore[arg-type]
-        out: Tensor = _PerShard.apply(x, weight, bias, draws.sizes, norm.eps, sums)
+        out: Tensor = _PerShard.apply(x, weight, bias, draws.rows(len(x)), norm.eps, sums)
         return out
 
     return forward
@@ -151,7 +151,7 @@ def _one_by_one(norm: BatchNorm, draws: Draws) -> Any:
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         sums = norm.running_mean, norm.running_var
         parts, statistics = [], []
-        for part in torch.split(x, list(draws.sizes)):
+        for part in torch.split(x, draws.rows(len(x))):
             if sums[0] is not None and sums[1] is not None:
                 norm.running_mean, norm.running_var = torch.zeros_like(sums[0]), torch.zeros_like(sums[1])
             parts.append(own(part, *args, **kwargs))

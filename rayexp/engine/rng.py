@@ -31,6 +31,18 @@ class Draws:
         """Begin a pass over shards of these sizes (samples), which draw from these generators."""
         self.generators, self.sizes = tuple(generators), tuple(sizes)
 
+    def rows(self, count: int) -> list[int]:
+        """How many of `count` rows of an activation belong to each shard: samples may be folded with time, patches or
+        heads, the samples outermost.
+
+        Raises:
+            RuntimeError: they are no multiple of the samples.
+        """
+        samples = sum(self.sizes)
+        if samples == 0 or count % samples:
+            raise RuntimeError("a layer ran outside a training pass, or on another batch than announced")
+        return [size * (count // samples) for size in self.sizes]
+
     def bernoulli(self, like: Tensor, keep: float, dim: int, shape: Sequence[int] | None = None) -> Tensor:
         """Draw a mask of zeros and ones in `like`'s dtype; each shard's slice along `dim` comes from its generator.
 
@@ -40,13 +52,9 @@ class Draws:
             dim: the dimension along which samples lie.
             shape: the mask's shape where it is smaller than `like` (broadcast), with the same size along `dim`.
         """
-        shape = list(like.shape if shape is None else shape)
-        if sum(self.sizes) == 0 or shape[dim] % sum(self.sizes):
-            raise RuntimeError("a random layer ran outside a training pass, or on another batch than announced")
-        times = shape[dim] // sum(self.sizes)  # samples may be folded with time or heads
-        parts = []
-        for generator, size in zip(self.generators, self.sizes, strict=True):
-            shape[dim] = size * times
+        shape, parts = list(like.shape if shape is None else shape), []
+        for generator, rows in zip(self.generators, self.rows(shape[dim]), strict=True):
+            shape[dim] = rows
             parts.append(torch.empty(shape, dtype=like.dtype, device=like.device).bernoulli_(keep, generator=generator))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
@@ -100,7 +108,7 @@ class StochasticDepth(nn.Module):
         shape = [x.shape[0]] + [1] * (x.ndim - 1)
         mask = self.draws.bernoulli(x, 1 - self.p, 0, shape)
         if self.mode == "batch":
-            firsts = [part[:1].expand_as(part) for part in torch.split(mask, list(self.draws.sizes))]
+            firsts = [part[:1].expand_as(part) for part in torch.split(mask, self.draws.rows(len(mask)))]
             mask = torch.cat(firsts)
         return x * mask / max(1 - self.p, 1e-12)
 

@@ -93,3 +93,25 @@ def test_the_layout_stays_and_statistics_are_float32(dtype: torch.dtype) -> None
     per_shard(model, draws)
     draws.begin([], [2] * 4)
     torch.testing.assert_close(out, model(x), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("way", ["by shard", "formula", "subclass"])
+def test_samples_may_be_folded_with_patches(way: str) -> None:
+    """Three rows a sample, the sample outermost: a shard of two samples has six."""
+
+    class Own(nn.BatchNorm1d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)
+
+    norm = norm_of(Own if way == "subclass" else nn.BatchNorm1d, True)
+    plain, draws = copy.deepcopy(norm), Draws()
+    x = (
+        torch.randn(12, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        * torch.arange(1, 13)[:, None]
+    )
+    per_shard(model := nn.Sequential(norm), draws, compiled=way == "formula")
+    draws.begin([], [2, 2])
+    torch.testing.assert_close(model(x), torch.cat([plain(part) for part in x.split(6)]), rtol=1e-4, atol=1e-6)
+    draws.begin([], [5])
+    with pytest.raises(RuntimeError, match="on another batch than announced"):
+        model(x)

@@ -112,7 +112,7 @@ def test_stochastic_depth_is_torchvision_s_where_nothing_is_drawn(mode: str) -> 
 
 def test_a_pass_that_was_not_announced_is_noticed() -> None:
     module = Dropout(0.5).train()
-    with pytest.raises(RuntimeError, match="random layer"):
+    with pytest.raises(RuntimeError, match="outside a training pass"):
         module(torch.ones(10, 2))
     module.draws.begin(seeded([1], CPU), [4])
     with pytest.raises(RuntimeError, match="another batch"):

@@ -31,6 +31,7 @@ TOLERANCE = {torch.float64: 1e-4, torch.float32: 5e-2}
 batch enters is tens of per cent."""
 NOISE = 0.02
 """Standard deviation of what is added to every weight: one that begins at zero would hide what comes before it."""
+COPIED = "no lambda or hook that refers to the module: they are not copied with it"
 
 
 @dataclass(frozen=True)
@@ -134,17 +135,19 @@ def copied(setting: Setting, states: GlobalStates) -> tuple[list[Breach], bool]:
         raise
     if wrong := _output(found.watch.output, setting):
         return [wrong], False
-    if all(gradient is None for gradient in found.gradients.values()):
-        what = "no gradient reaches any parameter"
-        return [Breach("model", "", what, "a loss that follows from them", "always")], False
-    breaches = list(_rerun(found.watch, plain.keyed, replica))
     first = source.go(SHARDS[:1], calls.exact, states)
+    if all(gradient is None for gradient in found.gradients.values()):
+        what, way = "no gradient reaches any parameter", "a loss that follows from them"
+        if any(gradient is not None for gradient in first.gradients.values()):
+            what = "a copy uses none of its parameters, since something in it holds the original's"
+            way = COPIED
+        return [Breach("model", "", what, way, "always")], False
+    breaches = list(_rerun(found.watch, plain.keyed, replica))
     for name, gradient in found.gradients.items():
         expected = first.gradients[name]
         if gradient is None and expected is not None:
             what = f"a copy does not use its parameter {name}, since something in it holds the original's"
-            way = "no lambda or hook that refers to the module: they are not copied with it"
-            breaches.append(Breach("model", name, what, way, "always"))
+            breaches.append(Breach("model", name, what, COPIED, "always"))
         elif gradient is None:
             what = f"the parameter {name} gets no gradient: it stays what it is, but for weight decay"
             breaches.append(Breach("model", name, what, "requires_grad False, where nothing should change it", "note"))

@@ -46,8 +46,8 @@ def unlike_builds(one: nn.Module, other: nn.Module) -> list[Breach]:
 
 def _wrappers(model: nn.Module) -> Iterator[Breach]:
     for name, module in model.named_modules():
-        if (found := WRAPPERS.get(type(module).__name__)) is not None:
-            why, key = found
+        if kinds := [kind.__name__ for kind in type(module).__mro__ if kind.__name__ in WRAPPERS]:
+            why, key = WRAPPERS[kinds[0]]
             yield Breach(
                 "model", name, f"{named(name, module)} {why}", f"the module in it, and the key {key}", "always"
             )

@@ -120,10 +120,10 @@ def keep_gradients_apart(model: nn.Module, draws: Draws) -> None:
 def _conv(module: nn.Conv2d, draws: Draws, x: Tensor) -> Tensor:
     taps.count_use(module.weight)
     options = module.stride, module.padding, module.dilation, module.groups
-    out: Tensor = _Conv.apply(x, module.weight, module.bias, options, draws.sizes)
+    out: Tensor = _Conv.apply(x, module.weight, module.bias, options, draws.rows(len(x)))
     return out
 
 
 def _linear(module: nn.Linear, draws: Draws, x: Tensor) -> Tensor:
-    out: Tensor = _Linear.apply(x, module.weight, module.bias, draws.sizes)
+    out: Tensor = _Linear.apply(x, module.weight, module.bias, draws.rows(len(x)))
     return out

@@ -141,7 +141,7 @@ class SmallMapConvolution:
             return self.otherwise(x)
         self.sizes.add(size)
         matrices = self.kept[size] if size in self.kept else self._matrices(size)
-        sizes = (len(x),) if self.draws is None else self.draws.sizes
+        sizes = (len(x),) if self.draws is None else self.draws.rows(len(x))
         out: Tensor = _SmallMap.apply(x, weight, self.stride, views(size, self.stride), matrices, sizes)
         return out
 

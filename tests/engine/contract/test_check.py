@@ -125,6 +125,20 @@ class Remembering(nn.Module):
         return x * self.ones.setdefault(x.shape[1], torch.ones(x.shape[1], dtype=x.dtype))
 
 
+class Patches(nn.Module):
+    """Every patch goes through the same layers as a sample of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.each = nn.Sequential(nn.Conv2d(3, 8, 8, stride=8), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.2))
+        self.norm, self.head = nn.BatchNorm1d(8), nn.Linear(8, 20)
+
+    def forward(self, x: Tensor) -> Tensor:
+        patches = x.unfold(2, 16, 16).unfold(3, 16, 16).permute(0, 2, 3, 1, 4, 5).flatten(0, 2)  # [samples * 4, ...]
+        features = self.norm(self.each(patches).mean((2, 3)))
+        return self.head(features).unflatten(0, (len(x), -1)).mean(1)
+
+
 def kept() -> dict[str, Make]:
     return {
         "plain": Net,
@@ -138,6 +152,7 @@ def kept() -> dict[str, Make]:
         "in float32 only": lambda: Net(layer(lambda s, x: x @ torch.eye(8))()),
         "not finite when moved": lambda: Net(layer(lambda s, x: x * s.root.sqrt(), root=zero_parameter)()),
         "zero at the start": lambda: zeroed(Net(nn.Linear(8, 8))),
+        "patches as samples": Patches,
     }
 
 
@@ -318,6 +333,21 @@ class DataParallel(nn.Module):  # by its name
         return self.module(x)
 
 
+class Wrapped(DataParallel):
+    pass
+
+
+class Held(Net):
+    """A lambda that refers to the module computes everything."""
+
+    def __init__(self) -> None:
+        super().__init__(norm=nn.GroupNorm(2, 8))
+        self.work = lambda x: Net.forward(self, x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.work(x)
+
+
 class Tupled(Net):
     def forward(self, x: Tensor) -> Any:
         return super().forward(x), x
@@ -421,6 +451,11 @@ REFUSED: dict[str, tuple[Make, str]] = {
     "a lazy layer": (lambda: Net(nn.LazyLinear(8)), r"middle \(LazyLinear\) does not know its size before"),
     "a compiled layer": (lambda: Net(torch.compile(nn.Linear(8, 8))), r"middle \(OptimizedModule\) is compiled"),
     "a wrapper": (DataParallel, r"the model \(DataParallel\) cuts the batch once more"),
+    "a child of a wrapper": (Wrapped, r"the model \(Wrapped\) cuts the batch once more"),
+    "a lambda for everything": (
+        Held,
+        r"a copy uses none of its parameters, since something in it holds the original's",
+    ),
     "no copy": (fresh(lambda s, x: x, gen=threading.Lock), r"middle\.1 \(Layer\) cannot be copied, because .* gen "),
     "dropout of maps": (lambda: Net(nn.Dropout1d()), r"middle \(Dropout1d\) has no form with draws per shard"),
     "dropout, run again": (lambda: Net(Rerun(nn.Dropout(0.3))), r"middle\.layer\.1 \(Dropout\) runs again in the back"),
