@@ -70,7 +70,7 @@ class Progress:
             self.acc1.update(100 * float(hits[:, 0].mean()), n)
             self.acc5.update(100 * float(hits.any(1).mean()), n)
             meters += [str(self.acc1), str(self.acc5)]
-        else:
+        elif "offset" in part:  # of words; other losses are no logarithms of probabilities
             meters.append(f"ppl {_perplexity(self.loss.last)} ({_perplexity(self.loss.mean)})")
         if batch % self.every == 0:
             digits = len(str(self.batches))
@@ -87,8 +87,10 @@ class Progress:
 
 
 def summary(metrics: Mapping[str, float]) -> str:
-    """` * Acc@1 48.730 Acc@5 75.300`, or ` * ppl 112.345 test_ppl 108.111`."""
+    """` * Acc@1 48.730 Acc@5 75.300`, or ` * ppl 112.345 test_ppl 108.111`; all metrics of one's own."""
     names = {"acc1": "Acc@1", "acc5": "Acc@5", "ppl": "ppl", "test_ppl": "test_ppl"}
+    if names.keys().isdisjoint(metrics):
+        names = {name: name for name in metrics}
     return " ".join([" *", *(f"{names[name]} {figure(metrics[name], '.3f')}" for name in names if name in metrics)])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rayexp.cli._progress import Progress
+from rayexp.cli._progress import Progress, summary
 
 
 def lines(capsys: pytest.CaptureFixture[str], width: int | None) -> list[str]:
@@ -37,3 +37,19 @@ def test_a_terminal_gets_one_line_a_batch(capsys: pytest.CaptureFixture[str], wi
         assert len(line) <= width
         assert "\t" not in line
         assert [name for name in ("Test:", "Time", "Loss", "Acc@1", "Acc@5") if name in line] == names
+
+
+def test_a_loss_has_a_perplexity_only_where_it_is_of_words(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress(1)
+    progress.begin(2)
+    progress.seen(0, {"loss": np.ones(4), "index": np.arange(4)})
+    progress.seen(1, {"loss": np.ones(4), "offset": np.arange(4)})
+    regression, words = capsys.readouterr().out.splitlines()
+    assert "ppl" not in regression
+    assert "ppl     2.72" in words
+
+
+def test_the_last_line_has_the_metrics_of_any_workload() -> None:
+    assert summary({"val_loss": 1.0, "acc1": 48.73, "acc5": 75.3}) == " * Acc@1 48.730 Acc@5 75.300"
+    assert summary({"val_loss": 4.0, "ppl": 54.598}) == " * ppl 54.598"
+    assert summary({"val_loss": 0.5, "rmse": 0.7071}) == " * val_loss 0.500 rmse 0.707"
