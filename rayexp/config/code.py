@@ -50,6 +50,8 @@ def anchor(tree: dict[str, Any], folder: Path, keys: Sequence[str] | None = None
         asked = keys is None or dotted in keys or section in keys
         if asked and isinstance(held, dict) and isinstance(held.get(key), str) and is_reference(held[key]):
             held[key] = _anchored(held[key], folder)
+        if asked and section and isinstance(tree.get(dotted), str) and is_reference(tree[dotted]):  # of a grid
+            tree[dotted] = _anchored(tree[dotted], folder)
     if isinstance(tree.get("code"), list | tuple) and (keys is None or "code" in keys):
         tree["code"] = [str(folder.absolute() / Path(str(entry)).expanduser()) for entry in tree["code"]]
 

@@ -79,11 +79,15 @@ def _read(path: Path | str, overrides: Sequence[str], kind: type[ConfigT]) -> Co
     _refuse_other_kind(tree, kind, str(path))
     if kind is ExperimentConfig:
         code.anchor(tree, Path(path).parent)
+    elif isinstance(tree.get("overrides"), dict):
+        code.anchor(tree["overrides"], Path(path).parent)
     for override in overrides:
         yaml_tree.set_override(tree, override, kind)
     if kind is ExperimentConfig:
         code.anchor(tree, Path.cwd(), [override.partition("=")[0] for override in overrides])
         code.resolve(tree, Path(path).parent, str(path))
+    elif overrides and isinstance(tree.get("overrides"), dict):
+        code.anchor(tree["overrides"], Path.cwd())
     return parse(tree, kind, str(path))
 
 

@@ -4,6 +4,7 @@
       compare.json   status, the plan, the rows, the environment
       compare.yaml   the resolved grid;  base.yaml  its base experiment: `rayexp compare X/compare.yaml` repeats it
       cells/         an ordinary run directory for every row
+      code/          the user's code, copied at the beginning: all cells run it, whatever is edited meanwhile
 
 compare.json is rewritten whole after every row, so that a killed comparison goes on with what is missing.
 """
@@ -19,7 +20,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rayexp.config import CompareConfig, ExperimentConfig, read, yaml_tree
+from rayexp.config.code import FOLDER, read_code
 from rayexp.errors import UserError
+from rayexp.runs.code import code_faults, hashes_of, keep_code, kept
 from rayexp.runs.run import Run
 from rayexp.system.disk import directories, find_directory, make_directory, now, read_file, write_atomic, write_json
 from rayexp.system.locks import is_locked
@@ -107,17 +110,19 @@ class Comparison:
             fields: more for compare.json: argv, environment.
 
         Raises:
-            UserError: the directory cannot be made.
+            UserError: the directory cannot be made, or code that is to travel is not there.
         """
         storage = config.storage_path.expanduser().resolve()
+        files = read_code(next((cell.config["code"] for cell in cells if cell.config.get("code")), None))
         made = cls(make_directory(storage, config.name))
         made.cells_path.mkdir()
+        code = keep_code(made.root, files)
         tree = {**config.model_dump(mode="json"), "base": "base.yaml", "storage_path": str(storage)}
         write_atomic(made.root / "base.yaml", base.to_yaml())
         write_atomic(made.root / "compare.yaml", yaml_tree.dump(tree))
         plan = [asdict(cell) for cell in cells]
         meta = {"layout": LAYOUT, "id": made.root.name, "name": config.name, "status": "running", "created": now()}
-        write_json(made.meta_path, {**meta, "pid": os.getpid(), **fields, "plan": plan, "rows": []})
+        write_json(made.meta_path, {**meta, "pid": os.getpid(), **code, **fields, "plan": plan, "rows": []})
         return made
 
     @classmethod
@@ -150,6 +155,20 @@ class Comparison:
     def cells_path(self) -> Path:
         """cells/"""
         return self.root / "cells"
+
+    def with_copy(self, config: ExperimentConfig) -> ExperimentConfig:
+        """A cell's configuration with the comparison's copy in the place of the code it was made of; where there is no
+        copy, as it is.
+
+        Raises:
+            UserError: the copy is damaged.
+        """
+        meta = self.meta()
+        if not hashes_of(meta):
+            return config
+        if faults := [f"{FOLDER}/{name}: {why}" for name, why in code_faults(self.root, meta) if why]:
+            raise UserError(f"{self.id}: {faults[0]}")
+        return kept(self.root, config)
 
     def meta(self) -> dict[str, Any]:
         """compare.json.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rayexp.config import CompareConfig, ExperimentConfig, ScaleConfig, find_config, load, parse, refuse_contradictions
+from rayexp.config.code import resolve
 from rayexp.display import counted
 from rayexp.errors import UserError, nearest
 from rayexp.grid.comparison import PLAIN, Cell
@@ -29,8 +30,15 @@ def base_of(config: CompareConfig, folder: Path) -> ExperimentConfig:
     return load(find_config(config.base, folder))
 
 
-def with_overrides(base: ExperimentConfig, overrides: Mapping[str, Any]) -> ExperimentConfig:
+def with_overrides(
+    base: ExperimentConfig, overrides: Mapping[str, Any], folder: Path | None = None
+) -> ExperimentConfig:
     """The base with the grid's overrides on top, nested or with dotted keys (nested ones win).
+
+    Args:
+        base: its references are settled.
+        overrides: references to files in it are absolute.
+        folder: where the grid's file lies; None: nowhere.
 
     Raises:
         UserError: a key is unknown, is part of the grid, or is not for this data, or its value is not allowed.
@@ -46,6 +54,7 @@ def with_overrides(base: ExperimentConfig, overrides: Mapping[str, Any]) -> Expe
                 inner[key] = {}
             inner = inner[key]
         inner[keys[-1]] = value
+    resolve(tree, folder or Path.cwd(), "overrides")
     experiment = parse(tree, ExperimentConfig, "overrides")
     refuse_contradictions(experiment, "overrides")
     return experiment

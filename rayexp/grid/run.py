@@ -61,7 +61,7 @@ def planned(config: CompareConfig, folder: Path, address: str | None = None) -> 
         UserError: grid, base or overrides are wrong, or there is no Ray at that address.
     """
     base = base_of(config, folder).absolute()
-    changed = starting.resolved(with_overrides(base, config.overrides).absolute())
+    changed = starting.resolved(with_overrides(base, config.overrides, folder).absolute())
     return base, list(plan(config, changed, machines(address)))
 
 
@@ -264,7 +264,9 @@ def measure(comparison: Comparison, cell: Cell, repeat: int) -> CellResult:
     try:
         # A worker that is replaced would be timed with its restart, so a lost worker fails the cell.
         # A comparison of before this key had one thread a shard.
-        config = parse({"threads_per_shard": 1, **cell.config, **fields}, ExperimentConfig, cell.id)
+        config = comparison.with_copy(
+            parse({"threads_per_shard": 1, **cell.config, **fields}, ExperimentConfig, cell.id)
+        )
         argv = [*comparison.meta()["argv"], f"# {cell.id}, repeat {repeat}"]
         if cell.reduction == PLAIN:
             plain(config, "cuda" if cell.kind == "gpu" else "cpu", argv, began, comparison.id)
