@@ -140,6 +140,16 @@ def test_tf32_needs_a_gpu():
     assert cells["cpu-x1-exact-fp32"].skip is None
 
 
+@pytest.mark.parametrize("model", [{"freeze": ["conv1.*"]}, {"weights": "IMAGENET1K_V1"}])
+def test_the_plain_script_is_skipped_where_it_would_train_something_else(model):
+    cells = by_id(grid_of(cpu(0)), model={"name": "resnet18", **model})
+    assert cells["cpu-plain"].skip == (
+        "the plain script draws all weights and trains all: it has no model.weights and no model.freeze"
+    )
+    assert cells["cpu-inprocess-exact"].skip is None
+    assert by_id(grid_of(cpu(0)))["cpu-plain"].skip is None
+
+
 def test_every_model_has_a_plain_script():
     text = {"workload": "language_model", "data": {"name": "python_docs"}, "batch_size": 16}
     for name in ("lstm", "transformer"):

@@ -113,6 +113,40 @@ def test_workers_without_the_drivers_disk_write_through_its_keeper(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_weights_to_start_from_and_kept_checkpoints_on_workers(
+    tiny: Tiny, ray_here: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, elsewhere: bool
+) -> None:
+    """Also through the writer of a driver whose disk the workers have not."""
+    from rayexp.launch.on_ray import session, supervise
+    from rayexp.runs.manifest import WEIGHTS
+    from rayexp.runs.retention import not_kept
+
+    first = run(tiny(epochs=1), argv=[])
+    file = tmp_path / "first.safetensors"
+    shutil.copy(first.checkpoint(1) / "state.safetensors", file)
+    model = {"name": "lstm", "emsize": 16, "nhid": 16, "nlayers": 1, "dropout": 0.2}
+    changes = {
+        "epochs": 4,
+        "checkpoint": {"keep": 1},
+        "seed": 7,
+        "model": {**model, "weights": str(file), "freeze": ["encoder.*"]},
+    }
+    alone = run(tiny(**changes), argv=[])
+    if elsewhere:
+        monkeypatch.setattr(supervise, "NONCE", "elsewhere")
+        nodes = session.nodes()
+        monkeypatch.setattr(session, "nodes", lambda: [*nodes, *nodes])
+    made = run(tiny(**changes, scaling={"num_workers": 2, "cpus_per_worker": 0.5}), argv=[])
+    assert shas(made) == shas(alone)
+    assert made.epochs() == alone.epochs() != [1, 2, 3, 4]
+    assert not_kept(made) == not_kept(alone)
+    assert (made.root / WEIGHTS).read_bytes() == (alone.root / WEIGHTS).read_bytes()
+    assert made.meta()["weights"] == alone.meta()["weights"]
+    assert made.meta()["frozen"] == alone.meta()["frozen"] > 0
+
+
+@pytest.mark.slow
 def test_mistakes_are_not_tried_again(
     tiny: Tiny, ray_here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rayexp.cli import main
+from rayexp.cluster.collect import collect
+from rayexp.cluster.sources import find
 from rayexp.config import ExperimentConfig, parse
 from rayexp.engine.checkpoint import TENSORS, State, encode
 from rayexp.errors import UserError
@@ -288,3 +293,55 @@ def test_a_checkpoint_that_was_lost_is_not_said_to_be_removed(tmp_path: Path) ->
     shutil.rmtree(run.checkpoint(2))
     with pytest.raises(UserError, match=r"; none is there$"):
         checkpoint_of(run, 2)
+
+
+# ---------------------------------------------------------------------- what others make of such a run
+
+
+def test_a_pruned_run_comes_home_as_it_is(tmp_path: Path) -> None:
+    run = trained(tmp_path / "there", "best", [3.0, 1.0, 2.0])
+    source, name = find(str(run.root), None)
+    got = collect(source, name, tmp_path / "home")
+    assert got.epochs == got.run.epochs() == [2, 3]
+    assert not_kept(got.run) == {1: "best"}
+    assert faults(got.run) == []
+    assert [record.epoch for record in got.run.records()] == [1, 2, 3]
+    assert len(got.run.predictions(1)) == 3
+    with pytest.raises(UserError, match=r"--epochs"):
+        collect(source, name, tmp_path / "again", "1")
+    assert not (tmp_path / "again").exists()
+
+
+def test_the_commands_show_what_a_pruned_run_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = trained(tmp_path, "best", [3.0, 1.0, 2.0])
+
+    def said(*words: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["rayexp", *words, "--runs", str(tmp_path)])
+        with contextlib.suppress(SystemExit):
+            main()
+        return capsys.readouterr().out
+
+    shown = " ".join(said("runs", run.id).split())
+    assert "checkpoints of 2-3 (checkpoint.keep: best)" in shown
+    monkeypatch.setattr(Run, "kind", lambda run: "images")  # the page without a sample of the text
+    said("report", run.id)
+    page = (run.root / "report.html").read_text()
+    assert all(f"{loss:.4g}" in page for loss in (3.0, 1.0, 2.0))
+
+
+def test_a_pruned_run_as_the_library_has_it(tmp_path: Path) -> None:
+    run = trained(tmp_path, "best", [3.0, 1.0, 2.0])
+    assert Run.open(run.id, tmp_path) == Run.open(run.root) == Run.open(f"{run.root}@1") == run
+    assert Run.open(run.id[-4:], tmp_path) == run
+    assert (run.at("best"), run.at("last"), run.at(1)) == tuple(f"{run.root}@{epoch}" for epoch in (2, 3, 1))
+    with pytest.raises(UserError, match=r"@4"):
+        run.at(4)
+    with pytest.raises(UserError, match=r"^no run "):
+        Run.open("none", tmp_path)
+    frame = run.to_pandas()
+    assert list(frame.index) == run.table()["epoch"] == [1, 2, 3]
+    assert list(frame["val_loss"]) == run.table()["val_loss"] == [3.0, 1.0, 2.0]
+    assert list(frame["seconds.total"]) == [1.0] * 3
+    assert made(tmp_path, "all").to_pandas().empty
