@@ -36,7 +36,7 @@ def with_overrides(
     """The base with the grid's overrides on top, nested or with dotted keys (nested ones win).
 
     Args:
-        base: its references are settled.
+        base: its references are resolved.
         overrides: references to files in it are absolute.
         folder: where the grid's file lies; None: nowhere.
 
