@@ -332,5 +332,5 @@ def test_to_an_object_store_and_back(made_run: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize("key", ["storage_path=s3://bucket/runs", "storage_path=gs://bucket"])
 def test_runs_are_not_written_to_an_object_store(tmp_path: Path, key: str) -> None:
     (tmp_path / "x.yaml").write_text("name: x")
-    with pytest.raises(UserError, match=r"storage_path: expected a folder"):
+    with pytest.raises(UserError, match=rf"{key}: expected a folder"):
         load(tmp_path / "x.yaml", [key])

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from rayexp.config import ExperimentConfig, parse
-from rayexp.engine import runtime
+from rayexp.engine import runtime, settings
 from rayexp.engine.cpu import blocked_loss
 from rayexp.engine.optimizer import Optimizer
 from rayexp.engine.runtime import configure
-from rayexp.engine.settings import pin_precision
 from rayexp.engine.trainer import StepDone, Trainer
 
 Open = Callable[[ExperimentConfig], Trainer]
@@ -40,9 +39,8 @@ TRANSFORMER = {"name": "transformer", "emsize": 8, "nhid": 16, "nlayers": 1, "nh
 
 @pytest.fixture(autouse=True)
 def flags() -> Iterator[None]:
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    yield
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+    with settings.kept():
+        yield
 
 
 def config(tree: dict[str, Any], precision: str, **changes: Any) -> ExperimentConfig:
@@ -152,6 +150,6 @@ def test_tf32_is_asked_for_on_gpus_alone(precision: str, device: str, monkeypatc
 def test_tf32_is_allowed_where_it_is_asked_for_and_nowhere_else(tf32: bool) -> None:
     for before in (True, False):
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = before
-        pin_precision(tf32)
+        settings.pin_precision(tf32)
         assert torch.backends.cuda.matmul.allow_tf32 == tf32
         assert torch.backends.cudnn.allow_tf32 == tf32

@@ -11,6 +11,7 @@ import torch
 
 from rayexp.config import ExperimentConfig, parse
 from rayexp.engine import runtime
+from rayexp.engine.settings import kept
 
 CPU = torch.device("cpu")
 
@@ -34,17 +35,12 @@ def users(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     if unlike:
         monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
-    before = settings()
-    torch.utils.deterministic.fill_uninitialized_memory = not unlike  # type: ignore[attr-defined]
-    torch.backends.cudnn.benchmark = torch.backends.cuda.matmul.allow_tf32 = unlike
-    torch.set_num_threads(3 if unlike else 2)
-    torch.use_deterministic_algorithms(unlike, warn_only=unlike)
-    yield settings()
-    torch.utils.deterministic.fill_uninitialized_memory = before["fill"]  # type: ignore[attr-defined]
-    torch.backends.cudnn.benchmark = before["benchmark"]
-    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before["tf32"]
-    torch.set_num_threads(before["threads"])
-    torch.use_deterministic_algorithms(before["deterministic"], warn_only=before["warns only"])
+    with kept():
+        torch.utils.deterministic.fill_uninitialized_memory = not unlike  # type: ignore[attr-defined]
+        torch.backends.cudnn.benchmark = torch.backends.cuda.matmul.allow_tf32 = unlike
+        torch.set_num_threads(3 if unlike else 2)
+        torch.use_deterministic_algorithms(unlike, warn_only=unlike)
+        yield settings()
 
 
 @pytest.mark.parametrize("reduction", ["exact", "ddp"])

@@ -209,7 +209,7 @@ FAMILIES = (
     ],
 )
 def test_torchvisions_models_keep_to_it(name: str) -> None:
-    size = 96 if name == "inception_v3" else 64
+    size = {"inception_v3": 96, "maxvit_t": 224}.get(name, 64)
     tree = {**TREE, "model": {"name": name}, "data": {**TREE["data"], "image_size": size}}
     found = examined(parse(tree, ExperimentConfig, "test"))
     assert list(map(str, found.breaches)) == []
