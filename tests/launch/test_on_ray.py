@@ -202,7 +202,13 @@ def test_workers_of_a_driver_that_has_ended_write_nothing(
     assert workers_pids(made, 0) == []
 
 
-@pytest.mark.parametrize(("how", "why"), [("raise", "OSError: [Errno 28] No space left on device"), ("die", "exit")])
+@pytest.mark.parametrize(
+    ("how", "why"),
+    [
+        ("raise", "OSError: [Errno 28] No space left on device"),
+        pytest.param("die", "exit", marks=pytest.mark.slow),
+    ],
+)
 def test_a_worker_that_cannot_start_names_its_host_and_the_cause(ray_here: None, how: str, why: str) -> None:
     import ray
     from ray.exceptions import RayActorError
