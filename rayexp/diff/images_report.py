@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import csv
 import io
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from rayexp.diff.noise import NoiseComparison
-from rayexp.diff.pair import Checkpoint, config_changes, same_model
+from rayexp.diff.pair_report import PairReport
 from rayexp.diff.statistics import LEVEL, POWER, DropVerdict, verdict
 from rayexp.display import NOT_FINITE, csv_cell, plain
 
@@ -65,7 +64,7 @@ class Move:
 
 
 @dataclass(frozen=True, slots=True)
-class ImagesReport:
+class ImagesReport(PairReport):
     """What changed from A to B. Accuracies, `difference`, `interval` and `detectable` in percent and percentage points.
 
     `table[i][j]` are the images that are in state i of STATES by A and in state j by B; all other counts but
@@ -74,8 +73,6 @@ class ImagesReport:
     of A and of B on those flips, of those that are finite. `equal`: both say the same of every image.
     """
 
-    a: Checkpoint
-    b: Checkpoint
     class_names: tuple[tuple[str, str], ...]
     short: tuple[str, ...]
     n: int
@@ -93,8 +90,6 @@ class ImagesReport:
     classes: tuple[ClassChange, ...]
     moves: tuple[Move, ...]
     flips: tuple[Flip, ...]
-    max_drop: float | None = None
-    noise: NoiseComparison | None = None
 
     @property
     def both_right(self) -> int:
@@ -136,37 +131,15 @@ class ImagesReport:
         return self.broken if kind == "not_finite" else int(getattr(self, kind))
 
     @property
-    def verdict(self) -> str | None:
-        """PASS, FAIL or INCONCLUSIVE against `max_drop`; None where none was asked."""
-        return self.ruling.word if self.ruling else None
-
-    @property
     def ruling(self) -> DropVerdict | None:
         """Against `max_drop` percentage points of top-1; None where none was asked."""
         if self.max_drop is None:
             return None
         return verdict(self.interval, self.max_drop, equal=self.equal, n=self.n, not_finite=self.not_finite)
 
-    @property
-    def same_model(self) -> bool:
-        """Whether both sides have the same weights, bit for bit."""
-        return same_model(self.a, self.b)
-
-    def within(self, max_drop: float | None) -> ImagesReport:
-        """The same report with a verdict."""
-        return replace(self, max_drop=max_drop)
-
-    def beside(self, noise: NoiseComparison | None) -> ImagesReport:
-        """The same report with what a reseed changes."""
-        return replace(self, noise=noise)
-
     def words(self, label: int | None) -> str:
         """A class's short name, see `short_names`; `not finite` for None."""
         return NOT_FINITE if label is None else self.short[label]
-
-    def to_dict(self) -> dict[str, Any]:
-        """What `--json` prints."""
-        return self.to_json()
 
     def to_json(self) -> dict[str, Any]:
         """The keys that scripts may rely on: n, acc1, acc5, churn, gained, lost, mcnemar_p, flips."""
@@ -189,11 +162,8 @@ class ImagesReport:
 
         report = {
             "kind": "images",
-            "a": self.a.to_json(),
-            "b": self.b.to_json(),
-            "same_model": self.same_model,
+            **self.sides(),
             "equal": self.equal,
-            "config_changes": [{"key": k, "a": x, "b": y} for k, x, y in config_changes(self.a, self.b)],
             "n": self.n,
             "acc1": _two(self.acc1),
             "acc5": _two(self.acc5),
@@ -213,10 +183,7 @@ class ImagesReport:
             "both_right": self.both_right,
             "both_wrong": self.both_wrong,
             "states": {a: dict(zip(STATES, row, strict=True)) for a, row in zip(STATES, self.table, strict=True)},
-            "noise": self.noise and self.noise.to_json(),
-            "max_drop": self.max_drop,
-            "verdict": self.verdict,
-            "verdict_reason": self.ruling and self.ruling.why,
+            **self.decision(),
             "confidence": {kind: _two(pair) for kind, pair in self.confidence.items()},
             "classes": [change(c) for c in self.classes],
             "moves": [{"label": name(m.label), "a": name(m.a), "b": name(m.b), "count": m.count} for m in self.moves],

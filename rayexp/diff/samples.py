@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayexp.diff.changes import KINDS, Judgements, default_tolerance, tally, worst_first
-from rayexp.diff.noise import NoiseComparison
-from rayexp.diff.pair import Checkpoint, check, config_changes, equal, same_model
+from rayexp.diff.pair import Checkpoint, check, equal
+from rayexp.diff.pair_report import PairReport
 from rayexp.diff.statistics import LEVEL, DropVerdict, verdict
 from rayexp.display import csv_cell, plain
 from rayexp.errors import UserError
@@ -39,7 +39,7 @@ class SampleFlip:
 
 
 @dataclass(frozen=True, slots=True)
-class SamplesReport:
+class SamplesReport(PairReport):
     """What changed from A to B on n samples.
 
     Attributes:
@@ -57,8 +57,6 @@ class SamplesReport:
         flips: worst first, the LISTED ones that moved most.
     """
 
-    a: Checkpoint
-    b: Checkpoint
     unit: str
     n: int
     loss: tuple[float, float]
@@ -75,23 +73,11 @@ class SamplesReport:
     goal: tuple[str, str]
     names: tuple[str, ...] | None
     flips: tuple[SampleFlip, ...]
-    max_drop: float | None = None
-    noise: NoiseComparison | None = None
 
     @property
     def churn(self) -> int:
         """Samples whose loss moved by more than the tolerance, or that have none."""
         return self.gained + self.lost + self.broken
-
-    @property
-    def same_model(self) -> bool:
-        """Whether both sides have the same weights, bit for bit."""
-        return same_model(self.a, self.b)
-
-    @property
-    def verdict(self) -> str | None:
-        """PASS, FAIL or INCONCLUSIVE against `max_drop`; None where none was asked."""
-        return self.ruling.word if self.ruling else None
 
     @property
     def ruling(self) -> DropVerdict | None:
@@ -121,24 +107,13 @@ class SamplesReport:
                 _values(side, self.goal[0])
         return replace(self, max_drop=max_drop)
 
-    def beside(self, noise: NoiseComparison | None) -> SamplesReport:
-        """The same report with what a reseed changes."""
-        return replace(self, noise=noise)
-
-    def to_dict(self) -> dict[str, Any]:
-        """What `--json` prints."""
-        return self.to_json()
-
     def to_json(self) -> dict[str, Any]:
         """The keys that scripts may rely on: n, loss, churn, gained, lost, wilcoxon_p, flips (the largest 1,000)."""
         report = {
             "kind": "samples",
             "unit": self.unit,
-            "a": self.a.to_json(),
-            "b": self.b.to_json(),
-            "same_model": self.same_model,
+            **self.sides(),
             "equal": self.equal,
-            "config_changes": [{"key": k, "a": x, "b": y} for k, x, y in config_changes(self.a, self.b)],
             "n": self.n,
             "loss": _two(self.loss),
             "metrics": {name: _two(pair) for name, pair in self.metrics.items()},
@@ -152,11 +127,8 @@ class SamplesReport:
             "gained": self.gained,
             "lost": self.lost,
             "not_finite": {**_two(self.not_finite), "either": self.broken},
-            "noise": self.noise and self.noise.to_json(),
             "goal": {"metric": self.goal[0], "better": self.goal[1]},
-            "max_drop": self.max_drop,
-            "verdict": self.verdict,
-            "verdict_reason": self.ruling and self.ruling.why,
+            **self.decision(),
             "flips": [{name: getattr(f, name) for name in f.__slots__} for f in self.flips],
         }
         return dict(plain(report))

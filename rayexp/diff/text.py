@@ -11,7 +11,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from rayexp.diff.changes import KINDS, Judgements, tally, worst_first
 from rayexp.diff.documents import bootstrap, documents, perplexity, sign_flip
-from rayexp.diff.noise import NoiseComparison
-from rayexp.diff.pair import Checkpoint, check, config_changes, equal, same_model
+from rayexp.diff.pair import Checkpoint, check, equal
+from rayexp.diff.pair_report import PairReport
 from rayexp.diff.statistics import LEVEL, DropVerdict, verdict
 from rayexp.display import csv_cell, plain
 from rayexp.errors import UserError
@@ -66,7 +66,7 @@ class DocumentChange:
 
 
 @dataclass(frozen=True, slots=True)
-class TextReport:
+class TextReport(PairReport):
     """What changed from A to B on n tokens.
 
     `ppl` and its intervals are perplexities; `ratio` is ppl(B) / ppl(A) with its interval, which holds 1 if and only if
@@ -75,8 +75,6 @@ class TextReport:
     `broken` those in either. `equal`: both say the same of every token.
     """
 
-    a: Checkpoint
-    b: Checkpoint
     vocabulary: tuple[str, ...]
     n: int
     ppl: tuple[float, float]
@@ -93,23 +91,11 @@ class TextReport:
     equal: bool
     words: tuple[WordChange, ...]
     flips: tuple[TokenFlip, ...]
-    max_drop: float | None = None
-    noise: NoiseComparison | None = None
 
     @property
     def churn(self) -> int:
         """Tokens whose probability more than doubled or halved, or that have none."""
         return self.gained + self.lost + self.broken
-
-    @property
-    def same_model(self) -> bool:
-        """Whether both sides have the same weights, bit for bit."""
-        return same_model(self.a, self.b)
-
-    @property
-    def verdict(self) -> str | None:
-        """PASS, FAIL or INCONCLUSIVE against `max_drop`; None where none was asked."""
-        return self.ruling.word if self.ruling else None
 
     @property
     def ruling(self) -> DropVerdict | None:
@@ -120,28 +106,13 @@ class TextReport:
         better = interval and (100 * (1 - interval[1]), 100 * (1 - interval[0]))
         return verdict(better, self.max_drop, equal=self.equal, n=self.n, not_finite=self.not_finite)
 
-    def within(self, max_drop: float | None) -> TextReport:
-        """The same report with a verdict."""
-        return replace(self, max_drop=max_drop)
-
-    def to_dict(self) -> dict[str, Any]:
-        """What `--json` prints."""
-        return self.to_json()
-
-    def beside(self, noise: NoiseComparison | None) -> TextReport:
-        """The same report with what a reseed changes."""
-        return replace(self, noise=noise)
-
     def to_json(self) -> dict[str, Any]:
         """The keys that scripts may rely on: n, ppl, churn, gained, lost, paired_p, flips (the largest 1,000)."""
         intervals = self.ppl_interval
         report = {
             "kind": "tokens",
-            "a": self.a.to_json(),
-            "b": self.b.to_json(),
-            "same_model": self.same_model,
+            **self.sides(),
             "equal": self.equal,
-            "config_changes": [{"key": k, "a": x, "b": y} for k, x, y in config_changes(self.a, self.b)],
             "n": self.n,
             "ppl": {"a": self.ppl[0], "b": self.ppl[1]},
             "ppl_interval": intervals and {"a": intervals[0], "b": intervals[1]},
@@ -156,10 +127,7 @@ class TextReport:
             "gained": self.gained,
             "lost": self.lost,
             "not_finite": {"a": self.not_finite[0], "b": self.not_finite[1], "either": self.broken},
-            "noise": self.noise and self.noise.to_json(),
-            "max_drop": self.max_drop,
-            "verdict": self.verdict,
-            "verdict_reason": self.ruling and self.ruling.why,
+            **self.decision(),
             "words": [_fields(w) for w in self.words],
             "flips": [_fields(f) for f in self.flips],
         }
