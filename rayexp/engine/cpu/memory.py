@@ -11,8 +11,9 @@ def keep_freed_memory() -> None:
 
     Giving pages to the kernel and faulting them in again costs up to a fifth of a CPU step.
 
-    Blocks of more than 64 MiB are kept in the first arena only. A main thread uses that one; the threads of Ray's
-    workers do because launch.on_ray.session sets MALLOC_ARENA_MAX.
+    Blocks of more than 64 MiB are kept in the first arena only, which a main thread uses; other threads, and so Ray's
+    workers, do with MALLOC_ARENA_MAX=1 in the environment, at the price of waiting for each other where a process has
+    several replicas.
     """
     libc = _glibc()
     if libc is None:

@@ -30,9 +30,6 @@ from rayexp.system.threads import PATIENT
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",
-    # glibc's first arena alone can keep freed blocks of more than 64 MiB, and training runs in a thread of a worker,
-    # which has another: 66,000 page faults and 6 % of a step with 256 images in a pass.
-    "MALLOC_ARENA_MAX": "1",
     **PATIENT,
 }
 

@@ -137,5 +137,5 @@ def test_pages_of_large_blocks_are_kept(thread: str, env: dict[str, str]) -> Non
 @pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="not glibc")
 def test_in_an_arena_of_its_own_a_thread_loses_them() -> None:
-    """Why launch.on_ray.session sets MALLOC_ARENA_MAX; once glibc keeps them here too, that can go."""
+    """The limit that `keep_freed_memory` states; once glibc keeps them here too, that sentence can go."""
     assert int(run(FAULTS, "another", MALLOC_ARENA_MAX="8")) > 10_000
