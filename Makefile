@@ -41,13 +41,13 @@ lint: install
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 
-# What needs no Ray, no browser and no second host, two tests at a time: while one works on the code.
+# What needs no Ray and no second host, two tests at a time: while one works on the code.
 quick: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not (ray or slow or netns or browser or gpu)"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not (ray or slow or netns or gpu)"
 
-# Everything but what is slow. Ray and the browser need the machine for themselves.
+# Everything but what is slow. Ray and a GPU need the machine for themselves.
 test: lint quick
-	$(BIN)/python -m pytest -m "(ray or browser or gpu) and not slow and not netns"
+	$(BIN)/python -m pytest -m "(ray or gpu) and not slow and not netns"
 
 # Real data in length, clusters that grow, die and are resumed, and several hosts (as root, in network namespaces).
 test-slow: install
