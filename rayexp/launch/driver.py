@@ -105,7 +105,6 @@ def run(
     with _driving(made, fresh=resume is None) as driver, stoppable(made) as stopping:
         if resume is not None:
             _reopen(made, config, argv)
-        hand_on(made, config.tracking)
 
         def job(plan: Placement, nodes: int) -> WorkerJob:
             """The job of one attempt."""
@@ -121,6 +120,7 @@ def run(
                 trace=trace,
                 measure_link=parent is not None,
                 timeout_s=TIMEOUT_S,
+                go_on=go_on(made.root),
                 driver=driver.token,
                 nonce=secrets.token_hex(8),
                 nodes=nodes,
@@ -129,6 +129,7 @@ def run(
 
         heard: Listeners | None = None
         try:
+            hand_on(made, config.tracking)
             if weights is not None:
                 weights.keep(made)
             with listening(made, callbacks, stopping.halt) as heard:

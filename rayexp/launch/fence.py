@@ -17,15 +17,19 @@ from rayexp.system.locks import driver_of
 LOOK_S = 0.5  # how often a worker checks for its driver when it only asks whether to stop
 
 
-def end_with_parent() -> None:
-    """End this process soon after its parent ends; otherwise it might wait for other workers for days."""
+def end_with_parent(parent: int) -> None:
+    """End this process soon after its parent ends; otherwise it might wait for other workers for days.
 
-    def watch(parent: int) -> None:
+    Args:
+        parent: the number of the process that has started this one, and that may be gone already.
+    """
+
+    def watch() -> None:
         while os.getppid() == parent:
             time.sleep(LOOK_S)
         os._exit(1)
 
-    threading.Thread(target=watch, args=[os.getppid()], daemon=True).start()
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class Fenced:

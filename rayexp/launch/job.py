@@ -43,6 +43,9 @@ class WorkerJob(BaseModel):
     """Time bare all-reductions before training (`rayexp compare`)."""
     timeout_s: float = 1800.0
     """Seconds that workers that have joined wait for one that says nothing."""
+    go_on: str = ""
+    """The end of a line that says why the run has ended: the command that resumes it, as it can be typed where the
+    driver runs (resuming.go_on). Empty: there is none."""
 
     driver: str = ""
     """On Ray: the driver's hold of the run's lock (locks.Driver.token); once it is let go, workers write no more."""

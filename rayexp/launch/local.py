@@ -7,7 +7,6 @@ import traceback
 from rayexp.errors import RunError, UserError
 from rayexp.launch.job import WorkerJob
 from rayexp.launch.placement import Node
-from rayexp.launch.resuming import go_on
 from rayexp.runs.run import Run
 from rayexp.runs.writer import RunWriter
 from rayexp.system.cores import cores
@@ -37,7 +36,7 @@ def attempt(run: Run, job: WorkerJob) -> str:
         raise
     except OSError as error:
         writer.log(0, traceback.format_exc())
-        raise RunError(error, go_on(run.root)) from error
+        raise RunError(error, job.go_on) from error
     except Exception as error:
         writer.log(0, traceback.format_exc())
         line = " ".join(str(error).split())[:500]

@@ -10,8 +10,9 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from rayexp.errors import RunError
+from rayexp.errors import RunError, UserError
 from rayexp.launch.job import WorkerJob
+from rayexp.launch.worker_fault import find
 from rayexp.system import spawn
 
 # How long the others are waited for once a worker has failed: one that was killed loses its connections before it is
@@ -47,7 +48,7 @@ def start(job: WorkerJob, world: int) -> list[subprocess.Popen[bytes]]:
     """Start the workers; rank r's output goes to logs/rank_<r>.out of the run."""
     (job.run / "logs").mkdir(exist_ok=True)
     path = job.write()
-    address = f"127.0.0.1:{free_port()}"
+    address, me = f"127.0.0.1:{free_port()}", str(os.getpid())
     # Without it gloo looks up this host's name, which need not resolve.
     loopback = {"GLOO_SOCKET_IFNAME": "lo"} if Path("/sys/class/net/lo").exists() else {}
     workers: list[subprocess.Popen[bytes]] = []
@@ -56,7 +57,7 @@ def start(job: WorkerJob, world: int) -> list[subprocess.Popen[bytes]]:
             with (job.run / "logs" / f"rank_{rank}.out").open("ab") as out:
                 workers.append(
                     subprocess.Popen(
-                        spawn.command("rayexp.launch.worker", str(path), str(rank), str(world), address),
+                        spawn.command("rayexp.launch.process_worker", str(path), str(rank), str(world), address, me),
                         stdout=out,
                         stderr=subprocess.STDOUT,
                         env={**os.environ, **loopback},
@@ -74,7 +75,8 @@ def wait(run: Path, workers: list[subprocess.Popen[bytes]]) -> None:
     Whoever was killed is the cause, whichever of those that failed is seen first.
 
     Raises:
-        WorkersFailedError: a worker failed; the line ends with the last line it printed.
+        UserError: a worker raised it, and none was killed.
+        WorkersFailedError: a worker failed; the line ends with its error, or the last line that it printed.
     """
     try:
         while _running(workers) and not _failed(workers):
@@ -88,8 +90,12 @@ def wait(run: Path, workers: list[subprocess.Popen[bytes]]) -> None:
     if codes:
         rank, code = min(codes.items(), key=lambda each: (each[1] != -signal.SIGKILL, each[0]))
         out = run / "logs" / f"rank_{rank}.out"
-        lines = out.read_text(errors="replace").strip().splitlines() or ["no output"]
-        raise WorkersFailedError(f"worker {rank} ended with {code}: {lines[-1]}", f" (see {out})", codes)
+        printed = out.read_text(errors="replace").strip()
+        told = find(printed) if code > 0 else None
+        if isinstance(told, UserError):
+            raise told
+        last = told or (printed.splitlines() or ["no output"])[-1]
+        raise WorkersFailedError(f"worker {rank} ended with {code}: {last}", f" (see {out})", codes)
 
 
 def _end(workers: Sequence[subprocess.Popen[bytes]]) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 from rayexp.cluster.job_context import job_id
-from rayexp.errors import GO_ON
+from rayexp.errors import GO_ON, RunError, Stopped, UserError
 
 RUNS = Path("runs")  # where `--resume` looks without --runs
 
@@ -24,6 +26,20 @@ def go_on(root: Path, command: str = "train") -> str:
     if root.parent.resolve() != RUNS.resolve():
         words += ["--runs", str(here(root.parent))]
     return GO_ON + shlex.join(words)
+
+
+@contextlib.contextmanager
+def without_advice() -> Iterator[None]:
+    """For a run whose directory is thrown away when it ends: its errors say what is wrong, and neither how to go on nor
+    where to read more."""
+    try:
+        yield
+    except Stopped as stopped:
+        raise Stopped(stopped.number) from stopped
+    except UserError as error:
+        raise UserError(error.fault) from error
+    except RunError as error:
+        raise RunError(error.fault) from error
 
 
 def here(path: Path) -> Path:

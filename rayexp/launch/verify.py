@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rayexp.config import ExperimentConfig, parse
 from rayexp.display import counted
-from rayexp.errors import RunError, Stopped, UserError
+from rayexp.errors import RunError, UserError
 from rayexp.launch import processes, starting
 from rayexp.launch.driver import run as train
 from rayexp.launch.job import WorkerJob
 from rayexp.launch.killer import Killer
 from rayexp.launch.local import here
 from rayexp.launch.placement import Placement, with_threads
+from rayexp.launch.resuming import without_advice
 from rayexp.launch.screen import chatter_to
 from rayexp.launch.trial_screen import TrialScreen, worded
 from rayexp.runs.run import Run
@@ -242,19 +243,11 @@ class _Bench:
         threads = config.threads_per_shard or self.threads
         own = {"storage_path": self.folder, "tracking": (), "threads_per_shard": threads}
         config = config.model_copy(update=own)
-        try:
-            with self.screen.trial(name):
-                if workers and self.launcher == "processes":
-                    made = self._processes(config, workers)
-                else:
-                    made = train(config, argv=["verify"], max_steps=self.steps, trace=True, guest=self.guest)
-        # Its directory is thrown away: there is nothing to read in it, and nothing to go on with.
-        except Stopped as stopped:
-            raise Stopped(stopped.number) from stopped
-        except UserError as error:
-            raise UserError(error.fault) from error
-        except RunError as error:
-            raise RunError(error.fault) from error
+        with without_advice(), self.screen.trial(name):
+            if workers and self.launcher == "processes":
+                made = self._processes(config, workers)
+            else:
+                made = train(config, argv=["verify"], max_steps=self.steps, trace=True, guest=self.guest)
         self.threads = made.config().threads_per_shard
         trial = self._read(made, label, workers)
         self.screen.ended(name, trial.weights, len(trial.steps), f"{trial.rate:,.0f} {self.unit}/s")

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import os
 import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +21,7 @@ from rayexp.engine import checkpoint, link, runtime
 from rayexp.engine.checkpoint import FIELDS, TENSORS
 from rayexp.engine.diagnosis import absurd_loss
 from rayexp.engine.fingerprint import differences, fingerprint
-from rayexp.engine.group import WorkerGroup, join
+from rayexp.engine.group import WorkerGroup
 from rayexp.engine.runtime import Runtime
 from rayexp.engine.step import ControlFlags
 from rayexp.engine.trainer import EpochDone, StepDone, Trainer
@@ -32,7 +30,6 @@ from rayexp.errors import RunError, UserError
 from rayexp.launch import starting
 from rayexp.launch.alike import WorkerInfo, everyone, refuse_other_data, unlike, unlike_weights
 from rayexp.launch.contract import before_training
-from rayexp.launch.fence import end_with_parent
 from rayexp.launch.job import WorkerJob
 from rayexp.launch.precision import decided
 from rayexp.launch.readings import DeviceReadings
@@ -371,26 +368,3 @@ class _Worker:
 
     def _log(self, text: str) -> None:
         self.writer.log(self.group.rank, text)
-
-
-def main(argv: list[str]) -> None:
-    """`python -m rayexp.launch.worker JOB.json RANK WORLD HOST:PORT`: one worker of launch.processes."""
-    from rayexp.runs.run import Run
-
-    end_with_parent()
-    job = WorkerJob.read(Path(argv[0]))
-    rank, world = int(argv[1]), int(argv[2])
-    gpus = runtime.gpus() if job.device == "cuda" else 0
-    device = runtime.device(job.device, rank % max(1, gpus))
-    # NCCL refuses two workers on one GPU.
-    backend = "nccl" if 1 < world <= gpus else "gloo"
-    join_group = functools.partial(join, world, rank, argv[3], job.timeout_s, backend, device)
-    work(job, join_group, RunWriter(Run(job.run)), device, world)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # All is written. Ending gloo's threads in the ordinary way aborts now and then when another worker is gone already.
-    os._exit(0)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

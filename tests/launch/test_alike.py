@@ -16,10 +16,12 @@ import torch
 
 from rayexp.config import ExperimentConfig
 from rayexp.engine.runtime import cpu_capability
+from rayexp.errors import UserError
 from rayexp.launch.alike import WorkerInfo, unlike, unlike_weights
 from rayexp.launch.driver import run as train
 from rayexp.launch.job import WorkerJob
 from rayexp.launch.processes import free_port
+from rayexp.launch.worker_fault import find
 from rayexp.runs.run import Run
 
 Tiny = Callable[..., ExperimentConfig]
@@ -69,9 +71,10 @@ class Workers:
         self.run.logs.mkdir(exist_ok=True)
         path = WorkerJob(run=self.run.root, config=config.absolute(), device="cpu", cpus=1, **fields).write()
         address = f"127.0.0.1:{free_port()}"
+        command = (sys.executable, "-m", "rayexp.launch.process_worker")
         self.processes = [
             subprocess.Popen(
-                [sys.executable, "-m", "rayexp.launch.worker", str(path), str(rank), str(len(environments)), address],
+                [*command, str(path), str(rank), str(len(environments)), address, str(os.getpid())],
                 env={**os.environ, "GLOO_SOCKET_IFNAME": "lo", **env},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -125,8 +128,8 @@ def test_exact_refuses_an_avx2_worker_beside_an_avx512_one(tiny: Tiny) -> None:
     ended = workers.end()
     assert all(code != 0 for code, _ in ended)
     # The slower one may fail because the other has ended already.
-    line = next(line for _, line in ended if "UserError: reduction: exact needs workers that compute alike" in line)
-    assert "alike, and rank 1 on " in line
+    line = next(str(found) for _, line in ended if isinstance(found := find(line), UserError))
+    assert line.startswith("reduction: exact needs workers that compute alike, and rank 1 on ")
     assert "device cpu x86_64 AVX2, not cpu x86_64 AVX512 as rank 0 on" in line
     assert line.endswith("allowed here: ddp")
     assert workers.run.records() == []

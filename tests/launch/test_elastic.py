@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from rayexp.config import ExperimentConfig
+from rayexp.launch.audit import audit
 from rayexp.launch.driver import run
 from rayexp.runs.run import Run
 
@@ -58,5 +59,7 @@ def test_an_elastic_run_grows_and_shrinks_with_its_cluster(
     finally:
         cluster.shutdown()
     assert {record.world_size for record in made.records()} == {1, 2}
+    found = audit(made, segments=3)
+    assert (found.trained_with, found.workers, found.outcome) == ((1, 2), 0, "proven")
     alone = run(tiny(epochs=made.records()[-1].epoch), argv=[])
     assert [record.state_sha for record in alone.records()] == [record.state_sha for record in made.records()]

@@ -42,6 +42,7 @@ FULL = WorkerJob(
     trace=True,
     measure_link=True,
     timeout_s=300,
+    go_on="; go on with: rayexp train --resume a",
     driver="token",
     nonce="0123",
     nodes=2,

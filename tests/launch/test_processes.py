@@ -14,9 +14,11 @@ import psutil
 import pytest
 
 from rayexp.config import ExperimentConfig
-from rayexp.launch import processes
+from rayexp.errors import RunError, UserError
+from rayexp.launch import process_worker, processes
 from rayexp.launch.job import WorkerJob
 from rayexp.launch.processes import WorkersFailedError
+from rayexp.launch.worker_fault import WorkerFaultError, find
 from rayexp.runs.run import Run
 from rayexp.system import spawn
 
@@ -88,11 +90,62 @@ def test_the_killed_one_is_waited_for(tmp_path: Path, monkeypatch: pytest.Monkey
         assert str(error).startswith(f"worker {order.index(1)} ended with -9: ")
 
 
-def test_those_that_are_ended_here_were_not_killed(tmp_path: Path) -> None:
+def test_those_that_are_ended_here_were_not_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "SETTLE_S", 0.2)
     error = failed(tmp_path, start(DONE, FAILS, LASTS))
     assert error.codes == {1: 1}
     assert not error.killed
     assert str(error).startswith("worker 1 ended with 1: ")
+
+
+@pytest.mark.parametrize(
+    ("codes", "rank", "expected"),
+    [
+        ([1, None], 0, "data.root: /nowhere: no such folder (see x)"),
+        ([None, 1], 1, "data.root: /nowhere: no such folder (see x)"),
+        ([-9, 1], 1, "worker 0 ended with -9: no output (see {out})"),  # whoever was killed is the reason
+        ([-6, None], 0, "worker 0 ended with -6: "),  # of an earlier attempt, in the same file
+    ],
+)
+def test_the_error_of_a_worker_is_raised_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codes: list[int | None], rank: int, expected: str
+) -> None:
+    monkeypatch.setattr(processes, "SETTLE_S", 0)
+    (tmp_path / "logs").mkdir()
+    for number in range(len(codes)):
+        (tmp_path / "logs" / f"rank_{number}.out").touch()
+    fault = WorkerFaultError.of(UserError("data.root: /nowhere: no such folder", " (see x)"))
+    (tmp_path / "logs" / f"rank_{rank}.out").write_text(f"Traceback\nWorkerFaultError: {fault}\n")
+    with pytest.raises(RunError if expected.startswith("worker") else UserError) as caught:
+        processes.wait(tmp_path, [Ending(code) for code in codes])  # type: ignore[misc]
+    assert str(caught.value).startswith(expected.format(out=tmp_path / "logs" / "rank_0.out"))
+
+
+def test_the_error_of_a_run_is_told_without_the_names_of_classes(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    fault = WorkerFaultError.of(RunError("the loss is not finite"))
+    (tmp_path / "logs" / "rank_0.out").write_text(f"Traceback\nWorkerFaultError: {fault}\n")
+    with pytest.raises(WorkersFailedError, match=r"^worker 0 ended with 1: the loss is not finite \(see "):
+        processes.wait(tmp_path, [Ending(1)])  # type: ignore[list-item]
+
+
+def test_a_worker_tells_its_errors(
+    tmp_path: Path, tiny: Callable[..., ExperimentConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = UserError("data.root: /nowhere: no such folder", " (see x)")
+
+    def work(*args: object) -> None:
+        raise error
+
+    watched: list[int] = []
+    monkeypatch.setattr(process_worker, "end_with_parent", watched.append)
+    monkeypatch.setattr(process_worker, "work", work)
+    config = tiny()
+    job = WorkerJob(run=Run.create(config, argv=[]).root, config=config, device="cpu").write()
+    with pytest.raises(WorkerFaultError) as caught:
+        process_worker.main([str(job), "0", "1", "127.0.0.1:1", "77"])
+    found = find(f"X: {caught.value}")
+    assert (type(found), str(found), watched) == (UserError, str(error), [77])
 
 
 def test_all_well(tmp_path: Path) -> None:
@@ -110,16 +163,12 @@ def test_an_interruption_ends_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert [worker.returncode for worker in workers] == [-9, -9]
 
 
-def test_a_worker_ends_with_its_parent(tmp_path: Path, tiny: Callable[..., ExperimentConfig]) -> None:
-    config = tiny()
-    job = WorkerJob(run=Run.create(config, argv=[]).root, config=config, device="cpu").write()
-    # The other worker is never started, so this one waits.
-    worker = spawn.command("rayexp.launch.worker", str(job), "0", "2", f"127.0.0.1:{processes.free_port()}")
-    code = f"import subprocess\nworker = subprocess.Popen({worker!r})\nprint(worker.pid, flush=True)\nworker.wait()"
+def ended_with_its_parent(code: str, ready: Callable[[psutil.Process], object]) -> None:
+    """Run code that starts a process and prints its number; kill it when that is ready, which must end then."""
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
         left = psutil.Process(int(parent.stdout.readline()))
-        while not left.net_connections():  # it waits for the other
+        while not ready(left):
             assert parent.poll() is None
             time.sleep(0.05)
         parent.kill()
@@ -128,3 +177,29 @@ def test_a_worker_ends_with_its_parent(tmp_path: Path, tiny: Callable[..., Exper
     finally:
         if left.is_running():
             left.kill()
+
+
+def test_a_process_ends_with_its_parent_even_where_that_is_gone_before_it_looks() -> None:
+    waiting = (
+        "import sys, time\nfrom rayexp.launch.fence import end_with_parent\n"
+        "end_with_parent(int(sys.argv[1]))\ntime.sleep(100)"
+    )
+    code = (
+        "import os, subprocess, sys\n"
+        f"child = subprocess.Popen([sys.executable, '-c', {waiting!r}, str(os.getpid())])\n"
+        "print(child.pid, flush=True)\nchild.wait()"
+    )
+    ended_with_its_parent(code, lambda process: True)
+
+
+@pytest.mark.slow  # the two halves: test_a_worker_tells_its_errors and the one above
+def test_a_worker_ends_with_its_parent(tmp_path: Path, tiny: Callable[..., ExperimentConfig]) -> None:
+    config = tiny()
+    job = WorkerJob(run=Run.create(config, argv=[]).root, config=config, device="cpu").write()
+    # The other worker is never started, so this one waits.
+    worker = spawn.command("rayexp.launch.process_worker", str(job), "0", "2", f"127.0.0.1:{processes.free_port()}")
+    code = (
+        f"import os, subprocess\nworker = subprocess.Popen([*{worker!r}, str(os.getpid())])\n"
+        "print(worker.pid, flush=True)\nworker.wait()"
+    )
+    ended_with_its_parent(code, lambda worker: worker.net_connections())  # it waits for the other

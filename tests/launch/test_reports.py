@@ -18,7 +18,7 @@ from rayexp.launch.faults import LostError
 from rayexp.launch.job import WorkerJob
 from rayexp.launch.on_ray import reports
 from rayexp.launch.on_ray.reports import Reports
-from rayexp.launch.on_ray.worker_fault import WorkerFaultError, find
+from rayexp.launch.worker_fault import WorkerFaultError, find
 from rayexp.runs.records import EpochRecord
 
 Tiny = Callable[..., ExperimentConfig]
@@ -178,9 +178,8 @@ def test_an_error_of_a_worker_arrives_with_kind_and_line(error: Any) -> None:
     try:
         raise WorkerFaultError.of(error)
     except WorkerFaultError as raised:
-        wrapped = RuntimeError(f"Traceback (most recent call last):\n  File\nX: {raised}\n")
-    found = find(wrapped)
+        found = find(f"Traceback (most recent call last):\n  File\nX: {raised}\n")
     assert type(found) is type(error)
     assert str(found) == str(error)
     assert vars(found) == vars(error)
-    assert find(RuntimeError("SIGSEGV")) is None
+    assert find("SIGSEGV") is None

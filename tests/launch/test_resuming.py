@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from rayexp.cli import _app
-from rayexp.errors import RunError, Stopped, last_words
+from rayexp.errors import RunError, Stopped, WriteError, last_words
+from rayexp.launch.job import WorkerJob
 from rayexp.launch.resuming import go_on, here
+from rayexp.launch.worker_fault import WorkerFaultError, find
+from rayexp.runs.run import Run
+from rayexp.runs.writer import RunWriter
 
 RUN = "20261124T072119Z-tiny_imagenet-6766"
 
@@ -37,6 +45,32 @@ def test_what_is_said_can_be_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_in_a_job_of_a_cluster_it_is_submitted_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({"metadata": {"job_submission_id": "j1"}}))
     assert go_on(Path("/home/me/runs") / RUN) == f"; go on with: rayexp submit CONFIG --resume {RUN}"
+
+
+def test_a_worker_tells_the_command_as_its_driver_types_it(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker's working directory is another than the driver's."""
+    from rayexp.launch.on_ray import train_worker
+
+    def full(*_: object) -> None:
+        raise WriteError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/full")
+
+    monkeypatch.chdir(tmp_path)
+    made = Run.create(tiny(), argv=[])
+    line = go_on(made.root)
+    job = WorkerJob(run=made.root, config=tiny().absolute(), device="cpu", go_on=line)
+    context = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1)
+    monkeypatch.setattr(train_worker.ray.train, "get_context", lambda: context)
+    monkeypatch.setattr(train_worker.remote_writer, "open_writer", lambda job: RunWriter(made))
+    monkeypatch.setattr(train_worker, "_train", full)
+    monkeypatch.chdir(made.root)
+    with pytest.raises(WorkerFaultError) as caught:
+        train_worker.train_loop(job.to_json())
+    found = find(str(caught.value))
+    assert isinstance(found, RunError)
+    assert found.advice == line != go_on(made.root)
+    assert "/full: cannot be written (No space left on device)" in found.fault
 
 
 def test_the_command_is_on_a_line_of_its_own(

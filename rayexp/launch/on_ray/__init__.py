@@ -4,7 +4,6 @@ session        join a running Ray or start one here, quietly
 supervise      attempts, one after another, until the run is done
 attempt        one attempt: a stock TorchTrainer from start to end
 train_worker   what its workers do (imported by them)
-worker_fault   how a worker's error reaches the driver
 reports        epochs and preemptions, between workers and Ray Train
 rendezvous     the network interface that a worker process uses
 remote_writer  the run writer on the driver's host, for workers that sit elsewhere

@@ -27,8 +27,8 @@ from rayexp.launch.faults import LostError
 from rayexp.launch.job import WorkerJob
 from rayexp.launch.on_ray.session import environment
 from rayexp.launch.on_ray.train_worker import train_loop
-from rayexp.launch.on_ray.worker_fault import find
 from rayexp.launch.placement import Placement
+from rayexp.launch.worker_fault import find
 from rayexp.runs.run import Run
 
 # Ray Train polls its workers this often: a lost worker is seen by a poll, and an epoch's report waits for the one
@@ -95,16 +95,16 @@ def _cause(error: TrainingFailedError) -> Exception:
     """What a worker raised, or LostError."""
     if isinstance(error, WorkerGroupError):
         failures = sorted(error.worker_failures.items())
-        ours = [found for _, failure in failures if (found := find(failure))]
-        dead = [(rank, failure) for rank, failure in failures if find(failure) is None]
+        told = {rank: find(str(failure)) for rank, failure in failures}
+        dead = [(rank, failure) for rank, failure in failures if told[rank] is None]
         for kind in (UserError, RunError):
-            for found in ours:
+            for found in told.values():
                 # Whatever others ran into, a worker that is gone is the reason.
                 if isinstance(found, kind) and (kind is UserError or not dead):
                     return found
         if dead:
             return LostError("; ".join(f"rank {rank}: {_fate(failure)}" for rank, failure in dead))
-        return LostError("; ".join(f"rank {rank}: {find(failure)}" for rank, failure in failures))
+        return LostError("; ".join(f"rank {rank}: {found}" for rank, found in told.items()))
     if isinstance(error, ControllerError):
         return LostError(_no_start(error.controller_failure))
     preempted = getattr(ray.train, "PreemptionError", None)  # since Ray 2.60

@@ -18,8 +18,7 @@ from rayexp.launch.faults import LostError, peer_lost
 from rayexp.launch.job import WorkerJob
 from rayexp.launch.on_ray import remote_writer, reports
 from rayexp.launch.on_ray.rendezvous import node_address
-from rayexp.launch.on_ray.worker_fault import WorkerFaultError
-from rayexp.launch.resuming import go_on
+from rayexp.launch.worker_fault import WorkerFaultError
 
 if TYPE_CHECKING:
     from rayexp.engine.group import WorkerGroup
@@ -53,7 +52,7 @@ def _train_loop(job: WorkerJob) -> None:
         raise UserError(f"{where}{error}") from None
     except WriteError as error:
         writer.log(rank, traceback.format_exc())
-        raise RunError(error, go_on(job.run)) from None
+        raise RunError(error, job.go_on) from None
     except (RunError, LostError):
         writer.log(rank, traceback.format_exc())
         raise

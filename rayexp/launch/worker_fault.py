@@ -1,7 +1,7 @@
 """Errors of a worker on their way to the driver.
 
-Ray Train wraps what a worker raises, and of the wrapper only the text is public. So kind and line travel in the text,
-as JSON, where people who look at Ray's own logs can read them too.
+A worker's process prints what it raises, and Ray Train wraps it: only the text arrives. So kind and line travel in the
+text, as JSON, where people who look at the logs can read them too.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _FOUND = re.compile(rf"{_MARK}(\{{.*\}})\s*$", re.MULTILINE)
 
 
 class WorkerFaultError(Exception):
-    """What a worker raises to Ray Train in the place of an error of ours."""
+    """What a worker's process raises in the place of an error of ours."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -31,9 +31,10 @@ class WorkerFaultError(Exception):
         return cls(_MARK + json.dumps({"kind": kind, "fault": fault, "advice": advice}))
 
 
-def find(failure: BaseException) -> UserError | RunError | LostError | None:
-    """The error of ours that `failure` tells of; None where a worker ended in another way."""
-    found = _FOUND.findall(str(failure))
+def find(text: str) -> UserError | RunError | LostError | None:
+    """The error of ours that the text of a failure, or what a process has printed, tells of last; None where a worker
+    ended in another way."""
+    found = _FOUND.findall(text)
     if not found:
         return None
     fields = json.loads(found[-1])
