@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,6 @@ pytest.importorskip("alembic", reason="the extra rayexp[mlflow] is not installed
 from mlflow import MlflowClient
 
 from rayexp.config import ExperimentConfig
-from rayexp.runs.records import EpochRecord
 from rayexp.runs.run import Run
 from rayexp.runs.trackers.tracker import recall
 from rayexp.runs.writer import RunWriter
@@ -20,25 +20,14 @@ from rayexp.runs.writer import RunWriter
 pytestmark = pytest.mark.slow  # making the store's tables takes seconds
 
 
-def add(writer: RunWriter, epoch: int) -> None:
-    record = EpochRecord(epoch, 10 * epoch, 2.0, 1 / epoch, {"ppl": 2.5}, 0.1, 5.0, {"total": 1.5}, f"{epoch:064d}")
-    writer.epoch(record.to_json(), {"state.safetensors": b"", "state.json": b"{}"}, b"", {"epoch": epoch})
-
-
-def begun(run: Run) -> RunWriter:
-    writer = RunWriter(run)
-    writer.begin({}, {"kind": "tokens", "val_sha": "x"})
-    return writer
-
-
-def test_a_run_and_its_resume_are_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_and_its_resume_are_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, epochs: Any) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setattr("rayexp.runs.trackers.background.END_S", 300)
     monkeypatch.chdir(tmp_path)
     run = Run.create(ExperimentConfig(storage_path=tmp_path / "runs", tracking=("mlflow",)), argv=[])
-    writer = begun(run)
+    writer = epochs.begun(run)
     assert writer.plot_steps(1, [4.0, 3.0], [0.1, None]) == []
-    add(writer, 1)
+    epochs.add(writer, 1)
     writer.end("stopped")
     client = MlflowClient(f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}")
     name = recall(run, "mlflow")["run_id"]
@@ -46,10 +35,10 @@ def test_a_run_and_its_resume_are_one(tmp_path: Path, monkeypatch: pytest.Monkey
 
     with monkeypatch.context() as killed:
         killed.setattr(RunWriter, "_plot", lambda *_: None)
-        add(RunWriter(run), 2)  # an epoch of which it was not told
-    writer = begun(run)
+        epochs.add(RunWriter(run), 2, 1 / 2)  # an epoch of which it was not told
+    writer = epochs.begun(run)
     writer.plot_steps(2, [3.0, 2.0], [0.1, 0.2])  # step 2 once more
-    add(writer, 3)
+    epochs.add(writer, 3, 1 / 3)
     writer.end("done")
     stored = client.get_run(name)
     assert stored.info.status == "FINISHED"
@@ -70,12 +59,12 @@ def test_a_run_and_its_resume_are_one(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "warnings" not in run.meta()
 
 
-def test_a_server_that_is_not_there_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_is_not_there_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, epochs: Any) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     run = Run.create(ExperimentConfig(storage_path=tmp_path, tracking=("mlflow",)), argv=[])
-    writer = begun(run)
-    add(writer, 1)
+    writer = epochs.begun(run)
+    epochs.add(writer, 1)
     writer.end("done")
     (warning,) = run.meta()["warnings"]
     assert warning.startswith("tracking: mlflow: MlflowException: ")

@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,36 +20,13 @@ from rayexp.cli import main
 from rayexp.cluster.collect import collect
 from rayexp.cluster.sources import find
 from rayexp.config import ExperimentConfig, parse
-from rayexp.engine.checkpoint import TENSORS, State, encode
+from rayexp.engine.checkpoint import TENSORS
 from rayexp.errors import UserError
 from rayexp.runs.integrity import changes, check_unchanged, examine, faults
-from rayexp.runs.records import EpochRecord, Predictions
 from rayexp.runs.retention import checkpoint_of, not_kept, prune
 from rayexp.runs.run import Run, broken, epoch_name
 from rayexp.runs.writer import RunWriter
 from rayexp.system import disk
-
-PREDICTIONS = Predictions("tokens", "0" * 64, {"loss": np.zeros(3, np.float32)}).to_npz()
-DATA = {"kind": "tokens", "train_sha": "a", "val_sha": "b"}
-
-
-def record(epoch: int, loss: float) -> dict[str, Any]:
-    return EpochRecord(
-        epoch, 10 * epoch, loss, loss, {"ppl": math.exp(loss)}, 0.1, 5.0, {"total": 1.0}, f"{epoch:064d}"
-    ).to_json()
-
-
-def files(step: int, epoch: int, row: dict[str, Any] | None = None) -> dict[str, bytes]:
-    fields: dict[str, Any] = {"step": step, "epoch": epoch, "step_in_epoch": step - 10 * epoch, "steps": 10}
-    fields |= {"schedule": {"factor": 1.0, "best": None}, "loss_sum": 1.0, "loss_count": 1}
-    more = {"weights_sha": f"{epoch:064d}"} | ({"record": row} if row else {})
-    return encode(State(fields, {"model.w": np_tensor(step)}), more)
-
-
-def np_tensor(step: int) -> Any:
-    import torch
-
-    return torch.full((3,), float(step))
 
 
 def made(storage: Path, keep: Any, epochs: int = 20) -> Run:
@@ -58,23 +34,11 @@ def made(storage: Path, keep: Any, epochs: int = 20) -> Run:
     return Run.create(parse(tree, ExperimentConfig, "test"), argv=[])
 
 
-def begun(run: Run) -> RunWriter:
-    writer = RunWriter(run)
-    writer.resume()
-    writer.begin({"world_size": 0}, DATA)
-    return writer
-
-
-def add(writer: RunWriter, epoch: int, loss: float) -> None:
-    row = record(epoch, loss)
-    writer.epoch(row, files(10 * epoch, epoch, row), PREDICTIONS, {"epoch": epoch, "count": [1], "total": [0.1]})
-
-
-def trained(storage: Path, keep: Any, losses: list[float]) -> Run:
+def trained(epochs: Any, storage: Path, keep: Any, losses: list[float]) -> Run:
     run = made(storage, keep)
-    writer = begun(run)
+    writer = epochs.begun(run)
     for epoch, loss in enumerate(losses, 1):
-        add(writer, epoch, loss)
+        epochs.add(writer, epoch, loss)
     writer.end("stopped")
     return run
 
@@ -86,8 +50,8 @@ def trained(storage: Path, keep: Any, losses: list[float]) -> Run:
     ("keep", "kept"),
     [("all", [1, 2, 3, 4, 5]), ("best", [2, 5]), (1, [2, 5]), (2, [2, 4, 5]), (4, [2, 3, 4, 5]), (9, [1, 2, 3, 4, 5])],
 )
-def test_what_is_kept(tmp_path: Path, keep: Any, kept: list[int]) -> None:
-    run = trained(tmp_path, keep, [3.0, 1.0, 2.0, 1.5, 1.0])  # of equals the earlier one is the best
+def test_what_is_kept(epochs: Any, tmp_path: Path, keep: Any, kept: list[int]) -> None:
+    run = trained(epochs, tmp_path, keep, [3.0, 1.0, 2.0, 1.5, 1.0])  # of equals the earlier one is the best
     assert run.epochs() == kept
     assert not_kept(run) == {epoch: str(keep) for epoch in range(1, 6) if epoch not in kept}
     assert [r.weights_sha for r in run.records()] == [f"{epoch:064d}" for epoch in range(1, 6)]
@@ -97,38 +61,38 @@ def test_what_is_kept(tmp_path: Path, keep: Any, kept: list[int]) -> None:
 @settings(deadline=None, max_examples=20)
 @given(st.lists(st.floats(0, 9), min_size=1, max_size=6), st.sampled_from(["best", 1, 2]))
 def test_after_each_epoch_the_best_and_the_newest_are_there(
-    tmp_path_factory: pytest.TempPathFactory, losses: list[float], keep: Any
+    epochs: Any, tmp_path_factory: pytest.TempPathFactory, losses: list[float], keep: Any
 ) -> None:
     folder = tmp_path_factory.mktemp("kept")
     run = made(folder, keep)
     writer = RunWriter(run)
     for epoch, loss in enumerate(losses, 1):
-        add(writer, epoch, loss)
+        epochs.add(writer, epoch, loss)
         assert {run.best(), epoch} <= set(run.epochs())
         assert len(run.epochs()) <= 1 + (1 if keep == "best" else keep)
         assert all(broken(run.checkpoint(e)) is None for e in run.epochs())
     shutil.rmtree(folder)
 
 
-def test_a_loss_that_is_not_finite_is_never_the_best(tmp_path: Path) -> None:
-    assert trained(tmp_path, "best", [2.0, math.nan, math.nan, math.nan]).epochs() == [1, 4]
+def test_a_loss_that_is_not_finite_is_never_the_best(epochs: Any, tmp_path: Path) -> None:
+    assert trained(epochs, tmp_path, "best", [2.0, math.nan, math.nan, math.nan]).epochs() == [1, 4]
 
 
-def test_where_no_epoch_is_the_best_all_are_kept(tmp_path: Path) -> None:
-    assert trained(tmp_path, "best", [math.nan] * 3).epochs() == [1, 2, 3]
+def test_where_no_epoch_is_the_best_all_are_kept(epochs: Any, tmp_path: Path) -> None:
+    assert trained(epochs, tmp_path, "best", [math.nan] * 3).epochs() == [1, 2, 3]
 
 
-def test_where_it_cannot_be_read_what_to_keep_all_are_kept(tmp_path: Path) -> None:
+def test_where_it_cannot_be_read_what_to_keep_all_are_kept(epochs: Any, tmp_path: Path) -> None:
     run = made(tmp_path, "best")
-    writer = begun(run)
+    writer = epochs.begun(run)
     run.config_path.write_text(run.config_path.read_text() + "# changed\n")
     for epoch in (1, 2, 3):
-        add(writer, epoch, float(epoch))
+        epochs.add(writer, epoch, float(epoch))
     assert run.epochs() == [1, 2, 3]
 
 
-def test_a_resume_goes_on_from_what_is_kept(tmp_path: Path) -> None:
-    run = trained(tmp_path, "best", [1.0, 3.0, 2.0])
+def test_a_resume_goes_on_from_what_is_kept(epochs: Any, tmp_path: Path) -> None:
+    run = trained(epochs, tmp_path, "best", [1.0, 3.0, 2.0])
     assert run.epochs() == [1, 3]
     found, notes = RunWriter(run).resume()
     assert notes == []
@@ -137,29 +101,29 @@ def test_a_resume_goes_on_from_what_is_kept(tmp_path: Path) -> None:
     assert [r.epoch for r in run.records()] == [1, 2, 3]
 
 
-def test_an_epoch_that_is_trained_again_is_kept_again(tmp_path: Path) -> None:
-    run = trained(tmp_path, "best", [1.0, 3.0, 2.0, 2.5])
+def test_an_epoch_that_is_trained_again_is_kept_again(epochs: Any, tmp_path: Path) -> None:
+    run = trained(epochs, tmp_path, "best", [1.0, 3.0, 2.0, 2.5])
     assert not_kept(run) == {2: "best", 3: "best"}
     (run.checkpoint(4) / TENSORS).write_bytes(b"damaged")
-    writer = begun(run)  # from epoch 1, which is whole; that of epoch 4 stays until it is written again
-    add(writer, 2, 3.0)
+    writer = epochs.begun(run)  # from epoch 1, which is whole; that of epoch 4 stays until it is written again
+    epochs.add(writer, 2, 3.0)
     assert run.epochs() == [1, 2, 4]
     assert not_kept(run) == {3: "best"}
-    add(writer, 3, 2.0)
-    add(writer, 4, 2.5)
+    epochs.add(writer, 3, 2.0)
+    epochs.add(writer, 4, 2.5)
     writer.end("stopped")
     assert run.epochs() == [1, 4]
     assert faults(run) == []
 
 
-def test_a_resume_may_change_what_is_kept(tmp_path: Path) -> None:
-    run = trained(tmp_path, "all", [3.0, 1.0, 2.0])
+def test_a_resume_may_change_what_is_kept(epochs: Any, tmp_path: Path) -> None:
+    run = trained(epochs, tmp_path, "all", [3.0, 1.0, 2.0])
     config = run.config()
     best = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"keep": "best"})})
     check_unchanged(run, best)
     assert changes(config, best, ()) == "checkpoint.keep all -> best"
     run.write("config.yaml", best.to_yaml())
-    add(begun(run), 4, 2.0)
+    epochs.add(epochs.begun(run), 4, 2.0)
     assert run.epochs() == [2, 4]
 
 
@@ -178,15 +142,15 @@ class Killed(BaseException):
 
 
 def test_a_kill_at_any_point_leaves_each_checkpoint_whole_or_gone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    epochs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also in the middle of removing a directory's files."""
 
     def attempt(run: Run, at: int | None) -> int:
-        writer = begun(run)
+        writer = epochs.begun(run)
         for epoch, loss in enumerate([2.0, 1.0, 3.0], 1):
-            add(writer, epoch, loss)
-        writer.snapshot(35, files(35, 3))
+            epochs.add(writer, epoch, loss)
+        writer.snapshot(35, epochs.files(35, 3))
         assert run.epochs() == [2, 3]
         calls = 0
 
@@ -207,10 +171,10 @@ def test_a_kill_at_any_point_leaves_each_checkpoint_whole_or_gone(
             patched.setattr(os, "unlink", killing(os.unlink))  # of shutil.rmtree
             patched.setattr(os, "rmdir", killing(os.rmdir))
             if at is None:
-                add(writer, 4, 2.0)
+                epochs.add(writer, 4, 2.0)
             else:
                 with pytest.raises(Killed):
-                    add(writer, 4, 2.0)
+                    epochs.add(writer, 4, 2.0)
         return calls
 
     calls = attempt(made(tmp_path, "best"), None)
@@ -227,16 +191,18 @@ def test_a_kill_at_any_point_leaves_each_checkpoint_whole_or_gone(
         assert found is not None
         assert json.loads(found["state.json"])["step"] in (35, 40), at
         assert not list(run.root.rglob(".tmp-*"))
-        writer = begun(run)
+        writer = epochs.begun(run)
         done = run.records()[-1].epoch
         for epoch in range(done + 1, 6):
-            add(writer, epoch, 2.0)
+            epochs.add(writer, epoch, 2.0)
         assert run.epochs() == [2, 5], at
         shutil.rmtree(run.root)
 
 
-def test_what_cannot_be_removed_is_whole_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = trained(tmp_path, "all", [1.0, 2.0, 3.0])
+def test_what_cannot_be_removed_is_whole_and_named(
+    epochs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trained(epochs, tmp_path, "all", [1.0, 2.0, 3.0])
     config = run.config()
     best = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"keep": "best"})})
     run.write("config.yaml", best.to_yaml())
@@ -267,8 +233,8 @@ def test_removing_a_directory_is_renaming_it(tmp_path: Path, monkeypatch: pytest
 # ---------------------------------------------------------------------- what is said
 
 
-def test_a_removed_checkpoint_is_said_to_be_that(tmp_path: Path) -> None:
-    run = trained(tmp_path, "best", [3.0, 2.0, 1.0, 1.5])
+def test_a_removed_checkpoint_is_said_to_be_that(epochs: Any, tmp_path: Path) -> None:
+    run = trained(epochs, tmp_path, "best", [3.0, 2.0, 1.0, 1.5])
     found = {finding.what: finding for finding in examine(run)}
     assert found["checkpoints/epoch_002"].state == "not kept"
     assert str(found["checkpoints/epoch_002"]) == "checkpoints/epoch_002: checkpoint.keep: best"
@@ -285,8 +251,8 @@ def test_a_removed_checkpoint_is_said_to_be_that(tmp_path: Path) -> None:
     assert checkpoint_of(run, 3) == run.checkpoint(3)
 
 
-def test_a_checkpoint_that_was_lost_is_not_said_to_be_removed(tmp_path: Path) -> None:
-    run = trained(tmp_path, "all", [3.0, 2.0])
+def test_a_checkpoint_that_was_lost_is_not_said_to_be_removed(epochs: Any, tmp_path: Path) -> None:
+    run = trained(epochs, tmp_path, "all", [3.0, 2.0])
     shutil.rmtree(run.checkpoint(1))
     with pytest.raises(UserError, match=r"@1: has no checkpoint in \S+/checkpoints; there are: 2$"):
         checkpoint_of(run, 1)
@@ -298,8 +264,8 @@ def test_a_checkpoint_that_was_lost_is_not_said_to_be_removed(tmp_path: Path) ->
 # ---------------------------------------------------------------------- what others make of such a run
 
 
-def test_a_pruned_run_comes_home_as_it_is(tmp_path: Path) -> None:
-    run = trained(tmp_path / "there", "best", [3.0, 1.0, 2.0])
+def test_a_pruned_run_comes_home_as_it_is(epochs: Any, tmp_path: Path) -> None:
+    run = trained(epochs, tmp_path / "there", "best", [3.0, 1.0, 2.0])
     source, name = find(str(run.root), None)
     got = collect(source, name, tmp_path / "home")
     assert got.epochs == got.run.epochs() == [2, 3]
@@ -313,9 +279,9 @@ def test_a_pruned_run_comes_home_as_it_is(tmp_path: Path) -> None:
 
 
 def test_the_commands_show_what_a_pruned_run_has(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    epochs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = trained(tmp_path, "best", [3.0, 1.0, 2.0])
+    run = trained(epochs, tmp_path, "best", [3.0, 1.0, 2.0])
 
     def said(*words: str) -> str:
         monkeypatch.setattr(sys, "argv", ["rayexp", *words, "--runs", str(tmp_path)])
@@ -331,8 +297,8 @@ def test_the_commands_show_what_a_pruned_run_has(
     assert all(f"{loss:.4g}" in page for loss in (3.0, 1.0, 2.0))
 
 
-def test_a_pruned_run_as_the_library_has_it(tmp_path: Path) -> None:
-    run = trained(tmp_path, "best", [3.0, 1.0, 2.0])
+def test_a_pruned_run_as_the_library_has_it(epochs: Any, tmp_path: Path) -> None:
+    run = trained(epochs, tmp_path, "best", [3.0, 1.0, 2.0])
     assert Run.open(run.id, tmp_path) == Run.open(run.root) == Run.open(f"{run.root}@1") == run
     assert Run.open(run.id[-4:], tmp_path) == run
     assert (run.at("best"), run.at("last"), run.at(1)) == tuple(f"{run.root}@{epoch}" for epoch in (2, 3, 1))

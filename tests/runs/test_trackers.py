@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from rayexp.errors import UserError
 from rayexp.runs.integrity import check_unchanged
 from rayexp.runs.records import EpochRecord
 from rayexp.runs.run import Run
-from rayexp.runs.trackers import background
+from rayexp.runs.trackers import background, opening
 from rayexp.runs.trackers.background import BackgroundTracker
 from rayexp.runs.trackers.opening import hand_on, opened, refuse_missing, told
 from rayexp.runs.trackers.tracker import environment, parameters, points, recall, remember, scalars
@@ -30,7 +30,7 @@ Make = Callable[[Run], Any]
 
 
 class Fake:
-    """A tracker that notes what it is told, and does what `calls` says instead where it says something."""
+    """A service that notes what it is told, and does what `calls` says instead where it says something."""
 
     def __init__(self, **instead: Callable[[], None]) -> None:
         self.heard: list[tuple[Any, ...]] = []
@@ -46,17 +46,11 @@ class Fake:
     def begin(self) -> None:
         self._hear("begin")
 
-    def steps(self, first: int, loss: Sequence[float | None], lr: Sequence[float | None]) -> None:
-        self._hear("steps", first, loss, lr)
-
-    def epoch(self, record: EpochRecord) -> None:
-        self._hear("epoch", record.epoch)
+    def log(self, rows: Sequence[tuple[int, Mapping[str, float]]], axis: str) -> None:
+        self._hear(axis, list(rows))
 
     def end(self, status: str) -> None:
         self._hear("end", status)
-
-    def take_warnings(self) -> list[str]:
-        return []
 
 
 def unreachable() -> None:
@@ -65,7 +59,10 @@ def unreachable() -> None:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    return Run.create(ExperimentConfig(storage_path=tmp_path), argv=[])
+    """With one epoch's line."""
+    made = Run.create(ExperimentConfig(storage_path=tmp_path), argv=[])
+    made.epochs_path.write_text(json.dumps(RECORD.to_json()) + "\n")
+    return made
 
 
 def tell_all(tracker: BackgroundTracker) -> list[str]:
@@ -141,14 +138,42 @@ def test_nobody_is_told_where_nobody_is_named(tmp_path: Path) -> None:
 
 
 def test_calls_come_in_their_order_and_the_end_waits_for_them(run: Run) -> None:
-    slow = Fake(steps=lambda: time.sleep(0.05))
+    slow = Fake(step=lambda: time.sleep(0.05))
     assert tell_all(BackgroundTracker("mlflow", run, slow)) == []
     assert slow.heard == [
-        ("begin",), ("steps", 1, [2.0, None], [0.1, 0.2]), ("epoch", 1), ("end", "done")
-    ]  # fmt: skip
+        ("begin",),
+        ("step", [(1, {"step/loss": 2.0, "step/lr": 0.1}), (2, {"step/lr": 0.2})]),
+        ("epoch", [(1, scalars(RECORD))]),
+        ("end", "done"),
+    ]
 
 
-@pytest.mark.parametrize("call", ["begin", "steps", "epoch", "end"])
+@pytest.mark.parametrize("name", ["mlflow", "wandb"])
+def test_after_an_interruption_steps_are_told_once_and_missed_epochs_too(
+    epochs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    fake = Fake()
+    monkeypatch.setattr(background, "_maker", lambda name: fake)
+    run = Run.create(ExperimentConfig(storage_path=tmp_path, tracking=(name,)), argv=[])
+    writer = epochs.begun(run)
+    writer.plot_steps(1, [4.0, 3.0, None], [0.1, 0.2, None])
+    epochs.add(writer, 1)
+    writer.end("stopped")
+    assert (recall(run, name)["step"], recall(run, name)["epoch"]) == (3, 1)
+    with monkeypatch.context() as killed:
+        killed.setattr(RunWriter, "_plot", lambda *_: None)
+        epochs.add(RunWriter(run), 2)  # an epoch of which it was not told
+    writer = epochs.begun(run)
+    writer.plot_steps(2, [3.0], [0.2])
+    writer.plot_steps(3, [2.0, 1.0], [0.3, 0.4])
+    epochs.add(writer, 3)
+    writer.end("done")
+    told = [(call[0], [number for number, _ in call[1]]) for call in fake.heard if call[0] in ("step", "epoch")]
+    assert told == [("step", [1, 2]), ("epoch", [1]), ("step", []), ("step", [4]), ("epoch", [2, 3])]
+    assert (recall(run, name)["step"], recall(run, name)["epoch"]) == (4, 3)
+
+
+@pytest.mark.parametrize("call", ["begin", "step", "epoch", "end"])
 def test_an_error_is_one_warning(run: Run, call: str) -> None:
     fake = Fake(**{call: unreachable})
     tracker = BackgroundTracker("mlflow", run, fake)
@@ -157,7 +182,7 @@ def test_an_error_is_one_warning(run: Run, call: str) -> None:
     ]
     assert tracker.take_warnings() == []
     heard = [name for name, *_ in fake.heard]
-    assert heard == ([] if call == "begin" else [n for n in ("begin", "steps", "epoch", "end") if n != call])
+    assert heard == ([] if call == "begin" else [n for n in ("begin", "step", "epoch", "end") if n != call])
 
 
 def test_one_that_comes_back_is_told_again(run: Run) -> None:
@@ -175,7 +200,7 @@ def test_one_that_comes_back_is_told_again(run: Run) -> None:
         time.sleep(0.01)
     down[0] = False
     assert len(tell_all(tracker)) == 1
-    assert [name for name, *_ in fake.heard] == ["begin", "steps", "epoch", "end"]
+    assert [name for name, *_ in fake.heard] == ["begin", "step", "epoch", "end"]
 
 
 def test_one_that_exits_or_hangs_holds_nobody_up(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,6 +279,16 @@ def test_the_driver_ends_what_a_worker_in_its_own_process_has_begun(
     assert [fake.heard[-1] for fake in made] == [("end", "failed")]
 
 
+def test_a_process_that_trains_many_runs_keeps_no_tracker_that_has_ended(
+    epochs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(background, "_maker", lambda name: Fake())
+    for number in range(3):
+        config = ExperimentConfig(storage_path=tmp_path, tracking=("mlflow",), name=f"run{number}")
+        epochs.begun(Run.create(config, argv=[])).end("done")
+    assert len([run for run, _ in opening._live if run.parent == tmp_path]) == 1
+
+
 # ---------------------------------------------------------------------- what they are told
 
 
@@ -267,8 +302,9 @@ def test_places_are_handed_on_and_secrets_are_not(run: Run, monkeypatch: pytest.
         monkeypatch.delenv(name)  # another process, on another host
     assert environment(run, "mlflow") == {"MLFLOW_TRACKING_URI": "http://tracking:5000"}
     assert environment(run, "wandb") == {"WANDB_MODE": "offline"}
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@elsewhere")
-    hand_on(run, ["mlflow"])
+    for place in ("http://me:secret@elsewhere", "http://me:secret@[::1"):  # the second is no URL
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", place)
+        hand_on(run, ["mlflow"])
     assert not [path for path in run.root.rglob("*") if path.is_file() and "secret" in path.read_text()]
 
 

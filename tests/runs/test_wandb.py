@@ -14,24 +14,12 @@ pytest.importorskip("wandb", reason="the extra rayexp[wandb] is not installed")
 from wandb.proto import wandb_internal_pb2
 
 from rayexp.config import ExperimentConfig
-from rayexp.runs.records import EpochRecord
 from rayexp.runs.run import Run
 from rayexp.runs.trackers.tracker import recall
 from rayexp.runs.writer import RunWriter
 
 pytestmark = pytest.mark.slow  # each run starts a process of its own
 BLOCK = 32768
-
-
-def add(writer: RunWriter, epoch: int) -> None:
-    record = EpochRecord(epoch, 10 * epoch, 2.0, 1 / epoch, {"ppl": 2.5}, 0.1, 5.0, {"total": 1.5}, f"{epoch:064d}")
-    writer.epoch(record.to_json(), {"state.safetensors": b"", "state.json": b"{}"}, b"", {"epoch": epoch})
-
-
-def begun(run: Run) -> RunWriter:
-    writer = RunWriter(run)
-    writer.begin({}, {"kind": "tokens", "val_sha": "x"})
-    return writer
 
 
 def records(path: Path) -> Iterator[Any]:
@@ -51,22 +39,22 @@ def records(path: Path) -> Iterator[Any]:
             yield record
 
 
-def test_a_run_and_its_resume_are_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+def test_a_run_and_its_resume_are_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any, epochs: Any) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_PROJECT", "own")
     monkeypatch.setattr("rayexp.runs.trackers.background.END_S", 300)
     monkeypatch.chdir(tmp_path)
     run = Run.create(ExperimentConfig(storage_path=tmp_path / "runs", tracking=("wandb",)), argv=[])
-    writer = begun(run)
+    writer = epochs.begun(run)
     assert writer.plot_steps(1, [4.0, 3.0], [0.1, None]) == []
-    add(writer, 1)
+    epochs.add(writer, 1)
     writer.end("stopped")
     with monkeypatch.context() as killed:
         killed.setattr(RunWriter, "_plot", lambda *_: None)
-        add(RunWriter(run), 2)  # an epoch of which it was not told
-    writer = begun(run)
+        epochs.add(RunWriter(run), 2, 1 / 2)  # an epoch of which it was not told
+    writer = epochs.begun(run)
     writer.plot_steps(2, [3.0, 2.0], [0.1, 0.2])  # step 2 once more
-    add(writer, 3)
+    epochs.add(writer, 3, 1 / 3)
     writer.end("done")
     assert "warnings" not in run.meta()
     assert recall(run, "wandb")["run_id"] == run.id

@@ -1,60 +1,71 @@
-"""A tracker that is told by a thread of its own, so that no step waits for it and no error of its ends the run."""
+"""A service that is told by a thread of its own, so that no step waits for it and no error of its ends the run."""
 
 from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from rayexp.runs.records import EpochRecord, one_line
 from rayexp.runs.run import Run
-from rayexp.runs.trackers.tracker import Tracker
+from rayexp.runs.trackers.tracker import Axis, Service, points, recall, remember, scalars
 
 END_S = 30.0  # how long the end of a run waits for a tracker that has not been told all
 WAITING = 10_000  # calls that wait for a tracker that does not answer; more are dropped, the run directory has them all
 
 
 class BackgroundTracker:
-    """Hands calls on to a tracker, in their order. Its first error becomes a warning; it is told of later calls, since
-    it may come back.
+    """Hands calls on to a service, in their order. Its first error becomes a warning; it is told of later calls, since
+    it may come back. What it has been told is noted in the run directory: steps that are trained again after an
+    interruption are not told again, and of epochs those that it missed are told as well.
 
     Attributes:
         warnings: what has gone wrong, one line at most, until it is taken.
         ended: whether `end` was called.
 
     Args:
-        name: of the tracker.
+        name: of the service.
         run: what it follows.
-        make: makes the tracker; None: the one of this name.
+        make: makes the service; None: the one of this name.
     """
 
-    def __init__(self, name: str, run: Run, make: Callable[[Run], Tracker] | None = None) -> None:
+    def __init__(self, name: str, run: Run, make: Callable[[Run], Service] | None = None) -> None:
         self.name, self.run, self._make = name, run, make or _maker(name)
         self.warnings: list[str] = []
         self.ended = False
-        self._tracker: Tracker | None = None
+        self._service: Service | None = None
         self._failed = False
-        self._calls: queue.Queue[Callable[[Tracker], None] | None] = queue.Queue(WAITING)
+        self._calls: queue.Queue[Callable[[Service], None] | None] = queue.Queue(WAITING)
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
     def begin(self) -> None:
         """See Tracker."""
-        self._put(lambda tracker: None)  # making it is its beginning
+        self._put(lambda service: None)  # making it is its beginning
 
     def steps(self, first: int, loss: Sequence[float | None], lr: Sequence[float | None]) -> None:
         """See Tracker."""
-        kept = list(loss), list(lr)
-        self._put(lambda tracker: tracker.steps(first, *kept))
+        rows, last = list(points(first, loss, lr)), first + len(loss) - 1
+        self._put(lambda service: self._log(service, rows, "step", last))
 
     def epoch(self, record: EpochRecord) -> None:
         """See Tracker."""
-        self._put(lambda tracker: tracker.epoch(record))
+
+        def log(service: Service) -> None:
+            rows = [(one.epoch, scalars(one)) for one in self.run.records() if one.epoch <= record.epoch]
+            self._log(service, rows, "epoch", record.epoch)
+
+        self._put(log)
+
+    def _log(self, service: Service, rows: Sequence[tuple[int, Mapping[str, float]]], axis: Axis, last: int) -> None:
+        known = recall(self.run, self.name).get(axis, 0)
+        service.log([row for row in rows if row[0] > known], axis)
+        remember(self.run, self.name, **{axis: max(known, last)})
 
     def end(self, status: str) -> None:
         """See Tracker; waits for it, but not for long."""
         self.ended = True
-        self._put(lambda tracker: tracker.end(status))
+        self._put(lambda service: service.end(status))
         self._put(None)
         self._thread.join(END_S)
         if self._thread.is_alive():
@@ -65,7 +76,7 @@ class BackgroundTracker:
         taken, self.warnings = self.warnings, []
         return taken
 
-    def _put(self, call: Callable[[Tracker], None] | None) -> None:
+    def _put(self, call: Callable[[Service], None] | None) -> None:
         try:
             self._calls.put_nowait(call)
         except queue.Full:
@@ -74,11 +85,11 @@ class BackgroundTracker:
     def _work(self) -> None:
         while (call := self._calls.get()) is not None:
             try:
-                if self._tracker is None:
+                if self._service is None:
                     made = self._make(self.run)
                     made.begin()
-                    self._tracker = made
-                call(self._tracker)
+                    self._service = made
+                call(self._service)
             except BaseException as error:  # of a foreign library, in a thread that nobody interrupts
                 self._warn(f"{type(error).__name__}: {one_line(error)[:300]}")
 
@@ -88,8 +99,8 @@ class BackgroundTracker:
             self.warnings = [*self.warnings, f"tracking: {self.name}: {why}; the run goes on, metrics.csv has it all"]
 
 
-def _maker(name: str) -> Callable[[Run], Tracker]:
-    def make(run: Run) -> Tracker:
+def _maker(name: str) -> Callable[[Run], Service]:
+    def make(run: Run) -> Service:
         if name == "mlflow":
             from rayexp.runs.trackers.mlflow import Mlflow
 

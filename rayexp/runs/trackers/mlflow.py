@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 
 from rayexp.runs.metrics_csv import FILE
-from rayexp.runs.records import EpochRecord
 from rayexp.runs.run import Run
-from rayexp.runs.trackers.tracker import environment, parameters, points, recall, remember, scalars
+from rayexp.runs.trackers.tracker import Axis, environment, parameters, recall, remember
 
 EXPERIMENT = "rayexp"
 STATUS = {"done": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
@@ -35,7 +34,7 @@ class Mlflow:
         self.id = ""
 
     def begin(self) -> None:
-        """See Tracker."""
+        """See Service."""
         known = recall(self.run, "mlflow").get("run_id")
         if known:
             self.id = str(known)
@@ -50,25 +49,15 @@ class Mlflow:
         for start in range(0, len(named), PARAMETERS):
             self.client.log_batch(self.id, params=named[start : start + PARAMETERS])
 
-    def steps(self, first: int, loss: Sequence[float | None], lr: Sequence[float | None]) -> None:
-        """See Tracker; steps that it knows already, from before an interruption, are not told again."""
-        known = recall(self.run, "mlflow").get("step", 0)
-        self._log((step, values) for step, values in points(first, loss, lr) if step > known)
-        remember(self.run, "mlflow", step=max(known, first + len(loss) - 1))
-
-    def epoch(self, record: EpochRecord) -> None:
-        """See Tracker; epochs that it missed are told as well."""
-        known = recall(self.run, "mlflow").get("epoch", 0)
-        missed = [one for one in self.run.records() if known < one.epoch <= record.epoch]
-        self._log((one.epoch, scalars(one)) for one in missed)
-        remember(self.run, "mlflow", epoch=max(known, record.epoch))
-
-    def take_warnings(self) -> list[str]:
-        """None: errors are raised."""
-        return []
+    def log(self, rows: Sequence[tuple[int, Mapping[str, float]]], axis: Axis) -> None:
+        """See Service."""
+        now = int(time.time() * 1000)
+        metrics = [Metric(name, value, now, number) for number, values in rows for name, value in values.items()]
+        for start in range(0, len(metrics), METRICS):
+            self.client.log_batch(self.id, metrics=metrics[start : start + METRICS])
 
     def end(self, status: str) -> None:
-        """See Tracker; the configuration and metrics.csv become artifacts."""
+        """See Service; the configuration and metrics.csv become artifacts."""
         for path in (self.run.config_path, self.run.root / FILE):
             if path.is_file():
                 self.client.log_artifact(self.id, str(path))
@@ -80,9 +69,3 @@ class Mlflow:
         if found is not None:
             return str(found.experiment_id)
         return str(self.client.create_experiment(self.experiment, self.artifacts))
-
-    def _log(self, rows: Iterable[tuple[int, Mapping[str, float]]]) -> None:
-        now = int(time.time() * 1000)
-        metrics = [Metric(name, value, now, step) for step, values in rows for name, value in values.items()]
-        for start in range(0, len(metrics), METRICS):
-            self.client.log_batch(self.id, metrics=metrics[start : start + METRICS])

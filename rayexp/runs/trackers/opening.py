@@ -15,7 +15,7 @@ from rayexp.runs.trackers.tracker import VARIABLES, Tracker, environment, recall
 
 OUTSIDE = ("mlflow", "wandb")
 """Trackers that are extras, and not part of the run directory."""
-_live: dict[tuple[Path, str], BackgroundTracker] = {}  # the last one of each run and name that this process opened
+_live: dict[tuple[Path, str], BackgroundTracker] = {}  # those that this process has opened and nobody has ended
 
 
 def refuse_missing(names: Iterable[str]) -> None:
@@ -29,9 +29,17 @@ def hand_on(run: Run, names: Iterable[str]) -> None:
     """Note in the run directory what this process's environment says of where trackers are."""
     for name in names:
         found = {variable: os.environ[variable] for variable in VARIABLES.get(name, ()) if variable in os.environ}
-        found = {variable: value for variable, value in found.items() if not urlsplit(value).password}
+        found = {variable: value for variable, value in found.items() if not _may_be_secret(value)}
         if found:
             remember(run, name, environment={**environment(run, name), **found})
+
+
+def _may_be_secret(place: str) -> bool:
+    """Whether a URL has a password in it, or is none that can be told."""
+    try:
+        return bool(urlsplit(place).password)
+    except ValueError:
+        return True
 
 
 def opened(run: Run) -> list[Tracker]:
@@ -43,6 +51,8 @@ def opened(run: Run) -> list[Tracker]:
 
             made.append(TensorBoard(run))
         else:
+            for ended in [key for key, tracker in _live.items() if tracker.ended]:
+                del _live[ended]
             _live[run.root, name] = found = BackgroundTracker(name, run)
             made.append(found)
     return made

@@ -1,8 +1,8 @@
 """Where a run can be followed while it trains (`tracking`): TensorBoard, MLflow, Weights & Biases, behind one protocol.
 
 The run directory is what counts: metrics.csv and epochs.jsonl hold all that a tracker is told. TensorBoard's files are
-part of it. A tracker outside is told by a thread of its own (`BackgroundTracker`): it may fail, or not answer, and
-training goes on as if it were not there.
+part of it. What lies outside (`Service`) is told by a thread of its own (`BackgroundTracker`): it may fail, or not
+answer, and training goes on as if it were not there.
 
     trackers/mlflow.json    the tracker's own id of the run, where it is, and how far it has been told: a resume goes on
     trackers/wandb/         what Weights & Biases keeps on disk (all there is, with WANDB_MODE=offline)
@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from rayexp.runs.records import EpochRecord
 from rayexp.runs.run import Run
@@ -24,6 +24,8 @@ VARIABLES = {
     "mlflow": ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"),
     "wandb": ("WANDB_MODE", "WANDB_PROJECT", "WANDB_ENTITY", "WANDB_BASE_URL"),
 }
+
+Axis = Literal["step", "epoch"]
 
 
 class Tracker(Protocol):
@@ -48,6 +50,24 @@ class Tracker(Protocol):
 
     def take_warnings(self) -> list[str]:
         """What has gone wrong since the last call, a line each."""
+
+
+class Service(Protocol):
+    """A tracker outside the run directory. Its methods are called one after another, and may raise anything."""
+
+    def begin(self) -> None:
+        """See Tracker."""
+
+    def log(self, rows: Sequence[tuple[int, Mapping[str, float]]], axis: Axis) -> None:
+        """Points of curves that it does not have yet.
+
+        Args:
+            rows: the number of a step or an epoch, from 1, and its values by the name of their curve.
+            axis: what the numbers count.
+        """
+
+    def end(self, status: str) -> None:
+        """See Tracker."""
 
 
 # ---------------------------------------------------------------------- what the run directory knows of a tracker

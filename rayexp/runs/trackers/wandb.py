@@ -4,16 +4,15 @@ trackers/wandb/ of the run directory, for `wandb sync`."""
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import wandb
 
 from rayexp.runs.metrics_csv import FILE
-from rayexp.runs.records import EpochRecord
 from rayexp.runs.run import Run
-from rayexp.runs.trackers.tracker import environment, parameters, points, recall, remember, scalars
+from rayexp.runs.trackers.tracker import Axis, environment, parameters, remember
 
 PROJECT = "rayexp"
 
@@ -27,7 +26,7 @@ class Wandb:
         self._folder = run.root / "trackers" / "wandb"
 
     def begin(self) -> None:
-        """See Tracker."""
+        """See Service."""
         place = environment(self.run, "wandb")
         self._folder.mkdir(parents=True, exist_ok=True)
         server: dict[str, Any] = {"base_url": place["WANDB_BASE_URL"]} if "WANDB_BASE_URL" in place else {}
@@ -49,28 +48,13 @@ class Wandb:
         self.board.define_metric("step/*", step_metric="step")
         remember(self.run, "wandb", run_id=self.run.id, project=self.board.project, under_way=True)
 
-    def steps(self, first: int, loss: Sequence[float | None], lr: Sequence[float | None]) -> None:
-        """See Tracker; steps that it knows already, from before an interruption, are not told again."""
-        known = recall(self.run, "wandb").get("step", 0)
-        for step, values in points(first, loss, lr):
-            if step > known:
-                self.board.log({"step": step, **values})
-        remember(self.run, "wandb", step=max(known, first + len(loss) - 1))
-
-    def epoch(self, record: EpochRecord) -> None:
-        """See Tracker; epochs that it missed are told as well."""
-        known = recall(self.run, "wandb").get("epoch", 0)
-        for one in self.run.records():
-            if known < one.epoch <= record.epoch:
-                self.board.log({"epoch": one.epoch, **scalars(one)})
-        remember(self.run, "wandb", epoch=max(known, record.epoch))
-
-    def take_warnings(self) -> list[str]:
-        """None: errors are raised."""
-        return []
+    def log(self, rows: Sequence[tuple[int, Mapping[str, float]]], axis: Axis) -> None:
+        """See Service."""
+        for number, values in rows:
+            self.board.log({axis: number, **values})
 
     def end(self, status: str) -> None:
-        """See Tracker; the configuration and metrics.csv become files of it."""
+        """See Service; the configuration and metrics.csv become files of it."""
         for path in (self.run.config_path, self.run.root / FILE):
             if path.is_file():
                 # Files in there are sent with the run; `save` would leave links.
