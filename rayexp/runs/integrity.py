@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from rayexp.config import ExperimentConfig, parse, read
 from rayexp.config.code import FOLDER
+from rayexp.config.identity import flat
 from rayexp.errors import UserError
 from rayexp.runs import metrics_csv, retention
 from rayexp.runs.code import code_faults
@@ -175,7 +176,7 @@ def changes(before: ExperimentConfig, after: ExperimentConfig, free: tuple[str, 
         free = (*FREE, "epochs") if longer else FREE
     # A run without this key has trained with one: see launch.driver.
     first, second = (
-        _flat(config.model_dump(mode="json", exclude={"code"}) | {"threads_per_shard": config.threads_per_shard or 1})
+        flat(config.model_dump(mode="json", exclude={"code"}) | {"threads_per_shard": config.threads_per_shard or 1})
         for config in (before, after)
     )
     return "; ".join(
@@ -246,9 +247,3 @@ def _then(state: dict[str, Any], name: str = "") -> ExperimentConfig | None:
         return None if name and state_fault(state, name) else parse(state["config"], ExperimentConfig, "state.json")
     except (KeyError, UserError):
         return None
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {k: v for name, sub in tree.items() for k, v in _flat(sub, f"{prefix}.{name}" if prefix else name).items()}

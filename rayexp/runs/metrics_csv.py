@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from rayexp.config.identity import flat
 from rayexp.system.disk import write_atomic
 
 FILE = "metrics.csv"
@@ -33,21 +34,10 @@ def write(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
 
 def table(records: Iterable[Mapping[str, Any]]) -> str:
     """The text of the table: a header, then a row for each record."""
-    rows = [flat(record) for record in records]
+    rows = [flat(dict(record)) for record in records]
     columns = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, columns, restval="")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
-
-
-def flat(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A record with the values of inner objects beside the others, under dotted names."""
-    found: dict[str, Any] = {}
-    for name, value in record.items():
-        if isinstance(value, Mapping):
-            found |= {f"{name}.{inner}": one for inner, one in value.items()}
-        else:
-            found[name] = value
-    return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from rayexp.config.identity import flat
 from rayexp.errors import UserError
 from rayexp.runs.records import EpochRecord
 
@@ -13,7 +14,7 @@ def columns(records: Sequence[EpochRecord]) -> dict[str, list[Any]]:
     """The values of each column, in the order of the epochs: `epoch`, `step`, `train_loss`, `val_loss` (nats), the
     metrics, `lr`, `samples_per_second`, `weights_sha`, ... as in epochs.jsonl, with the seconds of each phase as
     `seconds.compute` and so on. None where an epoch has no value, or one that is not finite."""
-    rows = [_flat(record.to_json()) for record in records]
+    rows = [flat(record.to_json()) for record in records]
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: [row.get(name) for row in rows] for name in names}
 
@@ -29,10 +30,3 @@ def to_pandas(records: Sequence[EpochRecord]) -> Any:
     except ImportError as error:
         raise UserError(f"to_pandas: needs pandas ({error}); Run.table() has the same columns without it") from None
     return pandas.DataFrame(columns(records)).set_index("epoch") if records else pandas.DataFrame()
-
-
-def _flat(row: dict[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in row.items():
-        flat |= {f"{name}.{key}": part for key, part in value.items()} if isinstance(value, dict) else {name: value}
-    return flat
