@@ -153,15 +153,14 @@ def diff(
 
 def _resolve(refs: Sequence[str], runs: Path) -> list[tuple[Run, int]]:
     """The checkpoints, with predictions; `@18` is of the run of the reference before it."""
+    from rayexp.runs.records import reference
     from rayexp.runs.run import resolve
     from rayexp.system.disk import NEWEST
 
     whole: list[str] = []
     for ref in refs:
-        if whole and ref.startswith("@") and not ref.startswith(NEWEST):
-            before = whole[-1]
-            ref = (before.rpartition("@")[0] if "@" in before.removeprefix(NEWEST) else before) + ref
-        whole.append(ref)
+        later = whole and ref.startswith("@") and not ref.startswith(NEWEST)
+        whole.append(reference(whole[-1]).run + ref if later else ref)
     places = [resolve(ref, runs) for ref in whole]
     for run, epoch in places:
         _need_predictions(run, epoch)
@@ -172,6 +171,7 @@ def _floor(a: Checkpoint, b: Checkpoint, refs: Sequence[str], tolerance: float |
     """The noise floor that was named, else one that is stored."""
     from rayexp.diff.changes import default_tolerance
     from rayexp.diff.floors import baseline, find
+    from rayexp.runs.records import reference
     from rayexp.runs.run import Run, resolve
 
     if tolerance is None:
@@ -180,7 +180,7 @@ def _floor(a: Checkpoint, b: Checkpoint, refs: Sequence[str], tolerance: float |
         return find(a, b, runs, tolerance, say)
     places = []
     for ref in refs:
-        if "@" in ref:
+        if reference(ref).run != ref:
             places.append(resolve(ref, runs))
         else:
             run = Run.find(ref, runs)

@@ -75,7 +75,10 @@ def runs_command(
         show_disk_use([Run.locate(run, runs).root] if run is not None else every, runs, as_json)
         return
     if check:
-        _check([Run.locate(run, runs)] if run is not None else Run.all(runs), as_json)
+        found = [Run.locate(run, runs)] if run is not None else Run.all(runs)
+        if not found and not as_json:
+            tell(f"no runs in {runs}")
+        _check(found, as_json)
         return
     if run is not None:
         _show(Run.find(run, runs), as_json)

@@ -41,23 +41,32 @@ def rm(
     for run in found:
         refuse_removal(run, runs)
     sweep_removed(runs)
-    sizes = [disk_use(run.root).total for run in found]
-    rows = [{"run": run.id, **_about(run), "bytes": size} for run, size in zip(found, sizes, strict=True)]
-    whole = f"{counted(len(rows), 'run')}, {sum(sizes) / 1e6:,.1f} MB"
+    rows = [{"run": run.id, **_about(run), "bytes": disk_use(run.root).total} for run in found]
     if not as_json:
-        print_table([{**row, "bytes": f"{size / 1e6:,.1f} MB"} for row, size in zip(rows, sizes, strict=True)])
+        print_table([{**row, "bytes": _megabytes([row])} for row in rows])
     if not yes:
         if not sys.stdin.isatty():
-            raise UserError(f"removing {whole}: there is no terminal to ask on; --yes removes without asking")
-        if not typer.confirm(f"Remove {whole}?", err=True):
+            raise UserError(f"removing {_whole(rows)}: there is no terminal to ask on; --yes removes without asking")
+        if not typer.confirm(f"Remove {_whole(rows)}?", err=True):
             say("nothing was removed")
             raise typer.Exit(1)
-    for run in found:
-        remove(run, runs)
+    removed = [row for run, row in zip(found, rows, strict=True) if remove(run, runs)]
+    for row in rows:
+        if row not in removed:
+            say(f"{row['run']}: another process has removed it")
     if as_json:
-        print_json(rows)
+        print_json(removed)
     else:
-        tell(f"removed: {whole}")
+        tell(f"removed: {_whole(removed)}")
+
+
+def _whole(rows: list[dict[str, Any]]) -> str:
+    """`2 runs, 101.3 MB`"""
+    return f"{counted(len(rows), 'run')}, {_megabytes(rows)}"
+
+
+def _megabytes(rows: list[dict[str, Any]]) -> str:
+    return f"{sum(row['bytes'] for row in rows) / 1e6:,.1f} MB"
 
 
 def _about(run: Run) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def _with_weights(config: ExperimentConfig, into: Path) -> ExperimentConfig:
     if (text := config.model.weights) is None:
         return config
     path = Path(text).expanduser()
-    if path.is_dir() or Path(text.partition("@")[0]).expanduser().is_dir():
+    if path.is_dir() or Path(text.rpartition("@")[0] or text).expanduser().is_dir():
         raise UserError(
             f"model.weights: {text} is a checkpoint on this machine, and only a file can be sent; "
             f"`rayexp export RUN@EPOCH --to weights.safetensors` writes one (a run of the cluster goes by its name)"

@@ -134,7 +134,8 @@ def evaluate(
     if missing:
         trained = {record.epoch: record.predictions_sha for record in run.records()}.get(epoch)
         # Another device or other versions round differently; the epoch's record hashes what training stored.
-        write_atomic(path, data if digest(data) == trained else seal_predictions(data, weights_sha))
+        kept = data if digest(data) == trained else seal_predictions(data, weights_sha)
+        write_atomic(path, kept, within=run.root)
     else:
         equal = run.predictions(epoch).same_as(predictions)
     return Evaluation(predictions, metrics, weights_sha, missing, equal)

@@ -11,6 +11,7 @@ import numpy as np
 
 from rayexp.errors import UserError
 from rayexp.library.guest import guest
+from rayexp.runs.records import reference
 from rayexp.runs.run import Run, resolve
 
 if TYPE_CHECKING:
@@ -159,17 +160,12 @@ def diff(
     from rayexp.diff.report import compare
 
     if isinstance(b, str) and b.startswith("@") and not b.startswith("@newest"):
-        b = (str(a.root) if isinstance(a, Run) else _run_of(a)) + b
+        b = (str(a.root) if isinstance(a, Run) else reference(a).run) + b
     found = [find(ref, runs) for ref in (a, b)]
     for run, epoch in found:
         if not run.predictions_path(epoch).exists():
             evaluate(f"{run.root}@{epoch}")
     return compare(*read_pair(*found)).within(max_drop)
-
-
-def _run_of(ref: str) -> str:
-    run, at, _ = ref.rpartition("@")
-    return run if at and run else ref
 
 
 def load_model(ref: Ref, *, runs: str | PathLike[str] = "runs") -> nn.Module:

@@ -41,11 +41,11 @@ def _shown(value: Any) -> Any:
     return printable(value, keep="\n\t") if type(value) is str else value
 
 
-def save(path: Path, page: str) -> None:
-    """Write the page whole (UserError where `path` is a folder)."""
+def save(path: Path, page: str, within: Path | None = None) -> None:
+    """Write the page whole (UserError where `path` is a folder); `within`: see `write_atomic`."""
     if path.is_dir():
         raise UserError(f"--html: {path} is a folder; name a file")
-    write_atomic(path, page)
+    write_atomic(path, page, within)
 
 
 def p_value(p: float | None) -> str:

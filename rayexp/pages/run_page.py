@@ -26,7 +26,7 @@ def write_run_page(path: Path, run: Run, sample: LanguageSample | None = None) -
     records = run.records()
     if not records:
         raise UserError(f"{run.id}: no epoch has finished, so there is nothing to report (status {run.status()})")
-    save(path, run_page(run, records, diff_pages(run, path), sample))
+    save(path, run_page(run, records, diff_pages(run, path), sample), within=run.root)
 
 
 def run_page(

@@ -7,6 +7,7 @@ RunRef         RUN@7, RUN@best, RUN@last, as the user types it
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
@@ -317,3 +318,11 @@ class RunRef:
 
     def __str__(self) -> str:
         return f"{self.run}@{self.epoch}"
+
+
+def reference(text: str) -> RunRef:
+    """`RunRef.parse`; but a run's directory is one, though its path has an `@` in it."""
+    with contextlib.suppress(OSError):  # the name is longer than a file name may be
+        if (Path(text).expanduser() / "run.json").is_file():
+            return RunRef(text, "last")
+    return RunRef.parse(text)

@@ -12,7 +12,7 @@ from pathlib import Path
 from rayexp.errors import UserError
 from rayexp.runs.run import Run
 from rayexp.system.disk import MADE, TEMPORARY, remove_directory
-from rayexp.system.locks import only_driver
+from rayexp.system.locks import DRIVER, only_driver
 
 PARTS = ("checkpoints", "predictions", "tb", "logs")
 
@@ -61,21 +61,29 @@ def refuse_removal(run: Run, storage: Path) -> None:
         status, host = run.status(), run.meta().get("host")
     except UserError:  # what is damaged may go
         return
-    if status == "running":
+    # A copy of a run that trains on another host has no lock.
+    if status == "running" and (host == socket.gethostname() or (run.root / DRIVER).exists()):
         where = "" if host == socket.gethostname() else f" on {host}"
         raise UserError(f"{run.id} is running{where}; stop it first")
 
 
-def remove(run: Run, storage: Path) -> None:
-    """Remove a run. It is whole until it is gone from the folder; no driver can take it up meanwhile.
+def remove(run: Run, storage: Path) -> bool:
+    """Remove a run; False where another process has removed it meanwhile. It is whole until it is gone from the folder,
+    and no driver can take it up meanwhile.
 
     Raises:
         UserError: see `refuse_removal`; or another process holds its lock.
         WriteError: it cannot be removed.
     """
     refuse_removal(run, storage)
-    with only_driver(run.root):
-        remove_directory(run.root)
+    try:
+        with only_driver(run.root):
+            remove_directory(run.root)
+    except UserError:
+        if run.root.exists():
+            raise
+        return False
+    return True
 
 
 def sweep_removed(storage: Path) -> None:

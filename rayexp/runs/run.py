@@ -14,6 +14,7 @@ import builtins
 import contextlib
 import json
 import os
+import shutil
 import socket
 import threading
 from collections.abc import Iterator, Mapping
@@ -29,10 +30,10 @@ from rayexp.errors import UserError
 from rayexp.runs.code import keep_code
 from rayexp.runs.manifest import broken, digest, file_fault, read_meta
 from rayexp.runs.newest import newest_first
-from rayexp.runs.records import EpochRecord, Predictions, RunRef, best, one_line, ranges, read_lines, step_line
+from rayexp.runs.records import EpochRecord, Predictions, best, one_line, ranges, read_lines, reference, step_line
 from rayexp.runs.table import columns, to_pandas
 from rayexp.runs.traits import Goal, traits_of
-from rayexp.system.disk import NEWEST, directories, find_directory, make_directory, now, write_atomic, write_json
+from rayexp.system.disk import directories, find_directory, make_directory, now, write_atomic, write_json
 from rayexp.system.locks import DRIVER, is_locked
 
 __all__ = ["Run", "broken", "epoch_name", "resolve", "step_name"]
@@ -68,9 +69,7 @@ class Run:
         """
         config = config.absolute()
         files = read_code(config.code)
-        run = cls(make_directory(config.storage_path, config.name))
-        code, text = keep_code(run.root, files), config.to_yaml(FOLDER)
-        write_atomic(run.config_path, text)
+        run, text = cls(make_directory(config.storage_path, config.name)), config.to_yaml(FOLDER)
         meta = {
             "layout": LAYOUT,
             "id": run.root.name,
@@ -83,10 +82,14 @@ class Run:
             "parent": parent,
             "pid": os.getpid(),
             "host": socket.gethostname(),
-            **code,
-            "files": {"config.yaml": digest(text.encode())},
         }
-        write_json(run.meta_path, meta)
+        try:
+            code = keep_code(run.root, files)
+            write_atomic(run.config_path, text)
+            write_json(run.meta_path, {**meta, **code, "files": {"config.yaml": digest(text.encode())}})
+        except BaseException:
+            shutil.rmtree(run.root, ignore_errors=True)
+            raise
         return run
 
     @classmethod
@@ -109,9 +112,8 @@ class Run:
     def open(cls, ref: str | Path, runs: str | Path = "runs") -> Run:
         """The run that `ref` names, as on the command line: a path, a name, or a checkpoint (`RUN@best`), whose run it
         is (UserError: there is none)."""
-        return (
-            resolve(str(ref), Path(runs))[0] if "@" in str(ref).removeprefix(NEWEST) else cls.find(str(ref), Path(runs))
-        )
+        run = reference(str(ref)).run
+        return cls.find(run, Path(runs)) if run == str(ref) else resolve(str(ref), Path(runs))[0]
 
     @classmethod
     def all(cls, storage: Path) -> builtins.list[Run]:
@@ -391,6 +393,6 @@ class Run:
 
 def resolve(text: str, storage: Path) -> tuple[Run, int]:
     """The run and the epoch that `RUN@7`, `RUN@best`, `RUN@last` or `RUN` refers to (UserError where there is none)."""
-    ref = RunRef.parse(text)
+    ref = reference(text)
     run = Run.find(ref.run, storage)
     return run, run.epoch(ref.epoch)

@@ -46,14 +46,23 @@ def naming(path: Path) -> Iterator[None]:
         raise WriteError(number, os.strerror(number), str(path)) from error
 
 
-def write_atomic(path: Path, data: bytes | str) -> None:
+def write_atomic(path: Path, data: bytes | str, within: Path | None = None) -> None:
     """Write a file so that a reader, or a crash, sees either the old bytes or the new ones, never a part.
+
+    Args:
+        path: the file; folders on the way that are missing are made.
+        data: its content.
+        within: a directory that is not made anew where the file is to lie in it, because somebody may have removed it.
 
     Raises:
         WriteError: it cannot be written; the old bytes are still there.
     """
     with naming(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if within is not None and path.is_relative_to(within):
+            for folder in reversed(path.parents[: len(path.relative_to(within).parts) - 1]):
+                folder.mkdir(exist_ok=True)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
         temporary = _temporary(path)
         try:
             _write(temporary, data)

@@ -154,7 +154,7 @@ def only_driver(root: Path) -> Iterator[Driver]:
     """Hold a directory's lock as its only driver.
 
     Raises:
-        UserError: another process holds it, or it cannot be locked.
+        UserError: another process holds it or has removed the directory, or it cannot be locked.
     """
     path = root / DRIVER
     with contextlib.ExitStack() as stack:
@@ -165,6 +165,8 @@ def only_driver(root: Path) -> Iterator[Driver]:
             who = f"pid {by.pid or 'unknown'}{f' on {by.host}' if by.host else ''}" if by else "pid unknown"
             raise UserError(f"{root.name}: another process is running it ({who})") from None
         except OSError as error:
+            if not root.is_dir():
+                raise UserError(f"{root.name}: is gone; another process has removed it") from error
             raise UserError(f"{path}: cannot be locked ({error.strerror or error})") from error
         me = Driver(os.getpid(), socket.gethostname(), secrets.token_hex(8))
         file.truncate(0)

@@ -81,11 +81,12 @@ def test_weights_that_are_not_here_are_the_clusters(
     assert job_context.resolve_paths(config).model.weights == expected
 
 
-@pytest.mark.parametrize("text", ["runs/first@2", "runs/first/checkpoints/epoch_002"])
+@pytest.mark.parametrize("text", ["runs/first@2", "runs/first/checkpoints/epoch_002", "me@lab/first@2"])
 def test_a_checkpoint_here_is_refused_before_anything_is_sent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
-    (tmp_path / "runs" / "first" / "checkpoints" / "epoch_002").mkdir(parents=True)
+    for folder in ("runs", "me@lab"):
+        (tmp_path / folder / "first" / "checkpoints" / "epoch_002").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     line = rf"^model\.weights: {text} is a checkpoint on this machine, and only a file can be sent; `rayexp export RUN@"
     with pytest.raises(UserError, match=line):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,9 @@ from rayexp.errors import UserError
 from rayexp.runs import removal
 from rayexp.runs.run import Run
 from rayexp.system.locks import only_driver
+
+Typed = Callable[..., subprocess.CompletedProcess[str]]
+Said = Callable[..., tuple[int, str, str]]
 
 
 def made(storage: Path, name: str = "one", status: str = "done") -> Run:
@@ -66,6 +71,7 @@ def test_a_run_that_trains_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"^{run.id} is running; stop it first$"):  # this process is its driver
         removal.remove(run, tmp_path)
     run.update(host="elsewhere")
+    (run.root / "driver.lock").touch()
     with pytest.raises(UserError, match=rf"^{run.id} is running on elsewhere; stop it first$"):
         removal.remove(run, tmp_path)
     run.update(status="stopped")
@@ -74,6 +80,14 @@ def test_a_run_that_trains_is_refused(tmp_path: Path) -> None:
     assert run.epochs() == [1]
     removal.remove(run, tmp_path)
     assert not run.root.exists()
+
+
+def test_a_copy_of_a_run_that_trains_elsewhere_may_go(tmp_path: Path) -> None:
+    """As `collect` brings it home while the run goes on."""
+    run = made(tmp_path, status="running")
+    run.update(host="elsewhere")
+    removal.remove(run, tmp_path)
+    assert Run.all(tmp_path) == []
 
 
 def test_a_run_that_died_or_is_damaged_may_go(tmp_path: Path) -> None:
@@ -102,52 +116,90 @@ def test_what_lies_elsewhere_is_refused(tmp_path: Path) -> None:
     assert not run.root.exists()
 
 
+def test_of_two_removals_at_once_one_removes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = made(tmp_path)
+    refuse = removal.refuse_removal
+    told: list[bool] = []
+
+    def meanwhile(run: Run, storage: Path) -> None:
+        refuse(run, storage)
+        if not told:  # another process comes first
+            told.append(True)
+            assert removal.remove(run, storage)
+
+    monkeypatch.setattr(removal, "refuse_removal", meanwhile)
+    assert removal.remove(run, tmp_path) is False
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UserError, match=rf"^{run.id}: is gone; another process has removed it$"), only_driver(run.root):
+        pass
+
+
+def test_a_page_does_not_bring_a_removed_run_back(
+    makes: Any, typed: Typed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rayexp.pages import run_page
+
+    run = makes.random_images(8, 3, 1)
+    drawn = run_page.run_page
+
+    def meanwhile(*given: Any) -> str:
+        page = drawn(*given)
+        removal.remove(run, run.root.parent)
+        return page
+
+    monkeypatch.setattr(run_page, "run_page", meanwhile)
+    done = typed("report", run.id)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"{run.id}/report.html: cannot be written (No such file or directory)" in done.stderr
+    assert list(run.root.parent.iterdir()) == []
+
+
 # ---------------------------------------------------------------------- the commands
 
 
-def typed(monkeypatch: pytest.MonkeyPatch, capsys: Any, *words: str) -> tuple[int, str, str]:
-    import sys
+@pytest.fixture
+def said(typed: Typed) -> Said:
+    """Exit code, stdout and stderr of a command."""
 
-    from rayexp.cli._app import main
+    def run(*words: str) -> tuple[int, str, str]:
+        done = typed(*words)
+        return done.returncode, done.stdout, done.stderr
 
-    monkeypatch.setattr(sys, "argv", ["rayexp", *words])
-    with pytest.raises(SystemExit) as end:
-        main()
-    return (int(end.value.code or 0), *capsys.readouterr())
+    return run
 
 
-def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.chdir(tmp_path)
-    one, other = made(Path("runs")), made(Path("runs"), "other")
+def test_the_commands(tmp_path: Path, said: Said) -> None:
+    storage = tmp_path / "runs"
+    one, other = made(storage), made(storage, "other")
     (other.root / "checkpoints" / "more").write_bytes(b"x" * 10**6)
     other.update(parent="grid-1")
-    code, out, err = typed(monkeypatch, capsys, "runs", "--du", "--json")
+    code, out, err = said("runs", "--du", "--json")
     assert (code, err) == (0, "")
     rows = json.loads(out)
     assert [row["run"] for row in rows] == [other.id, one.id]  # the largest first
     assert rows[0]["checkpoints"] == 1000 + 10**6
-    code, out, _ = typed(monkeypatch, capsys, "runs", "--du")
+    code, out, _ = said("runs", "--du")
     assert code == 0
     assert out.splitlines()[-1].startswith("2 directories, 1.0 MB")
 
-    code, out, err = typed(monkeypatch, capsys, "runs", "rm", one.id, "other")
+    code, out, err = said("runs", "rm", one.id, "other")
     assert code == 2
     assert "grid-1" in out
     assert "there is no terminal to ask on; --yes removes without asking" in err
-    assert len(Run.all(Path("runs"))) == 2
-    assert typed(monkeypatch, capsys, "runs", "rm", one.id, "nothing", "--yes")[0] == 2
-    assert len(Run.all(Path("runs"))) == 2  # none goes where one is wrong
-    code, out, err = typed(monkeypatch, capsys, "runs", "rm", "--yes", one.id, one.id)
+    assert len(Run.all(storage)) == 2
+    assert said("runs", "rm", one.id, "nothing", "--yes")[0] == 2
+    assert len(Run.all(storage)) == 2  # none goes where one is wrong
+    code, out, err = said("runs", "rm", "--yes", one.id, one.id)
     assert (code, err) == (0, "")
     assert out.splitlines()[-1].startswith("removed: 1 run, ")
-    code, out, _ = typed(monkeypatch, capsys, "runs", "rm", "-y", "--json", "other")
+    code, out, _ = said("runs", "rm", "-y", "--json", "other")
     assert [(row["run"], row["comparison"]) for row in json.loads(out)] == [(other.id, "grid-1")]
-    assert Run.all(Path("runs")) == []
+    assert Run.all(storage) == []
 
 
 @pytest.mark.parametrize(("answer", "left"), [("n\n", 1), ("y\n", 0)])
 def test_it_asks_on_a_terminal(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, answer: str, left: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: Said, answer: str, left: int
 ) -> None:
     import io
     import sys
@@ -156,19 +208,19 @@ def test_it_asks_on_a_terminal(
     terminal = io.StringIO(answer)
     terminal.isatty = lambda: True  # type: ignore[method-assign]
     monkeypatch.setattr(sys, "stdin", terminal)
-    code, _, err = typed(monkeypatch, capsys, "runs", "rm", run.id, "--runs", str(tmp_path))
+    code, _, err = said("runs", "rm", run.id, "--runs", str(tmp_path))
     assert "Remove 1 run, " in err
     assert code == left
     assert len(Run.all(tmp_path)) == left
     assert [path.name for path in tmp_path.iterdir()] == [run.id] * left
 
 
-def test_help_names_both(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    assert "rayexp runs rm RUN..." in typed(monkeypatch, capsys, "runs", "-h")[1]
-    code, out, _ = typed(monkeypatch, capsys, "runs", "rm", "-h")
+def test_help_names_both(said: Said) -> None:
+    assert "rayexp runs rm RUN..." in said("runs", "-h")[1]
+    code, out, _ = said("runs", "rm", "-h")
     assert code == 0
     assert out.startswith("Usage: rayexp runs rm [OPTIONS] ")
     assert "RUN" in out.splitlines()[0]
-    code, _, err = typed(monkeypatch, capsys, "runs", "rm")
+    code, _, err = said("runs", "rm")
     assert code == 2
     assert err.endswith("(see rayexp runs rm -h)\n")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,9 @@ from typer.testing import CliRunner
 
 from rayexp.cli import app
 from rayexp.config import ExperimentConfig
-from rayexp.errors import UserError
+from rayexp.errors import UserError, WriteError
 from rayexp.grid.comparison import Comparison
-from rayexp.runs.records import EpochRecord, RunRef
+from rayexp.runs.records import EpochRecord, RunRef, reference
 from rayexp.runs.run import Run, resolve
 from rayexp.system.disk import matching, write_json
 
@@ -56,10 +58,23 @@ def command() -> Callable[..., Any]:
 # ---------------------------------------------------------------------- references
 
 
+@pytest.mark.parametrize("write", ["write_atomic", "write_json", "keep_code"])
+def test_a_run_that_cannot_be_written_leaves_no_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: str
+) -> None:
+    def full(path: Path, *rest: object) -> None:
+        raise WriteError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(f"rayexp.runs.run.{write}", full)
+    with pytest.raises(WriteError):
+        Run.create(ExperimentConfig(storage_path=tmp_path), argv=[])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_best_is_the_best_and_last_the_last(make: Make, tmp_path: Path) -> None:
     run = make("txt", 30.0, 50.0, 40.0)
-    for reference, epoch in ((f"{run.id}@best", 2), (f"{run.id}@last", 3), (run.id, 3), (f"{run.id}@1", 1)):
-        assert resolve(reference, tmp_path / "runs") == (Run(run.root.resolve()), epoch)
+    for text, epoch in ((f"{run.id}@best", 2), (f"{run.id}@last", 3), (run.id, 3), (f"{run.id}@1", 1)):
+        assert resolve(text, tmp_path / "runs") == (Run(run.root.resolve()), epoch)
     assert run.best() == 2
 
 
@@ -89,6 +104,17 @@ def test_an_epoch_that_is_not_there_is_refused_with_those_that_are(make: Make, t
 
 
 # ---------------------------------------------------------------------- names
+
+
+def test_a_path_may_hold_the_sign_before_an_epoch(make: Make, tmp_path: Path) -> None:
+    made = make("one", 20.0, 40.0)
+    run = Run(Path(shutil.copytree(made.root, tmp_path / "me@lab" / made.id)))
+    for storage in (tmp_path, tmp_path / "me@lab"):
+        assert resolve(str(run.root), storage) == (run, 2)
+        assert resolve(f"{run.root}@1", storage) == (run, 1)
+        assert Run.open(str(run.root), storage) == Run.open(run.root, storage) == Run.open(f"{run.root}@1") == run
+    assert (reference(f"{run.root}@1").run, reference(str(run.root)).run) == (str(run.root),) * 2
+    assert str(reference("x" * 300)) == "x" * 300 + "@last"
 
 
 def test_an_exact_name_wins_over_parts_of_others(make: Make, tmp_path: Path) -> None:
@@ -249,6 +275,9 @@ def test_check_names_what_is_damaged_and_exits_with_1(make: Make, tmp_path: Path
     }
     with pytest.raises(UserError, match="no run"):
         command("runs", "nothing", *storage)
+    nothing = command("runs", "--runs", str(tmp_path / "nothing"), "--check")
+    assert (nothing.exit_code, nothing.stdout) == (0, f"no runs in {tmp_path / 'nothing'}\n")
+    assert command("runs", "--runs", str(tmp_path / "nothing"), "--check", "--json").stdout == "[]\n"
 
 
 def test_a_damaged_comparison_is_not_called_missing(tmp_path: Path, command: Callable[..., Any]) -> None:

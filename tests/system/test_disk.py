@@ -375,6 +375,18 @@ def test_folders_on_the_way_are_made(tmp_path: Path) -> None:
     assert (tmp_path / "b" / "c" / "epochs.jsonl").read_text() == "{}\n"
 
 
+def test_a_directory_that_is_gone_is_not_made_anew(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    for path in (root / "x", root / "a" / "x"):
+        with pytest.raises(WriteError, match=rf"^{path}: cannot be written \(No such file or directory\)$"):
+            disk.write_atomic(path, b"1", within=root)
+    assert list(tmp_path.iterdir()) == []
+    root.mkdir()
+    for path in (root / "x", root / "a" / "b" / "x", tmp_path / "elsewhere" / "a" / "x"):
+        disk.write_atomic(path, b"1", within=root)
+        assert path.read_bytes() == b"1"
+
+
 def test_a_storage_path_that_is_a_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "runs").touch()
     with pytest.raises(UserError, match=f"storage_path: {tmp_path / 'runs'} is not a folder"):
