@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import secrets
 import stat
+import tempfile
 from pathlib import Path
 from typing import NoReturn
 
@@ -65,15 +66,33 @@ def make_token() -> None:
     path = token_path()
     try:
         if token() is None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-                file.write(secrets.token_hex(32))
+            _keep(path, secrets.token_hex(32))
         if stat.S_IMODE(path.stat().st_mode) & 0o077:
             path.chmod(0o600)
     except OSError as error:
         raise UserError(
             f"{path}: Ray's token cannot be kept there ({error.strerror}); set HOME, or RAY_AUTH_TOKEN_PATH to a file"
         ) from error
+
+
+def _keep(path: Path, made: str) -> None:
+    """Write a token whole, in a file for its owner only. Of two processes that make one at once the first's stays: a
+    Ray may have begun with it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")  # which nobody else can read
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(made)
+        if path.exists() and token() is None:
+            path.unlink()  # an empty one
+        try:
+            path.hardlink_to(name)
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without links
+            Path(name).replace(path)
+    finally:
+        Path(name).unlink(missing_ok=True)
 
 
 def headers() -> dict[str, str]:

@@ -9,6 +9,7 @@ outside the copy is refused.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -28,8 +29,10 @@ from rayexp.runs.records import EpochRecord
 from rayexp.runs.retention import NOTE, reason
 from rayexp.runs.run import Run, broken, epoch_name
 from rayexp.system.disk import TEMPORARY, inside, naming, now, relative, sync_directory, write_atomic, write_json
+from rayexp.system.locks import PATIENCE_S, HeldError, locked
 
 MARK = "collected.json"  # marks a run directory as a copy, and says of what
+LOCK = ".collecting"  # is held, and there, while a copy is made
 EPOCHS, TRACE, STATE = "epochs.jsonl", "trace.jsonl", "state.json"
 # The deepest nesting and the most files in tb/, logs/ or trackers/; more is a listing that contains itself.
 MAX_DEPTH, MAX_FILES = 8, 10_000
@@ -120,7 +123,10 @@ class _Copy:
         rows = self._rows(files)
         saved = {n.rstrip("/") for n in self.source.list("checkpoints")}
         wanted = self._wanted(epochs, rows, [e for e in rows if epoch_name(e) in saved])
-        self._claim()
+        with self._claimed():
+            return self._fill(files, rows, wanted)
+
+    def _fill(self, files: Mapping[str, bytes], rows: Mapping[int, EpochRecord], wanted: set[int]) -> Collected:
         for name, data in files.items():
             if name not in self.damaged and name != EPOCHS:
                 self._attempt(name, lambda n=name, d=data: write_atomic(self._target(n), d))  # type: ignore[misc]
@@ -142,11 +148,25 @@ class _Copy:
         """Whether the run has gone on since run.json was read; then a file that seemed damaged may just be newer."""
         return self._bytes("run.json") != self.meta
 
-    def _claim(self) -> None:
-        """Mark the folder as a copy. It is never the run itself, into which someone may be writing (UserError)."""
+    @contextlib.contextmanager
+    def _claimed(self) -> Iterator[None]:
+        """Mark the folder as a copy, and let nobody else write into it while the block runs.
+
+        Raises:
+            UserError: another process collects the run into it; or it is the run itself, into which someone may be
+                writing.
+        """
         if self.run.meta_path.exists() and not (self.run.root / MARK).exists():
             raise UserError(f"{self.run.root} is the run itself, not a copy of it; --to DIR puts a copy elsewhere")
         write_json(self.run.root / MARK, {"source": self.source.name, "at": now()})
+        lock = self.run.root / LOCK
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(locked(lock, PATIENCE_S))
+            except HeldError:
+                raise UserError(f"{self.run.root}: another process is collecting it") from None
+            stack.callback(lock.unlink, missing_ok=True)
+            yield
 
     def _rows(self, files: Mapping[str, bytes]) -> dict[int, EpochRecord]:
         """The records by epoch. Checks that this rayexp can read the run, and its top-level files by the manifest."""

@@ -16,6 +16,7 @@ from rayexp.errors import RunError, UserError
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 TIMEOUT_S = 30.0  # for one answer
 CHUNK = 1 << 20  # bytes
+EXPECTED = "expected the head's dashboard, for example http://HEAD:8265"
 
 
 def address(given: str | None) -> str:
@@ -34,7 +35,10 @@ def address(given: str | None) -> str:
     found = named or DEFAULT_ADDRESS
     if "://" not in found:
         found = f"http://{found}"
-    parts = urlsplit(found)
+    try:
+        parts = urlsplit(found)
+    except ValueError:
+        raise UserError(f"--address: {EXPECTED}") from None  # whatever it is, a password may be in it
     if parts.username or parts.password:
         raise UserError("--address: no name or password in it; the token belongs into ~/.ray/auth_token")
     try:
@@ -42,7 +46,7 @@ def address(given: str | None) -> str:
     except ValueError:
         host, port = None, 0
     if parts.scheme not in ("http", "https") or not host:
-        raise UserError(f"--address {found}: expected the head's dashboard, for example http://HEAD:8265")
+        raise UserError(f"--address {found}: {EXPECTED}")
     _bypass_proxies(host)
     if not named:
         ours = ports.is_ours(host, port)

@@ -39,6 +39,30 @@ def test_a_new_token_is_closed_to_others(empty_home: Path) -> None:
     assert path.read_text() == first
 
 
+@pytest.mark.parametrize("there", [None, "", "\n"])
+def test_of_two_that_are_made_at_once_the_first_stays(
+    empty_home: Path, monkeypatch: pytest.MonkeyPatch, there: str | None
+) -> None:
+    path = empty_home / ".ray" / "auth_token"
+    path.parent.mkdir()
+    if there is not None:
+        path.write_text(there)  # which a full disk has left
+    draw = auth.secrets.token_hex
+
+    def meanwhile(size: int) -> str:
+        path.write_text("first")  # by another process
+        return draw(size)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(auth.secrets, "token_hex", meanwhile)
+        auth.make_token()
+    assert auth.token() == "first"
+    path.write_text("")
+    auth.make_token()
+    assert len(auth.token() or "") == 64
+    assert [file.name for file in path.parent.iterdir()] == ["auth_token"]
+
+
 def test_no_token_is_made_where_authentication_is_off(empty_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     auth.make_token()

@@ -52,6 +52,26 @@ def test_the_copy_is_the_run(made_run: Run, tmp_path: Path, scheme: str) -> None
     assert Run.find(made_run.id, tmp_path / "home").predictions(2).kind == "images"
 
 
+def test_two_do_not_write_into_one_copy(made_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, name = find(str(made_run.root), None)
+    monkeypatch.setattr(collecting, "PATIENCE_S", 0.05)
+    refused: list[str] = []
+
+    def another(said: str) -> None:
+        if not refused:
+            with pytest.raises(UserError) as caught:
+                collect(source, name, tmp_path / "home")
+            refused.append(str(caught.value))
+
+    got = collect(source, name, tmp_path / "home", say=another)
+    assert refused == [f"{got.run.root}: another process is collecting it"]
+    assert content(got.run.root) == content(made_run.root)
+    broken_off = Breaking(str(made_run.root), 350_000)
+    with pytest.raises(RunError, match="broke off"):
+        collect(broken_off, name, tmp_path / "later")
+    assert not list(tmp_path.rglob(".collecting*"))
+
+
 def test_only_the_asked_checkpoints(made_run: Run, tmp_path: Path) -> None:
     source, name = find(str(made_run.root), None)
     got = collect(source, name, tmp_path / "home", "1,last")
