@@ -41,6 +41,7 @@ class Listeners:
         self.run, self.callbacks, self.stop = run, callbacks, stop
         self.failure: tuple[str, BaseException] | None = None
         self._told = max((record.epoch for record in self._records()), default=0)
+        self._seen: tuple[int, ...] = ()  # inode, bytes and time of epochs.jsonl as it was last read
         self._progress = b""
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="callbacks", daemon=True)
@@ -64,16 +65,29 @@ class Listeners:
 
     def _look(self) -> None:
         # Read before the epochs, so that an epoch's steps are told before its end.
-        with contextlib.suppress(OSError, ValueError):
+        if "step" in (progress := self._new_progress()) and progress["epoch"] > self._told:
+            self._tell("on_step", progress)
+        for record in self._new_records():
+            self._told = record.epoch
+            self._tell("on_epoch", record)
+
+    def _new_progress(self) -> dict[str, Any]:
+        """What progress.json says, where it has changed; else nothing."""
+        try:
             found = self.run.progress_path.read_bytes()
-            if found != self._progress:
-                self._progress, progress = found, json.loads(found)
-                if "step" in progress and progress["epoch"] > self._told:
-                    self._tell("on_step", progress)
-        for record in self._records():
-            if record.epoch > self._told:
-                self._told = record.epoch
-                self._tell("on_epoch", record)
+            before, self._progress = self._progress, found
+            return dict(json.loads(found)) if found != before else {}
+        except (OSError, ValueError):
+            return {}
+
+    def _new_records(self) -> list[EpochRecord]:
+        """The epochs that nobody was told of; a long file is read only where it has changed."""
+        try:
+            found = self.run.epochs_path.stat()
+        except OSError:
+            return []
+        before, self._seen = self._seen, (found.st_ino, found.st_size, found.st_mtime_ns)
+        return [record for record in self._records() if record.epoch > self._told] if self._seen != before else []
 
     def _records(self) -> list[EpochRecord]:
         return read_lines(self.run.epochs_path, EpochRecord.from_json, [])

@@ -88,14 +88,14 @@ class Screen:
         ended = False
         while not ended:
             ended = self._end.wait(POLL_S)
-            try:
+            with contextlib.suppress(
+                Exception
+            ):  # a display must not cost a run, and files are read as they are written
                 self._begun()
                 self._progress()
                 if ended:  # a short run may end between two looks
                     self._warn(self.run.meta().get("warnings", ()))
                 self._epochs()
-            except Exception as error:  # a display must not cost a run; a file may have been read half written
-                self.warned.add(repr(error))
 
     def _begun(self) -> None:
         """As soon as a worker has opened the data, show where the run lies, and which part of the data folder serves as

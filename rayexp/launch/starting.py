@@ -52,6 +52,7 @@ def find(config: ExperimentConfig) -> Source:
     if path.is_file():
         return Source(path)
     if path.is_dir() and (path / STATE).is_file():  # a checkpoint's directory
+        _refuse_broken(path)
         run = Run(path.resolve().parents[1])
         return Source(path / STATE, run if run.meta_path.is_file() else None)
     if "@" in text:
@@ -61,14 +62,18 @@ def find(config: ExperimentConfig) -> Source:
             folder = checkpoint_of(run, run.epoch(ref.epoch))
         except UserError as error:
             raise UserError(f"model.weights: {error}") from error
-        if why := broken(folder):
-            raise RunError(f"model.weights: {folder}: {why}")
+        _refuse_broken(folder)
         return Source(folder / STATE, run)
     if len(path.parts) > 1:
         raise UserError(f"model.weights: {text}: no such file; allowed: a file, RUN@EPOCH, or a name of torchvision's")
     from rayexp.engine.starting import cached
 
     return Source(cached(text, config.model.name))
+
+
+def _refuse_broken(checkpoint: Path) -> None:
+    if why := broken(checkpoint):
+        raise RunError(f"model.weights: {checkpoint}: {why}")
 
 
 def resolved(config: ExperimentConfig) -> ExperimentConfig:

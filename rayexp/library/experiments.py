@@ -101,7 +101,12 @@ def _begin(
         run = resume
     else:
         run = Run.find(resume, Path(runs or (experiment.storage_path if experiment else RUNS)))
-    return run, experiment or configs.load_config(run.config(), overrides)
+    experiment = experiment or configs.load_config(run.config(), overrides)
+    if config is not None or any(word.startswith("model.weights=") for word in configs.words(overrides)):
+        from rayexp.launch.starting import refuse_changed
+
+        refuse_changed(run, experiment)
+    return run, experiment
 
 
 def verify(

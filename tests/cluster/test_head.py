@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.numpy
 
+from rayexp.runs.integrity import faults
 from rayexp.runs.run import Run, broken
 
 pytestmark = pytest.mark.ray
@@ -117,6 +119,42 @@ def test_stop_saves_the_present_step_and_resume_goes_on(
     assert "lr" in other.stderr
     head.rayexp("submit", str(tiny), "epochs=12", "name=long", "--resume", run.id, "--wait")
     assert shas(run) == undisturbed
+
+
+@pytest.mark.slow
+def test_weights_travel_with_a_job_or_are_those_of_a_run_there(
+    head: Any, finished: tuple[str, str], tiny: Path, tmp_path: Path
+) -> None:
+    runs = head.home / "runs"
+    first, own = Run.all(runs)[0], tmp_path / "own.safetensors"
+    head.run(sys.executable, "-m", "rayexp", "export", f"{first.root}@1", "--to", str(own))
+    begun = tensors(first, 1)
+    words = [str(tiny), "epochs=1", "schedule.name=constant", "model.freeze=[features.*]", "scaling.num_workers=2"]
+    for name, weights in (("sent", str(own)), ("there", f"{first.id}@1")):
+        head.rayexp("submit", *words, "--name", name, f"model.weights={weights}", "--wait")
+        run = Run.find(name, runs)
+        assert run.meta()["weights"]["taken"] == len(begun)
+        ended = tensors(run, 1)
+        frozen = [key for key in begun if key.startswith("features.")]
+        assert frozen
+        assert all((ended[key] == begun[key]).all() for key in frozen)
+        assert any((ended[key] != begun[key]).any() for key in begun if key not in frozen)
+    run = Run.find("sent", runs)
+    again = [*words, "epochs=2", f"model.weights={own}", "--resume", run.id, "--wait"]
+    head.rayexp("submit", *again)
+    assert [record.epoch for record in run.records()] == [1, 2]
+    head.run(sys.executable, "-m", "rayexp", "export", f"{first.root}@2", "--to", str(own), "--force")
+    refused = head.rayexp("submit", *again, "epochs=3", check=False)
+    assert refused.returncode == 2
+    assert "has changed since the run began" in refused.stderr
+    head.rayexp("collect", run.id, "--to", str(tmp_path / "home"))
+    assert faults(Run.find(run.id, tmp_path / "home")) == []
+
+
+def tensors(run: Run, epoch: int) -> dict[str, Any]:
+    """A checkpoint's weights, by name."""
+    found = safetensors.numpy.load_file(run.checkpoint(epoch) / "state.safetensors")
+    return {name.removeprefix("model."): value for name, value in found.items() if name.startswith("model.")}
 
 
 # ---------------------------------------------------------------------- a lost connection

@@ -22,18 +22,19 @@ from rich.console import Console
 from rayexp.config import ExperimentConfig, load
 from rayexp.engine.runtime import Runtime
 from rayexp.engine.schedule import Schedule
-from rayexp.errors import RunError, UserError
+from rayexp.errors import RunError, UserError, WriteError
 from rayexp.grid.plan import with_overrides
 from rayexp.launch.driver import run
 from rayexp.launch.screen import epoch_line
 from rayexp.launch.step_log import CURVES
-from rayexp.runs.integrity import check_unchanged
+from rayexp.runs.integrity import check_unchanged, faults
 from rayexp.runs.manifest import SEAL, sealed
 from rayexp.runs.run import Run
 from rayexp.workloads.language_model.workload import LanguageModel
 
 Tiny = Callable[..., ExperimentConfig]
 Command = Callable[..., "subprocess.Popen[str]"]
+Typed = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 def shas(made: Run) -> list[str]:
@@ -136,6 +137,18 @@ def test_a_run_whose_lock_cannot_be_had_leaves_nothing_behind(
             run(tiny(), argv=[], resume=resume)
     assert only(tmp_path / "runs") == made
     assert made.meta()["status"] == "stopped"
+
+
+def test_a_run_that_cannot_be_prepared_has_failed(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(made: Run, names: Any) -> None:
+        raise WriteError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(made.root / "trackers"))
+
+    monkeypatch.setattr("rayexp.launch.driver.hand_on", full)
+    with pytest.raises(WriteError):
+        run(tiny(), argv=[])
+    made = only(tmp_path / "runs")
+    assert made.status() == "failed"
+    assert "No space left on device" in made.meta()["error"]
 
 
 @pytest.mark.slow
@@ -285,12 +298,13 @@ def test_a_failed_run_says_so(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.Mo
     assert "Traceback" in (made.logs / "rank_0.log").read_text()
 
 
+@pytest.mark.parametrize("keep", ["all", pytest.param("best", marks=pytest.mark.slow)])
 def test_a_killed_run_goes_on_and_tensorboard_has_one_value_a_step(
-    tiny: Tiny, tmp_path: Path, command: Command, until: Callable[..., None]
+    tiny: Tiny, tmp_path: Path, command: Command, until: Callable[..., None], keep: str
 ) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    config = tiny(epochs=12)
+    config = tiny(epochs=12, checkpoint={"keep": keep})
     (tmp_path / "c.yaml").write_text(config.to_yaml())
     process = command("train", "c.yaml")
     until(lambda: any(len(run.records()) > 2 for run in Run.all(tmp_path / "runs")))
@@ -299,8 +313,11 @@ def test_a_killed_run_goes_on_and_tensorboard_has_one_value_a_step(
     made = only(tmp_path / "runs")
     assert 2 < len(made.records()) < 12
     assert made.status() == "died"
+    assert faults(made) == []
     run(config, argv=[], resume=made)
     assert made.status() == "done"
+    assert faults(made) == []
+    assert made.epochs() == (list(range(1, 13)) if keep == "all" else sorted({made.best(), 12}))
     assert [record.epoch for record in made.records()] == [row["epoch"] for row in made.steps()] == list(range(1, 13))
     board = EventAccumulator(str(made.tb), size_guidance={"scalars": 0})
     board.Reload()
@@ -333,7 +350,7 @@ def test_bf16_without_instructions_for_it_is_warned_of(tiny: Tiny, monkeypatch: 
             assert ("fp32 is many times as fast" in (made.logs / "rank_0.log").read_text()) == bool(warned)
 
 
-def test_the_command_names_the_key_and_exits_with_2(tiny: Tiny, tmp_path: Path, command: Command) -> None:
+def test_the_command_names_the_key_and_exits_with_2(tiny: Tiny, tmp_path: Path, typed: Typed) -> None:
     (tmp_path / "c.yaml").write_text(yaml.safe_dump({**yaml.safe_load(tiny().to_yaml()), "epoch": 3}))
     for args, expected in (
         (["train", "c.yaml"], "unknown key epoch (did you mean epochs?)"),
@@ -341,11 +358,10 @@ def test_the_command_names_the_key_and_exits_with_2(tiny: Tiny, tmp_path: Path, 
         (["train", "--resume", "nothing"], "no run 'nothing'"),
         (["verify", "c.yaml", "--workers", "0,x"], "--workers"),
     ):
-        process = command(*args)
-        _, err = process.communicate(timeout=60)
-        assert process.returncode == 2
-        assert expected in err
-        assert len(err.strip().splitlines()) == 1, err
+        done = typed(*args)
+        assert done.returncode == 2
+        assert expected in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
 
 
 def test_a_setting_that_the_data_passes_over_is_refused(tiny: Tiny, tmp_path: Path) -> None:
@@ -377,12 +393,11 @@ def test_an_operation_that_is_not_deterministic_is_named(
     assert not list((tmp_path / "runs").iterdir())
 
 
-def test_a_dry_run_touches_nothing(tiny: Tiny, tmp_path: Path, command: Command) -> None:
+def test_a_dry_run_touches_nothing(tiny: Tiny, tmp_path: Path, typed: Typed) -> None:
     (tmp_path / "c.yaml").write_text(tiny().to_yaml())
-    process = command("train", "c.yaml", "scaling.num_workers=2", "epochs=3", "--dry-run", "--json")
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    shown: dict[str, Any] = json.loads(out)
+    done = typed("train", "c.yaml", "scaling.num_workers=2", "epochs=3", "--dry-run", "--json")
+    assert done.returncode == 0, done.stderr
+    shown: dict[str, Any] = json.loads(done.stdout)
     assert shown["config"]["epochs"] == 3
     assert shown["plan"]["workers"] == 2
     assert shown["plan"]["steps"] == 3 * shown["plan"]["steps_per_epoch"]

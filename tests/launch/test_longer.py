@@ -38,7 +38,9 @@ def files(made: Run) -> dict[str, tuple[bytes, int]]:
     return {str(path.relative_to(made.root)): (path.read_bytes(), path.stat().st_mtime_ns) for path in found}
 
 
-def test_a_finished_run_has_nothing_to_go_on_with(tiny: Tiny, command: Callable) -> None:
+def test_a_finished_run_has_nothing_to_go_on_with(
+    tiny: Tiny, typed: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
     made = run(tiny(epochs=1), argv=[])
     before = files(made)
     screen = io.StringIO()
@@ -46,9 +48,8 @@ def test_a_finished_run_has_nothing_to_go_on_with(tiny: Tiny, command: Callable)
     assert again.root == made.root
     assert screen.getvalue() == f"{made.id} is done, 1 of 1 epochs: nothing to go on with; epochs=2 or more trains on\n"
     assert files(made) == before
-    process: subprocess.Popen[str] = command("train", "--resume", "tiny", "--json")
-    out, err = process.communicate(timeout=120)
-    assert (process.returncode, json.loads(out)["status"], err) == (0, "done", screen.getvalue())
+    done = typed("train", "--resume", "tiny", "--json")
+    assert (done.returncode, json.loads(done.stdout)["status"], done.stderr) == (0, "done", screen.getvalue())
     assert files(made) == before
     with pytest.raises(UserError, match=r"the configuration has changed: lr 1\.0 -> 2\.0"):
         run(tiny(epochs=1, lr=2.0), argv=[], resume=made)

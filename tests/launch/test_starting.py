@@ -14,6 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 
+import rayexp
 from rayexp.cli import main
 from rayexp.config import ExperimentConfig, parse
 from rayexp.engine.checkpoint import sha
@@ -158,6 +159,10 @@ def test_a_resume_may_name_the_same_weights_and_no_others(
     torch.save({name: tensor + 1 for name, tensor in tensors(first, 2).items()}, "own.pt")
     with pytest.raises(UserError, match=rf"^--resume {run.id}: model\.weights: own\.pt has changed since the run bega"):
         refuse_changed(run, same)
+    with pytest.raises(UserError, match=r"own\.pt has changed since the run began"):
+        rayexp.train(same, resume=run, progress=False)
+    with pytest.raises(UserError, match=r"own\.pt has changed since the run began"):
+        rayexp.train(None, {"model.weights": "own.pt"}, resume=run, progress=False)
     Path("own.pt").unlink()
     refuse_changed(run, same)
     outline(same, resume=run)
@@ -232,8 +237,9 @@ def test_a_checkpoint_that_was_not_kept_or_is_damaged(first: Run, tmp_path: Path
     run = Run(shutil.copytree(first.root, tmp_path / first.id))
     state = run.checkpoint(2) / "state.safetensors"
     state.write_bytes(state.read_bytes()[:-1])
-    with pytest.raises(RunError, match=r"^model\.weights: \S+/epoch_002: state\.safetensors is damaged"):
-        find(config(tmp_path, model={**MODEL, "weights": f"{run.root}@2"}))
+    for text in (f"{run.root}@2", str(run.checkpoint(2))):
+        with pytest.raises(RunError, match=r"^model\.weights: \S+/epoch_002: state\.safetensors is damaged"):
+            find(config(tmp_path, model={**MODEL, "weights": text}))
     shutil.rmtree(run.checkpoint(1))
     run.update(not_kept={"1": "best"})
     with pytest.raises(UserError, match=r"^model\.weights: .* was not kept \(checkpoint\.keep: best\); kept: 2$"):

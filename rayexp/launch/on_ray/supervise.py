@@ -59,7 +59,10 @@ def supervise(
         UserError, RunError: see the table above.
         KeyboardInterrupt: workers were lost when it was asked to stop.
     """
-    sources.publish(run)
+    try:
+        sources.publish(run)
+    except OSError as error:  # its folder of logs may be another user's
+        shown.say(f"warning: `rayexp collect` will not find this run: {error.filename}: {error.strerror}")
     failures = 0
     # A Ray of our own has nobody else in it.
     plan = planning.make(config, session.nodes()) if own_ray else _room(config, shown, stopped)
@@ -79,9 +82,11 @@ def supervise(
         if writer is not None:
             ray.kill(writer)
         if attempt.error is None:
-            if not (growing and attempt.status == "stopped") or stopped():
+            if not growing or attempt.status != "stopped":
                 return attempt.status
             run.stop_path.unlink(missing_ok=True)
+            if stopped():  # looked at after that: its request may have gone with ours
+                return attempt.status
             shown.say("there is room for more workers: going on with them")
         elif isinstance(attempt.error, LostError):
             failures += not isinstance(attempt.error, PreemptedError)
