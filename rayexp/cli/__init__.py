@@ -1,7 +1,8 @@
 """The command line. A file is named for its command (`_*.py`: what they share); slow imports stand in the commands.
 
 Exit codes: 0 done; 1 the run or the check failed; 2 the input was wrong; 3 inconclusive (`diff --max-drop`, `audit`);
-128 + its number where a signal asked to stop: 130 Ctrl-C, 143 SIGTERM, 138 SIGUSR1, 129 SIGHUP (a closed terminal).
+128 + its number where a signal asked to stop: 130 Ctrl-C, 143 SIGTERM, 138 SIGUSR1, 129 SIGHUP (a closed terminal);
+141 where nobody reads the output any more, as behind `| head`.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -104,6 +105,8 @@ def folder(text: str | Path) -> Path:
         from rayexp.errors import UserError
 
         raise UserError(f"{text}: {NO_URI}")
+    with contextlib.suppress(RuntimeError):  # no such user
+        return Path(text).expanduser()
     return Path(text)
 
 
@@ -191,6 +194,9 @@ def main() -> None:
         ensure_home(say)
         with signals.ending():
             code = app(prog_name="rayexp", standalone_mode=False)
+            sys.stdout.flush()
+    except BrokenPipeError:  # nobody reads any more, as behind `| head`
+        code = 128 + signal.SIGPIPE
     except UserError as error:
         code = _fail(error, 2)
     except RunError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +15,8 @@ from rayexp.cli._output import print_json, say, tell
 from rayexp.display import counted
 
 if TYPE_CHECKING:
-    from rayexp.grid.comparison import Comparison
+    from rayexp.config import CompareConfig
+    from rayexp.grid.comparison import Cell, Comparison
     from rayexp.runs.run import Run
 
 MarkdownOption = Annotated[
@@ -56,7 +58,6 @@ def compare(
     Every cell is an ordinary run, one at a time under Ray Tune, its repeats interleaved with those of the others. The
     exit code is 1 where a cell failed or exact cells ended with different weights.
     """
-    from rayexp.cli import _grid_tables as view
     from rayexp.cluster.job_context import resolve_path
     from rayexp.config import CompareConfig, find_config, load
     from rayexp.errors import UserError, last_words
@@ -74,7 +75,7 @@ def compare(
 
         base, cells = planned(grid, path.parent, address)
         if dry_run:
-            print_json(view.plan_json(cells, grid)) if as_json else view.show_plan(cells, grid)
+            _show_plan(cells, grid, as_json)
             return
         made = start(grid, base, cells, argv=sys.argv)
     else:
@@ -84,13 +85,15 @@ def compare(
 
         made = Comparison.find(resume, resolve_path(runs or RUNS))
         grid, cells = made.config(), made.cells()
+        if dry_run:
+            _show_plan(cells, grid, as_json)
+            say(f"{counted(len(made.missing()), 'run')} to go, in {made.root}")
+            return
     running = [cell for cell in cells if cell.skip is None]
     for cell in cells:
         if cell.skip:
             say(f"skipped {cell.id}: {cell.skip}")
     say(f"{len(running)} of {counted(len(cells), 'cell')}, {counted(len(made.missing()), 'run')} to go, in {made.root}")
-    if dry_run:
-        return
     try:
         from rich.console import Console
 
@@ -99,6 +102,15 @@ def compare(
         say("\n".join(last_words(f"interrupted{go_on(made.root, 'compare')}")))
         raise
     _show(made, made.root / "report.html", markdown or made.root / "report.md", as_json, strict=True)
+
+
+def _show_plan(cells: Sequence[Cell], grid: CompareConfig, as_json: bool) -> None:
+    from rayexp.cli import _grid_tables as view
+
+    if as_json:
+        print_json(view.plan_json(cells, grid))
+    else:
+        view.show_plan(cells, grid)
 
 
 @app.command(short_help="Write one offline page about a run or a comparison.")

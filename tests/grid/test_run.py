@@ -420,6 +420,17 @@ def test_a_grid_without_any_cell_is_refused(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_dry_run_shows_the_plan_of_a_comparison_that_has_begun(comparison, typed):
+    session = comparison.begin()
+    comparison.add(row("cpu-inprocess-exact", 1), session)
+    words = ("compare", "--resume", comparison.root, "--dry-run")
+    done = typed(*words, "--json")
+    assert done.returncode == 0
+    assert [cell["id"] for cell in json.loads(done.stdout)["cells"]] == [cell.id for cell in comparison.cells()]
+    assert done.stderr == f"3 runs to go, in {comparison.root}\n"
+    assert "skipped: 1 GPU asked" in " ".join(typed(*words).stdout.split())
+
+
 def test_dry_run_shows_the_plan_and_makes_nothing(tmp_path, alone):
     (tmp_path / "base.yaml").write_text("name: base\n")
     (tmp_path / "grid.yaml").write_text(
