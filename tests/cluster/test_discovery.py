@@ -125,15 +125,14 @@ def test_only_a_ray_of_this_user_is_joined_unasked(port: int, tmp_path: Path, mo
 
 
 def test_a_dead_address_is_one_line_and_leaves_nothing(
-    tmp_path: Path, command: Callable[..., subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, typed: Callable[..., subprocess.CompletedProcess[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dead = f"127.0.0.1:{dead_port()}"
     monkeypatch.setenv("RAY_ADDRESS", dead)
     (tmp_path / "c.yaml").write_text("scaling: {num_workers: 2}")
-    process = command("train", "c.yaml")
-    out, err = process.communicate(timeout=60)
-    assert (process.returncode, out) == (2, "")
-    assert err.splitlines() == [
+    done = typed("train", "c.yaml")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines() == [
         f"error: RAY_ADDRESS={dead}: no Ray answers there; where it is not set, a Ray is started here for the run"
     ]
     assert not list((tmp_path / "runs").iterdir())

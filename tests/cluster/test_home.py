@@ -131,7 +131,8 @@ def test_the_command_says_it_in_one_line_and_works(tmp_path: Path) -> None:
         "import sys, pathlib\nfrom rayexp.cli import main\n"
         "def home():\n    import os\n    if 'HOME' in os.environ: return pathlib.Path(os.environ['HOME'])\n"
         "    raise RuntimeError\n"
-        "pathlib.Path.home = home\nsys.argv = ['rayexp', 'doctor', '--json']\nmain()"
+        "pathlib.Path.home = home\nsys.argv = ['rayexp', 'doctor', '--json']\n"
+        "from rayexp.launch import doctor\ndoctor._LOOKS = (doctor._home,)\nmain()"
     )
     env = {k: v for k, v in os.environ.items() if k != "HOME"} | {"TMPDIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=env)
