@@ -214,7 +214,8 @@ def configure(
     # Makes cuBLAS deterministic; set over what is there, since another workspace may mean other kernels.
     os.environ[WORKSPACE] = ":4096:8"
     cpu.save_page_faults(config.cpu_kernels)
-    torch.use_deterministic_algorithms(config.reduction == "exact" or device.type == "cpu", warn_only=False)
+    # As torch.use_deterministic_algorithms, which would also tell a compiler: importing that takes seconds.
+    torch.set_deterministic_debug_mode("error" if config.reduction == "exact" or device.type == "cpu" else "default")
     torch.backends.cudnn.benchmark = device.type == "cuda" and config.reduction == "ddp"
     pin_precision(tf32=config.precision == "tf32" and device.type == "cuda")
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

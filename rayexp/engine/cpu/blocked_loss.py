@@ -30,7 +30,6 @@ BLOCK = 2048
 KEEP = 32 << 20
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # it writes into gradients
 def blocked_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -60,7 +59,6 @@ def blocked_cross_entropy(
     return losses
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def blocked_embedding(tokens: Tensor, weight: Tensor) -> Tensor:
     """`F.embedding(tokens, weight)`, whose gradient is written into its buffer row by row."""
     vectors: Tensor = _Embedding.apply(tokens, weight)
