@@ -16,6 +16,7 @@ import typer.core
 from rayexp.cli import _complete
 from rayexp.cli._output import error_line, say
 
+UNREAD = 128 + signal.SIGPIPE  # exit code where nobody reads the output any more
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])
 
 
@@ -83,6 +84,8 @@ class _Commands(Group):
             if str(stopped):
                 say("\n".join(last_words(str(stopped))))
             raise typer.Exit(128 + stopped.number) from stopped
+        except BrokenPipeError as error:  # click would end with 1, as if something had failed
+            raise typer.Exit(UNREAD) from error
 
 
 app = App(
@@ -195,8 +198,8 @@ def main() -> None:
         with signals.ending():
             code = app(prog_name="rayexp", standalone_mode=False)
             sys.stdout.flush()
-    except BrokenPipeError:  # nobody reads any more, as behind `| head`
-        code = 128 + signal.SIGPIPE
+    except BrokenPipeError:  # as behind `| head`
+        code = UNREAD
     except UserError as error:
         code = _fail(error, 2)
     except RunError as error:
