@@ -52,13 +52,16 @@ def csv_cell(text: str) -> str:
 
 
 def figure(value: float | None, form: str = ".4g") -> str:
-    """Format a number: `not finite` for nan and infinity, an empty string for None, and an exponent where a fixed-point
-    format would give many digits."""
+    """Format a number: `not finite` for nan and infinity, an empty string for None. From LARGE on a fixed-point format
+    gives an exponent; below it a general one gives none: `18,610`, not `1.861e+04`."""
     if value is None:
         return ""
     if not math.isfinite(value):
         return NOT_FINITE
-    return f"{value:.3g}" if form.endswith("f") and abs(value) >= LARGE else f"{value:{form}}"
+    if abs(value) >= LARGE:
+        return f"{value:.3g}" if form.endswith("f") else f"{value:{form}}"
+    shown = f"{value:{form}}"
+    return f"{value:{'+' if form.startswith('+') else ''},.0f}" if form.endswith("g") and "e+" in shown else shown
 
 
 def counted(number: float, noun: str, plural: str = "") -> str:

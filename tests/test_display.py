@@ -67,6 +67,18 @@ def test_figures():
     assert figure(1e7, ".4e") == "1.0000e+07"
 
 
+def test_a_figure_below_a_million_has_no_exponent():
+    assert [figure(x, ",.4g") for x in (18612.34, 9999.6, 9999.4, -1e5)] == [
+        "18,612",
+        "10,000",
+        "9,999",
+        "-100,000",
+    ]
+    assert [figure(x, "+.3g") for x in (1234.0, -1234.0, 12.34)] == ["+1,234", "-1,234", "+12.3"]
+    assert [figure(x) for x in (999999.0, 1e6, 1e16, 1e-5)] == ["999,999", "1e+06", "1e+16", "1e-05"]
+    assert figure(20000.0, ".2e") == "2.00e+04"
+
+
 def test_json_is_strict_whatever_comes():
     value = {1: (np.float32("nan"), np.int64(3), [math.inf, 1.5]), "a": np.array([[1.0, -math.inf]]), "b": True}
     assert plain(value) == {"1": [None, 3, [None, 1.5]], "a": [[1.0, None]], "b": True}

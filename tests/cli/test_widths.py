@@ -84,6 +84,8 @@ def test_verify(terminal: Terminal, monkeypatch: pytest.MonkeyPatch, tmp_path: P
     out = terminal()
     assert out.count(f"  {sha(0)[:8]}  ") == 6
     assert "8, one killed" in out
+    assert out.count(" 123,457 ") >= 6
+    assert "e+" not in out
     assert verdict.rows()[0]["weights"] == sha(0)[:12]  # for scripts, as ever
 
 
