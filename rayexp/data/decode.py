@@ -40,8 +40,7 @@ def decode(path: str, prefix: str, names: list[str], size: int, resize: bool, sh
         try:
             image = rgb(data, size if resize else None)
         except Exception as error:  # Pillow may raise almost any error for a broken file
-            why = "no image format that is known here" if isinstance(error, UnidentifiedImageError) else error
-            raise UserError(f"{source.where(name)}: cannot be decoded ({why})") from error
+            raise UserError(f"{source.where(name)}: cannot be decoded ({error})") from error
         if image.size != (size, size):
             raise UserError(f"{source.where(name)}: is {image.width}x{image.height} pixels, expected {size}x{size}")
         pixels[row] = np.asarray(image)
@@ -59,9 +58,12 @@ def rgb(data: bytes, size: int | None) -> Image.Image:
 
     Raises:
         Exception: any error that Pillow raises for a broken file.
-        ValueError: the pixels are 32-bit integers or floats.
+        ValueError: it is no image, or the pixels are 32-bit integers or floats.
     """
-    image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+    try:
+        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError:  # it would name the bytes in memory
+        raise ValueError("no image format that is known here") from None
     if size:
         # Decode large JPEGs at a half, a quarter or an eighth of their size, but never below twice the size needed.
         image.draft(None, (2 * size, 2 * size))
