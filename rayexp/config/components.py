@@ -31,6 +31,7 @@ GROUPS = {
     "optimizer.name": "rayexp.optimizers",
     "schedule.name": "rayexp.schedules",
 }
+REFERENCE = "package.module:Name or ./file.py:Name"
 _IDENTIFIER = r"[^\W\d]\w*"
 _NAME = re.compile(rf"{_IDENTIFIER}(?:\.{_IDENTIFIER})*")
 
@@ -64,14 +65,23 @@ def check_name(key: str, name: str, shipped: Iterable[str]) -> str:
     if is_reference(name):
         where, inner = parts_of(name)
         if not (_NAME.fullmatch(inner) and (where.endswith(".py") or _NAME.fullmatch(where))):
-            raise ValueError(f"{name!r} is no reference; expected package.module:Name or ./file.py:Name")
+            raise ValueError(f"{name!r} is no reference; expected {REFERENCE}")
     elif name not in shipped and name not in entry_points(GROUPS[key]):
         allowed = [*shipped, *entry_points(GROUPS[key])]
-        raise ValueError(
-            f"unknown {key.partition('.')[0]} {name!r}{nearest(name, allowed)}; "
-            f"allowed: {', '.join(allowed)}, package.module:Name or ./file.py:Name"
-        )
+        listed = ", ".join([*allowed, REFERENCE])
+        raise ValueError(f"unknown {key.partition('.')[0]} {name!r}{meant(name, allowed)}; allowed: {listed}")
     return name
+
+
+def meant(name: str, allowed: Iterable[str]) -> str:
+    """`' (did you mean X?)'` with the reference that a name lacks the colon of, or with the closest allowed name; or an
+    empty string."""
+    where, _, inner = name.rpartition(".")
+    if where and inner == "py":
+        return f" (did you mean {name}:Name, with the name of what it defines?)"
+    if where and _NAME.fullmatch(name):
+        return f" (did you mean ./{where.replace('.', '/')}.py:{inner} or {where}:{inner}?)"
+    return nearest(name, allowed)
 
 
 @functools.cache

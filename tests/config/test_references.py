@@ -183,6 +183,24 @@ def test_entry_points(monkeypatch: pytest.MonkeyPatch) -> None:
         components.check_name("data.name", "decoder", ("shapes",))
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("nets.Net", " (did you mean ./nets.py:Net or nets:Net?)"),
+        ("lab.nets.Net", " (did you mean ./lab/nets.py:Net or lab.nets:Net?)"),
+        ("./net.py", " (did you mean ./net.py:Name, with the name of what it defines?)"),
+        ("net.py", " (did you mean net.py:Name, with the name of what it defines?)"),
+        ("shape", " (did you mean shapes?)"),
+        ("1.5", ""),
+    ],
+)
+def test_a_reference_without_its_colon_is_recognised(name: str, said: str) -> None:
+    with pytest.raises(ValueError) as refused:
+        components.check_name("data.name", name, ("shapes", "folder"))
+    assert str(refused.value).startswith(f"unknown data {name!r}{said}; allowed: shapes, folder, ")
+    assert str(refused.value).endswith("package.module:Name or ./file.py:Name")
+
+
 @pytest.mark.parametrize("name", [":Net", "a:", "a b:Net", "a:N et", "a/b:Net", "a..b:Net", "1a:Net", "a:Net:"])
 def test_what_is_no_reference(name: str) -> None:
     with pytest.raises(ValueError, match=r"is no reference; expected package.module:Name or ./file.py:Name"):

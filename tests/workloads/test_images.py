@@ -105,7 +105,11 @@ def config(**changes: object) -> ExperimentConfig:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model": {"name": "resnet19"}}, ["model.name", "resnet18"]),
+        (
+            {"model": {"name": "resnet19"}},
+            ["model.name", "resnet18", "mobilenet_v2, ", ", package.module:Name or ./file.py:Name"],
+        ),
+        ({"model": {"name": "nets.Net"}}, ["model.name", "did you mean ./nets.py:Net or nets:Net?"]),
         ({"model": {"name": "resnet18", "stemm": "small"}}, ["model.stemm", "stem"]),
         ({"model": {"name": "vgg11", "stem": "small"}}, ["ResNets"]),
         ({"model": {"name": "vgg11", "stem": "stride2"}}, ["ResNets"]),

@@ -376,6 +376,7 @@ def test_a_model_that_cannot_be_drawn_has_no_graph(capfd: pytest.CaptureFixture[
     ("change", "words"),
     [
         ({"model": {"name": "lstmm"}}, "model.name: unknown model 'lstmm' (did you mean lstm?)"),
+        ({"model": {"name": "nets.Net"}}, "did you mean ./nets.py:Net or nets:Net?); allowed: rnn_tanh, "),
         ({"model": {"name": "lstm", "nhidden": 3}}, "unknown key model.nhidden (did you mean nhid?)"),
         ({"model": {"name": "lstm", "nhead": 2}}, "unknown key model.nhead"),
         ({"model": {"name": "gru", "dropout": 1.0}}, "model.dropout"),

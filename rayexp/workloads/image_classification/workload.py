@@ -14,12 +14,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
 from rayexp.config import IMAGE_DATA, TEXT_DATA, ExperimentConfig, explain
+from rayexp.config.components import REFERENCE, meant
 from rayexp.data import ImageData, ImageSplit, open_data
 from rayexp.engine import order
 from rayexp.engine.portable import Portable
 from rayexp.engine.runtime import upload
 from rayexp.engine.workload import Batch, RecurrentState
-from rayexp.errors import UserError, nearest
+from rayexp.errors import UserError
 from rayexp.runs.records import Predictions
 from rayexp.runs.traits import IMAGES
 from rayexp.workloads.image_classification.augmentation import DRAWS, augment
@@ -257,8 +258,8 @@ def check_name(name: str) -> None:
         UserError: it has not.
     """
     if name not in (names := torchvision_names()):
-        shown = ", ".join(n for n in names if n.startswith(("resnet", "mobilenet", "vit_b")))
-        raise UserError(f"model.name: torchvision has no {name!r}{nearest(name, names)}; for example {shown}")
+        shown = ", ".join([*(n for n in names if n.startswith(("resnet", "mobilenet", "vit_b"))), REFERENCE])
+        raise UserError(f"model.name: torchvision has no {name!r}{meant(name, names)}; allowed, for example: {shown}")
 
 
 def build(name: str, options: Options, classes: int, image_size: int) -> nn.Module:

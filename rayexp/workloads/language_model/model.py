@@ -8,9 +8,10 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from rayexp.config import ExperimentConfig, explain
+from rayexp.config.components import REFERENCE, meant
 from rayexp.engine import cpu, order
 from rayexp.engine.rng import Dropout
-from rayexp.errors import UserError, nearest
+from rayexp.errors import UserError
 from rayexp.workloads.language_model.recurrent import LAYERS, HiddenState, Recurrent, RecurrentOptions
 from rayexp.workloads.language_model.transformer import KeyValueCache, Transformer, TransformerOptions
 
@@ -27,7 +28,8 @@ def options_of(config: ExperimentConfig) -> RecurrentOptions | TransformerOption
     """
     name = config.model.name
     if name not in MODELS:
-        raise UserError(f"model.name: unknown model {name!r}{nearest(name, MODELS)}; allowed: {', '.join(MODELS)}")
+        allowed = ", ".join((*MODELS, REFERENCE))
+        raise UserError(f"model.name: unknown model {name!r}{meant(name, MODELS)}; allowed: {allowed}")
     kind: type[RecurrentOptions | TransformerOptions] = (
         TransformerOptions if name == "transformer" else RecurrentOptions
     )
