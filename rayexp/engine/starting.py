@@ -26,6 +26,8 @@ PREFIXES = ("model.", "module.", "_orig_mod.")
 INNER = ("state_dict", "model_state_dict", "model")
 COUNTER = "num_batches_tracked"  # which the engine counts itself
 SHOWN = 3  # tensors that an error names
+ALLOWED = "a file, RUN@EPOCH, or a name of torchvision's"  # for model.weights
+FETCHED = "torch's cache; nothing is downloaded"
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,8 +132,9 @@ def cached(name: str, model: str) -> Path:
         file = _published(name, model)
     path = folder / file
     if not path.is_file():
-        what = f"{name} of {model} is {file}, which" if file != name else name
-        raise UserError(f"model.weights: {what} is not in {folder}; nothing is downloaded")
+        if file != name:
+            raise UserError(f"model.weights: {name} of {model} is {file}, which is not in {folder} ({FETCHED})")
+        raise UserError(f"model.weights: {name}: no such file, here or in {folder} ({FETCHED}); allowed: {ALLOWED}")
     stem, _, sha = path.stem.rpartition("-")
     if stem and len(sha) == 8 and not hashlib.sha256(path.read_bytes()).hexdigest().startswith(sha):
         raise UserError(f"model.weights: {path} is damaged: its sha256 does not begin with {sha}")
@@ -144,12 +147,14 @@ def _published(name: str, model: str) -> str:
     try:
         weights = models.get_model_weights(model)
     except ValueError:
-        raise UserError(f"model.weights: no file {name!r}, and torchvision has no weights of {model}") from None
+        raise UserError(f"model.weights: {name}: no such file; allowed: a file or RUN@EPOCH") from None
     try:
         return str(weights[name].url).rpartition("/")[2]
     except KeyError:
         known = ", ".join(one.name for one in weights)
-        raise UserError(f"model.weights: no file {name!r}; torchvision has for {model}: {known}") from None
+        raise UserError(
+            f"model.weights: {name}: no such file; allowed: {ALLOWED}, which for {model} are: {known}"
+        ) from None
 
 
 def adopt(model: nn.Module, tensors: Mapping[str, Tensor], source: str, classes: int | None) -> Fit:

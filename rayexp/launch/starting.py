@@ -64,11 +64,23 @@ def find(config: ExperimentConfig) -> Source:
             raise UserError(f"model.weights: {error}") from error
         _refuse_broken(folder)
         return Source(folder / STATE, run)
-    if len(path.parts) > 1:
-        raise UserError(f"model.weights: {text}: no such file; allowed: a file, RUN@EPOCH, or a name of torchvision's")
-    from rayexp.engine.starting import cached
+    from rayexp.engine.starting import ALLOWED, cached
 
-    return Source(cached(text, config.model.name))
+    try:
+        if len(path.parts) > 1:
+            raise UserError(f"model.weights: {text}: no such file; allowed: {ALLOWED}")
+        return Source(cached(text, config.model.name))
+    except UserError as error:
+        raise UserError(f"{error}{_run_meant(text, config)}") from None
+
+
+def _run_meant(text: str, config: ExperimentConfig) -> str:
+    """What stands behind an error where a run is named without a checkpoint."""
+    try:
+        Run.find(text, config.storage_path)
+    except UserError:
+        return ""
+    return f" (did you mean {text}@best?)"
 
 
 def _refuse_broken(checkpoint: Path) -> None:

@@ -190,7 +190,7 @@ def test_the_command_goes_on_with_the_same_weights_and_no_others(
     assert re.search(rf"--resume {run.id}: model\.weights: \S*other\.pt has changed since the run began", err)
     code, err = resume("none.pt")
     assert (code, run.status()) == (2, "stopped")
-    assert "model.weights: none.pt is not in " in err
+    assert "model.weights: none.pt: no such file, here or in " in err
     assert resume("own.pt")[0] == 0
     assert run.records()[-1].weights_sha == whole.records()[-1].weights_sha
 
@@ -203,7 +203,8 @@ def test_what_is_not_there_is_one_line_and_no_run(first: Run, tmp_path: Path, mo
     storage = tmp_path / "runs"
     for text, why in {
         "nowhere/x.pt": "nowhere/x.pt: no such file; allowed: a file, RUN@EPOCH, or a name of torchvision's",
-        "x.pt": f"x.pt is not in {tmp_path}/torch/hub/checkpoints; nothing is downloaded",
+        "x.pt": f"x.pt: no such file, here or in {tmp_path}/torch/hub/checkpoints (torch's cache; nothing is downloaded"
+        "); allowed: a file, RUN@EPOCH, or a name of torchvision's",
         "nothing@best": f"no run 'nothing' in {storage}",
         f"{first.root}@7": f"{first.id}@7: no such epoch; there are 1-2",
         f"{first.root}@x": "not a checkpoint reference",
@@ -215,6 +216,14 @@ def test_what_is_not_there_is_one_line_and_no_run(first: Run, tmp_path: Path, mo
             assert str(refused.value).startswith("model.weights: ")
             assert why in str(refused.value)
     assert not storage.exists()
+
+
+def test_a_run_without_its_epoch_gets_it(first: Run, tmp_path: Path) -> None:
+    for text in ("first", str(first.root)):
+        with pytest.raises(UserError, match=r"^model\.weights: .*no such file; ") as refused:
+            find(config(first.root.parent, model={**MODEL, "weights": text}))
+        assert str(refused.value).endswith(f" (did you mean {text}@best?)")
+        find(config(first.root.parent, model={**MODEL, "weights": f"{text}@best"}))
 
 
 def test_references_mean_the_same_for_ever(first: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
