@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -34,6 +35,22 @@ def test_lines_show_foreign_names_escaped(capsys):
     out, err = capsys.readouterr()
     assert out == f"one\n{SHOWN}\n"
     assert err == f"two\n{SHOWN}\nerror: three {SHOWN}\n"
+
+
+@pytest.mark.parametrize(
+    ("environment", "red"),
+    [({}, True), ({"NO_COLOR": ""}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)],
+)
+def test_an_error_is_red_only_where_a_terminal_may_show_it_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], red: bool
+) -> None:
+    for name, value in {"TERM": "xterm", "NO_COLOR": "", **environment}.items():
+        monkeypatch.setenv(name, value)
+    error_line("lost")
+    assert capsys.readouterr().err == "error: lost\n"
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    error_line("lost")
+    assert capsys.readouterr().err == ("\x1b[31merror: lost\x1b[0m\n" if red else "error: lost\n")
 
 
 def test_errors_name_a_file_that_is_no_utf8(capsys, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -58,4 +59,11 @@ def error_line(text: str) -> None:
     """One red line on stderr."""
     line = folded(f"error: {printable(' '.join(text.split()))}", terminal_width(sys.stderr))
     with contextlib.suppress(OSError):
-        print(f"\033[31m{line}\033[0m" if sys.stderr.isatty() else line, file=sys.stderr, flush=True)
+        print(styled(line, 31, sys.stderr), file=sys.stderr, flush=True)
+
+
+def styled(text: str, style: int, stream: TextIO) -> str:
+    """The text in a terminal's style (1: bold, 31: red). As it is where the stream is no terminal, where that has no
+    styles (TERM=dumb), and where none are wanted (NO_COLOR)."""
+    bare = not stream.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return text if bare else f"\033[{style}m{text}\033[0m"

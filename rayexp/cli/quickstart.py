@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rayexp.cli._app import RUNS, app, folder
-from rayexp.cli._output import say
+from rayexp.cli._output import say, styled
 
 if TYPE_CHECKING:
     from rayexp.runs.run import Run
@@ -103,4 +103,4 @@ def _new(runs: Path, make: Callable[[], None]) -> Run:
 
 def _chapter(number: int, title: str) -> None:
     line = f"{number}/{CHAPTERS}  {title}"
-    print("\n" + (f"\033[1m{line}\033[0m" if sys.stderr.isatty() else line), file=sys.stderr, flush=True)
+    print(f"\n{styled(line, 1, sys.stderr)}", file=sys.stderr, flush=True)
