@@ -74,13 +74,27 @@ def read(path: Path, kind: type[BaseModel]) -> dict[str, Any]:
         tree = _construct(path.read_text(encoding="utf-8"), kind)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 (byte {error.start + 1}); save it as UTF-8") from error
     except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{path}: not YAML ({' '.join(str(error).partition(';')[0].split())})") from error
+        raise UserError(f"{path}: not YAML ({_why(error)})") from error
     if tree is None:
         return {}
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected a mapping of keys to values, found {type(tree).__name__}")
     return tree
+
+
+def _why(error: Exception) -> str:
+    """What is wrong with a text, and in which line; without the excerpt that PyYAML draws."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return " ".join(str(error).partition(";")[0].split())
+    # "while scanning ..." says what PyYAML was at; other contexts begin the sentence.
+    context = "" if str(error.context or "while").startswith("while") else f"{error.context} "
+    said = f"line {error.problem_mark.line + 1}: {context}{error.problem}"
+    if r"'\t'" in said:
+        return f"{said}; indent by spaces"
+    return f"{said}; check the indentation" if "<block" in said else said
 
 
 def set_override(tree: dict[str, Any], override: str, kind: type[BaseModel]) -> None:

@@ -170,8 +170,16 @@ def test_a_key_below_a_single_value() -> None:
         ("1: 2", "unknown key 1"),
         ("? [a]\n: 1", "not YAML"),
         ("a: [", "not YAML"),
-        ("lr: 1\n---\nlr: 2", "not YAML (expected a single document"),
-        ("!!python/object/apply:os.system [ls]", "not YAML (could not determine a constructor"),
+        (
+            "data:\n\timage_size: 32",
+            "not YAML (line 2: found character '\\t' that cannot start any token; indent by",
+        ),
+        (
+            "data:\n  name: shapes\n image_size: 32",
+            "not YAML (line 3: expected <block end>, but found '<block mapping start>'; check the indentation)",
+        ),
+        ("lr: 1\n---\nlr: 2", "not YAML (line 2: expected a single document in the stream but found another document)"),
+        ("!!python/object/apply:os.system [ls]", "not YAML (line 1: could not determine a constructor"),
         ("name: \x00", "not YAML"),
         ("seed: " + "1" * 5000, "not YAML (Exceeds the limit (4300 digits)"),
         ("lr: .nan", "lr: expected a finite number, got"),
@@ -188,8 +196,14 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="Is a directory"):
         read(tmp_path)
     (tmp_path / "latin").write_bytes(b"name: \xff\n")
-    with pytest.raises(UserError, match=r"latin: not YAML \('utf-8' codec can't decode"):
+    with pytest.raises(UserError, match=r"latin: not UTF-8 \(byte 7\); save it as UTF-8$"):
         read(tmp_path / "latin")
+
+
+def test_what_editors_of_windows_write_is_read(file: Path) -> None:
+    file.write_bytes("\ufeff# größer\r\nname: big\r\nlr: 0.5\r\ndata:\r\n  image_size: 32\r\n".encode())
+    config = read(file)
+    assert (config.name, config.lr, config.data.image_size) == ("big", 0.5, 32)
 
 
 def test_an_empty_file_has_all_defaults(file: Path) -> None:
