@@ -15,11 +15,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from rayexp.display import counted
 from rayexp.errors import UserError, WriteError, nearest
 
 TEMPORARY = ".tmp-"  # the prefix of everything that is being written
 MADE = re.compile(r"\d{8}T\d{6}Z-(?P<name>.+)-[0-9a-f]{4}")  # a directory's name as `make_directory` gives it
 KINDS = {"run": "run.json", "comparison": "compare.json"}  # directories with a name, and the file that tells them
+SHOWN = 8  # names listed in an error
 NEWEST = "@newest"  # refers to the directory that was made last
 OLD = "-old"  # suffix of a directory's temporary name while another directory replaces it
 ATTEMPTS = 100  # to find a free name for a directory
@@ -338,7 +340,12 @@ def find_directory(name: str, storage: Path, file: str, noun: str, hint: str = "
     names = [path.name for path in directories(storage, file)]
     found = matching(name, names)
     if len(found) > 1:
-        raise UserError(f"{name!r} names several {noun}s in {storage}; give more of one: {', '.join(found)}")
+        older = f"{counted(len(found) - SHOWN, 'older one')}, " if len(found) > SHOWN else ""
+        newest = f", or {NEWEST} for the last of them" if set(matching(NEWEST, names)) <= set(found) else ""
+        raise UserError(
+            f"{name!r} names several {noun}s in {storage}; give more of one{newest}: "
+            f"{older}{', '.join(sorted(found)[-SHOWN:])}"
+        )
     if not found:
         other, its_file = next((kind, kept) for kind, kept in KINDS.items() if kept != file)
         what = f", but a {other}" if matching(name, [p.name for p in directories(storage, its_file)]) else ""

@@ -20,7 +20,7 @@ from rayexp.errors import UserError, WriteError
 from rayexp.grid.comparison import Comparison
 from rayexp.runs.records import EpochRecord, RunRef, reference
 from rayexp.runs.run import Run, resolve
-from rayexp.system.disk import matching, write_json
+from rayexp.system.disk import find_directory, matching, write_json
 
 Make = Callable[..., Run]
 
@@ -125,10 +125,25 @@ def test_an_exact_name_wins_over_parts_of_others(make: Make, tmp_path: Path) -> 
     assert Run.find(txt.id, storage).id == Run.find(str(txt.root), storage).id == txt.id
     with pytest.raises(UserError, match="names several runs"):
         Run.find("xt", storage)
-    make("txt", 1.0)
+    again = make("txt", 1.0)
     with pytest.raises(UserError, match="names several runs") as caught:
         Run.find("txt", storage)
     assert oov.id not in str(caught.value)
+    assert set(str(caught.value).partition(": ")[2].split(", ")) == {txt.id, again.id}
+
+
+@pytest.mark.parametrize(
+    ("last", "said"), [("a", "one, or @newest for the last of them: 2 older ones, "), ("b", "one: 1 older one, ")]
+)
+def test_of_many_runs_of_one_name_the_newest_are_listed(tmp_path: Path, last: str, said: str) -> None:
+    names = [f"2026010{i}T000000Z-a-0f0f" for i in range(1, 10)] + [f"20260110T000000Z-{last}-0f0f"]
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").touch()
+    own = [name for name in names if "-a-" in name]
+    with pytest.raises(UserError) as caught:
+        find_directory("a", tmp_path, "run.json", "run")
+    assert str(caught.value).endswith(f"{said}{', '.join(own[-8:])}")
 
 
 @pytest.mark.parametrize(
