@@ -130,6 +130,7 @@ def moved_data(overrides: list[str], command: str) -> Path | None:
     return root
 
 
+KEY_VALUE = "KEY=VALUE"
 RunsOption = Annotated[
     Path, typer.Option("--runs", metavar="DIR", parser=folder, help="Folder of run directories.", show_default=True)
 ]
@@ -145,7 +146,7 @@ ConfigArgument = Annotated[
 OverridesArgument = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="KEY=VALUE",
+        metavar=KEY_VALUE,
         help="Set a key of the configuration; dotted where it is nested.",
         autocompletion=_complete.keys,
         show_default=False,
@@ -225,8 +226,19 @@ def main() -> None:
         else:
             context = getattr(error, "ctx", None)
             hint = f" (see {context.command_path} -h)" if context else ""
-            code = _fail(RuntimeError(shown().rstrip(".") + hint), getattr(error, "exit_code", 2))
+            line = f"{shown().rstrip('.')}{_key_meant(error)}{hint}"
+            code = _fail(RuntimeError(line), getattr(error, "exit_code", 2))
     _leave(code if isinstance(code, int) else 0)
+
+
+def _key_meant(error: Any) -> str:
+    """How to set the key of a configuration that was typed as an option (`--epochs 3`)."""
+    option, context = getattr(error, "option_name", None), getattr(error, "ctx", None)
+    if not option or not context or all(param.metavar != KEY_VALUE for param in context.command.params):
+        return ""
+    name = option.lstrip("-").replace("-", "_")
+    found = [key for key in _complete.keys(context, "") if f".{key}".endswith(f".{name}=")]
+    return f"; as a key of the configuration it is {' or '.join(f'{key}VALUE' for key in found)}" if found else ""
 
 
 def _leave(code: int) -> NoReturn:

@@ -79,6 +79,27 @@ def test_a_wrong_word_is_one_line_that_leads_to_the_help(typed: Typed) -> None:
 
 
 @pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("train", "quickstart", "--epochs", "3"), "; as a key of the configuration it is epochs=VALUE (see"),
+        (("verify", "quickstart", "--batch-size=4"), "; as a key of the configuration it is batch_size=VALUE (see"),
+        (
+            ("submit", "quickstart", "--num-workers"),
+            "; as a key of the configuration it is scaling.num_workers=VALUE (",
+        ),
+        (("compare", "devices", "--repeats", "5"), "; as a key of the configuration it is repeats=VALUE (see"),
+        (("train", "quickstart", "--no-such"), "No such option: --no-such (see"),
+        (("runs", "--epochs", "3"), "No such option: --epochs (see"),
+    ],
+    ids=" ".join,
+)
+def test_a_key_that_is_typed_as_an_option_is_recognised(typed: Typed, words: tuple[str, ...], said: str) -> None:
+    code, _, err = typed(*words)
+    assert code == 2
+    assert said in err
+
+
+@pytest.mark.parametrize(
     "words",
     [
         ("train", "quickstart", "--runs", "s3://b/r"),
