@@ -22,6 +22,7 @@ import numpy as np
 import psutil
 import pytest
 import safetensors.numpy
+from hypothesis import settings
 
 from rayexp.config import ExperimentConfig, parse
 from rayexp.runs.records import Predictions
@@ -29,6 +30,8 @@ from rayexp.runs.run import Run
 from rayexp.runs.writer import RunWriter
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+settings.register_profile("untimed", settings(), deadline=None)  # no test asserts a time
+settings.load_profile("untimed")
 
 CHROMIUM_FLAGS = (
     "--headless",
