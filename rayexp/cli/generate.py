@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +10,7 @@ import typer
 
 from rayexp.cli import _complete
 from rayexp.cli._app import RUNS, RunsOption, app
-from rayexp.cli._output import say
+from rayexp.cli._output import say, terminal_width
 
 
 @app.command()
@@ -37,7 +38,7 @@ def generate(
     """Write text with a trained language model."""
     import time
 
-    from rayexp.display import counted, printable, short
+    from rayexp.display import counted, folded, printable, short
     from rayexp.runs.run import resolve
     from rayexp.system.disk import write_atomic
 
@@ -67,6 +68,6 @@ def generate(
     if out:
         write_atomic(out, text.lines(said))
     else:
-        print(printable(text.lines(said), keep="\n"), end="")
+        print(folded(printable(text.lines(said), keep="\n"), terminal_width(sys.stdout)), end="")
     where, weights = f" -> {out}" if out else "", short(writer.weights_sha)
     say(f"{counted(words, 'word')} in {took:.1f} s, {run.id}@{epoch}, weights {weights}, seed {seed}{where}")

@@ -30,7 +30,7 @@ from rayexp.launch.callbacks import Listeners, listening
 from rayexp.launch.job import WorkerJob
 from rayexp.launch.placement import Placement
 from rayexp.launch.resuming import go_on
-from rayexp.launch.screen import chatter_to, screen
+from rayexp.launch.screen import chatter_to, screen, show
 from rayexp.launch.stopping import Stopping, stoppable
 from rayexp.runs.code import check_code
 from rayexp.runs.code import kept as with_copy
@@ -96,8 +96,7 @@ def run(
         check_unchanged(resume, config)
         check_code(resume.root, resume.meta(), config)
         if is_finished(resume, config):
-            if console is not None:
-                console.print(finished_line(resume, config), markup=False, highlight=False, soft_wrap=True)
+            show(console, finished_line(resume, config))
             return resume
     weights = starting.read(config) if resume is None else None
     made = resume or Run.create(config, argv=list(argv), parent=parent)

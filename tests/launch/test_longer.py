@@ -48,6 +48,11 @@ def test_a_finished_run_has_nothing_to_go_on_with(
     assert again.root == made.root
     assert screen.getvalue() == f"{made.id} is done, 1 of 1 epochs: nothing to go on with; epochs=2 or more trains on\n"
     assert files(made) == before
+    terminal = io.StringIO()
+    run(tiny(epochs=1), argv=[], resume=made, console=Console(file=terminal, width=70, force_terminal=True))
+    assert " ".join(terminal.getvalue().split()) == screen.getvalue().rstrip()
+    assert max(map(len, terminal.getvalue().splitlines())) <= 70
+    assert "epochs=2" in terminal.getvalue()
     done = typed("train", "--resume", "tiny", "--json")
     assert (done.returncode, json.loads(done.stdout)["status"], done.stderr) == (0, "done", screen.getvalue())
     assert files(made) == before

@@ -174,6 +174,12 @@ def test_the_command(
         "",
     )
     assert out.read_text() == text
+    with monkeypatch.context() as terminal:
+        terminal.setattr(type(sys.stdout), "isatty", lambda stream: True)
+        terminal.setenv("COLUMNS", "30")
+        shown = call(f"{run.id}@last", "--words", "40", "--prompt", "The zorgle", "--seed", "2")[1]
+    assert shown.split() == text.split()
+    assert max(map(len, shown.splitlines())) <= 30
     assert call(f"{run.id}@7")[0] == 2
     assert call(run.id, "--temperature", "-1")[0] == 2
     assert call(run.id, "--words", "0")[0] == 2
