@@ -153,12 +153,15 @@ def diff(
 
 def _resolve(refs: Sequence[str], runs: Path) -> list[tuple[Run, int]]:
     """The checkpoints, with predictions; `@18` is of the run of the reference before it."""
+    from rayexp.errors import UserError
     from rayexp.runs.records import reference
     from rayexp.runs.run import resolve
     from rayexp.system.disk import NEWEST
 
     whole: list[str] = []
     for ref in refs:
+        if whole and ref.isdecimal():
+            raise UserError(f"{ref}: an epoch has its @ before it: {whole[0]} @{ref}")
         later = whole and ref.startswith("@") and not ref.startswith(NEWEST)
         whole.append(reference(whole[-1]).run + ref if later else ref)
     places = [resolve(ref, runs) for ref in whole]

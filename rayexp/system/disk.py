@@ -349,6 +349,9 @@ def find_directory(name: str, storage: Path, file: str, noun: str, hint: str = "
     if not found:
         other, its_file = next((kind, kept) for kind, kept in KINDS.items() if kept != file)
         what = f", but a {other}" if matching(name, [p.name for p in directories(storage, its_file)]) else ""
+        bare, at, _ = name.rpartition("@")
+        if at and matching(bare, names):
+            what = f": a {noun} is named without an epoch, {bare}"
         raise UserError(
             f"no {noun} {name!r} in {storage}{what or nearest(name, names)}; give a {noun} directory's path or name "
             f"({hint}--runs DIR looks elsewhere)"

@@ -122,6 +122,7 @@ def test_wrong_references(makes, rayexp):
         ((f"{run.id}@1", "@9"), "no such epoch; there are 1-3"),
         ((f"{run.id}@1", "nothing@2"), "no run 'nothing'"),
         ((f"{run.id}@1", f"{run.id}@first"), "not a checkpoint reference"),
+        ((run.id, "1", "2"), f"1: an epoch has its @ before it: {run.id} @1"),
         ((f"{run.id}@1",), "two checkpoints"),
         ((f"{run.id}@1", "@2", "@3", "--weights"), "--weights: is for two checkpoints; got 3"),
         ((f"{run.id}@1", "@2", "@3", "--max-drop", 1), "--max-drop: is for two checkpoints; got 3"),

@@ -132,6 +132,14 @@ def test_an_exact_name_wins_over_parts_of_others(make: Make, tmp_path: Path) -> 
     assert set(str(caught.value).partition(": ")[2].split(", ")) == {txt.id, again.id}
 
 
+@pytest.mark.parametrize("words", [("runs",), ("report",), ("train", "--resume"), ("audit",), ("runs", "rm")])
+def test_a_run_is_named_without_an_epoch(make: Make, typed: Callable[..., Any], words: tuple[str, ...]) -> None:
+    make("txt", 1.0)
+    done = typed(*words, "txt@best")
+    assert done.returncode == 2
+    assert "'txt@best' in runs: a run is named without an epoch, txt; give " in done.stderr
+
+
 @pytest.mark.parametrize(
     ("last", "said"), [("a", "one, or @newest for the last of them: 2 older ones, "), ("b", "one: 1 older one, ")]
 )
