@@ -34,8 +34,10 @@ def describe(target: str, check: bool = False) -> dict[str, Any]:
         root = Path("data") / target
         if not root.exists():
             raise UserError(f"{target}: not in {root}; name its folder, or `rayexp data fetch {target}` puts it there")
+    if root.exists() and not root.is_dir():
+        raise UserError(f"{target} is no folder")
     if not root.is_dir():
-        known = ", ".join(DATASETS)
+        known = ", ".join(name for name in DATASETS if name not in ("folder", "text"))  # which are read where they lie
         raise UserError(f"{target}: no such folder or dataset{nearest(target, DATASETS)}; allowed: a folder, {known}")
     if not done(root) and not (root / PARTIAL).exists():
         if (root / "train.txt").exists():

@@ -84,7 +84,11 @@ def test_info_of_text_and_of_a_plain_folder(rayexp, tmp_path, tiny):
         (("fetch", "tiny_imagenet", "--from", "none.zip"), "none.zip: no such file or folder"),
         (("fetch", "wikitext2"), "--from: wikitext2 needs a ZIP, a tar, a folder or a URL"),
         (("fetch", "folder", "--from", "x"), "folder: nothing to fetch"),
-        (("info", "shaps"), "shaps: no such folder or dataset (did you mean shapes?)"),
+        (
+            ("info", "shaps"),
+            "shaps: no such folder or dataset (did you mean shapes?); allowed: a folder, shapes, tiny_",
+        ),
+        (("info", __file__), "test_data_command.py is no folder"),
         (("info", "tiny_imagenet"), "tiny_imagenet: not in data/tiny_imagenet"),
         (("info", "."), "no images in class folders"),
     ],
