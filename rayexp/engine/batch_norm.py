@@ -32,16 +32,17 @@ def folded(norm: BatchNorm, shards: int, x: Tensor) -> Tensor:
         Of the shape and dtype of `x`, the channels last in memory.
     """
     channels = x.shape[1]
-    means, variances = (norm.running_mean.new_zeros(shards * channels) for _ in range(2))  # type: ignore[union-attr]
+    statistics = norm.running_mean.new_zeros(2, shards * channels)  # type: ignore[union-attr]
     weight, bias = (None if each is None else each.repeat(shards) for each in (norm.weight, norm.bias))
     # [shards * samples, channels, ...] -> [samples, ..., shards * channels]
     last = x.movedim(1, -1)
     wide = last.view(shards, -1, *last.shape[1:]).movedim(0, -2).flatten(-2)
     # With momentum 1 the running statistics become each shard's mean and unbiased variance.
-    out = F.batch_norm(wide.movedim(-1, 1), means, variances, weight, bias, True, 1.0, norm.eps)
+    out = F.batch_norm(wide.movedim(-1, 1), statistics[0], statistics[1], weight, bias, True, 1.0, norm.eps)
     with torch.no_grad():
-        for total_, found in ((norm.running_mean, means), (norm.running_var, variances)):
-            total_.add_(found.view(shards, channels).sum(0))  # type: ignore[union-attr]
+        found = statistics.view(2, shards, channels).sum(1)
+        norm.running_mean.add_(found[0])  # type: ignore[union-attr]
+        norm.running_var.add_(found[1])  # type: ignore[union-attr]
     apart = out.movedim(1, -1)
     return apart.view(*apart.shape[:-1], shards, channels).movedim(-2, 0).flatten(0, 1).movedim(-1, 1)
 

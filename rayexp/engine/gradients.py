@@ -23,6 +23,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from rayexp.engine.batch_norm import BATCH_NORMS
 from rayexp.engine.freezing import fixed
+from rayexp.engine.gradient_copy import GradientCopy
 from rayexp.engine.rounding import of_products
 from rayexp.errors import UserError
 
@@ -329,6 +330,8 @@ class ReplicaModel:
         for parameter, slot in zip(self._parameters, layout.params, strict=True):
             rounded = master.half is not None and slot.name in master.rounded
             parameter.data = slot.view(master.half if rounded else master.params)  # type: ignore[arg-type]
+        spans = [range(slot.start, slot.start + slot.size) for slot in layout.params]
+        self._layout, self._copy = layout, GradientCopy([s.shape for s in layout.params], spans, master.device)
         self._stat_owners = [_owner(self.module, slot.name) for slot in layout.stats]
         for module in self.module.modules():
             if isinstance(module, BATCH_NORMS):
@@ -342,11 +345,7 @@ class ReplicaModel:
         way: accumulation belongs to the stream on which the parameter was first used.
         """
         found = torch.autograd.grad(loss, self._parameters, allow_unused=True)
-        for gradient, value in zip(buffer.gradients, found, strict=True):
-            if value is None:
-                gradient.zero_()
-            else:
-                gradient.copy_(value)
+        self._copy(found, buffer.gradients, self._layout.gradient(buffer.tensor))
 
     def watch(self, ready: Callable[[int], None]) -> None:
         """Call `ready(i)` whenever a backward pass has completed the gradient of parameter i, by autograd or by a

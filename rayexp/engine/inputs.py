@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 
 import torch
@@ -45,6 +46,12 @@ class StepInputs:
         self.done.fill_(done)
         for i, flag in enumerate((stop, save)):
             self.flags[i].fill_(float(flag))
+
+    def with_fed(self, fed: Mapping[str, Tensor]) -> StepInputs:
+        """The same with something else in the place of `fed`."""
+        other = copy.copy(self)
+        other.fed = dict(fed)
+        return other
 
     def of(self, shards: range) -> tuple[dict[str, Tensor], tuple[int, ...]]:
         """What consecutive shards are fed, as views, and their sizes."""

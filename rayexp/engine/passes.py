@@ -103,6 +103,11 @@ class Passes:
         """While this step computes: no weight changes, and replicas may keep what they compute from the weights."""
         return fixed_weights(self.replicas, self.runtime)
 
+    def prepared(self, inputs: StepInputs) -> StepInputs:
+        """The inputs with what the workload makes of them for all shards at once (see `Workload.assemble`)."""
+        prepare = getattr(self.workload, "prepare", None)
+        return inputs if prepare is None else inputs.with_fed(prepare(inputs.fed, inputs.sizes))
+
     def each(self, work: Callable[[int], float]) -> list[float]:
         """`work` with the number of each replica, side by side."""
         return self.runtime.run([functools.partial(work, number) for number in range(len(self.replicas))])
@@ -190,9 +195,10 @@ class Passes:
         seconds = time.perf_counter() - start
         replica.draws.begin([self.generators[shard] for shard in shards], sizes)
         state = self._state_of(shards, sizes)
-        head = buffer.head
-        before = head.clone()
-        head.zero_()
+        head, before = buffer.head, None
+        if not replica.plain:  # whose buffers hold one pass each
+            before = head.clone()
+            head.zero_()
         if self.together:
             losses, after = self._losses(replica, batch), state
         else:
@@ -209,7 +215,8 @@ class Passes:
         scalars[LOSS].copy_(total(loss.detach() for loss in losses))
         scalars[COUNT].fill_(batch.count)
         scalars[STOP:].copy_(inputs.flags)
-        torch.add(before, head, out=head)
+        if before is not None:
+            torch.add(before, head, out=head)
         return seconds
 
     def _losses(self, replica: Replica, batch: Batch) -> list[Tensor]:

@@ -12,10 +12,15 @@ _PRODUCTS = (
 
 
 def of_products(model: nn.Module) -> frozenset[str]:
-    """Names of the parameters of convolutions and linear layers that have one name only."""
+    """Names of the parameters that have one name only and belong to convolutions, linear layers, or a module that says
+    of itself that its weight and bias are used in products alone (`only_products = True`)."""
     held: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         held.setdefault(id(parameter), []).append(name)
-    layers = [name for name, module in model.named_modules() if type(module) in _PRODUCTS]
+    layers = [
+        name
+        for name, module in model.named_modules()
+        if type(module) in _PRODUCTS or getattr(module, "only_products", False)
+    ]
     named = {f"{layer}.{name}".lstrip(".") for layer in layers for name in ("weight", "bias")}
     return frozenset(names[0] for names in held.values() if len(names) == 1 and names[0] in named)

@@ -292,10 +292,11 @@ class Stepper:
         """This worker's part of the tree. The buffers are given back at once: only the coming step overwrites
         them, after this one's update."""
         self.master.round_weights()
+        inputs = self.passes.prepared(program.inputs)
         held: list[Held] = [[] for _ in self.passes.replicas]
 
         def compute(number: int) -> float:
-            return self.passes.compute(number, program.inputs, (), lambda mine: held.__setitem__(number, mine))
+            return self.passes.compute(number, inputs, (), lambda mine: held.__setitem__(number, mine))
 
         def work(number: int) -> float:
             if program.runs:

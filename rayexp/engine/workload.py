@@ -109,8 +109,13 @@ class Workload(Protocol):
         From the second call on a device it neither waits for the device nor takes anything from the host but `fed`, so
         that a CUDA graph can hold it. The bits are the same whether the samples are resident or fed.
 
+        A workload may also have a method `prepare` with the same arguments, for what it makes of many shards at once as
+        well as of one: the result, tensors by name with the samples of all shards like those of `feed`, takes their
+        place in `fed`. A step on a GPU calls it once, before the shards: many small kernels cost it more than a few
+        large ones. It must give every sample the bits that it gives it beside any other shards, or none.
+
         Args:
-            fed: the arrays of `feed`, on one device.
+            fed: the arrays of `feed`, on one device; or what `prepare` made of them.
             sizes: `Batch.sizes` of the shards.
         """
 

@@ -9,8 +9,9 @@ for a GPU. There the backward passes of PyTorch itself are left out, which need 
 from __future__ import annotations
 
 import contextlib
+import math
+import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -57,7 +58,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "model": {"name": "mobilenet_v3_small"},
         "data": {**IMAGES["data"], "augment": {"pad": 2}},
     },
+    "resnet18 adamw": {
+        **IMAGES,
+        "precision": "tf32",
+        "optimizer": {"name": "adamw", "clip": 1.0, "decay_norm_and_bias": False},
+    },
+    "mobilenet ddp": {**IMAGES, "model": {"name": "mobilenet_v3_small"}, "reduction": "ddp"},
     "lstm": {**WORDS, "model": {"name": "lstm", **TEXT}},
+    "lstm ddp": {**WORDS, "model": {"name": "lstm", **TEXT}, "precision": "tf32", "reduction": "ddp"},
+    "gru bf16": {**WORDS, "model": {"name": "gru", **TEXT}, "precision": "bf16", "optimizer": {"momentum": 0.9}},
+    "rnn": {**WORDS, "model": {"name": "rnn_tanh", **TEXT}, "optimizer": {"name": "adamw"}},
     "lstm tied": {**WORDS, "model": {"name": "lstm", **TEXT, "tied": True}, "precision": "bf16"},
     "transformer": {
         **WORDS,
@@ -66,7 +76,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "optimizer": {"name": "adamw", "clip": 1.0},
     },
 }
-NAMES = [pytest.param(n, marks=[slow] * (n in ("resnet18 staged", "mobilenet pad", "lstm tied"))) for n in FAMILIES]
+FAMILIES["transformer ddp"] = {**FAMILIES["transformer"], "precision": "fp32", "reduction": "ddp"}
+QUICK = ("resnet18 bf16", "resnet18 ddp", "lstm", "transformer")
+NAMES = [pytest.param(name, marks=[slow] * (name not in QUICK)) for name in FAMILIES]
+NO_KERNEL = re.compile("empty|_unsafe_view")
+MOST = {"resnet18 bf16": 610, "lstm": 126, "lstm ddp": 82, "transformer": 640}
+"""Operations of a captured step that are a kernel on a GPU, at most. Each costs one or two microseconds there, and a
+step of ResNet-18 is to take less than six milliseconds."""
+MOST_FORWARD = {"resnet18 bf16": 400, "resnet18 ddp": 460}
+"""The same on a GPU's ways, without the backward passes."""
 
 
 class Watch(TorchDispatchMode):
@@ -80,11 +98,12 @@ class Watch(TorchDispatchMode):
     def __init__(self, capturing: Callable[[], bool], device: torch.device | None = None) -> None:
         super().__init__()
         self.capturing, self.device = capturing, device
-        self.operations, self.faults = 0, list[str]()
+        self.operations, self.kernels, self.faults = 0, 0, list[str]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.capturing():
             self.operations += 1
+            self.kernels += func.namespace == "aten" and not func.is_view and not NO_KERNEL.search(str(func))
             if why := self.fault(func, tree_leaves((args, kwargs))):
                 self.faults.append(f"{func} {why}")
         return func(*args, **(kwargs or {}))
@@ -140,7 +159,19 @@ def test_a_static_step_asks_for_no_value(watched: Watch, static: Callable[..., T
     config = parse({"epochs": 1, "scaling": {"lanes": 1}, **FAMILIES[family]}, ExperimentConfig, "test")
     two_steps(static(config))
     assert watched.faults == []
-    assert watched.operations > 150
+    assert watched.operations > 100
+    assert watched.kernels <= MOST.get(family, math.inf)
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_evaluation_asks_for_no_value_before_its_end(static: Callable[..., Trainer], family: str) -> None:
+    one = static(parse({"epochs": 1, **FAMILIES[family]}, ExperimentConfig, "test"))
+    with Watch(lambda: True) as watch, torch.inference_mode():
+        for stream in range(one.workload.val_streams()):
+            one.workload.predict(one.eval_models[0], stream, torch.device("cpu"))
+    # Nothing is captured here, so what comes from the host may come.
+    assert [fault for fault in watch.faults if "asks the device" in fault] == []
+    assert watch.operations > 20
 
 
 # ---------------------------------------------------------------------- on tensors that claim to lie on a GPU
@@ -215,13 +246,15 @@ def tracing(cuda: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 
 
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
-@pytest.mark.parametrize("family", NAMES)
+# PyTorch cannot trace its own cell of a GRU.
+@pytest.mark.parametrize("family", [name for name in NAMES if name.values != ("gru bf16",)])
 def test_a_step_on_a_gpu_stays_on_it(tracing: Tracing, cuda: SimpleNamespace, family: str) -> None:
     one = tracing.trainer(FAMILIES[family])
     with tracing.on():
         two_steps(one)
     assert tracing.watch.faults == []
-    assert tracing.watch.operations > 150
+    assert tracing.watch.operations > 100
+    assert tracing.watch.kernels <= MOST_FORWARD.get(family, math.inf)
     assert cuda.captured == 2
 
 
@@ -286,10 +319,11 @@ def test_what_is_illegal_in_a_capture_is_found(tracing: Tracing, name: str) -> N
 
 
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
-@pytest.mark.parametrize("what", [lambda x: float(x.detach().sum()), lambda x: x + torch.ones(()), lambda x: x.cpu()])
-def test_a_model_that_does_such_a_thing_is_found(
-    tracing: Tracing, what: Callable[[Tensor], Any], tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(
+    "what",
+    [lambda x: float(x.detach().sum()), lambda x: x + torch.ones(()), lambda x: x.cpu(), lambda x: x[x > 0]],
+)
+def test_a_model_that_does_such_a_thing_is_found(tracing: Tracing, what: Callable[[Tensor], Any]) -> None:
     one = tracing.trainer(FAMILIES["lstm"])
     with tracing.on():
         one.stepper.launch(1, 0, 0, 0.1, ControlFlags())

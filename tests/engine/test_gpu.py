@@ -66,6 +66,7 @@ def opened(tmp_path: Path) -> Iterator[Callable[..., Trainer]]:
             tree = {"epochs": 2, "lr": 0.01, "storage_path": str(tmp_path), **FAMILIES[family], **changes}
             config = parse(tree, ExperimentConfig, "test")
             here = stack.enter_context(runtime.configure(config, torch.device("cuda", 0), config.shards))
+            torch.set_deterministic_debug_mode("error")  # ddp's kernels may add in any order otherwise
             return Trainer(config, open_workload(config), WorkerGroup(), here)
 
         yield make

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rayexp.config import ExperimentConfig, parse
 from rayexp.engine.evaluate import on_host
+from rayexp.engine.inputs import StepInputs
 from rayexp.engine.workload import Batch
 from rayexp.workloads import open_workload
 from rayexp.workloads.image_classification import workload as images
@@ -70,6 +71,23 @@ def test_resident_and_fed_images_have_the_same_bits(recipe: str, monkeypatch: py
                 assert set(fed.feed(epoch, step, shards)) == {*small, "images"}
                 sizes = fed.sizes(step, shards)
                 assert_equal(resident.assemble(tensors(small), sizes), fed.batch(epoch, step, shards, CPU))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_what_is_prepared_for_all_shards_has_the_bits_of_each_by_itself(recipe: str) -> None:
+    """On whichever worker a shard is, and in an epoch's shorter last step, whose shards differ in size."""
+    work = pictures(RECIPES[recipe])
+    for step in (0, work.steps() - 1):
+        for shards in (range(4), range(1, 3)):
+            inputs = StepInputs(shards, work.sizes(step, shards), CPU, work.batch_dim, static=True)
+            inputs.tell(tensors(work.feed(1, step, shards)), 0.1, 0, False, False)
+            ready = inputs.with_fed(work.prepare(inputs.fed, inputs.sizes))
+            assert set(ready.fed) == {"planes", "labels"}
+            assert "planes" not in inputs.fed
+            for shard in shards:
+                one = range(shard, shard + 1)
+                assert_equal(work.assemble(*ready.of(one)), work.batch(1, step, one, CPU))
+    assert len(set(work.sizes(work.steps() - 1, range(4)))) == 2
 
 
 def test_resident_and_read_validation_images_are_judged_alike() -> None:

@@ -8,6 +8,7 @@ as wide as the scale), which torchvision's RandomResizedCrop uses on images.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -67,8 +68,9 @@ def resampling(start: Tensor, length: Tensor, size: int, out: int, clip: bool = 
     """
     scale = (length / out)[:, None, None]
     support = scale.clamp(min=1.0)
-    centre = start[:, None, None] + (torch.arange(out, device=start.device)[None, :, None] + 0.5) * scale
-    x = torch.arange(size, device=start.device)[None, None, :] + 0.5
+    x = torch.arange(size, device=start.device) + 0.5
+    wanted = x if out == size else torch.arange(out, device=start.device) + 0.5
+    centre = start[:, None, None] + wanted[None, :, None] * scale
     weights = (1 - ((x - centre) / support).abs()).clamp_(min=0)
     if not clip:
         return weights
@@ -77,17 +79,35 @@ def resampling(start: Tensor, length: Tensor, size: int, out: int, clip: bool = 
     return weights / weights.sum(-1, keepdim=True)
 
 
-def augment(images: Tensor, config: AugmentConfig, draws: Tensor) -> Tensor:
+def augment(images: Tensor, config: AugmentConfig, draws: Tensor, sizes: Sequence[int] = ()) -> Tensor:
     """Augmented images fp32[n, 3, h, w] (0..255) from `images` uint8[n, h, w, 3] and `draws` float64[n, DRAWS], all on
-    one device and without waiting for it."""
+    one device and without waiting for it.
+
+    Args:
+        sizes: images of each shard; none: all are one. Each has matrix products of its own, since libraries choose how
+            they add up by the number of matrices. All else is computed for all shards at once, with the same bits.
+    """
     n, height, width, _ = images.shape
     box = boxes(config, draws, height, width).float()
-    rows = resampling(box[:, 0], box[:, 2], height, height, clip=not config.pad)
-    columns = resampling(box[:, 1], box[:, 3], width, width, clip=not config.pad)
+    rows, columns = _matrices(box, height, width, clip=not config.pad)
     if config.flip:
         mirrored = draws[:, 2 * TRIES + 2] < 0.5
         columns = torch.where(mirrored[:, None, None], columns.flip(1), columns)
     # [n, row, channel, column]: one product for all channels of an image, first over rows, then over columns.
     pixels = images.permute(0, 1, 3, 2).to(torch.float32, memory_format=torch.contiguous_format)
-    cut = torch.bmm(rows, pixels.flatten(2)).view(n, height * 3, width)
-    return torch.bmm(cut, columns.transpose(1, 2)).view(n, height, 3, width).permute(0, 2, 1, 3)
+    shards = [torch.split(each, list(sizes) or [n]) for each in (rows, pixels.flatten(2), columns.transpose(1, 2))]
+    made = torch.empty_like(pixels)
+    for out, r, p, c in zip(torch.split(made, list(sizes) or [n]), *shards, strict=True):
+        cut = torch.bmm(r, p).view(len(p), height * 3, width)
+        torch.bmm(cut, c, out=out.view(len(p), height * 3, width))
+    return made.permute(0, 2, 1, 3)
+
+
+def _matrices(box: Tensor, height: int, width: int, clip: bool) -> tuple[Tensor, Tensor]:
+    """The matrices (see `resampling`) of the rows and of the columns of boxes fp32[n, 4]."""
+    if height == width:  # both in one go: a GPU waits for each kernel, however small
+        both = resampling(box[:, :2].t().reshape(-1), box[:, 2:].t().reshape(-1), height, height, clip)
+        rows, columns = both.chunk(2)
+        return rows, columns
+    rows = resampling(box[:, 0], box[:, 2], height, height, clip)
+    return rows, resampling(box[:, 1], box[:, 3], width, width, clip)

@@ -106,16 +106,21 @@ class ImageClassification(SampleWorkload):
         }
         return fed if self._resident else fed | {"images": self.data.train.read(samples)}
 
-    def assemble(self, fed: Mapping[str, Tensor], sizes: Sequence[int]) -> Batch:
-        """Pixels gathered, augmented and normalised: fp32[n, 3, size, size], and their labels int64[n]."""
+    def prepare(self, fed: Mapping[str, Tensor], sizes: Sequence[int]) -> dict[str, Tensor]:
+        """Pixels gathered, augmented and normalised: `planes` fp32[n, 3, size, size], and their `labels` int64[n]."""
         samples = fed["samples"]
         images = fed["images"] if "images" in fed else self._resident["train"].index_select(0, samples)
         recipe = self.config.data.augment
         if recipe is None:
             planes = images.permute(0, 3, 1, 2).float()
         else:
-            planes = augment(images, recipe, order.uniform_on(fed["key"], samples, DRAWS))
-        return Batch((self._normalise(planes),), fed["labels"], tuple(sizes), sum(sizes))
+            planes = augment(images, recipe, order.uniform_on(fed["key"], samples, DRAWS), sizes)
+        return {"planes": self._normalise(planes), "labels": fed["labels"]}
+
+    def assemble(self, fed: Mapping[str, Tensor], sizes: Sequence[int]) -> Batch:
+        """What `prepare` makes."""
+        ready = fed if "planes" in fed else self.prepare(fed, sizes)
+        return Batch((ready["planes"],), ready["labels"], tuple(sizes), sum(sizes))
 
     def resident_bytes(self) -> int:
         """A byte for each value of every pixel of both splits."""

@@ -130,6 +130,8 @@ class Embedding(nn.Module):
 class Decoder(nn.Module):
     """The output layer. A tied one has no weight of its own, so that the weight has one name in checkpoints."""
 
+    only_products = True  # see engine/rounding.py
+
     def __init__(self, size: int, words: int, tied: bool, cpu_kernels: bool) -> None:
         super().__init__()
         self.cpu_kernels = cpu_kernels

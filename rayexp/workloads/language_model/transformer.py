@@ -68,8 +68,9 @@ class Transformer(nn.Module):
     def forward(self, x: Tensor, state: KeyValueCache = ()) -> tuple[Tensor, KeyValueCache]:
         """[time, columns, features] -> the same shape, and the cache, if one was given."""
         after: list[Tensor] = []
+        turn = rotation((state[0].shape[2] if state else 0) + len(x), self.heads[1], x.device)
         for i, block in enumerate(self.blocks):
-            x, cache = block(x, state[2 * i : 2 * i + 2])
+            x, cache = block(x, state[2 * i : 2 * i + 2], turn)
             after += [part[:, :, -self.span :] for part in cache]
         return self.norm(x), tuple(after)
 
@@ -97,14 +98,15 @@ class Block(nn.Module):
         self.down = nn.Linear(options.nhid, size, bias=False)
         self.drop = Dropout(options.dropout, dim=1)
 
-    def forward(self, x: Tensor, cache: KeyValueCache) -> tuple[Tensor, KeyValueCache]:
-        """[time, columns, features] -> the same shape, and the cache with these positions appended."""
-        attended, cache = self.attend(self.attention_norm(x), cache)
+    def forward(self, x: Tensor, cache: KeyValueCache, turn: Tensor) -> tuple[Tensor, KeyValueCache]:
+        """[time, columns, features] -> the same shape, and the cache with these positions appended; `turn` is the
+        `rotation` of all positions."""
+        attended, cache = self.attend(self.attention_norm(x), cache, turn)
         x = x + self.drop(attended)
         gate, up = self.up(self.forward_norm(x)).chunk(2, -1)
         return x + self.drop(self.down(F.silu(gate) * up)), cache
 
-    def attend(self, x: Tensor, cache: KeyValueCache) -> tuple[Tensor, KeyValueCache]:
+    def attend(self, x: Tensor, cache: KeyValueCache, turn: Tensor) -> tuple[Tensor, KeyValueCache]:
         """Causal attention over the cache and x: [time, columns, features], and the cache."""
         time, columns, size = x.shape
         parts = self.attention_in(x).view(time, columns, 3, self.heads, size // self.heads)
@@ -114,7 +116,6 @@ class Block(nn.Module):
             key, value = torch.cat([cache[0].to(key.dtype), key], 2), torch.cat([cache[1].to(value.dtype), value], 2)
             cache = (key, value)
         # Keys are cached before they are rotated, since positions count from the cache's first word, whichever it is.
-        turn = rotation(key.shape[2], key.shape[3], x.device)
         query, turned = rotate(query, turn[:, -time:]), rotate(key, turn)
         mask = None
         if past and time > 1:
