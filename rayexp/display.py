@@ -8,6 +8,7 @@ for people goes through this module; JSON keeps names as they are.
 from __future__ import annotations
 
 import math
+import re
 import unicodedata
 from collections import Counter
 from typing import Any
@@ -62,6 +63,15 @@ def figure(value: float | None, form: str = ".4g") -> str:
         return f"{value:.3g}" if form.endswith("f") else f"{value:{form}}"
     shown = f"{value:{form}}"
     return f"{value:{'+' if form.startswith('+') else ''},.0f}" if form.endswith("g") and "e+" in shown else shown
+
+
+# A number and the unit behind it, at the end of a word.
+_UNIT = re.compile(r"(?<=[\d.]) (?=(?:%|ns|us|ms|s|min|h|B|kB|MB|GB|TB|GB/s|MB/s|Gbit/s|J|x|px|nats|points?)(?![\w/]))")
+
+
+def tied(text: str) -> str:
+    """The text with a space that breaks no line between a number and its unit: `62 %`, `12 min 5 s`, `3.2 GB/s`."""
+    return _UNIT.sub("\u00a0", text)
 
 
 def counted(number: float, noun: str, plural: str = "") -> str:

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayexp.display import breadth, counted, csv_cell, figure, folded, plain, printable, short
+from rayexp.display import breadth, counted, csv_cell, figure, folded, plain, printable, short, tied
 
 
 def test_what_a_terminal_would_obey_is_escaped():
@@ -114,3 +114,19 @@ def test_commands_and_short_lines_stay_as_they_are():
         assert folded(line, max(4, len(line) - 30)) == line
     assert folded("a b c\nd e f", 3) == "a b\nc\nd e\nf"
     assert folded("a b c", None) == "a b c"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("62 % of 3.5 GB in 12 min 5 s", "62~% of 3.5~GB in 12~min 5~s"),
+        ("-1.76 points, 0.4 to 0.9 s", "-1.76~points, 0.4 to 0.9~s"),
+        ("1 GB/s and 9 Gbit/s, 40 us", "1~GB/s and 9~Gbit/s, 40~us"),
+        ("(62 %) 62 %.", "(62~%) 62~%."),
+        ("2 seeds, 4 sheep, 3 halves, a %, 5 x 5", "2 seeds, 4 sheep, 3 halves, a %, 5~x 5"),
+        ("2 cores and 1,200 images", "2 cores and 1,200 images"),
+    ],
+)
+def test_a_number_and_its_unit_stand_on_one_line(text: str, expected: str) -> None:
+    assert tied(text) == expected.replace("~", "\u00a0")
+    assert tied(tied(text)) == tied(text)

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import datetime
+import re
 from pathlib import Path
 from typing import Any
 
 from rayexp import __version__
-from rayexp.display import counted, figure, printable
+from rayexp.display import counted, figure, printable, tied
 from rayexp.errors import UserError
 from rayexp.pages.plots import DARK, variable
 from rayexp.system.disk import write_atomic
 
 TEMPLATES = Path(__file__).parent / "templates"
+# Tags, and elements whose text stays as it is, because it is code or is copied.
+_MARKUP = re.compile(
+    "(" + "|".join(rf"<{tag}\b.*?</{tag}>" for tag in ("script", "style", "pre", "code", "svg")) + "|<[^>]*>)",
+    re.DOTALL,
+)
 # The CSS variables for the colours of the figures: name, light, dark.
 INKS = [(variable(light), light.lower(), dark) for light, dark in DARK.items()]
 
 
 def render(template: str, **values: Any) -> str:
-    """Fill a template of templates/; everything in it is escaped, control characters too; missing values are errors."""
+    """Fill a template of templates/; everything in it is escaped, control characters too; missing values are errors. No
+    line ends between a number and its unit."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -33,7 +40,8 @@ def render(template: str, **values: Any) -> str:
     environment.filters["figure"] = figure
     environment.filters["counted"] = counted
     made = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
-    return environment.get_template(template).render(version=__version__, made=made, inks=INKS, **values)
+    page = environment.get_template(template).render(version=__version__, made=made, inks=INKS, **values)
+    return "".join(part if part.startswith("<") else tied(part) for part in _MARKUP.split(page))
 
 
 def _shown(value: Any) -> Any:

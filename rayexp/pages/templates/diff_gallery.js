@@ -25,7 +25,7 @@ function said(side, label, confidence, right) {
   const line = make("div", "said");
   line.append(make("span", "soft", `${side} ${right ? "✓" : "✗"}`));
   line.append(make("span", "", label === null ? "not finite" : data.words[label]));
-  line.append(make("span", "soft", confidence === null ? "" : `${confidence.toFixed(0)} %`));
+  line.append(make("span", "soft", confidence === null ? "" : `${confidence.toFixed(0)}\u00a0%`));
   const meter = make("div", "meter"), bar = make("i");
   bar.style.width = `${confidence || 0}%`;
   meter.append(bar);
