@@ -71,9 +71,8 @@ def show(report: CompareReport) -> None:
             print_table([{name: row[name] for name in names} for row in rows], title, drop)
         for sentence in sentences.answers(report):
             tell(sentence)
-    for family in report.families:
-        for sentence in (*sentences.fits(family), sentences.forecast_source(family)):
-            tell(sentence)
+    for sentence in (*sentences.laws(report), *sentences.links(report)):
+        tell(sentence)
     for warning in report.warnings:
         tell(f"note: {warning}")
     for cell, why in report.skipped:

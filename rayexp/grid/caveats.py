@@ -9,8 +9,9 @@ from rayexp.display import counted
 from rayexp.grid.families import REPEAT
 from rayexp.grid.measured import Measured
 from rayexp.grid.scaling import Scaling
+from rayexp.grid.statistics import TOO_FEW
 
-LOADED = 0.25  # of the cores: more work of others disturbs
+LOADED = 0.25  # of the machine's cores: more work of others disturbs
 SPREAD = 0.15  # relative, between the repeats of a cell
 IDLE = 0.5
 
@@ -23,17 +24,21 @@ def caveats(meta: Mapping[str, Any], measured: Sequence[Measured], beside: Seque
         measured: the cells.
         beside: each cell beside the smallest of its family.
     """
-    cores = meta["environment"].get("cores") or 1
-    loads = [load for load in meta.get("load", ()) if load > LOADED * cores]
+    loads = [load for load in meta.get("others", ()) if load["cores"] > LOADED * load["of"]]
     if loads:
+        most = max(loads, key=lambda load: load["cores"] / load["of"])
         yield (
-            f"the machine was busy with other work when the comparison began: load average {max(loads):.1f} on "
-            f"{counted(cores, 'core')}; measure again on a quiet one"
+            f"the machine was busy with other work when the comparison began: {most['cores']:.1f} of its "
+            f"{counted(most['of'], 'core')}; measure again on a quiet one"
         )
     lone = [m.cell.id for m in measured if len(m.repeats) < 2]
     if lone:
         whose = "" if len(lone) == len(measured) else f" for {', '.join(lone)}"
         yield f"no intervals and no forecasts{whose}: {REPEAT}"
+    wide = [f"rate of {m.cell.id}" for m in measured if m.rate().open]
+    wide += [f"speed-up of {one.cell}" for one in beside if one.speedup.open]
+    if wide:
+        yield f"{TOO_FEW}, since the interval would reach over more than a factor of ten: {', '.join(wide)}"
     apart = [f"{m.cell.id} by {100 * m.spread():.0f} %" for m in measured if m.spread() > SPREAD]
     if apart:
         yield f"repeats differ, so something disturbed them: {', '.join(apart)}"

@@ -14,7 +14,7 @@ from rayexp.display import counted, short
 from rayexp.grid.comparison import PLAIN
 from rayexp.grid.forecast import Forecast, Link, StepModel, StepTimes, forecast, measure_link
 from rayexp.grid.measured import Measured
-from rayexp.grid.statistics import AMDAHL, USL, Estimate, ScalingFit, fit_amdahl, fit_usl
+from rayexp.grid.statistics import AMDAHL, TOO_FEW, USL, Estimate, ScalingFit, fit_amdahl, fit_usl
 
 FORECAST_COUNTS = (2, 4, 8, 16, 32)
 MAX_MISS = 0.5  # relative; a model that is further off at a count that was measured says nothing of others
@@ -84,6 +84,7 @@ class Family:
         forecasts: at worker counts that were not measured.
         left_out: the largest measured count, where the model could be checked by leaving it out.
         miss: relative error of the model without that count at it; above 0: it promised too much.
+        unsaid: worker counts at which the repeats are too few for a forecast that says anything.
         why_not: why there are no forecasts, or None.
     """
 
@@ -95,6 +96,7 @@ class Family:
     forecasts: tuple[Forecast, ...] = ()
     left_out: int | None = None
     miss: float | None = None
+    unsaid: tuple[int, ...] = ()
     why_not: str | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -104,6 +106,7 @@ class Family:
             "interconnect": self.link and self.link.to_json(),
             "left_out_workers": self.left_out,
             "error_at_left_out": self.miss,
+            "too_few_repeats_for": list(self.unsaid),
             "refused": self.why_not,
             "rates": [one.to_json() for one in self.forecasts],
         }
@@ -204,7 +207,11 @@ def _forecast(
     counts = [n for n in FORECAST_COUNTS if n not in {max(1, m.cell.workers) for m in ours}]
     shards = int(base.cell.config["shards"])
     per_worker = base.cell.devices / workers
-    return replace(family, forecasts=tuple(forecast(models, per_worker, counts, miss and abs(miss), shards)))
+    found = forecast(models, per_worker, counts, miss and abs(miss), shards)
+    if not found:
+        return replace(family, why_not=TOO_FEW)
+    said = {one.workers for one in found}
+    return replace(family, forecasts=tuple(found), unsaid=tuple(n for n in counts if n not in said))
 
 
 def _models(members: Sequence[Measured], links: Sequence[Link | None], mode: str) -> list[StepModel]:

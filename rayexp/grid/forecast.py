@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from rayexp.grid.statistics import Estimate
+from rayexp.grid.statistics import Estimate, telling
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +206,7 @@ class Forecast:
 def forecast(
     models: Sequence[StepModel], devices_per_worker: float, counts: Sequence[int], miss: float | None, shards: int
 ) -> list[Forecast]:
-    """Rates at worker counts that were not measured.
+    """Rates at worker counts that were not measured; without those whose interval says nothing (`telling`).
 
     Args:
         models: one a round, at least two.
@@ -218,7 +218,10 @@ def forecast(
     found = []
     for workers in counts:
         rate = Estimate.of([model.rate(workers) for model in models])
-        low, high = rate.interval or (rate.value, rate.value)
+        low, high = rate.bounds or (0.0, 0.0)
+        low, high = low * (1 - min(miss or 0.0, 1.0)), high * (1 + (miss or 0.0))
+        if not telling((low, high)):
+            continue
         notes = ["not checked at any measured count"] if miss is None else []
         if not models[0].weak and shards % workers:
             notes.append(f"needs shards divisible by {workers}, the runs had {shards}")
@@ -227,8 +230,8 @@ def forecast(
                 workers=workers,
                 devices=workers * devices_per_worker,
                 rate=rate.value,
-                low=low * (1 - min(miss or 0.0, 1.0)),
-                high=high * (1 + (miss or 0.0)),
+                low=low,
+                high=high,
                 work_seconds=float(np.mean([model.work(workers) for model in models])),
                 floor_seconds=float(np.mean([model.floor for model in models])),
                 exchange_seconds=float(np.mean([model.exchange(workers) for model in models])),

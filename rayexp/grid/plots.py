@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from rayexp.grid.report import CellReport, CompareReport
     from rayexp.grid.scaling import Scaling
 
-BEYOND = 2.0  # an interval is drawn to this factor beyond the values; a wider one is cut at the edge
-
 
 def rates(report: CompareReport, kind: str) -> str:
     """Rate of every cell on one kind of device with its interval, and each repeat as a dot."""
@@ -45,20 +43,19 @@ def rates(report: CompareReport, kind: str) -> str:
             ax.plot([low, high], [y, y], color=INK, linewidth=1.6, solid_capstyle="butt")
             dots = [r.throughput for r in entry.measured.repeats]
             ax.plot(dots, [y] * len(dots), "o", markersize=3.6, color=COLOURS[3], markeredgewidth=0)
-            ax.text(min(max(high, value), top(entries)), y, f"  {short(value)}", va="center", fontsize=8.5)
+            ax.text(reach(entry), y, f"  {short(value)}", va="center", fontsize=8.5)
         name_rows(ax, [entry.cell.id for entry in entries])
-        ax.set_xlim(0, (1.3 if narrow(ax) else 1.12) * top(entries))
+        ax.set_xlim(0, (1.3 if narrow(ax) else 1.12) * max(map(reach, entries)))
         ax.set_xlabel(f"{report.unit} per second")
 
     wide, high = rows_height(len(entries), 0.6)
     return draw(f"fig-rates-{kind}", wide, fill, narrow_height=high)
 
 
-def top(entries: Sequence[CellReport]) -> float:
-    """Where an axis of rates ends: above every value and repeat, and above intervals unless they are absurdly wide."""
-    most = max(max(r.throughput for r in entry.measured.repeats) for entry in entries)
-    reach = max((entry.rate.interval or (0.0, entry.rate.value))[1] for entry in entries)
-    return max(most, min(reach, BEYOND * most))
+def reach(entry: CellReport) -> float:
+    """The end of what is drawn of a rate: its interval, and every repeat."""
+    ends = [repeat.throughput for repeat in entry.measured.repeats]
+    return max(entry.rate.value, *ends, *(entry.rate.interval or ()))
 
 
 Line = tuple["CellReport", "Scaling"]
@@ -94,9 +91,6 @@ def speedup(report: CompareReport, kind: str, mode: str) -> str | None:
         for axis in (ax.xaxis, ax.yaxis):
             axis.set_major_formatter(lambda value, _: f"{value:g}")
         ax.set_xticks(sorted(counts | ahead))
-        values = [one.speedup.value for _, one in lines] + [1.0, last / first]
-        low, high = ax.get_ylim()  # two repeats that differ much reach over powers of ten
-        ax.set_ylim(max(low, min(values) / BEYOND), min(high, max(values) * BEYOND))
         ax.minorticks_off()
         ax.set_xlabel("GPUs" if kind == "gpu" else "CPU cores")
         ax.set_ylabel("scaled speed-up" if mode == "weak" else "speed-up")
@@ -159,7 +153,7 @@ def batches(report: CompareReport) -> str | None:
         ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         ax.set_xticks(sorted({entry.cell.config["batch_size"] for entries in swept.values() for entry in entries}))
         ax.minorticks_off()
-        ax.set_ylim(0, 1.08 * top([entry for entries in swept.values() for entry in entries]))
+        ax.set_ylim(0, 1.08 * max(reach(entry) for entries in swept.values() for entry in entries))
         ax.set_xlabel("batch size (of all workers together)")
         ax.set_ylabel(f"{report.unit} per second")
         legend(ax)

@@ -28,6 +28,7 @@ from rayexp.launch.placement import Node
 from rayexp.launch.screen import chatter_to
 from rayexp.runs.run import Run
 from rayexp.system import spawn
+from rayexp.system.busy import others
 from rayexp.system.clock import mark
 from rayexp.system.disk import now
 from rayexp.system.locks import only_driver
@@ -155,7 +156,7 @@ def go(
             ]
             if jobs:
                 # Before Ray starts: what others do to this machine.
-                comparison.update(load=[*comparison.meta().get("load", ()), os.getloadavg()[0]])
+                comparison.update(others=[*comparison.meta().get("others", ()), others()])
                 log = comparison.root / "logs" / "driver.log"
                 with contextlib.nullcontext() if guest else chatter_to(log, console):
                     _tune(comparison, jobs, address, Follower(comparison, console, len(jobs)))

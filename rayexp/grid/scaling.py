@@ -8,16 +8,18 @@ from typing import Any
 
 from rayexp.grid.families import FamilyKey, by_family
 from rayexp.grid.measured import Measured
-from rayexp.grid.statistics import Estimate, Interval, karp_flatt
+from rayexp.grid.statistics import TOO_FEW, Estimate, Interval, karp_flatt
 
 MORE_THAN_LINEAR = "more than linear: it computes with more than its devices say, or {one} was slowed down when it ran"
+BY_CHANCE = f"above 100 %, perhaps by chance: {TOO_FEW}"
 
 ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
 class SerialFraction:
-    """Karp and Flatt's serial fraction and its 95 % interval, which follows from that of the speed-up."""
+    """Karp and Flatt's serial fraction and its 95 % interval, which follows from that of the speed-up; None where there
+    is none, and where it would reach from 0 to 1."""
 
     value: float
     interval: Interval | None
@@ -87,9 +89,11 @@ def _scaling(key: FamilyKey, m: Measured, one: Measured, rates: Mapping[str, Est
     speedup = rates[m.cell.id].over(rates[one.cell.id])
     efficiency = speedup.times(1 / p)
     impossible = None
-    low, _ = efficiency.interval or (efficiency.value, efficiency.value)
+    low, _ = efficiency.bounds or (0.0, 0.0)
     if low > 1 + ROUNDING:  # noise does not explain it
         impossible = MORE_THAN_LINEAR.format(one=one.cell.id)
+    elif efficiency.interval is None and efficiency.value > 1 + ROUNDING:
+        impossible = BY_CHANCE
     serial = None
     if key.mode == "strong" and p > 1:
         value = float(karp_flatt(speedup.value, p))
@@ -97,5 +101,6 @@ def _scaling(key: FamilyKey, m: Measured, one: Measured, rates: Mapping[str, Est
         if speedup.interval:
             least, most = speedup.interval
             bounds = max(float(karp_flatt(most, p)), 0.0), min(float(karp_flatt(least, p)), 1.0)
+            bounds = None if bounds == (0.0, 1.0) else bounds  # anything it could be
         serial = SerialFraction(value, bounds) if -ROUNDING <= value <= 1 else None
     return Scaling(key, m.cell.id, one.cell.id, speedup, None if impossible else efficiency, serial, impossible)

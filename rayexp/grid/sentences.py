@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from rayexp.display import counted
 from rayexp.grid import tables
 from rayexp.grid.comparison import PLAIN
-from rayexp.grid.families import Family
+from rayexp.grid.families import REPEAT, Family
 from rayexp.grid.report import CellReport, CompareReport
+from rayexp.grid.statistics import TOO_FEW
 
 SCALINGS = {
     "strong": "Strong scaling: the same batch on more devices",
@@ -33,6 +34,9 @@ def answers(report: CompareReport) -> Iterator[str]:
 
 
 def _fastest(report: CompareReport, entries: Sequence[CellReport]) -> Iterator[str]:
+    """The highest rate beside the plain script and one device. It is called the fastest where its 95 % interval over
+    every other one lies above 1: choosing the highest of several needs no wider interval than two do (S. Gutmann, Z.
+    Maymin, Ann. Statist. 15 (1987) 456)."""
     ours = [entry for entry in entries if entry.cell.reduction != PLAIN] or list(entries)
     fastest = max(ours, key=_rate)
     against = []
@@ -42,10 +46,31 @@ def _fastest(report: CompareReport, entries: Sequence[CellReport]) -> Iterator[s
     if one:
         against.append(f"{tables.between(one.speedup)} times {one.reference}")
     times = f": {' and '.join(against)}" if against else ""
+    others = [entry for entry in ours if entry is not fastest]
+    alike = [other for other in others if not _above(fastest, other)]
+    verb, how = "is the fastest," if others else "ran at", ""
+    if alike:
+        verb = "had the highest rate,"
+        how = f", not told apart from {listed([e.cell.id for e in sorted(alike, key=_rate, reverse=True)])}"
+    if len(fastest.measured.repeats) == 1:
+        how = ", measured once"
     yield (
-        f"{fastest.cell.id} on {tables.devices(fastest)} is the fastest, {tables.between(fastest.rate)} {report.unit} "
-        f"per second{times}."
+        f"{fastest.cell.id} on {tables.devices(fastest)} {verb} {tables.between(fastest.rate)} {report.unit} "
+        f"per second{how}{times}."
     )
+
+
+def _above(one: CellReport, other: CellReport) -> bool:
+    """Whether one is faster than another by more than what differs between runs."""
+    bounds = one.rate.over(other.rate).bounds
+    return bounds is not None and bounds[0] > 1
+
+
+def listed(names: Sequence[str], most: int = 2) -> str:
+    """`a`, `a and b`, `a, b and 3 others`."""
+    if len(names) <= most:
+        return " and ".join(names)
+    return f"{', '.join(names[:most])} and {counted(len(names) - most, 'other')}"
 
 
 def _largest(entries: Sequence[CellReport]) -> Iterator[str]:
@@ -78,7 +103,7 @@ def _gpus(entries: Sequence[CellReport]) -> Iterator[str]:
     for gpu in [one] if one is most else [one, most]:
         yield (
             f"{gpu.cell.id} on {tables.devices(gpu)}: {tables.between(gpu.rate.over(cpu.rate))} times {cpu.cell.id}, "
-            "the fastest without a GPU."
+            "the highest rate without a GPU."
         )
 
 
@@ -86,10 +111,22 @@ def _rate(entry: CellReport) -> float:
     return entry.rate.value
 
 
+def laws(report: CompareReport) -> list[str]:
+    """A sentence for each law of each family. What one repeat does not allow is said once, among the caveats."""
+    return [sentence for family in report.families for sentence in fits(family)]
+
+
+def links(report: CompareReport) -> list[str]:
+    """The same of where the forecasts come from."""
+    return [forecast_source(family) for family in report.families if family.why_not != REPEAT]
+
+
 def fits(family: Family) -> list[str]:
-    """One sentence for each law."""
+    """One sentence for each law; none where one repeat is why."""
     found = []
     for fit in family.fits:
+        if fit.refused == REPEAT:
+            continue
         head = f"{fit.law}, {family.name}: "
         if fit.refused:
             found.append(f"{head}no fit; {fit.refused}.")
@@ -120,7 +157,10 @@ def forecast_source(family: Family) -> str:
             "the intervals are widened by that"
         )
     link = f"{tables.number(gbit)} Gbit/s and {tables.number(micro)} us ({measured['source']})"
-    return f"{family.name}: from {family.base}, {link}{check}."
+    unsaid = ""
+    if family.unsaid:
+        unsaid = f"; none for {listed([str(n) for n in family.unsaid], 9)} workers: {TOO_FEW}"
+    return f"{family.name}: from {family.base}, {link}{check}{unsaid}."
 
 
 def machine(report: CompareReport) -> str:
@@ -160,8 +200,8 @@ def markdown(report: CompareReport) -> str:
         parts += ["## Before you believe it", _list(report.warnings)]
     for title, rows in sections(report):
         parts += [f"## {title}", pipe(rows)]
-    laws = [sentence for family in report.families for sentence in (*fits(family), forecast_source(family))]
-    parts += ["## Laws and forecasts", _list(laws)]
+    if said := [*laws(report), *links(report)]:
+        parts += ["## Laws and forecasts", _list(said)]
     if report.skipped or report.failed:
         lines = [{"cell": c, "did not run": why} for c, why in report.skipped]
         lines += [{"cell": f"{c}, repeat {r}", "did not run": f"failed: {e}"} for c, r, e in report.failed]

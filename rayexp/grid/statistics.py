@@ -17,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 LEVEL = 0.95
+WIDEST = 10.0  # times its lower end; an interval that reaches further tells not even the order of magnitude
+TOO_FEW = "too few repeats to say"
 Floats = NDArray[np.float64]
 Interval = tuple[float, float]
 
@@ -44,13 +46,24 @@ class Estimate:
         return cls(math.exp(logs.mean()), variance, n - 1)
 
     @property
-    def interval(self) -> Interval | None:
-        """Student's t interval at 95 %, on the logarithms; None with one run, which says nothing of what differs
-        between runs."""
+    def bounds(self) -> Interval | None:
+        """Student's t interval at 95 %, on the logarithms, however wide; None with one run, which says nothing of what
+        differs between runs."""
         if self.freedom == 0:
             return None
         reach = quantile(self.freedom) * math.sqrt(self.variance) if self.variance else 0.0
         return self.value * _exp(-reach), self.value * _exp(reach)
+
+    @property
+    def interval(self) -> Interval | None:
+        """The same, where it says something of the value (see `telling`)."""
+        bounds = self.bounds
+        return bounds if bounds and telling(bounds) else None
+
+    @property
+    def open(self) -> bool:
+        """Whether several runs were too few to say anything: `TOO_FEW` then stands where the interval would."""
+        return self.bounds is not None and self.interval is None
 
     def over(self, other: Estimate) -> Estimate:
         """The ratio to another, independent estimate: Welch's interval for the difference of the logarithms, with
@@ -67,9 +80,19 @@ class Estimate:
         return Estimate(self.value * factor, self.variance, self.freedom)
 
     def to_json(self) -> dict[str, float | None]:
-        """`value`, `low`, `high`; the latter two are null with one run."""
+        """`value`, `low`, `high`; the latter two are null where there is no interval."""
         low, high = self.interval or (None, None)
         return {"value": self.value, "low": low, "high": high}
+
+
+def telling(bounds: Interval) -> bool:
+    """Whether an interval says anything of a positive quantity: its ends differ by no more than a factor WIDEST. It is
+    the one rule for rates, ratios and forecasts.
+
+    It is so generous because what is left out holds the truth nearly always: with a narrower one the intervals that are
+    left would hold it less often than 95 % (the tests simulate both)."""
+    low, high = bounds
+    return low > 0 and high <= WIDEST * low
 
 
 def quantile(freedom: float) -> float:

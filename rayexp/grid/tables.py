@@ -11,7 +11,7 @@ from rayexp.display import counted, figure, seconds, short
 from rayexp.grid.communication import Communication
 from rayexp.grid.report import CellReport, CompareReport
 from rayexp.grid.scaling import Scaling, SerialFraction
-from rayexp.grid.statistics import Estimate
+from rayexp.grid.statistics import TOO_FEW, Estimate
 
 Table = list[dict[str, str]]
 
@@ -25,15 +25,18 @@ def number(value: float | None, unit: str = "") -> str:
 
 
 def between(estimate: Estimate | SerialFraction | None, suffix: str = "") -> str:
-    """`84.1 (82.9 to 85.3)`; without an interval `84.1`."""
+    """`84.1 (82.9 to 85.3)`; `84.1 (too few repeats to say)` where that says nothing, and `84.1` with one repeat."""
     if estimate is None:
         return ""
-    return f"{number(estimate.value)}{suffix}" + (f" ({interval(estimate)})" if estimate.interval else "")
+    around = interval(estimate)
+    return f"{number(estimate.value)}{suffix}" + (f" ({around})" if around else "")
 
 
 def interval(estimate: Estimate | SerialFraction) -> str:
-    """`82.9 to 85.3`; empty where there is none."""
-    return "" if estimate.interval is None else f"{number(estimate.interval[0])} to {number(estimate.interval[1])}"
+    """`82.9 to 85.3`, `too few repeats to say`; empty with one repeat."""
+    if estimate.interval is None:
+        return TOO_FEW if isinstance(estimate, Estimate) and estimate.open else ""
+    return f"{number(estimate.interval[0])} to {number(estimate.interval[1])}"
 
 
 def value(estimate: Estimate | None, unit: str = "") -> str:
@@ -42,10 +45,12 @@ def value(estimate: Estimate | None, unit: str = "") -> str:
 
 
 def percent(estimate: Estimate | None) -> str:
-    """`75 % (71 to 79)`."""
+    """`75 % (71 to 79)`, `75 % (too few repeats to say)`."""
     if estimate is None:
         return ""
-    around = "" if estimate.interval is None else f" ({' to '.join(f'{100 * end:.0f}' for end in estimate.interval)})"
+    around = f" ({TOO_FEW})" if estimate.open else ""
+    if estimate.interval:
+        around = f" ({' to '.join(f'{100 * end:.0f}' for end in estimate.interval)})"
     return f"{100 * estimate.value:.0f} %{around}"
 
 

@@ -1,4 +1,5 @@
-"""How much of the time a device computes: of cores the processor time, of a GPU what NVML samples."""
+"""How much of the time a device computes: of cores the processor time, of a GPU what NVML samples; and how much others
+compute on this machine."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from typing import Any
 import psutil
 
 SAMPLE_S = 0.1  # NVML says whether a kernel ran in the last sixth of a second to second
+LOOK_S = 1.0  # in which others are watched: a hundred ticks of the machine's clock
 
 
 class BusyMeter:
@@ -49,13 +51,7 @@ class BusyMeter:
 
     def _now(self) -> tuple[float, float]:
         """Wall-clock, and processor time of this process and of those that it has started (a loader's)."""
-        me = psutil.Process()
-        used = 0.0
-        for process in [me, *me.children(recursive=True)]:
-            with contextlib.suppress(psutil.Error):
-                times = process.cpu_times()
-                used += times.user + times.system
-        return time.perf_counter(), used
+        return time.perf_counter(), _mine()
 
     def _sample(self, handle: Any) -> None:
         import pynvml
@@ -63,6 +59,39 @@ class BusyMeter:
         while not self._end.wait(SAMPLE_S):
             with contextlib.suppress(pynvml.NVMLError):
                 self._samples.append(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100)
+
+
+def others() -> dict[str, float]:
+    """How much of this machine other processes than this one and its children take, now.
+
+    A load average would not do: it is of the last minutes, in which this process may have trained itself.
+
+    Returns:
+        `cores` that they keep busy, `of` so many.
+    """
+    machine, mine, begin = _machine(), _mine(), time.perf_counter()
+    time.sleep(LOOK_S)
+    took = time.perf_counter() - begin
+    busy = (_machine() - machine) - (_mine() - mine)
+    return {"cores": round(max(0.0, busy) / took, 2), "of": psutil.cpu_count() or 1}
+
+
+def _mine() -> float:
+    """Seconds of processor time of this process and of those that it has started."""
+    me = psutil.Process()
+    used = 0.0
+    for process in [me, *me.children(recursive=True)]:
+        with contextlib.suppress(psutil.Error):
+            times = process.cpu_times()
+            used += times.user + times.system
+    return used
+
+
+def _machine() -> float:
+    """Seconds of processor time of everything on the machine, and those that its host has taken from it."""
+    times = psutil.cpu_times()
+    kinds = ("user", "nice", "system", "irq", "softirq", "steal")  # guests are in `user`
+    return float(sum(getattr(times, kind, 0.0) for kind in kinds))
 
 
 def _handle(gpu: str) -> Any:

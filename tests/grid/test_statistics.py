@@ -57,7 +57,7 @@ def test_a_number_that_is_given_adds_no_uncertainty():
 
 
 def test_runs_that_are_far_apart_reach_far_and_stay_numbers():
-    low, high = Estimate.of([1e-9, 1e9]).interval
+    low, high = Estimate.of([1e-9, 1e9]).bounds
     assert 0 <= low < 1e-50
     assert 1e50 < high < float("inf")
 
