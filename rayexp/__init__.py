@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from rayexp.errors import RunError as RunError
     from rayexp.errors import Stopped as Stopped
     from rayexp.errors import UserError as UserError
-    from rayexp.library.checkpoints import diff as diff
     from rayexp.library.checkpoints import evaluate as evaluate
     from rayexp.library.checkpoints import export as export
     from rayexp.library.checkpoints import generate as generate
     from rayexp.library.checkpoints import load_model as load_model
     from rayexp.library.checkpoints import predict as predict
     from rayexp.library.configs import load_config as load_config
+    from rayexp.library.differences import diff as diff
     from rayexp.library.experiments import compare as compare
     from rayexp.library.experiments import train as train
     from rayexp.library.experiments import verify as verify
@@ -39,7 +39,7 @@ _PLACES = {
     "UserError": "errors",
     "Workload": "engine.workload",
     "compare": "library.experiments",
-    "diff": "library.checkpoints",
+    "diff": "library.differences",
     "evaluate": "library.checkpoints",
     "export": "library.checkpoints",
     "generate": "library.checkpoints",

@@ -1,4 +1,4 @@
-"""How the further answers of `rayexp diff` read on a terminal: samples, noise, slices, pairs."""
+"""How the further answers of `rayexp diff` read on a terminal: samples, noise, slices."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from rayexp.display import NOT_FINITE, counted, figure
 if TYPE_CHECKING:
     from rayexp.diff.noise import NoiseComparison, NoiseFloor
     from rayexp.diff.outcome import Outcome
-    from rayexp.diff.pairs import PairsReport
     from rayexp.diff.samples import SamplesReport
     from rayexp.diff.slices import SlicesReport
 
@@ -87,7 +86,7 @@ def show_slices(s: SlicesReport, limit: int) -> None:
     from rayexp.diff.outcome import MEASURES, TESTS, UNITS
 
     rows = [
-        {"attribute": x.attribute, "value": x.value, **_row(x.outcome, MEASURES[s.kind], UNITS[s.kind])}
+        {"attribute": x.attribute, "value": x.value, **row(x.outcome, MEASURES[s.kind], UNITS[s.kind])}
         for x in s.slices[:limit]
     ]
     tell()
@@ -98,47 +97,12 @@ def show_slices(s: SlicesReport, limit: int) -> None:
     if s.note():
         tell(s.note())
     if rows:
-        print_table(_shown(rows), f"slices of {s.source}", ("p", "churn %", "95 % interval"))
+        print_table(shown(rows), f"slices of {s.source}", ("p", "churn %", "95 % interval"))
     if len(rows) < len(s.slices):
         tell(f"the first {len(rows)} of {len(s.slices)} slices; --limit N, --json or --html FILE show more")
 
 
-def show_pairs(r: PairsReport, limit: int) -> None:
-    """The checkpoints, and a row for every two."""
-    from rayexp.diff.outcome import MEASURES, TESTS, UNITS
-
-    broken = any(r.not_finite)
-    print_table(
-        [
-            {
-                "": r.letter(i),
-                MEASURES[r.kind]: r.measures[i],
-                **({NOT_FINITE: r.not_finite[i]} if broken else {}),
-                "checkpoint": c.name,
-            }
-            for i, c in enumerate(r.checkpoints)
-        ],
-        f"{r.n:,} validation {r.kind}",
-    )
-    rows = [
-        {
-            "pair": f"{r.letter(p.a)} {r.letter(p.b)}",
-            **_row(p.outcome, MEASURES[r.kind], UNITS[r.kind]),
-            "p": f"{p.outcome.p:.2g}" if p.outcome.p is not None else "none",
-        }
-        for p in r.pairs
-    ]
-    shown = rows[: max(limit, len(r.checkpoints))]
-    tell(
-        f"{r.changed} of {counted(len(r.pairs), 'pair')} differ by more than chance "
-        f"({TESTS[r.kind]}, Benjamini-Hochberg, 5 %)"
-    )
-    print_table(_shown(shown), "from the first to the second", ("p", "95 % interval", MEASURES[r.kind]))
-    if len(shown) < len(rows):
-        tell(f"the first {len(shown)} of {len(rows)} pairs; --limit N, --csv FILE, --json or --html FILE show more")
-
-
-def _row(o: Outcome, measure: str, unit: str) -> dict[str, object]:
+def row(o: Outcome, measure: str, unit: str) -> dict[str, object]:
     interval = f"{o.interval[0]:+.3g} to {o.interval[1]:+.3g}" if o.interval else "none"
     return {
         "n": f"{o.n:,}",
@@ -153,7 +117,7 @@ def _row(o: Outcome, measure: str, unit: str) -> dict[str, object]:
     }
 
 
-def _shown(rows: list[dict[str, object]]) -> list[dict[str, object]]:
+def shown(rows: list[dict[str, object]]) -> list[dict[str, object]]:
     """The rows without the column of what is not finite, where everything is."""
     if any(row[NOT_FINITE] for row in rows):
         return rows

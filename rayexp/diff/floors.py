@@ -32,13 +32,30 @@ from rayexp.system.disk import write_json
 LAYOUT = 1
 FOLDER = "noise"
 
+Floors = Callable[[Checkpoint, Checkpoint, float], NoiseFloor | None]
+"""The floor for A, B and a tolerance; None where there is none."""
+
+
+class OtherConfigurationError(UserError):
+    """The runs of a floor have another configuration than both sides."""
+
+
+def named(places: Callable[[int], Sequence[tuple[Run, int]]]) -> Floors:
+    """The floor of runs that the user has named; `places` says at which epochs, given that of B."""
+    return lambda a, b, tolerance: baseline(places(b.epoch), a, b, tolerance)
+
+
+def stored(storage: Path, note: Callable[[str], None]) -> Floors:
+    """The floor that is stored beside the runs or in `storage` (see `find`)."""
+    return lambda a, b, tolerance: find(a, b, storage, tolerance, note)
+
 
 def baseline(refs: Sequence[tuple[Run, int]], a: Checkpoint, b: Checkpoint, tolerance: float) -> NoiseFloor:
     """The floor of runs that the user has named.
 
     Raises:
         UserError: they are fewer than two; they differ by more than the seed, or do not differ by it; they are of
-            other data than A and B; A and B are both of other configurations.
+            other data than A and B; A and B are both of other configurations (OtherConfigurationError).
     """
     if len(refs) < 2:
         raise UserError("--baseline: two or more runs of one configuration with other seeds are expected, RUN RUN ...")
@@ -50,7 +67,7 @@ def baseline(refs: Sequence[tuple[Run, int]], a: Checkpoint, b: Checkpoint, tole
             raise UserError(f"--baseline: {first.name} and {c.name} are of different epochs")
     _only_seeds([c.run for c in checkpoints], "--baseline: ")
     if (differ := _differing(a.run, first.run)) and _differing(b.run, first.run):
-        raise UserError(
+        raise OtherConfigurationError(
             f"--baseline: {first.run.id} has another configuration than A and than B; it differs from A in {differ}"
         )
     return floor_of(checkpoints, first.run.config().epochs, tolerance)

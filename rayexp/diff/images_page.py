@@ -9,9 +9,7 @@ import numpy as np
 from rayexp.diff.changes import KINDS
 from rayexp.diff.images_report import STATES, ImagesReport
 from rayexp.diff.pair import config_changes
-from rayexp.diff.slices import SlicesReport
 from rayexp.diff.statistics import LEVEL
-from rayexp.diff.weights import WeightsReport
 from rayexp.display import printable
 from rayexp.errors import UserError
 from rayexp.pages.page import p_value, render
@@ -21,7 +19,7 @@ from rayexp.pages.plots import interval_plot
 MAX_PICTURES = 6_000  # about 10 MB of page; where there are more flips, lost and gained go first
 
 
-def image_page(report: ImagesReport, weights: WeightsReport | None = None, slices: SlicesReport | None = None) -> str:
+def image_page(report: ImagesReport) -> str:
     """The page as HTML."""
     pictures, why_not = thumbnails(report)
     return render(
@@ -30,8 +28,6 @@ def image_page(report: ImagesReport, weights: WeightsReport | None = None, slice
         lead=lead(report),
         checkpoints=[(side, c, acc1, acc5, loss) for side, c, acc1, acc5, loss in _sides(report)],
         changes=config_changes(report.a, report.b),
-        weights=weights,
-        slices=slices,
         states=[(words.replace("_", " "), row) for words, row in zip(STATES, report.table, strict=True)],
         shares=_shares(report),
         interval=interval_plot(report.difference, report.interval, report.max_drop),

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rayexp.diff.pair_report import PairReport
-from rayexp.diff.statistics import LEVEL, POWER, DropVerdict, verdict
+from rayexp.diff.statistics import LEVEL, POWER, DropVerdict, difference_interval, verdict
 from rayexp.display import NOT_FINITE, csv_cell, plain
 
 STATES = ("right", "wrong", "not_finite")  # of a side's judgement of an image
@@ -135,7 +135,19 @@ class ImagesReport(PairReport):
         """Against `max_drop` percentage points of top-1; None where none was asked."""
         if self.max_drop is None:
             return None
-        return verdict(self.interval, self.max_drop, equal=self.equal, n=self.n, not_finite=self.not_finite)
+        interval = self.interval
+        if self.level != LEVEL:  # of finite judgements, since others are ruled out before
+            low, high = difference_interval(self.gained, self.lost, self.n, self.level)
+            interval = 100 * low, 100 * high
+        return verdict(
+            interval,
+            self.max_drop,
+            equal=self.equal,
+            n=self.n,
+            not_finite=self.not_finite,
+            level=self.level,
+            letter=self.letter,
+        )
 
     def words(self, label: int | None) -> str:
         """A class's short name, see `short_names`; `not finite` for None."""

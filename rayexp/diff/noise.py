@@ -27,30 +27,42 @@ Interval = tuple[float, float]
 ENOUGH = 3  # seeds: two make one pair, which has no spread
 
 
-def pair_intervals(d: NDArray[np.float64], level: float = LEVEL) -> tuple[float, Interval, Interval]:
-    """The mean of a symmetric function of two seeds, its interval, and the interval for one further pair of new seeds.
+def pair_variances(d: NDArray[np.float64]) -> tuple[float, float, float]:
+    """The mean of a symmetric function of two seeds, its variance, and that of one further pair of new seeds beside it.
 
     With U the mean over all pairs of m seeds and U_k the mean without seed k, the jackknife's variance of U is
     J = (m - 1) / m * sum((U_k - U)^2) (J. N. Arvesen, Ann. Math. Statist. 40 (1969) 2076), which on average is not
     below the true one (B. Efron, C. Stein, Ann. Statist. 9 (1981) 586). The mean over pairs of (D - U)^2 has the
     expectation Var(D) - Var(U), so adding J gives the variance of a pair, and adding J once more that of the
-    difference between a new pair and U. Both intervals are Student's with m - 1 degrees of freedom. Where D is a sum of
-    effects of the two seeds, those of three seeds are exact for normal effects; where the pairs have effects of their
-    own, they cover more (the tests simulate both).
+    difference between a new pair and U.
 
     Args:
         d: float64[m, m], symmetric, of m >= 3 seeds; the diagonal is not read.
-        level: of both intervals.
     """
-    from scipy.special import stdtrit
-
     m = len(d)
     upper = d[np.triu_indices(m, 1)]
     u = float(upper.mean())
     rows = d.sum(1) - np.diag(d)
     without = (upper.sum() - rows) / math.comb(m - 1, 2)
     jackknife = (m - 1) / m * float(((without - u) ** 2).sum())
-    further = float(((upper - u) ** 2).mean()) + 2 * jackknife
+    return u, jackknife, float(((upper - u) ** 2).mean()) + 2 * jackknife
+
+
+def pair_intervals(d: NDArray[np.float64], level: float = LEVEL) -> tuple[float, Interval, Interval]:
+    """The mean of a symmetric function of two seeds, its interval, and the interval for one further pair of new seeds.
+
+    Both are Student's with the variances of `pair_variances` and m - 1 degrees of freedom. Where D is a sum of effects
+    of the two seeds, those of three seeds are exact for normal effects; where the pairs have effects of their own, they
+    cover more (the tests simulate both).
+
+    Args:
+        d: as there.
+        level: of both intervals.
+    """
+    from scipy.special import stdtrit
+
+    m = len(d)
+    u, jackknife, further = pair_variances(d)
     t = float(stdtrit(m - 1, (1 + level) / 2))
     mean, pair = t * math.sqrt(jackknife), t * math.sqrt(further)
     return u, (u - mean, u + mean), (u - pair, u + pair)
@@ -108,6 +120,18 @@ class NoiseFloor:
         mean, *both = pair_intervals(share)
         of_mean, of_pair = ((max(0.0, low), min(1.0, high)) for low, high in both)
         return mean, of_mean, of_pair
+
+    def p_of(self, share: float) -> float | None:
+        """The two-sided p of a share of changed judgements, were it that of a further pair of seeds: below 5 % where it
+        lies outside the pair's 95 % interval. None with fewer than three seeds."""
+        if len(self.seeds) < ENOUGH:
+            return None
+        from scipy.special import stdtr
+
+        mean, _, further = pair_variances(self.changed / self.n)
+        if further == 0:
+            return 1.0 if math.isclose(share, mean) else 0.0
+        return float(2 * stdtr(len(self.seeds) - 1, -abs(share - mean) / math.sqrt(further)))
 
     def reach(self) -> float | None:
         """`difference_reach` of the values; None with fewer than three seeds, or where one is not finite."""
@@ -177,12 +201,14 @@ class NoiseComparison:
         churn: judgements that changed from A to B.
         difference: of `measure_of`, B minus A.
         epochs: that A's configuration trains for.
+        adjusted_p: `p` among all comparisons of one table (Benjamini-Hochberg); None where this is the only one.
     """
 
     floor: NoiseFloor
     churn: int
     difference: float
     epochs: int
+    adjusted_p: float | None = None
 
     @property
     def share(self) -> float:
@@ -190,12 +216,19 @@ class NoiseComparison:
         return self.churn / self.floor.n
 
     @property
+    def p(self) -> float | None:
+        """See `NoiseFloor.p_of`."""
+        return self.floor.p_of(self.share)
+
+    @property
     def verdict(self) -> str | None:
         """`more` than reseeding changes: above the interval of a further pair of seeds; `less`: below it; `alike`:
-        within. None where there is no interval."""
+        within, or where `adjusted_p` does not hold it outside. None where there is no interval."""
         pair = self.floor.intervals()[2]
         if pair is None:
             return None
+        if self.adjusted_p is not None and self.adjusted_p >= 1 - LEVEL:
+            return "alike"
         return "more" if self.share > pair[1] else "less" if self.share < pair[0] else "alike"
 
     @property
@@ -251,6 +284,8 @@ class NoiseComparison:
         """The floor, and what the comparison is beside it."""
         return {
             "verdict": self.verdict,
+            "p": self.p,
+            "adjusted_p": self.adjusted_p,
             "churn_rate": self.share,
             "difference": plain(self.difference),
             "difference_verdict": self.difference_verdict,

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from rayexp.diff.noise import NoiseComparison
 from rayexp.diff.pair import Checkpoint, config_changes, same_model
-from rayexp.diff.statistics import DropVerdict
+from rayexp.diff.statistics import LEVEL, DropVerdict
+
+if TYPE_CHECKING:
+    from rayexp.diff.slices import SlicesReport
+    from rayexp.diff.weights import WeightsReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,13 +21,21 @@ class PairReport(ABC):
 
     Attributes:
         max_drop: what B may be worse by, in the measure of the kind; None where no verdict was asked.
+        level: of the interval that decides; above 95 % where other checkpoints are held against A too.
+        letter: what B is called in the verdict.
         noise: what a reseed changes; None where it is not known.
+        slices: what changed by attribute; None where it was not asked.
+        weights: which tensors moved; None where it was not asked.
     """
 
     a: Checkpoint
     b: Checkpoint
     max_drop: float | None = field(default=None, kw_only=True)
+    level: float = field(default=LEVEL, kw_only=True)
+    letter: str = field(default="B", kw_only=True)
     noise: NoiseComparison | None = field(default=None, kw_only=True)
+    slices: SlicesReport | None = field(default=None, kw_only=True)
+    weights: WeightsReport | None = field(default=None, kw_only=True)
 
     @property
     @abstractmethod
@@ -32,11 +44,11 @@ class PairReport(ABC):
 
     @abstractmethod
     def to_json(self) -> dict[str, Any]:
-        """What `--json` prints."""
+        """What `--json` prints of the two, without slices and weights."""
 
     def to_dict(self) -> dict[str, Any]:
         """What `--json` prints."""
-        return self.to_json()
+        return {**self.to_json(), **parts(self.slices, self.weights)}
 
     @property
     def same_model(self) -> bool:
@@ -48,13 +60,17 @@ class PairReport(ABC):
         """PASS, FAIL or INCONCLUSIVE against `max_drop`; None where none was asked."""
         return self.ruling.word if self.ruling else None
 
-    def within(self, max_drop: float | None) -> Self:
-        """The same report with a verdict."""
-        return replace(self, max_drop=max_drop)
+    def within(self, max_drop: float | None, level: float = LEVEL, letter: str = "B") -> Self:
+        """The same report with a verdict by the interval of that level, in which B has that letter."""
+        return replace(self, max_drop=max_drop, level=level, letter=letter)
 
     def beside(self, noise: NoiseComparison | None) -> Self:
         """The same report with what a reseed changes."""
         return replace(self, noise=noise)
+
+    def by(self, slices: SlicesReport | None, weights: WeightsReport | None = None) -> Self:
+        """The same report with what changed by attribute, and which tensors moved."""
+        return replace(self, slices=slices, weights=weights)
 
     def sides(self) -> dict[str, Any]:
         """The keys of `to_json` that say what was compared."""
@@ -73,3 +89,9 @@ class PairReport(ABC):
             "verdict": self.verdict,
             "verdict_reason": self.ruling and self.ruling.why,
         }
+
+
+def parts(slices: SlicesReport | None, weights: WeightsReport | None) -> dict[str, Any]:
+    """The keys for what was asked beside the judgements."""
+    found = {"weights": weights, "slices": slices}
+    return {name: part.to_json() for name, part in found.items() if part is not None}

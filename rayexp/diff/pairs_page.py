@@ -30,5 +30,6 @@ def pairs_page(report: PairsReport) -> str:
         measure=MEASURES[report.kind],
         unit=UNITS[report.kind],
         test=TESTS[report.kind],
+        moved=any(p.weights for p in report.pairs),
         broken=", ".join(f"{n:,} of {report.letter(i)}" for i, n in enumerate(report.not_finite) if n),
     )

@@ -93,10 +93,18 @@ class SamplesReport(PairReport):
             name, way = self.goal
             a, b = (_values(side, name) for side in (self.a, self.b))
             better = a - b if way == "min" else b - a
-            interval = paired(better + self.max_drop / 100 * math.copysign(1, a.mean()) * a)[0]
-        return verdict(interval, 0.0, equal=self.equal, n=self.n, not_finite=self.not_finite)
+            interval = paired(better + self.max_drop / 100 * math.copysign(1, a.mean()) * a, self.level)[0]
+        return verdict(
+            interval,
+            0.0,
+            equal=self.equal,
+            n=self.n,
+            not_finite=self.not_finite,
+            level=self.level,
+            letter=self.letter,
+        )
 
-    def within(self, max_drop: float | None) -> SamplesReport:
+    def within(self, max_drop: float | None, level: float = LEVEL, letter: str = "B") -> SamplesReport:
         """The same report with a verdict.
 
         Raises:
@@ -105,7 +113,7 @@ class SamplesReport(PairReport):
         if max_drop is not None:
             for side in (self.a, self.b):
                 _values(side, self.goal[0])
-        return replace(self, max_drop=max_drop)
+        return replace(self, max_drop=max_drop, level=level, letter=letter)
 
     def to_json(self) -> dict[str, Any]:
         """The keys that scripts may rely on: n, loss, churn, gained, lost, wilcoxon_p, flips (the largest 1,000)."""

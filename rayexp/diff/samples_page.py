@@ -7,8 +7,6 @@ import numpy as np
 from rayexp.diff.changes import KINDS, UNCHANGED, Judgements
 from rayexp.diff.pair import config_changes
 from rayexp.diff.samples import SamplesReport
-from rayexp.diff.slices import SlicesReport
-from rayexp.diff.weights import WeightsReport
 from rayexp.display import figure
 from rayexp.pages.page import render
 from rayexp.pages.plots import interval_plot
@@ -18,9 +16,7 @@ DOTS = 4000  # of the scatter; of more samples, evenly spread ones
 REACH = 99.0  # percentile of the losses that the scatter's axes end at
 
 
-def samples_page(
-    report: SamplesReport, weights: WeightsReport | None = None, slices: SlicesReport | None = None
-) -> str:
+def samples_page(report: SamplesReport) -> str:
     """The page as HTML."""
     # Drawn as a fall or rise of the loss; no bound, which is of another measure.
     drawn = interval_plot(report.difference, report.interval, None) if report.interval else None
@@ -30,8 +26,6 @@ def samples_page(
         r=report,
         lead=lead(report),
         changes=config_changes(report.a, report.b),
-        weights=weights,
-        slices=slices,
         interval=drawn,
         shares=_shares(report),
         dots=dots,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,16 +40,34 @@ class Slice:
 
 
 @dataclass(frozen=True, slots=True)
-class SlicesReport:
-    """The slices of one comparison, adjusted for their number together.
+class Attributes:
+    """What a file says of the n samples that checkpoints judged.
 
     Attributes:
-        kind: of the predictions.
         source: the file's name.
         things: what its rows are of: `images`, `samples`, `articles` or `blocks`.
         rows: of these that the file describes.
         missing: of these without a row; they are in no slice.
+        parts: attribute, value, and bool[n], the samples that have it; in the file's order.
+    """
+
+    source: str
+    things: str
+    rows: int
+    missing: int
+    parts: tuple[tuple[str, str, NDArray[np.bool_]], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SlicesReport:
+    """The slices of one comparison, adjusted for their number together; of several comparisons in one table, for all of
+    theirs.
+
+    Attributes:
+        kind: of the predictions.
+        source, things, rows, missing: of the file, see Attributes.
         slices: by attribute, in the file's order, the largest fall first.
+        tests: for how many outcomes they are adjusted.
     """
 
     kind: str
@@ -57,6 +76,7 @@ class SlicesReport:
     rows: int
     missing: int
     slices: tuple[Slice, ...]
+    tests: int
 
     def note(self) -> str:
         """What is left out, as a sentence; empty where nothing is."""
@@ -74,7 +94,7 @@ class SlicesReport:
         """Every slice with its outcome."""
         rows = [{"attribute": s.attribute, "value": s.value, **s.outcome.to_json(self.kind)} for s in self.slices]
         head = {"file": self.source, "of": self.things, "rows": self.rows, "missing": self.missing}
-        return dict(plain({**head, "correction": "Benjamini-Hochberg", "slices": rows}))
+        return dict(plain({**head, "correction": "Benjamini-Hochberg", "adjusted_for": self.tests, "slices": rows}))
 
 
 def diff_slices(a: Checkpoint, b: Checkpoint, path: Path, tolerance: float = 0.0) -> SlicesReport:
@@ -85,9 +105,37 @@ def diff_slices(a: Checkpoint, b: Checkpoint, path: Path, tolerance: float = 0.0
         tolerance: see `outcome`.
 
     Raises:
+        UserError: see `read_attributes`.
+    """
+    return slice_pairs(read_attributes(a, path), [(a, b)], tolerance)[0]
+
+
+def slice_pairs(
+    attributes: Attributes, pairs: Sequence[tuple[Checkpoint, Checkpoint]], tolerance: float
+) -> list[SlicesReport]:
+    """Compare A and B of each pair on each slice; p is adjusted for all slices of all pairs together."""
+    kind = pairs[0][0].predictions.kind
+    rows = []
+    for number, (a, b) in enumerate(pairs):
+        found = [(x, y, outcome(a, b, keep, tolerance)) for x, y, keep in attributes.parts]
+        order = {x: i for i, x in enumerate(dict.fromkeys(x for x, _, _ in found))}
+        found.sort(key=lambda row: (order[row[0]], _worst(row[2], kind)))
+        rows += [(number, *row) for row in found]
+    outcomes = adjusted([o for *_, o in rows])
+    slices: list[list[Slice]] = [[] for _ in pairs]
+    for (number, x, y, _), o in zip(rows, outcomes, strict=True):
+        slices[number].append(Slice(x, y, o))
+    head = attributes.source, attributes.things, attributes.rows, attributes.missing
+    return [SlicesReport(kind, *head, tuple(part), len(rows)) for part in slices]
+
+
+def read_attributes(a: Checkpoint, path: Path) -> Attributes:
+    """Read a file that says something of the samples that A judged.
+
+    Raises:
         UserError: the file cannot be read, has no attributes, or names what was not judged.
     """
-    things, names, unit_of = _units(a, b)
+    things, names, unit_of = _units(a)
     attributes, rows = _read(path)
     key = attributes.pop(0)
     if key == "name" and names is None:
@@ -96,27 +144,22 @@ def diff_slices(a: Checkpoint, b: Checkpoint, path: Path, tolerance: float = 0.0
     positions = _positions(path, key, [row[0] for row in rows], names, count, things)
     judged = np.zeros(count, dtype=bool)
     judged[unit_of] = True  # a file may describe samples beyond those that were judged
-    found: list[tuple[str, str, Outcome]] = []
+    parts = []
     for column, attribute in enumerate(attributes, 1):
         values = np.full(count, "", dtype=object)
         values[positions] = [row[column].strip() for row in rows]
-        part = []
         for value in dict.fromkeys(v for v in values[judged] if v):
-            keep = np.asarray((values == value)[unit_of], dtype=bool)
-            part.append((attribute, value, outcome(a, b, keep, tolerance)))
-        found += sorted(part, key=lambda row: _worst(row[2], a.predictions.kind))
-    if not found:
+            parts.append((attribute, value, np.asarray((values == value)[unit_of], dtype=bool)))
+    if not parts:
         raise UserError(f"{path}: describes none of the {things} that were judged")
     described = np.zeros(count, dtype=bool)
     described[positions] = True
-    outcomes = adjusted([row[2] for row in found])
-    return SlicesReport(
-        kind=a.predictions.kind,
+    return Attributes(
         source=path.name,
         things=things,
         rows=int((described & judged).sum()),
         missing=int((judged & ~described).sum()),
-        slices=tuple(Slice(x, y, o) for (x, y, _), o in zip(found, outcomes, strict=True)),
+        parts=tuple(parts),
     )
 
 
@@ -126,12 +169,12 @@ def _worst(o: Outcome, kind: str) -> float:
     return fall if fall == fall else -np.inf
 
 
-def _units(a: Checkpoint, b: Checkpoint) -> tuple[str, tuple[str, ...] | None, NDArray[np.int64]]:
+def _units(a: Checkpoint) -> tuple[str, tuple[str, ...] | None, NDArray[np.int64]]:
     """What a row of the file is of, the names of these, and int64[n]: to which of them each sample belongs."""
     p = a.predictions
     if p.kind != "tokens":
         return a.run.unit() if p.kind == "samples" else "images", sample_names(a), p["index"]
-    words = vocabulary_of(a, b)
+    words = vocabulary_of(a, a)
     document, count, unit = documents(p["token"], p["offset"], words)
     return unit, tuple(titles_of(p, document, count, words, unit)), document
 

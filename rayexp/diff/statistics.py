@@ -159,7 +159,14 @@ class DropVerdict:
 
 
 def verdict(
-    interval: tuple[float, float] | None, max_drop: float, *, equal: bool, n: int, not_finite: tuple[int, int]
+    interval: tuple[float, float] | None,
+    max_drop: float,
+    *,
+    equal: bool,
+    n: int,
+    not_finite: tuple[int, int],
+    level: float = LEVEL,
+    letter: str = "B",
 ) -> DropVerdict:
     """May B replace A if a fall by `max_drop` is allowed (same unit as the interval)?
 
@@ -173,17 +180,20 @@ def verdict(
         equal: A and B say the same of every sample.
         n: samples of each side.
         not_finite: how many of them have no judgement, in A and in B.
+        level: of the interval.
+        letter: what B is called.
     """
-    for side, count, word in (("B", not_finite[1], "FAIL"), ("A", not_finite[0], "INCONCLUSIVE")):
+    for side, count, word in ((letter, not_finite[1], "FAIL"), ("A", not_finite[0], "INCONCLUSIVE")):
         if count:
             return DropVerdict(word, f"{count:,} of the {n:,} judgements of {side} are not finite")
     if equal:
-        return DropVerdict("PASS", "A and B say the same of every sample")
+        return DropVerdict("PASS", f"A and {letter} say the same of every sample")
     if interval is None:
         return DropVerdict("INCONCLUSIVE", "there is no interval")
     low, high = interval
+    which = f"the {100 * level:.4g} % interval"
     if low > -max_drop:
-        return DropVerdict("PASS", "the 95 % interval lies within what is allowed")
+        return DropVerdict("PASS", f"{which} lies within what is allowed")
     if high < -max_drop:
-        return DropVerdict("FAIL", "the 95 % interval lies beyond what is allowed")
-    return DropVerdict("INCONCLUSIVE", "the 95 % interval holds what is allowed and what is not")
+        return DropVerdict("FAIL", f"{which} lies beyond what is allowed")
+    return DropVerdict("INCONCLUSIVE", f"{which} holds what is allowed and what is not")

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayexp.diff.changes import KINDS, Judgements, tally, worst_first
-from rayexp.diff.documents import bootstrap, documents, perplexity, sign_flip
+from rayexp.diff.documents import MIN_DOCUMENTS, bootstrap, documents, perplexity, sign_flip
 from rayexp.diff.pair import Checkpoint, check, equal
 from rayexp.diff.pair_report import PairReport
 from rayexp.diff.statistics import LEVEL, DropVerdict, verdict
@@ -103,8 +103,18 @@ class TextReport(PairReport):
         if self.max_drop is None:
             return None
         interval = self.ratio_interval
+        if interval and self.level != LEVEL:
+            interval = _ratio_interval(*_documents_of(self.a, self.b, self.vocabulary)[:2], self.level)[1]
         better = interval and (100 * (1 - interval[1]), 100 * (1 - interval[0]))
-        return verdict(better, self.max_drop, equal=self.equal, n=self.n, not_finite=self.not_finite)
+        return verdict(
+            better,
+            self.max_drop,
+            equal=self.equal,
+            n=self.n,
+            not_finite=self.not_finite,
+            level=self.level,
+            letter=self.letter,
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The keys that scripts may rely on: n, ppl, churn, gained, lost, paired_p, flips (the largest 1,000)."""
@@ -164,12 +174,11 @@ def diff_text(a: Checkpoint, b: Checkpoint) -> TextReport:
     counts, whole = tally(changes), p.finite & q.finite
     with np.errstate(invalid="ignore"):  # inf - inf
         mean_change = (losses[1] - losses[0]).mean()
-    document, count, unit = documents(p["token"], p["offset"], vocabulary)
-    size = np.bincount(document, minlength=count)
-    sums = np.stack([np.bincount(document, weights=row, minlength=count) for row in losses]).astype(np.float64)
+    sums, size, document, unit = _documents_of(a, b, vocabulary)
+    count = len(size)
     tested = count >= 2 and bool(whole.all())
-    intervals = bootstrap(sums, size) if tested else None
-    p_value, change_interval = sign_flip(sums[1] - sums[0], size) if tested else (None, None)
+    intervals = bootstrap(sums, size) if tested and count >= MIN_DOCUMENTS else None
+    p_value, interval = _ratio_interval(sums, size) if tested else (None, None)
     return TextReport(
         a=a,
         b=b,
@@ -178,7 +187,7 @@ def diff_text(a: Checkpoint, b: Checkpoint) -> TextReport:
         ppl=(perplexity(losses[0].mean()), perplexity(losses[1].mean())),
         ppl_interval=intervals,
         ratio=perplexity(mean_change),
-        ratio_interval=change_interval and (perplexity(change_interval[0]), perplexity(change_interval[1])),
+        ratio_interval=interval,
         paired_p=p_value,
         documents=_documents(p, document, sums, size, np.bincount(document[~whole], minlength=count), vocabulary, unit),
         unit=unit,
@@ -190,6 +199,25 @@ def diff_text(a: Checkpoint, b: Checkpoint) -> TextReport:
         words=_words(p["token"], losses, whole, vocabulary),
         flips=_flips(a, b, vocabulary, LISTED),
     )
+
+
+def _documents_of(
+    a: Checkpoint, b: Checkpoint, vocabulary: tuple[str, ...]
+) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64], str]:
+    """float64[2, documents], the summed losses of A and of B; tokens of each document, and what `documents` says."""
+    p, q = a.predictions, b.predictions
+    document, count, unit = documents(p["token"], p["offset"], vocabulary)
+    losses = (x["loss"].astype(np.float64) for x in (p, q))
+    sums = np.stack([np.bincount(document, weights=row, minlength=count) for row in losses]).astype(np.float64)
+    return sums, np.bincount(document, minlength=count), document, unit
+
+
+def _ratio_interval(
+    sums: NDArray[np.float64], size: NDArray[np.int64], level: float = LEVEL
+) -> tuple[float, tuple[float, float] | None]:
+    """The p of the paired test, and the interval of the ratio of perplexities."""
+    p_value, found = sign_flip(sums[1] - sums[0], size, level)
+    return p_value, found and (perplexity(found[0]), perplexity(found[1]))
 
 
 def vocabulary_of(a: Checkpoint, b: Checkpoint) -> tuple[str, ...]:

@@ -10,10 +10,8 @@ from numpy.typing import NDArray
 
 from rayexp.diff.changes import Judgements
 from rayexp.diff.pair import config_changes
-from rayexp.diff.slices import SlicesReport
 from rayexp.diff.statistics import LEVEL
 from rayexp.diff.text import TextReport, WordChange
-from rayexp.diff.weights import WeightsReport
 from rayexp.display import NOT_FINITE, counted, figure
 from rayexp.pages.page import p_value, render
 from rayexp.pages.plots import interval_plot
@@ -38,7 +36,7 @@ class Passage:
     tokens: list[tuple[str, str, str]]
 
 
-def text_page(report: TextReport, weights: WeightsReport | None = None, slices: SlicesReport | None = None) -> str:
+def text_page(report: TextReport) -> str:
     """The page as HTML."""
     percent = None
     if report.ratio_interval:
@@ -54,8 +52,6 @@ def text_page(report: TextReport, weights: WeightsReport | None = None, slices: 
         r=report,
         lead=lead(report),
         changes=config_changes(report.a, report.b),
-        weights=weights,
-        slices=slices,
         interval=percent,
         shares=_shares(report),
         words=[("worse", "lost", worse, _widest(worse)), ("better", "gained", better, _widest(better))],

@@ -11,13 +11,11 @@ import numpy as np
 
 from rayexp.errors import UserError
 from rayexp.library.guest import guest
-from rayexp.runs.records import reference
 from rayexp.runs.run import Run, resolve
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from rayexp.diff.report import Report
     from rayexp.launch.evaluate import Evaluation
     from rayexp.launch.export import Export
     from rayexp.launch.predict import Answers
@@ -126,46 +124,6 @@ def _pictures(inputs: Any) -> list[tuple[str, Any]]:
     for at, item in enumerate(items):
         found += pictures([Path(item)]) if isinstance(item, str | PathLike) else [(str(at), item)]
     return found
-
-
-def diff(
-    a: Ref,
-    b: Ref,
-    *,
-    max_drop: float | None = None,
-    runs: str | PathLike[str] = "runs",
-) -> Report:
-    """Compare what two checkpoints say of the same validation data, sample by sample, as `rayexp diff` does.
-
-    Args:
-        a, b: the checkpoints; `b` may be `@18` alone, of the run of `a`.
-        max_drop: asks for a `verdict`: may `b` be worse by so many points of acc1 (texts: percent of perplexity;
-            others: percent of the workload's first metric)?
-        runs: the folder of run directories.
-
-    Returns:
-        The report that `rayexp diff --json` prints, with `to_dict()`. Of images: `n`, `churn`, `gained`, `lost`,
-        `acc1` and `acc5` of both (percent), `difference` with its 95 % `interval` (percentage points), `mcnemar_p`,
-        and the `flips`.
-
-    Raises:
-        UserError: no such checkpoint, or the two judged different data.
-
-    Example:
-        >>> report = rayexp.diff("quickstart@1", "@best", runs=tmp)
-        >>> report.churn == report.gained + report.lost + report.other_wrong
-        True
-    """
-    from rayexp.diff.pair import read_pair
-    from rayexp.diff.report import compare
-
-    if isinstance(b, str) and b.startswith("@") and not b.startswith("@newest"):
-        b = (str(a.root) if isinstance(a, Run) else reference(a).run) + b
-    found = [find(ref, runs) for ref in (a, b)]
-    for run, epoch in found:
-        if not run.predictions_path(epoch).exists():
-            evaluate(f"{run.root}@{epoch}")
-    return compare(*read_pair(*found)).within(max_drop)
 
 
 def load_model(ref: Ref, *, runs: str | PathLike[str] = "runs") -> nn.Module:

@@ -121,14 +121,14 @@ def pages(makes, arrays, pictures, tmp_path):
     changed = image_report(pictures)
     text, samples = text_report(makes, arrays), samples_report(makes)
     return {
-        "pictures": image_page(changed.within(1.0), diff_weights((pictures, 1), (pictures, 2))),
+        "pictures": image_page(changed.within(1.0).by(None, diff_weights((pictures, 1), (pictures, 2)))),
         "hostile": image_page(image_report(run)),
         "nothing": image_page(image_report(run, (2, 2))),
         "text": text_page(text_report(makes, arrays).within(2.0)),
-        "noise": image_page(beside_seeds(changed), None, slices_of(changed, tmp_path / "i.csv")),
-        "text noise": text_page(beside_seeds(text), None, slices_of(text, tmp_path / "t.csv")),
+        "noise": image_page(beside_seeds(changed).by(slices_of(changed, tmp_path / "i.csv"))),
+        "text noise": text_page(beside_seeds(text).by(slices_of(text, tmp_path / "t.csv"))),
         "samples": samples_page(samples_report(makes).within(5.0)),
-        "samples noise": samples_page(beside_seeds(samples, (4, 5)), None, slices_of(samples, tmp_path / "s.csv")),
+        "samples noise": samples_page(beside_seeds(samples, (4, 5)).by(slices_of(samples, tmp_path / "s.csv"))),
         "pairs": pairs_page(pairs_report(run)),
         "short text": text_page(text_report(makes, arrays, 30)),
         "churn": churn_page(diff_all(run, [1, 2, 3])),

@@ -11,6 +11,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from rayexp.diff.documents import bootstrap, documents, sign_flip
 from rayexp.diff.pair import read_pair
@@ -169,21 +170,50 @@ def test_few_documents_have_no_interval():
     assert sign_flip(np.arange(1.0, 8.0), np.full(7, 9))[1] is not None
 
 
-@pytest.mark.parametrize("count", [10, pytest.param(60, marks=pytest.mark.slow)])
-def test_intervals_cover(count):
-    """They hold the true value in about 95 % of repeated texts."""
+ROUNDS = 400
+
+
+def texts(rng, count, skewed):
+    """Summed losses of A and B, and tokens, of so many documents; a document's mean loss is 4.0 and 4.1 on average."""
+    size = rng.integers(200, 800, count)
+    effect = rng.normal(0.1, 0.2, count)
+    level = 4.0 + 0.3 * ((rng.gamma(4, size=count) - 4) / 2 if skewed else rng.standard_normal(count))
+    return np.stack([size * level, size * (level + effect)]), size
+
+
+@pytest.mark.parametrize("skewed", [False, True])
+@pytest.mark.parametrize("count", [10, *(pytest.param(n, marks=pytest.mark.slow) for n in (25, 100))])
+def test_intervals_cover(count, skewed):
+    """They hold the true value in 92 to 98 of 100 repeated texts."""
     rng = np.random.default_rng(1)
     change, perplexity = 0, 0
-    for _ in range(200):
-        size = rng.integers(200, 800, count)
-        effect, level = rng.normal(0.1, 0.2, count), rng.normal(4.0, 0.3, count)
-        sums = np.stack([size * level, size * (level + effect)])
+    for _ in range(ROUNDS):
+        sums, size = texts(rng, count, skewed)
         low, high = sign_flip(sums[1] - sums[0], size)[1]
         change += low <= 0.1 <= high
         low, high = bootstrap(sums, size)[0]
         perplexity += low <= math.exp(4.0) <= high
-    assert 0.91 <= change / 200 <= 0.99
-    assert (0.82 if count == 10 else 0.9) <= perplexity / 200 <= 0.99
+    assert 0.92 <= change / ROUNDS <= 0.98
+    assert 0.92 <= perplexity / ROUNDS <= 0.98
+
+
+def test_plain_percentiles_of_few_documents_would_not_cover():
+    rng, held = np.random.default_rng(1), 0
+    for _ in range(ROUNDS):
+        sums, size = texts(rng, 10, False)
+        drawn = rng.multinomial(10, np.full(10, 0.1), size=1000)
+        low, high = np.quantile(drawn @ sums[0] / (drawn @ size), [0.025, 0.975])
+        held += low <= 4.0 <= high
+    assert held / ROUNDS < 0.92
+
+
+def test_fewer_than_ten_documents_have_no_interval_of_the_perplexity(makes, arrays):
+    rng = np.random.default_rng(0)
+    for n, expected in ((499, False), (500, True)):
+        token, loss = rng.integers(0, 4, n), rng.gamma(2, 1, n)
+        r = report_of(makes.text([arrays.tokens(token, loss), arrays.tokens(token, loss + 0.1)], VOCABULARY))
+        assert len(r.documents) == n // 50
+        assert (r.ppl_interval is not None) == expected
 
 
 def test_bootstrap_by_loops():
@@ -195,7 +225,8 @@ def test_bootstrap_by_loops():
     for _ in range(20_000):
         picked = rng.integers(0, 15, 15)
         draws.append(sums[:, picked].sum(1) / size[picked].sum())
-    expected = np.exp(np.quantile(draws, [0.025, 0.975], axis=0))
+    tail = scipy.stats.norm.sf(math.sqrt(15 / 14) * scipy.stats.t.ppf(0.975, 14))
+    expected = np.exp(np.quantile(draws, [tail, 1 - tail], axis=0))
     assert bootstrap(sums, size)[0] == pytest.approx(tuple(expected[:, 0]), rel=0.02)
     assert bootstrap(sums, size)[1] == pytest.approx(tuple(expected[:, 1]), rel=0.02)
 

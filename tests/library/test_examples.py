@@ -78,12 +78,12 @@ def test_the_script_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module", ["checkpoints", "configs", "experiments"])
+@pytest.mark.parametrize("module", ["checkpoints", "configs", "differences", "experiments"])
 def test_the_examples_of_docstrings_hold(module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     small = {"epochs": 1, "data.max_train_samples": 128, "data.max_val_samples": 64, "data.image_size": 32}
     rayexp.train("quickstart", small, runs=tmp_path / "runs", progress=False)
-    names = {"rayexp": rayexp, "np": np, "tmp": tmp_path / "runs" if module == "checkpoints" else tmp_path / "others"}
+    names = {"rayexp": rayexp, "np": np, "tmp": tmp_path / ("others" if module == "experiments" else "runs")}
     found = importlib.import_module(f"rayexp.library.{module}")
     result = doctest.testmod(found, extraglobs=names, optionflags=doctest.NORMALIZE_WHITESPACE)
     assert result.failed == 0

@@ -47,7 +47,9 @@ def pages(makes, arrays):
         )  # fmt: skip
         run.steps_path.write_text("".join(json.dumps(line) + "\n" for line in steps))
         found[f"run of {classes} classes"] = run_page_of(run)
-    found["diff of images"] = image_page(diff_images(*read_pair((run, 1), (run, 2))), diff_weights((run, 1), (run, 2)))
+    found["diff of images"] = image_page(
+        diff_images(*read_pair((run, 1), (run, 2))).by(None, diff_weights((run, 1), (run, 2)))
+    )
     found["churn"] = churn_page(diff_all(makes.random_images(100, 4, 24, name="churn"), list(range(1, 25))))
     rng = np.random.default_rng(0)
     token, loss = rng.integers(0, 6, 4000), rng.gamma(2, 1, 4000)
@@ -178,3 +180,13 @@ def test_every_metric_has_axes_of_its_own(makes, monkeypatch):
     plots.curves(run.records(), [])
     plots.curves(run.records(), list("abcdefg"))
     assert [panels for _, panels in seen] == [3, 1, 6]
+
+
+def test_no_number_is_parted_from_its_unit(pages):
+    """In all that is read; code, which is copied, and what stands in the script stay as they are."""
+    for name, page in pages.items():
+        text = re.sub(r"<(script|style|pre|code|svg)\b.*?</\1>|<[^>]*>", "|", page, flags=re.DOTALL)
+        assert re.findall(r"\d (?:%|s|ms|GB)(?!\w)", text) == [], name
+        assert re.search(r"\d\u00a0(?:%|s)(?!\w)", text), name
+        kept = "".join(re.findall(r"<(?:script|code|pre)\b.*?</(?:script|code|pre)>", page, flags=re.DOTALL))
+        assert "\u00a0" not in kept, name
