@@ -35,10 +35,11 @@ def caveats(meta: Mapping[str, Any], measured: Sequence[Measured], beside: Seque
     if lone:
         whose = "" if len(lone) == len(measured) else f" for {', '.join(lone)}"
         yield f"no intervals and no forecasts{whose}: {REPEAT}"
-    wide = [f"rate of {m.cell.id}" for m in measured if m.rate().open]
-    wide += [f"speed-up of {one.cell}" for one in beside if one.speedup.open]
+    rates = [m.cell.id for m in measured if m.rate().open]
+    speedups = [one.cell for one in beside if one.speedup.open]
+    wide = [f"the {what} of {', '.join(cells)}" for what, cells in (("rate", rates), ("speed-up", speedups)) if cells]
     if wide:
-        yield f"{TOO_FEW}, since the interval would reach over more than a factor of ten: {', '.join(wide)}"
+        yield f"{TOO_FEW}, since the interval would reach over more than a factor of ten: {' and '.join(wide)}"
     apart = [f"{m.cell.id} by {100 * m.spread():.0f} %" for m in measured if m.spread() > SPREAD]
     if apart:
         yield f"repeats differ, so something disturbed them: {', '.join(apart)}"

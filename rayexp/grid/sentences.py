@@ -9,7 +9,7 @@ from rayexp.grid import tables
 from rayexp.grid.comparison import PLAIN
 from rayexp.grid.families import REPEAT, Family
 from rayexp.grid.report import CellReport, CompareReport
-from rayexp.grid.statistics import TOO_FEW
+from rayexp.grid.statistics import TOO_FEW, Estimate
 
 SCALINGS = {
     "strong": "Strong scaling: the same batch on more devices",
@@ -41,10 +41,10 @@ def _fastest(report: CompareReport, entries: Sequence[CellReport]) -> Iterator[s
     fastest = max(ours, key=_rate)
     against = []
     if fastest.over_plain:
-        against.append(f"{tables.between(fastest.over_plain)} times the plain script")
+        against.append(f"{_told(fastest.over_plain)} times the plain script")
     one = next((s for s in fastest.scalings if not s.is_reference), None)
     if one:
-        against.append(f"{tables.between(one.speedup)} times {one.reference}")
+        against.append(f"{_told(one.speedup)} times {one.reference}")
     times = f": {' and '.join(against)}" if against else ""
     others = [entry for entry in ours if entry is not fastest]
     alike = [other for other in others if not _above(fastest, other)]
@@ -54,10 +54,20 @@ def _fastest(report: CompareReport, entries: Sequence[CellReport]) -> Iterator[s
         how = f", not told apart from {listed([e.cell.id for e in sorted(alike, key=_rate, reverse=True)])}"
     if len(fastest.measured.repeats) == 1:
         how = ", measured once"
+    open_ = _open(fastest.rate, fastest.over_plain, one and one.speedup)
     yield (
-        f"{fastest.cell.id} on {tables.devices(fastest)} {verb} {tables.between(fastest.rate)} {report.unit} "
-        f"per second{how}{times}."
+        f"{fastest.cell.id} on {tables.devices(fastest)} {verb} {_told(fastest.rate)} {report.unit} "
+        f"per second{how}{times}{open_}."
     )
+
+
+def _told(estimate: Estimate) -> str:
+    """An estimate in a sentence, which says of all in it together where they are open (`_open`)."""
+    return tables.number(estimate.value) if estimate.open else tables.between(estimate)
+
+
+def _open(*estimates: Estimate | None) -> str:
+    return f" ({TOO_FEW} how sure)" if any(one is not None and one.open for one in estimates) else ""
 
 
 def _above(one: CellReport, other: CellReport) -> bool:
@@ -84,10 +94,13 @@ def _largest(entries: Sequence[CellReport]) -> Iterator[str]:
         one = entry.scalings[i]
         if one.is_reference:
             continue
-        efficiency = f", an efficiency of {tables.percent(one.efficiency)}" if one.efficiency else ""
+        efficiency = ""
+        if one.efficiency:
+            told = tables.share(one.efficiency.value) if one.efficiency.open else tables.percent(one.efficiency)
+            efficiency = f", an efficiency of {told}"
         yield (
             f"{one.key.mode.capitalize()} scaling, {one.key.reduction}: {entry.cell.id} on {tables.devices(entry)} "
-            f"does {tables.between(one.speedup)} times what {one.reference} does{efficiency}."
+            f"does {_told(one.speedup)} times what {one.reference} does{efficiency}{_open(one.speedup)}."
         )
 
 
@@ -101,9 +114,10 @@ def _gpus(entries: Sequence[CellReport]) -> Iterator[str]:
     one = max((entry for entry in gpus if entry.cell.devices == fewest), key=_rate)
     most = max(gpus, key=_rate)
     for gpu in [one] if one is most else [one, most]:
+        times = gpu.rate.over(cpu.rate)
         yield (
-            f"{gpu.cell.id} on {tables.devices(gpu)}: {tables.between(gpu.rate.over(cpu.rate))} times {cpu.cell.id}, "
-            "the highest rate without a GPU."
+            f"{gpu.cell.id} on {tables.devices(gpu)}: {_told(times)} times {cpu.cell.id}, the highest rate without a "
+            f"GPU{_open(times)}."
         )
 
 

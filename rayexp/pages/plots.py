@@ -28,6 +28,7 @@ MARKERS = "osD^vPX*"
 LINES = ("-", "--", ":", "-.")
 WIDE, NARROW = 9.6, 4.0  # inches: a figure across a page, and across a telephone's
 NAMED = 48  # classes whose names find room at a heat map's axes
+LABEL = 24  # characters of such a name
 POINTS = 1000  # of a curve over the steps; of longer runs, each is a mean
 STYLE: Any = {
     "font.family": "DejaVu Sans",
@@ -314,7 +315,7 @@ def heat_map(matrix: NDArray[np.int64], names: Sequence[str]) -> str:
         ax.set_xlabel("predicted class")
         ax.set_ylabel("class")
         written = range(0, len(names), -(-len(names) // (NAMED // 3 if narrow(ax) else NAMED)) or 1)
-        labels = [textwrap.shorten(names[i], 24, placeholder="...") for i in written]
+        labels = [names[i] if len(names[i]) <= LABEL else f"{names[i][: LABEL - 3].rstrip()}..." for i in written]
         ax.set_xticks(written, labels, rotation=90, fontsize=7)
         ax.set_yticks(written, labels, fontsize=7)
         where = {"location": "bottom", "shrink": 0.9} if narrow(ax) else {"shrink": 0.8}

@@ -172,6 +172,15 @@ def test_a_heat_map_names_classes_and_does_not_count_those_that_occur(monkeypatc
         assert min(classes, 8) <= len(written) <= (16 if width == plots.NARROW else 48)
 
 
+def test_a_long_name_on_a_heat_map_is_cut_and_not_left_out(monkeypatch):
+    """Be it one word."""
+    (ax, *_) = axes_of(monkeypatch, plots.WIDE, 1, lambda: plots.heat_map(np.eye(2, dtype=np.int64), [LONG, "a " * 20]))
+    assert [label.get_text() for label in ax.yaxis.get_ticklabels()] == [
+        "a_long_name_of_a_file...",
+        "a a a a a a a a a a a...",
+    ]
+
+
 def test_every_metric_has_axes_of_its_own(makes, monkeypatch):
     seen = []
     monkeypatch.setattr(plots, "draw", lambda name, height, fill, panels=1, **_: seen.append((name, panels)) or "")
