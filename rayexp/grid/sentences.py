@@ -54,7 +54,7 @@ def _fastest(report: CompareReport, entries: Sequence[CellReport]) -> Iterator[s
         how = f", not told apart from {listed([e.cell.id for e in sorted(alike, key=_rate, reverse=True)])}"
     if len(fastest.measured.repeats) == 1:
         how = ", measured once"
-    open_ = _open(fastest.rate, fastest.over_plain, one and one.speedup)
+    open_ = _open(fastest.rate, fastest.over_plain, one.speedup if one else None)
     yield (
         f"{fastest.cell.id} on {tables.devices(fastest)} {verb} {_told(fastest.rate)} {report.unit} "
         f"per second{how}{times}{open_}."
