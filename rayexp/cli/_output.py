@@ -40,8 +40,10 @@ def print_table(
     """A table on stdout; the first row's keys are the columns; numbers are set right.
 
     A terminal that is too narrow does not get the columns of `drop`, the first to go first, and then of `last` where
-    folding texts is not enough; stderr names them.
+    folding texts is not enough; stderr names them. Without rows nothing is printed.
     """
+    if not rows:
+        return
     from rich.console import Console
 
     from rayexp.cli._table import table

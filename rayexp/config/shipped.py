@@ -68,7 +68,7 @@ def headline(path: Path) -> str:
         if not line.startswith("#") or line.startswith("#  "):  # what follows further in is an example
             break
         lines.append(line.lstrip("#").strip())
-    return re.split(r"(?<=[.!?])\s", " ".join(lines), maxsplit=1)[0]
+    return re.split(r"(?<=[.!?])(?<! al\.)\s", " ".join(lines), maxsplit=1)[0]  # `et al.` ends no sentence
 
 
 def is_grid(path: Path) -> bool:

@@ -50,6 +50,7 @@ def test_as_json_in_full(typed) -> None:
     assert [one["name"] for one in found] == list(shipped_configs())
     assert {one["kind"] for one in found} == {"experiment", "grid"}
     assert all(Path(one["path"]).is_file() and one["what"].endswith(".") for one in found)
+    assert all(one["what"].count("(") == one["what"].count(")") for one in found), "a sentence was cut"
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,8 @@ def test_what_cannot_be_read_is_named_and_left_out(call: Command, jpegs: list[Pa
     told = json.loads(shown.stdout)
     assert [row["name"] for row in told["rows"]] == [str(path) for path in jpegs]
     assert [bad["name"] for bad in told["unreadable"]] == [str(folder / "broken.png")]
+    alone = call("predict", "pictures@2", folder / "broken.png")
+    assert (alone.exit_code, alone.stdout) == (1, "")
     why = f"{folder / 'broken.png'}: left out, it cannot be read (no image format that is known here)"
     assert why in shown.stderr.splitlines()
 
