@@ -343,8 +343,12 @@ class ExperimentConfig(Section):
             except ValueError as error:
                 raise ValueError(f"model.name: {error}") from None
         if self.batch_size % self.shards:
-            allowed = [n for n in range(1, min(self.batch_size, 64) + 1) if self.batch_size % n == 0]
-            raise ValueError(f"shards: {self.shards} does not divide batch_size {self.batch_size}; allowed: {allowed}")
+            allowed = ", ".join(str(n) for n in range(1, min(self.batch_size, 64) + 1) if self.batch_size % n == 0)
+            more = self.batch_size // self.shards * self.shards + self.shards
+            raise ValueError(
+                f"shards: {self.shards} does not divide batch_size {self.batch_size}; allowed: {allowed}, or a "
+                f"batch_size that it divides, such as {more}"
+            )
         workers = self.scaling.num_workers
         if isinstance(workers, int) and workers and self.shards % workers:
             raise ValueError(

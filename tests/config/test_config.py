@@ -313,8 +313,15 @@ def test_data_from_files_needs_a_root(name: str) -> None:
 @pytest.mark.parametrize(
     ("tree", "expected"),
     [
-        ({"batch_size": 100}, "shards: 8 does not divide batch_size 100; allowed: [1, 2, 4, 5, 10, 20, 25, 50]"),
-        ({"batch_size": 4}, "shards: 8 does not divide batch_size 4; allowed: [1, 2, 4]"),
+        (
+            {"batch_size": 100},
+            "shards: 8 does not divide batch_size 100; allowed: 1, 2, 4, 5, 10, 20, 25, 50, or a batch_size that it "
+            "divides, such as 104",
+        ),
+        (
+            {"batch_size": 4},
+            "shards: 8 does not divide batch_size 4; allowed: 1, 2, 4, or a batch_size that it divides, such as 8",
+        ),
         ({"scaling": {"num_workers": 3}}, "num_workers: 3 does not divide shards 8; allowed: 0, 1, 2, 4, 8"),
         ({"scaling": {"num_workers": 16}}, "num_workers: 16 does not divide shards 8"),
         ({"scaling": {"num_workers": [5, 7]}}, "nothing from 5 to 7 divides shards 8; allowed: 1, 2, 4, 8"),
