@@ -157,7 +157,8 @@ class Head:
         return self.run(sys.executable, "-m", "rayexp", *args, "--address", self.url, **more)
 
     def stop(self) -> None:
-        """End what was started here: every process that mentions this head's temporary folder."""
+        """End what was started here: every process that mentions this head's temporary folder, or has its home (Ray
+        gives some of its own another title)."""
         for signal_number in (signal.SIGTERM, signal.SIGKILL):
             for pid in self.pids():
                 with contextlib.suppress(ProcessLookupError):
@@ -172,7 +173,7 @@ class Head:
             with contextlib.suppress(OSError):
                 if entry.name.isdecimal() and int(entry.name) != os.getpid():
                     text = (entry / "cmdline").read_bytes() + (entry / "environ").read_bytes()
-                    if str(self.temporary).encode() in text:
+                    if str(self.temporary).encode() in text or f"HOME={self.home}\0".encode() in text:
                         found.append(int(entry.name))
         return found
 

@@ -17,7 +17,7 @@ import torch
 from rayexp.config import ExperimentConfig
 from rayexp.engine.runtime import cpu_capability
 from rayexp.errors import UserError
-from rayexp.launch.alike import WorkerInfo, unlike, unlike_weights
+from rayexp.launch.alike import WorkerInfo, everyone, unlike, unlike_weights
 from rayexp.launch.driver import run as train
 from rayexp.launch.job import WorkerJob
 from rayexp.launch.processes import free_port
@@ -58,6 +58,42 @@ def test_many_kinds_stay_one_line() -> None:
 def test_other_weights_are_named() -> None:
     said = unlike_weights([colleague(0), colleague(1, "b"), colleague(2, "c", sha="v" * 64)])
     assert said == "rank 2 on c starts from other weights (vvvvvvvvvvvv) than rank 0 on a (w)"
+
+
+@pytest.fixture
+def beside(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Let a run in this process see another worker beside itself, on the host `b`, which differs from it."""
+
+    def see(device: str | None = None, sha: str | None = None) -> None:
+        def both(group: Any, host: str, fingerprint: Any, own: str) -> list[WorkerInfo]:
+            theirs = {**fingerprint, **({"device": device} if device else {})}
+            return [*everyone(group, host, fingerprint, own), WorkerInfo(1, "b", theirs, sha or own)]
+
+        monkeypatch.setattr("rayexp.launch.worker.everyone", both)
+
+    return see
+
+
+def test_exact_refuses_a_worker_that_differs(tiny: Tiny, beside: Callable[..., None], tmp_path: Path) -> None:
+    for differs, said in (
+        ({"device": "another"}, r"workers that compute alike, and rank 1 on b has device another, not .*"),
+        ({"sha": "v" * 64}, r"the same weights everywhere, and rank 1 on b starts from other weights \(vvv.*"),
+    ):
+        beside(**differs)
+        with pytest.raises(UserError, match=rf"^reduction: exact needs {said}; allowed here: ddp$"):
+            train(tiny(), argv=["test"])
+    assert Run.all(tmp_path / "runs") == []
+
+
+@pytest.mark.parametrize("differs", [{"device": "another"}, {"sha": "v" * 64}])
+def test_ddp_trains_with_a_worker_that_differs(
+    tiny: Tiny, beside: Callable[..., None], differs: dict[str, str]
+) -> None:
+    beside(**differs)
+    made = train(tiny(reduction="ddp", epochs=1), argv=["test"], max_steps=2)
+    warned = [line for line in made.meta()["warnings"] if "do not compute alike: rank 1 on b has device" in line]
+    assert len(warned) == ("device" in differs)
+    assert [worker["host"] for worker in made.meta()["workers"]][1] == "b"
 
 
 # ---------------------------------------------------------------------- workers
@@ -122,6 +158,7 @@ workloads.open_workload = lambda config: time.sleep(9) or open_workload(config)
 """
 
 
+@pytest.mark.slow  # in one process: test_exact_refuses_a_worker_that_differs
 @needs_avx512
 def test_exact_refuses_an_avx2_worker_beside_an_avx512_one(tiny: Tiny) -> None:
     workers = Workers(tiny(), {}, {"ATEN_CPU_CAPABILITY": "avx2"})
@@ -136,6 +173,7 @@ def test_exact_refuses_an_avx2_worker_beside_an_avx512_one(tiny: Tiny) -> None:
     assert not (workers.run.root / "trace.jsonl").exists()
 
 
+@pytest.mark.slow  # in one process: test_ddp_trains_with_a_worker_that_differs
 @needs_avx512
 def test_ddp_warns_and_starts_from_the_same_weights(tiny: Tiny, plant: Plant) -> None:
     planted = {**plant(OTHER_WEIGHTS), "ATEN_CPU_CAPABILITY": "avx2"}
@@ -160,7 +198,7 @@ def _weights(run: Run) -> dict[str, torch.Tensor]:
     return safetensors.torch.load_file(newest / "state.safetensors")
 
 
-@pytest.mark.slow  # see test_other_weights_are_named
+@pytest.mark.slow  # in one process: test_exact_refuses_a_worker_that_differs
 def test_exact_refuses_other_initial_weights(tiny: Tiny, plant: Plant) -> None:
     workers = Workers(tiny(), {}, plant(OTHER_WEIGHTS))
     ended = workers.end()
