@@ -431,13 +431,15 @@ def test_a_dry_run_shows_the_plan_of_a_comparison_that_has_begun(comparison, typ
     assert "skipped: 1 GPU asked" in " ".join(typed(*words).stdout.split())
 
 
-def test_dry_run_shows_the_plan_and_makes_nothing(tmp_path, alone):
+def test_dry_run_shows_the_plan_and_makes_nothing(tmp_path, alone, typed, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", alone["RAY_TMPDIR"])
     (tmp_path / "base.yaml").write_text("name: base\n")
     (tmp_path / "grid.yaml").write_text(
         "base: base.yaml\nscaling: [{num_workers: 1, use_gpu: false}, {num_workers: 64, use_gpu: true}]\n"
     )
-    command = [sys.executable, "-m", "rayexp", "compare", "grid.yaml", "repeats=1", "--dry-run", "--json"]
-    done = subprocess.run(command, cwd=tmp_path, env=alone, capture_output=True, text=True, check=True)
+    done = typed("compare", "grid.yaml", "repeats=1", "--dry-run", "--json")
+    assert done.returncode == 0, done.stderr
     cells = {cell["id"]: cell for cell in json.loads(done.stdout)["cells"]}
     assert cells["cpu-x1-exact"]["skip"] is None
     assert "64 GPUs asked" in cells["gpu-x64-exact"]["skip"]

@@ -87,6 +87,13 @@ def test_other_data_than_the_runs_is_refused(made: Run) -> None:
         audit(made)
 
 
+def test_data_of_which_an_old_run_has_no_hash_is_taken(made: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auditing, "retrain", lambda run, config, *rest: _proven(*rest))
+    data = json.loads(made.data_path.read_bytes())
+    made.write("data.json", json.dumps({key: value for key, value in data.items() if key != "train_sha"}))
+    assert audit(made, workers=0).outcome == "proven"
+
+
 # ---------------------------------------------------------------------- the command
 
 

@@ -14,9 +14,11 @@ import pytest
 
 from rayexp.cli import _app
 from rayexp.errors import RunError, Stopped, WriteError, last_words
+from rayexp.launch.driver import _saved
 from rayexp.launch.job import WorkerJob
 from rayexp.launch.resuming import go_on, here
 from rayexp.launch.worker_fault import WorkerFaultError, find
+from rayexp.runs.manifest import sealed
 from rayexp.runs.run import Run
 from rayexp.runs.writer import RunWriter
 
@@ -45,6 +47,18 @@ def test_what_is_said_can_be_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_in_a_job_of_a_cluster_it_is_submitted_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({"metadata": {"job_submission_id": "j1"}}))
     assert go_on(Path("/home/me/runs") / RUN) == f"; go on with: rayexp submit CONFIG --resume {RUN}"
+
+
+def test_what_is_damaged_does_not_count_as_saved(tiny: Any) -> None:
+    made = Run.create(tiny(), argv=[])
+    assert _saved(made).startswith(f"nothing is saved yet in {made.id}; go on with: ")
+    whole = {
+        "epoch": 0, "step": 3, "step_in_epoch": 3, "steps": 10, "schedule": {"factor": 1.0, "best": None},
+        "loss_sum": 1.0, "loss_count": 1, "files": {"state.safetensors": "0" * 64},
+    }  # fmt: skip
+    for step, fields in ((3, sealed(whole)), (5, {**sealed(whole), "step": 5, "step_in_epoch": 5})):
+        RunWriter(made).snapshot(step, {"state.json": json.dumps(fields).encode()})
+    assert _saved(made).startswith("saved up to step 3; go on with: ")
 
 
 def test_a_worker_tells_the_command_as_its_driver_types_it(

@@ -69,6 +69,8 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A program that has settings of its own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    monkeypatch.setenv("OF_THE_PROGRAM", "own")
+    monkeypatch.setenv("GOES", "own")
     monkeypatch.setattr(sys, "excepthook", lambda *error: None)
     monkeypatch.setattr(sys, "argv", ["program", "--unknown"])
     with kept(), warnings.catch_warnings():
@@ -164,6 +166,8 @@ def test_whatever_is_changed_inside_a_call_is_restored(own: None, tmp_path: Path
         np.random.seed(3)
         os.environ["RAYEXP_NEW"] = "1"
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        os.environ["OF_THE_PROGRAM"] = "another"
+        del os.environ["GOES"]
         os.chdir("below")
         warnings.simplefilter("ignore")
         sys.excepthook = threading.excepthook = print

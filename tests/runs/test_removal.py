@@ -197,6 +197,15 @@ def test_the_commands(tmp_path: Path, said: Said) -> None:
     assert Run.all(storage) == []
 
 
+def test_nothing_goes_where_one_is_refused(tmp_path: Path, said: Said) -> None:
+    storage = tmp_path / "runs"
+    done, trains = made(storage), made(storage, "other", status="running")
+    code, out, err = said("runs", "rm", "--yes", done.id, trains.id)
+    assert (code, out) == (2, "")
+    assert f"{trains.id} is running; stop it first" in err
+    assert len(Run.all(storage)) == 2
+
+
 @pytest.mark.parametrize(("answer", "left"), [("n\n", 1), ("y\n", 0)])
 def test_it_asks_on_a_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: Said, answer: str, left: int
