@@ -19,6 +19,7 @@ The number of workers may decide who computes a shard, never what the shard is, 
     order        the order of samples, and the key of every random draw
     rng          dropout whose mask is drawn per shard
     batch_norm   batch norm over each shard of a pass
+    rounding     which weights are rounded to bfloat16 once a step
     cpu/         what makes a CPU fast, off with one switch
     evaluate     validation predictions, cut into streams
     checkpoint   the state as bytes and back; hashes

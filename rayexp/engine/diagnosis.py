@@ -11,7 +11,7 @@ ABSURD = 100.0  # nats; guessing among a million classes gives 14
 MATTERS = 0.05  # a smaller share of the initial values left in running statistics explains nothing
 
 
-def absurd_loss(epoch: int, val_loss: float, momenta: Iterable[float], steps: int) -> str | None:
+def absurd_loss(epoch: int, val_loss: float, momenta: Iterable[float | None], steps: int) -> str | None:
     """A line on a validation loss that is not finite or above ABSURD, with the likely reason; None for any other.
 
     (A training loss that is not finite ends the run by itself.)
@@ -19,7 +19,7 @@ def absurd_loss(epoch: int, val_loss: float, momenta: Iterable[float], steps: in
     Args:
         epoch: counts from 1.
         val_loss: mean over the validation data, in nats.
-        momenta: of the model's batch norms with running statistics.
+        momenta: of the model's batch norms with running statistics; None: of one that averages over steps.
         steps: optimizer steps done since the beginning of the run.
     """
     if math.isfinite(val_loss) and val_loss <= ABSURD:
@@ -34,10 +34,10 @@ def absurd_loss(epoch: int, val_loss: float, momenta: Iterable[float], steps: in
     return f"{line}; the likely reason: training diverges; a smaller lr or optimizer.clip may help"
 
 
-def initial_share(momenta: Iterable[float], steps: int) -> float:
+def initial_share(momenta: Iterable[float | None], steps: int) -> float:
     """The share, from 0 to 1, that the initial values (mean 0, variance 1) still have in the running statistics of the
-    slowest batch norm: (1 - momentum) to the power of the steps. 0 for a model without any.
+    slowest batch norm: (1 - momentum) to the power of the steps. 0 for a model without any, and of an average (None).
 
     (torch.nn.BatchNorm2d: running = (1 - momentum) * running + momentum * observed.)
     """
-    return max(((1 - momentum) ** steps for momentum in momenta), default=0.0)
+    return max(((1 - momentum) ** steps for momentum in momenta if momentum is not None), default=0.0)

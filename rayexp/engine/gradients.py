@@ -73,7 +73,7 @@ class ParameterLayout:
         unit: every slot starts at a multiple of this, so that each number of workers that divides the shards cuts a
             buffer into equal parts on cache lines.
         ranks: position of each trainable parameter in the model's own order, by name.
-        momentum: name and momentum (0 to 1) of each batch norm with running statistics.
+        momentum: name and momentum (0 to 1) of each batch norm with running statistics; None: it averages over steps.
 
     Args:
         model: all its parameters and running statistics are float32.
@@ -99,7 +99,7 @@ class ParameterLayout:
         buffers = [(f"{n}.{b}", getattr(m, b)) for n, m in norms for b in ("running_mean", "running_var")]
         self.stats: list[Slot] = []
         self.stats_size = self._append(buffers, 0, self.stats)
-        self.momentum = [(n, 0.1 if m.momentum is None else m.momentum) for n, m in norms]
+        self.momentum = [(n, m.momentum) for n, m in norms]
         self.head_size = math.ceil((_ALIGN + self.stats_size) / self.unit) * self.unit
         self.buffer_size = self.head_size + self.size
 
@@ -159,7 +159,7 @@ class Master:
         model: the model as it was built, on the device. It gives names and structure; its weights are not updated.
         params: fp32[P], the weights.
         stats: fp32[B], the running means and variances.
-        keep: fp32[B], the share (1 - momentum) of each running statistic that a step keeps.
+        keep: fp32[B], the share (1 - momentum) of each running statistic that a step keeps; NaN: of an average.
         half: bf16[P], the weights as `round_weights` has left them; None: they are not needed.
         fixed: by name, the tensors outside the buffers that no step changes and a checkpoint holds (see
             engine/freezing.py); every replica has these same tensors.
@@ -185,7 +185,8 @@ class Master:
                 slot.view(buffer).copy_(tensors[slot.name])
         momentum = {f"{n}.{b}": m for n, m in layout.momentum for b in ("running_mean", "running_var")}
         for slot in layout.stats:
-            slot.view(self.keep).fill_(1 - momentum[slot.name])
+            taken = momentum[slot.name]
+            slot.view(self.keep).fill_(math.nan if taken is None else 1 - taken)
         self.half = torch.zeros(layout.size, device=device, dtype=torch.bfloat16) if half else None
         self.rounded = of_products(self.model) if half else frozenset()
 
@@ -214,11 +215,12 @@ class Master:
             setattr(module, name, slot.view(self.stats))
         return model.eval()
 
-    def update_stats(self, buffer: Tensor, shards: float) -> None:
-        """running = keep * running + (1 - keep) * (mean of the shards' batch statistics)."""
+    def update_stats(self, buffer: Tensor, shards: float, done: Tensor) -> None:
+        """running = keep * running + (1 - keep) * (mean of the shards' batch statistics). After `done` steps, fp32[],
+        an average over steps keeps done / (done + 1), as torch.nn.BatchNorm2d with momentum=None does."""
         if self.layout.stats_size:
             mean = self.layout.batch_stats(buffer) / shards
-            self.stats.lerp_(mean, 1 - self.keep)
+            self.stats.lerp_(mean, 1 - torch.where(self.keep.isnan(), done / (done + 1), self.keep))
 
     def tensors(self, step: int) -> dict[str, Tensor]:
         """Every tensor of the model's state_dict, as views; `num_batches_tracked` is the optimizer step."""

@@ -17,6 +17,7 @@ from rayexp.errors import UserError
 _SHARED = ("momentum", "nesterov", "betas", "eps")  # keys of `optimizer` that a rule may ask for by name
 _OF_SCHEDULE = ("step_epochs", "gamma", "min_lr", "peak")
 _PROBE = 64  # elements
+_WHERE = "(docs/your-own-model.md)"
 
 
 class UpdateRule(Protocol):
@@ -70,9 +71,6 @@ def open_rule(config: ExperimentConfig) -> UpdateRule | None:
         raise UserError(f"optimizer.name: {name} has no method `update`; expected an update rule {_WHERE}")
     _check_elementwise(rule, config)
     return rule
-
-
-_WHERE = "(docs/your-own-model.md)"
 
 
 def _check_elementwise(rule: UpdateRule, config: ExperimentConfig) -> None:

@@ -151,6 +151,7 @@ def unkeyed(layer: Any) -> tuple[str, str] | None:
     """Why a random layer has no keyed form, and what is allowed instead; None where it has one, or needs none."""
     if isinstance(layer, nn.Dropout1d | nn.Dropout2d | nn.Dropout3d | nn.AlphaDropout | nn.FeatureAlphaDropout):
         return "has no form with draws per shard", "nn.Dropout"
-    if isinstance(getattr(layer, "dropout", None), float) and layer.dropout:
+    # Others may have an attribute of that name; if they draw, they are caught drawing (see engine/contract).
+    if isinstance(layer, nn.RNNBase | nn.MultiheadAttention) and layer.dropout:
         return "draws dropout by itself", "a dropout of 0 there"
     return None

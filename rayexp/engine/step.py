@@ -316,7 +316,7 @@ class Stepper:
     def _update(self, program: Program, touched: Sequence[Touched]) -> None:
         root, inputs = program.held[0][1].tensor, program.inputs
         self.optimizer.update(root, inputs.lr, inputs.done, self.runtime, touched)
-        self.master.update_stats(root, self.config.shards)
+        self.master.update_stats(root, self.config.shards, inputs.done)
 
     def _call(self, program: Program, half: str, work: Callable[[], None]) -> None:
         """Run one half of a step: captured where it is, else as it stands. A program runs once before it is captured,

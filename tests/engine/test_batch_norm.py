@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rayexp.config import ExperimentConfig, parse
+from rayexp.engine import runtime
 from rayexp.engine.batch_norm import folded, per_shard
+from rayexp.engine.checkpoint import sha, snapshot
+from rayexp.engine.group import WorkerGroup
 from rayexp.engine.rng import Draws
+from rayexp.engine.trainer import StepDone, Trainer
+from rayexp.workloads.samples import Samples, SampleWorkload
 
 
 def norm_of(kind: type[nn.Module], affine: bool) -> Any:
@@ -115,3 +124,89 @@ def test_samples_may_be_folded_with_patches(way: str) -> None:
     draws.begin([], [5])
     with pytest.raises(RuntimeError, match="on another batch than announced"):
         model(x)
+
+
+class Activated(nn.BatchNorm2d):
+    """A batch norm with what follows it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(super().forward(x)) * 3
+
+
+def test_an_activation_in_a_batch_norm_is_part_of_every_pass() -> None:
+    """Where several shards are in a pass, a subclass still computes what it computes for one."""
+    torch.manual_seed(0)
+    x = torch.randn(8, 4, 2, 2)
+    for kind in (Activated, nn.BatchNorm2d):
+        one, other, draws = kind(4), kind(4), Draws()
+        for norm in (one, other):
+            norm.momentum, norm.num_batches_tracked = 1.0, None
+        other.running_mean.zero_()
+        other.running_var.zero_()
+        per_shard(other, draws)
+        draws.begin([], (4, 4))
+        alone = [one(part) for part in x.split(4)]
+        torch.testing.assert_close(other(x), torch.cat(alone))
+        statistics = []
+        for part in x.split(4):
+            one(part)
+            statistics.append(one.running_mean.clone())
+        torch.testing.assert_close(other.running_mean, sum(statistics))
+
+
+# ---------------------------------------------------------------------- an average over steps (momentum None)
+
+
+class Averaging(SampleWorkload):
+    """Its first layer is a batch norm without momentum, whose statistics are those of the data."""
+
+    def __init__(self, config: ExperimentConfig) -> None:
+        generator = torch.Generator().manual_seed(3)
+        x = (torch.randn(24, 3, generator=generator) * torch.tensor([1.0, 5.0, 0.1])).numpy()
+        super().__init__(config, Samples((x,), x[:, 0]), Samples((x[:4],), x[:4, 0]))
+
+    def build(self) -> nn.Module:
+        return nn.Sequential(nn.BatchNorm1d(3, momentum=None), nn.Linear(3, 1))
+
+    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.mse_loss(outputs[:, 0], targets, reduction="none")
+
+
+@pytest.fixture
+def averaging() -> Iterator[Callable[[str], Trainer]]:
+    with contextlib.ExitStack() as stack:
+
+        def make(reduction: str) -> Trainer:
+            tree = {"batch_size": 8, "shards": 2, "epochs": 2, "lr": 0.01, "reduction": reduction}
+            config = parse(tree, ExperimentConfig, "test")
+            here = stack.enter_context(runtime.configure(config, torch.device("cpu"), config.shards, 1))
+            return Trainer(config, Averaging(config), WorkerGroup(), here)
+
+        yield make
+
+
+@pytest.mark.parametrize("reduction", ["exact", "ddp"])
+def test_without_momentum_all_batches_count_alike_as_pytorch_has_it(
+    averaging: Callable[[str], Trainer], reduction: str
+) -> None:
+    trainer = averaging(reduction)
+    workload, plain = trainer.workload, nn.BatchNorm1d(3, momentum=None)
+    for event in trainer.train():
+        if isinstance(event, StepDone):
+            for shard in range(2):
+                batch = workload.batch(event.epoch, event.step - 1, range(shard, shard + 1), torch.device("cpu"))
+                plain(*batch.inputs)
+            norm: Any = trainer.eval_models[0][0]  # type: ignore[index]
+            torch.testing.assert_close(norm.running_mean, plain.running_mean)
+            torch.testing.assert_close(norm.running_var, plain.running_var)
+    assert trainer.global_step == 6
+
+
+def test_an_average_goes_on_after_a_resume(averaging: Callable[[str], Trainer]) -> None:
+    through, resumed = averaging("exact"), averaging("exact")
+    for event in through.train():
+        if isinstance(event, StepDone) and (event.epoch, event.step) == (1, 2):
+            resumed.load(snapshot(through.state(), {}))
+    for _ in resumed.train():
+        pass
+    assert sha(resumed.state().tensors) == sha(through.state().tensors)

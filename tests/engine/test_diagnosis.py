@@ -38,3 +38,5 @@ def test_the_share_is_what_torch_leaves_of_the_initial_values() -> None:
         norm(torch.tensor([[5.0], [5.0]], dtype=torch.float64))  # variance 0: what is left of it is the initial 1
     assert norm.running_var is not None
     assert initial_share([0.3, 0.9], 4) == pytest.approx(float(norm.running_var))
+    assert initial_share([None], 1) == 0  # an average
+    assert initial_share([0.9, None], 1) == pytest.approx(0.1)

@@ -105,12 +105,15 @@ def test_running_statistics_take_the_mean_over_shards() -> None:
     sums["0.running_mean"].fill_(6.0)
     sums["1.running_var"].fill_(8.0)
     sums["2.running_var"].fill_(8.0)
-    master.update_stats(buffer, 4)
+    master.update_stats(buffer, 4, torch.tensor(0.0))
     found = master.tensors(0)
     torch.testing.assert_close(found["0.running_mean"], torch.full((3,), 0.3 * 6 / 4))
     torch.testing.assert_close(found["0.running_var"], torch.full((3,), 0.7))
-    for name in ("1.running_var", "2.running_var"):  # 0.1 where a layer says nothing, or None
-        torch.testing.assert_close(found[name], torch.full((2,), 0.9 + 0.1 * 8 / 4))
+    torch.testing.assert_close(found["1.running_var"], torch.full((2,), 0.9 + 0.1 * 8 / 4))
+    assert found["2.running_var"].tolist() == [2.0, 2.0]  # of an average the first step leaves nothing of the 1
+    sums["2.running_var"].fill_(20.0)
+    master.update_stats(buffer, 4, torch.tensor(1.0))
+    assert found["2.running_var"].tolist() == [3.5, 3.5]
 
 
 def one_pass(

@@ -147,6 +147,13 @@ def test_what_draws_by_itself_is_refused(layer: nn.Module) -> None:
         adopt(nn.Sequential(layer), Draws(), 0)
 
 
+def test_an_attribute_called_dropout_is_no_dropout() -> None:
+    """Of a model that only notes what it was made with."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.3))
+    model.dropout = 0.3  # type: ignore[assignment]
+    assert adopt(nn.Sequential(model), Draws(), 0)
+
+
 def test_each_epoch_step_and_shard_has_a_key_of_its_own(
     session: Callable[[ExperimentConfig], Trainer], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -343,7 +343,7 @@ def test_an_epoch_trains_on_every_sample_once_and_the_next_in_another_order() ->
     assert read[1] != sorted(read[1])
 
 
-def test_a_wish_is_heard_after_its_step() -> None:
+def test_a_control_flag_is_heard_after_its_step() -> None:
     """To save: that step says so, and the run goes on. To stop: that step is the last."""
     session, _ = opened(configured(epochs=2))
     asked = iter([ControlFlags(), ControlFlags(save=True), ControlFlags(), ControlFlags(stop=True)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,6 +11,7 @@ from typing import Any, Literal
 from torch import nn
 
 Level = Literal["always", "exact", "note"]
+SHOWN = 3  # others that a line names
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +25,7 @@ class Breach:
         allowed: a way out.
         level: `always`: no reduction trains this. `exact`: `exact` refuses it, and `ddp` warns. `note`: it is allowed,
             and somebody should know.
+        others: modules (parameters, buffers) of which the same is true, word for word.
     """
 
     part: str
@@ -29,13 +33,17 @@ class Breach:
     what: str
     allowed: str
     level: Level = "exact"
+    others: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.part}: {self.what}; allowed: {self.allowed}"
+        more = f" and {len(self.others) - SHOWN} more" if len(self.others) > SHOWN else ""
+        likewise = f" (likewise {', '.join(self.others[:SHOWN])}{more})" if self.others else ""
+        return f"{self.part}: {self.what}{likewise}; allowed: {self.allowed}"
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return {"key": self.part, "module": self.module, "what": self.what, "allowed": self.allowed}
+        others = {"others": list(self.others)} if self.others else {}
+        return {"key": self.part, "module": self.module, "what": self.what, "allowed": self.allowed, **others}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +91,16 @@ def named(name: str, module: nn.Module | None = None, kind: str = "") -> str:
 
 
 def once(breaches: Sequence[Breach]) -> tuple[Breach, ...]:
-    """Without repetitions: of several about one module with the same way out, the first."""
+    """Without repetitions: of several about one module with the same way out, the first; and what is said of several
+    modules in the same words once, with the others' names."""
     found: dict[tuple[str, str, str], Breach] = {}
     for breach in breaches:
         found.setdefault((breach.part, breach.module or breach.what, breach.allowed), breach)
-    return tuple(found.values())
+    alike: dict[tuple[str, ...], list[Breach]] = {}
+    for breach in found.values():
+        name = rf"(?<![\w.]){re.escape(breach.module)}(?!\w)"
+        words = re.sub(name, "*", breach.what) if breach.module else breach.what
+        alike.setdefault((breach.part, words, breach.allowed, breach.level), []).append(breach)
+    return tuple(
+        dataclasses.replace(first, others=tuple(other.module for other in others)) for first, *others in alike.values()
+    )

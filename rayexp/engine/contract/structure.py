@@ -102,24 +102,21 @@ def _batch_norms(model: nn.Module) -> Iterator[Breach]:
     model.train()
     norms = [(name, module) for name, module in model.named_modules() if isinstance(module, BATCH_NORMS)]
     for name, norm in norms:
-        what = f"the batch norm {named(name, norm)} "
+        which = f"the batch norm {named(name, norm)}"
         if isinstance(norm, nn.SyncBatchNorm):
-            what += "normalises over all workers, which have other shards with another number of them"
+            what = f"{which} normalises over all workers, which have other shards with another number of them"
             yield Breach("model", name, what, "nn.BatchNorm1d, 2d or 3d, which normalises each shard")
         if not norm.training and norm.running_mean is not None:
-            what += "stays in eval mode while training, and its running statistics belong to the shard then"
+            what = f"{which} stays in eval mode while training, and its running statistics belong to the shard then"
             yield Breach(
                 "model", name, what, "a layer without statistics (torchvision.ops.FrozenBatchNorm2d)", "always"
             )
         for kind in ("running_mean", "running_var"):
             tensor = getattr(norm, kind)
             if tensor is not None and tensor.dtype != torch.float32:
-                what += f"has a {kind} of {str(tensor.dtype).removeprefix('torch.')}"
+                what = f"{which} has a {kind} of {str(tensor.dtype).removeprefix('torch.')}"
                 yield Breach("model", name, what, "float32", "always")
                 break
-        if norm.momentum is None and norm.running_mean is not None:
-            what += "averages over all batches (momentum None), of which no checkpoint holds the number"
-            yield Breach("model", name, what, "a momentum from 0 to 1", "always")
     for name, module in model.named_modules():
         module.training = was[name]
 
