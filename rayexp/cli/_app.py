@@ -14,19 +14,25 @@ import typer
 import typer.core
 
 from rayexp.cli import _complete
-from rayexp.cli._output import error_line, say
+from rayexp.cli._output import error_line, only_json, say
 
 UNREAD = 128 + signal.SIGPIPE  # exit code where nobody reads the output any more
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])
 
 
 class Command(typer.core.TyperCommand):
-    """A command whose help calls each argument by its metavar alone, without the type that it has in Python."""
+    """A command whose help calls each argument by its metavar alone, without the type that it has in Python, and which
+    prints nothing but JSON on stdout where it is asked to."""
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """See click: `[OPTIONS] CONFIG [KEY=VALUE]...`."""
         arguments = [param for param in self.get_params(ctx) if param.param_type_name == "argument"]
         return [*([self.options_metavar] if self.options_metavar else []), *map(_usage, arguments)]
+
+    def invoke(self, ctx: Any) -> Any:
+        """See click. With --json, only the answer is printed on stdout."""
+        with only_json() if ctx.params.get("as_json") else contextlib.nullcontext():
+            return super().invoke(ctx)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """See click."""

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
 from rayexp.display import folded, plain, printable
@@ -29,9 +29,24 @@ def tell(text: str = "") -> None:
     print(folded(printable(text, keep="\n"), terminal_width(sys.stdout)), flush=True)
 
 
+_answer: TextIO | None = None  # stdout, while `only_json` keeps it
+
+
+@contextlib.contextmanager
+def only_json() -> Iterator[None]:
+    """Keep stdout for `print_json`: all else that is printed, above all by a user's own code, goes to stderr."""
+    global _answer
+    before, _answer = _answer, sys.stdout
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _answer = before
+
+
 def print_json(value: Any) -> None:
     """The whole answer as strict JSON on stdout: what is not finite is null."""
-    print(json.dumps(plain(value), indent=2, default=str, allow_nan=False))
+    print(json.dumps(plain(value), indent=2, default=str, allow_nan=False), file=_answer or sys.stdout)
 
 
 def print_table(
