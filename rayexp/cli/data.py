@@ -117,10 +117,11 @@ def cache(
 ) -> None:
     """What rayexp keeps in its cache, and what of it is stale: nothing that still stands leads to it.
 
-    Never removed: what is packed for a folder that still stands, finished downloads, and what a process is using.
+    Never removed: what is packed for a folder, or of code of yours, that stands as it did; finished downloads; and what
+    a process is using.
     """
     from rayexp.data import prune as cleaning
-    from rayexp.data.download import cache_dir
+    from rayexp.system.cache import cache_dir
 
     found = list(cleaning.prune()) if prune else cleaning.entries()
     if as_json:

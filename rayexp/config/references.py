@@ -9,10 +9,12 @@ mistaken for each other. (Objects that were made of them live on.)
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib
 import importlib.machinery
 import importlib.util
 import inspect
+import os
 import sys
 import traceback
 import types
@@ -30,18 +32,20 @@ from rayexp.config.fields import explain
 from rayexp.errors import UserError, nearest
 from rayexp.system.cache import cache_dir
 from rayexp.system.disk import naming, write_directory
-from rayexp.system.locks import locked
+from rayexp.system.locks import locked, share
 
 SHOWN = 8  # names listed in an error
 
 
 @dataclass(slots=True)
 class _InUse:
-    """The code that this process imports from: `root` holds the copy, `sha` is its hash, `given` what was provided for
-    which entries of `code` (a worker on another host than the driver's has not the files themselves)."""
+    """The code that this process imports from: `root` holds the copy, `sha` is its hash, `handle` keeps it from being
+    pruned, `given` is what was provided for which entries of `code` (a worker on another host than the driver's has not
+    the files themselves)."""
 
     root: Path | None = None
     sha: str = ""
+    handle: int | None = None
     given: dict[tuple[str, ...], Mapping[str, bytes]] = field(default_factory=dict)
 
 
@@ -81,28 +85,40 @@ def use(entries: Sequence[str] | None) -> Path | None:
         UserError: an entry is not there, or is too much.
         WriteError: the cache cannot be written.
     """
-    files = _IN_USE.given.get(tuple(entries or ()))
-    if files is None:
-        files = read_code(entries)
+    files = travelling(entries)
     sha = code_sha(files)
     if not files:
         _forget()
         return None
     if sha == _IN_USE.sha and _IN_USE.root is not None and _whole(_IN_USE.root, files):
         return _IN_USE.root
-    root = cache_dir() / "code" / sha[:32]
+    root = home() / sha[:32]
     with naming(root):
         root.parent.mkdir(parents=True, exist_ok=True)
         with locked(root.parent / f"{root.name}.lock"):  # workers of one host begin at the same time
             if not _whole(root, files):
                 write_directory(root, dict(files))
+            handle = os.open(root, os.O_RDONLY)
+    share(handle)
     _forget()
-    _IN_USE.root, _IN_USE.sha = root, sha
+    _IN_USE.root, _IN_USE.sha, _IN_USE.handle = root, sha, handle
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder(namespaces=False))
         sys.meta_path.append(_Finder(namespaces=True))
     importlib.invalidate_caches()
     return root
+
+
+def travelling(entries: Sequence[str] | None) -> Mapping[str, bytes]:
+    """The files of these entries by name: those that were provided for them, else what lies there (UserError as
+    `use`)."""
+    given = _IN_USE.given.get(tuple(entries or ()))
+    return read_code(entries) if given is None else given
+
+
+def home() -> Path:
+    """The folder of the cache in which copies of code lie, each under its hash."""
+    return cache_dir() / "code"
 
 
 def _whole(root: Path, files: Mapping[str, bytes]) -> bool:
@@ -122,7 +138,9 @@ def _forget() -> None:
         for name, module in list(sys.modules.items()):
             if _comes_from(module, _IN_USE.root):
                 del sys.modules[name]
-    _IN_USE.root, _IN_USE.sha = None, ""
+    if _IN_USE.handle is not None:
+        os.close(_IN_USE.handle)
+    _IN_USE.root, _IN_USE.sha, _IN_USE.handle = None, "", None
 
 
 def _comes_from(module: Any, root: Path) -> bool:
@@ -236,21 +254,34 @@ def _original(path: Path, code: Sequence[str] | None) -> Path:
     return Path(name) if any(found.is_relative_to(where) for where in (_IN_USE.root, *copies)) else found
 
 
-def source_sha(component: Any, code: Sequence[str] | None) -> str:
-    """A hash that changes with the code that a component is made of: its file, the files of the code in use that this
-    imports, directly or not, and those that are no modules. Of an installed module its file alone."""
-    root = use(code)
+def source_of(component: Any) -> str:
+    """The file in which a component is defined: of the code in use by the name under which it travels, else its
+    absolute path; empty where it has none."""
     try:
-        path = Path(inspect.getsourcefile(inspect.unwrap(component)) or "")
-        if root is None or not path.is_relative_to(root):
-            return code_sha({"": path.read_bytes()})
-    except (TypeError, OSError):
-        return _IN_USE.sha
-    files = {
-        p.relative_to(root).as_posix(): p.read_bytes() for p in root.rglob("*") if p.is_file() and p.suffix != ".pyc"
-    }
-    needed = imported(path.relative_to(root).as_posix(), files)
-    return code_sha({name: data for name, data in files.items() if name in needed or not name.endswith(".py")})
+        found = inspect.getsourcefile(inspect.unwrap(component))
+    except TypeError:  # built in, or made by a call
+        return ""
+    path, root = Path(found or ""), _IN_USE.root
+    if found and root is not None and path.is_relative_to(root):
+        return path.relative_to(root).as_posix()
+    return str(path.absolute()) if found else ""
+
+
+def source_sha(source: str, files: Mapping[str, bytes]) -> str:
+    """A hash that changes with the code that a component is made of: its file, the files that this imports, directly or
+    not, and those that are no modules. Of an installed module its file alone. Nothing is imported.
+
+    Args:
+        source: where the component is defined, see `source_of`.
+        files: that travel, see `travelling`.
+    """
+    if source in files:
+        needed = imported(source, files)
+        return code_sha({name: data for name, data in files.items() if name in needed or not name.endswith(".py")})
+    if Path(source).is_absolute():
+        with contextlib.suppress(OSError):
+            return code_sha({"": Path(source).read_bytes()})
+    return code_sha(files)
 
 
 def imported(name: str, files: Mapping[str, bytes]) -> set[str]:
@@ -258,7 +289,11 @@ def imported(name: str, files: Mapping[str, bytes]) -> set[str]:
     found, waiting = {name}, [name]
     while waiting:
         name = waiting.pop()
-        for node in ast.walk(ast.parse(files[name])):
+        try:
+            tree = ast.parse(files[name])
+        except (SyntaxError, ValueError):  # for a newer Python, or being edited: it imports nothing now
+            continue
+        for node in ast.walk(tree):
             if isinstance(node, ast.Import):
                 dotted = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom):

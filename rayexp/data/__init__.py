@@ -104,7 +104,8 @@ def open_data(config: DataConfig, code: Sequence[str] | None = None, text: bool 
     from rayexp.data.fetch import check_readable
 
     if config.root is not None:
-        check_readable(config.root.expanduser())
+        check_readable(root := config.root.expanduser())
+        config = config.model_copy(update={"root": root})
     if config.name not in DATASETS:
         return importlib.import_module(OWN).open_data(config, code, text)
     return importlib.import_module(DATASETS[config.name]).open_data(config)

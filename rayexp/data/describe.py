@@ -7,7 +7,7 @@ from typing import Any
 
 from rayexp.config import DataConfig, ExperimentConfig, code, parse
 from rayexp.config.components import is_reference
-from rayexp.data import DATASETS, TextData, folder, own, packed, python_docs, shapes, text
+from rayexp.data import DATASETS, TextData, folder, own, packed, python_docs, recipe, shapes, text
 from rayexp.data.fetch import check_readable
 from rayexp.data.pack import PARTIAL, done
 from rayexp.errors import UserError, nearest
@@ -59,7 +59,7 @@ def _own(name: str) -> dict[str, Any]:
     code.anchor(tree, Path.cwd())
     code.resolve(tree, Path.cwd(), "data info")
     config = parse(tree, ExperimentConfig, "data info")
-    plan = own.make_plan(own.Recipe(config.data.name, config.data, config.code))
+    plan = own.make_plan(recipe.Recipe.of(config.data, config.code))
     labels = {split: [label for _, _, label in items] for split, items in plan.splits.items()}
     return {
         "kind": "images",

@@ -1,8 +1,8 @@
 """A dataset of the user's own: a class or a function, named by reference, that gives images with labels, or text.
 
 It is called with `split="train"` and `split="val"` (text: and `split="test"`), with `root` if it asks for that, and
-with its options. What it gives is packed once into the cache, under the hash of its code, its options, and the files
-below `root`; from then on it is data like any other.
+with its options. What it gives is packed once into the cache, under the hash of its recipe (see recipe.py); from then
+on it is data like any other.
 
 Images: `len(dataset)`, and `dataset[i]` an (image, label). An image is of Pillow's, an array [height, width(, 1 or 3)]
 or a tensor [1 or 3, height, width], of bytes or of floats from 0 to 1; a label counts from 0. Attributes that save time
@@ -13,8 +13,6 @@ Text: an iterable of lines; words have white space between them.
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,71 +24,17 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from rayexp.config import DataConfig
-from rayexp.config.references import arguments, call, failure, load_component, source_sha, use
-from rayexp.data import ImageData, TextData, pool, text, uses
+from rayexp.config.references import failure
+from rayexp.data import ImageData, TextData, pool, recipe, text, uses
 from rayexp.data.decode import answer, eight_bits, fit
-from rayexp.data.fetch import FileSource, list_folder
+from rayexp.data.fetch import FileSource
 from rayexp.data.folder_cache import home
 from rayexp.data.pack import Item, PackPlan, done, pack
 from rayexp.data.packed import open_packed
+from rayexp.data.recipe import Recipe
 from rayexp.errors import UserError
-from rayexp.system.cache import cache_dir
-from rayexp.system.disk import write_directory
 
-VERSION = 1  # of what is made of a dataset; part of the key
 CHUNK = 256  # samples whose labels are read in one call
-KEYS = ("root", "image_size")  # of `data`, which a dataset may ask for by name
-
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """What makes the dataset.
-
-    Attributes:
-        name: as it stands in the configuration.
-        config: the section `data`.
-        code: the configuration's `code`.
-    """
-
-    name: str
-    config: DataConfig
-    code: tuple[str, ...] | None
-
-    def component(self) -> Any:
-        """The class or function."""
-        return load_component("data.name", self.name, self.code)
-
-    def make(self, split: str) -> Any:
-        """The dataset of a split (UserError where it cannot be made)."""
-        component = self.component()
-        offered = {key: getattr(self.config, key) for key in KEYS} | {"split": split}
-        given = arguments("data", self.name, component, self.config.options, offered, ("split",))
-        if "split" not in given:
-            raise UserError(f"data.name: {self.name} takes no `split`; it is called with split='train' and split='val'")
-        if "root" in given and given["root"] is None:
-            raise UserError(f"data.root: {self.name} asks for a folder (data.root=DIR)")
-        return call("data.name", self.name, component, given, self.code)
-
-    def key(self, size: int | None) -> str:
-        """sha256 of all that what is packed depends on, without the pixels."""
-        root = self.config.root
-        files = list_folder(root) if root is not None and root.is_dir() else {}
-        parts: list[Any] = [VERSION, self.name, source_sha(self.component(), self.code), self.config.options, size]
-        parts += [str(root), sorted(files.items())]
-        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
-
-    def to_json(self) -> str:
-        """For the pool's processes, which import the copy of the code: it may have come from another host."""
-        copy = use(self.code)
-        code = None if copy is None else [str(copy)]
-        return json.dumps({"name": self.name, "config": self.config.model_dump(mode="json"), "code": code})
-
-    @classmethod
-    def from_json(cls, text: str) -> Recipe:
-        """The inverse of `to_json`."""
-        fields = json.loads(text)
-        code = fields["code"] and tuple(fields["code"])
-        return cls(fields["name"], DataConfig.model_validate(fields["config"]), code)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,10 +53,6 @@ def open_data(config: DataConfig, code: Sequence[str] | None, text: bool) -> Ima
     return open_text(config, code) if text else open_images(config, code)
 
 
-def _short(name: str) -> str:
-    return "".join(c if c.isalnum() or c in "_-" else "-" for c in name)[:40]
-
-
 # ---------------------------------------------------------------------- images
 
 
@@ -122,11 +62,13 @@ def open_images(config: DataConfig, code: Sequence[str] | None) -> ImageData:
     Raises:
         UserError: it cannot be imported or made, or a sample is no image with a label; the line says where.
     """
-    recipe = Recipe(config.name, config, code and tuple(code))  # type: ignore[arg-type]
-    key = recipe.key(config.image_size)
-    packed = home() / f"{_short(config.name)}-{key[:16]}"
+    made = Recipe.of(config, code)
+    ingredients = made.ingredients(config.image_size)
+    key = recipe.key(ingredients)
+    packed = home() / recipe.folder_name(ingredients, key)
     if not done(packed):
-        pack(packed, lambda: make_plan(recipe, key))
+        pack(packed, lambda: make_plan(made, key))
+    uses.note(packed, ingredients)
     data = open_packed(packed, config)
     uses.hold(packed, data.train.images)
     return data
@@ -143,9 +85,8 @@ def make_plan(recipe: Recipe, key: str = "") -> OwnPlan:
     classes = _classes(recipe, datasets["train"], labels)
     splits = {}
     for split, dataset in datasets.items():
-        names = [str(name) for name in getattr(dataset, "names", ())] or [
-            f"{split}_{i}" for i in range(len(labels[split]))
-        ]
+        given = _listed(recipe, split, "names", dataset) or ()
+        names = [str(name) for name in given] or [f"{split}_{i}" for i in range(len(labels[split]))]
         if len(names) != len(labels[split]):
             raise UserError(
                 f"data.name: {recipe.name} has {len(names)} names and {len(labels[split])} samples ({split})"
@@ -179,7 +120,7 @@ def _labels(recipe: Recipe, split: str, dataset: Any) -> list[int]:
     if not count:
         raise UserError(f"data.name: {recipe.name} has no samples for split={split!r}")
     _check_repeats(recipe, split, dataset)
-    targets = _asked(recipe, split, "targets", lambda: getattr(dataset, "targets", None))
+    targets = _listed(recipe, split, "targets", dataset)
     if targets is not None:
         labels = [_label(recipe, split, i, value) for i, value in enumerate(targets)]
         if len(labels) != count:
@@ -200,6 +141,17 @@ def _asked(recipe: Recipe, split: str, what: str, ask: Callable[[], Any]) -> Any
         raise UserError(f"data.name: {recipe.name}: {what} of split={split!r} fails ({why})") from error
 
 
+def _listed(recipe: Recipe, split: str, attribute: str, dataset: Any) -> list[Any] | None:
+    """The values of an attribute of a dataset; None where it has none."""
+
+    def values() -> list[Any] | None:
+        found = getattr(dataset, attribute, None)
+        return None if found is None else list(found)
+
+    found: list[Any] | None = _asked(recipe, split, attribute, values)
+    return found
+
+
 def _check_repeats(recipe: Recipe, split: str, dataset: Any) -> None:
     """Refuse a dataset that gives another image when asked again."""
     first, second = (np.asarray(_picture(recipe, split, 0, _sample(recipe, split, dataset, 0)[0])) for _ in range(2))
@@ -213,7 +165,7 @@ def _check_repeats(recipe: Recipe, split: str, dataset: Any) -> None:
 def _classes(recipe: Recipe, dataset: Any, labels: Mapping[str, list[int]]) -> tuple[tuple[str, str], ...]:
     """(id, name) of each class, by the dataset's `classes`, else the labels' numbers."""
     most = max(max(of) for of in labels.values()) + 1
-    given = _asked(recipe, "train", "classes", lambda: getattr(dataset, "classes", None))
+    given = _listed(recipe, "train", "classes", dataset)
     if given is None:
         if most > max(2, sum(map(len, labels.values()))):
             raise UserError(
@@ -318,15 +270,17 @@ def open_text(config: DataConfig, code: Sequence[str] | None) -> TextData:
     Raises:
         UserError: it cannot be imported or made, or gives no lines of text.
     """
-    recipe = Recipe(config.name, config, code and tuple(code))  # type: ignore[arg-type]
-    packed = cache_dir() / "text" / f"{_short(config.name)}-{recipe.key(None)[:16]}"
-    if not done(packed):
-        splits = {
-            to: text.words("\n".join(_lines(recipe, split)), f"{recipe.name}, split {split}") for to, split in _TEXT
-        }
-        vocabulary, tokens = text.encode(splits, known=("train",))
-        write_directory(packed, text.packed_files("own", vocabulary, tokens))
-    return text.read_packed(packed, config)
+    made = Recipe.of(config, code)
+    ingredients = made.ingredients(None)
+    packed = text.home() / recipe.folder_name(ingredients, recipe.key(ingredients))
+
+    def files() -> dict[str, bytes]:
+        splits = {to: text.words("\n".join(_lines(made, split)), f"{made.name}, split {split}") for to, split in _TEXT}
+        return text.packed_files("own", *text.encode(splits, known=("train",)))
+
+    found = text.pack_once(packed, files)
+    uses.note(packed, ingredients)
+    return text.capped(*found, config)
 
 
 _TEXT = (("train", "train"), ("valid", "val"), ("test", "test"))
@@ -336,7 +290,7 @@ def _lines(recipe: Recipe, split: str) -> list[str]:
     made = recipe.make(split)
     try:
         lines = list(made)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(
             f"data.name: {recipe.name}: the lines of {split} cannot be read ({failure(error, recipe.code)})"
         ) from error

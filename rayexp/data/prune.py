@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rayexp.data import folder, folder_cache, shapes, text, uses
-from rayexp.data.download import cache_dir
-from rayexp.data.pack import PARTIAL, done
+from rayexp.config import references
+from rayexp.data import folder, folder_cache, recipe, shapes, text, uses
+from rayexp.data.pack import LOCK, PARTIAL, done
 from rayexp.data.packed import read_meta
 from rayexp.data.resize import source_of
 from rayexp.errors import UserError
+from rayexp.system.cache import cache_dir
 from rayexp.system.disk import TEMPORARY
 from rayexp.system.locks import unshared
 
 IN_USE = "in use by a running process"
+_WRITING = re.compile(rf"{re.escape(TEMPORARY)}[0-9a-f]{{8}}-")  # before the name of what write_directory writes
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +30,7 @@ class Entry:
     Attributes:
         path: the file or folder.
         what: its kind.
-        of: the folder or archive it was made from; empty if that is not known.
+        of: the folders, or the datasets of the user's own, that it was made from; empty if that is not known.
         bytes: its size on disk.
         state: why it is kept or may be removed.
         stale: whether it may be removed, because nothing uses it any more.
@@ -57,12 +60,13 @@ def entries() -> list[Entry]:
     cache = cache_dir()
     found = [
         *(_images(path) for path in _in(folder_cache.home()) if not path.is_symlink()),
-        *(_text(path) for path in _in(cache / "text")),
+        *(_text(path) for path in _in(text.home())),
         *(_shapes(path) for path in _in(cache) if path.name.startswith("shapes-v")),
         *(_archive(path) for path in _in(cache / "archives")),
-        *(_download(path) for path in _in(cache / "downloads") if not path.name.endswith((".lock", ".version"))),
+        *(_download(path) for path in _in(cache / "downloads") if not path.name.endswith(".version")),
+        *(_code(path) for path in _in(references.home())),
     ]
-    return [one for one in found if one is not None]
+    return found
 
 
 def prune() -> Iterator[Entry]:
@@ -76,7 +80,7 @@ def prune() -> Iterator[Entry]:
 
 
 def _in(path: Path) -> list[Path]:
-    return sorted(path.iterdir()) if path.is_dir() else []
+    return sorted(one for one in path.iterdir() if not one.name.endswith(".lock")) if path.is_dir() else []
 
 
 def _bytes(path: Path) -> int:
@@ -85,9 +89,12 @@ def _bytes(path: Path) -> int:
 
 
 def _lock(path: Path) -> Path:
-    """The file that is locked while an entry is in use: by packing it, by downloading it, or by reading it."""
+    """What is locked while an entry is in use: by packing it, by downloading it, or by reading it."""
     if path.is_dir():
-        return path / "meta.json" if (path / "meta.json").exists() else path / PARTIAL / "lock"
+        places = [path / "meta.json", path / PARTIAL / LOCK]
+        if _WRITING.match(path.name):
+            places.insert(0, path.with_name(f"{_WRITING.sub('', path.name)}.lock"))
+        return next((place for place in places if place.exists()), path)
     beside = path.with_name(f"{path.name}.lock")
     return beside if beside.exists() else path
 
@@ -129,22 +136,30 @@ def _leftover(path: Path, what: str) -> Entry | None:
     return None
 
 
-def _images(path: Path) -> Entry | None:
+def _images(path: Path) -> Entry:
     if left := _leftover(path, "images"):
         return left
     try:
         meta = read_meta(path)
     except UserError as error:
         return _entry(path, "images", "", f"damaged ({error})")
-    if meta["dataset"] == "own":
-        return _entry(
-            path, f"images, {meta['image_size']} px", str(meta["source"]), None, "kept: by a dataset of yours"
-        )
-    of = uses.users(path) or [str(meta["source"])]
     what = f"images, {meta['image_size']} px"
-    states = [_state(path, meta, Path(root)) for root in of]
-    kept = next((state for stale, state in states if not stale), None)
-    return _entry(path, what, ", ".join(of), None if kept else states[0][1], kept or "")
+    if meta["dataset"] == "own":
+        return _own(path, what)
+    of = uses.folders(path) or [Path(meta["source"])]
+    return _used(path, what, [str(root) for root in of], [_state(path, meta, root) for root in of])
+
+
+def _used(path: Path, what: str, of: Sequence[str], states: Sequence[tuple[bool, str]]) -> Entry:
+    """Of data that some folders or datasets are read from: of each, whether it no longer leads there, and why."""
+    kept = next((why for stale, why in states if not stale), None)
+    return _entry(path, what, ", ".join(dict.fromkeys(of)), None if kept else states[0][1], kept or "")
+
+
+def _own(path: Path, what: str) -> Entry:
+    if not (of := uses.recipes(path)):
+        return _entry(path, what, "", None, "kept: it is not known of what code")
+    return _used(path, what, [one["name"] for one in of], [recipe.state(one, path.name) for one in of])
 
 
 def _state(path: Path, meta: dict[str, Any], root: Path) -> tuple[bool, str]:
@@ -166,34 +181,44 @@ def _state(path: Path, meta: dict[str, Any], root: Path) -> tuple[bool, str]:
     return (False, f"for {root}, perhaps") if folder_cache.matches(plan, meta) else changed
 
 
-def _text(path: Path) -> Entry | None:
+def _text(path: Path) -> Entry:
     if left := _leftover(path, "text"):
         return left
-    of = uses.users(path)
-    if not of:
+    if uses.recipes(path):
+        return _own(path, "text")
+    if not (of := uses.folders(path)):
         return _entry(path, "text", "", None, "kept: it is not known of what folder")
-    stale = []
-    for root in of:
-        try:
-            if text.key(text.raw_files(Path(root))) == path.name:
-                return _entry(path, "text", ", ".join(of), None, f"for {root}")
-            stale.append(f"{root} has changed since")
-        except UserError:
-            stale.append(f"{root} is gone")
-    return _entry(path, "text", ", ".join(of), stale[0])
+    return _used(path, "text", [str(root) for root in of], [_text_state(path, root) for root in of])
 
 
-def _shapes(path: Path) -> Entry | None:
+def _text_state(path: Path, root: Path) -> tuple[bool, str]:
+    """`_state` of a text."""
+    if not root.is_dir():
+        return True, f"{root} is gone"
+    try:
+        same = text.key(text.raw_files(root)) == path.name
+    except UserError as error:
+        return False, f"kept: {error}"
+    return (False, f"for {root}") if same else (True, f"{root} has changed since")
+
+
+def _shapes(path: Path) -> Entry:
     old = not path.name.startswith(f"shapes-v{shapes.VERSION}-")
     left = _leftover(path, "shapes")
     return left or _entry(path, "shapes", "", "of an older rayexp" if old else None, "made by rayexp")
 
 
-def _archive(path: Path) -> Entry | None:
+def _code(path: Path) -> Entry:
+    left = path.name.startswith(TEMPORARY)
+    why = "left by a process that was stopped" if left else "copied again when it is needed"
+    return _entry(path, "code of yours", "", why)
+
+
+def _archive(path: Path) -> Entry:
     return _entry(path, "unpacked tar", "", "left by a fetch that was stopped")
 
 
-def _download(path: Path) -> Entry | None:
+def _download(path: Path) -> Entry:
     if path.name.startswith(TEMPORARY):
         return _entry(path, "download", "", "unfinished")
     return _entry(path, "download", "", None, "kept: `rayexp data fetch` reads it again")

@@ -6,11 +6,12 @@ valid.npy and test.npy (int32 ids of words), vocabulary.txt (one word per line, 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from numpy.typing import NDArray
 
 from rayexp.config import DataConfig
 from rayexp.data import TextData, uses
-from rayexp.data.fetch import cache_dir
 from rayexp.errors import UserError
-from rayexp.system.disk import write_directory
+from rayexp.system.cache import cache_dir
+from rayexp.system.disk import naming, write_directory
+from rayexp.system.locks import locked
 
 LAYOUT = 1
 EOS, UNK = "<eos>", "<unk>"
@@ -106,25 +108,53 @@ def encode(
 def _pack_folder(folder: Path) -> tuple[tuple[str, ...], dict[str, NDArray[np.int32]]]:
     """Encode a plain folder, or find it in the cache."""
     raw = raw_files(folder)
-    cached = cache_dir() / "text" / key(raw)
+    cached = home() / key(raw)
+
+    def encoded() -> tuple[tuple[str, ...], dict[str, NDArray[np.int32]]]:
+        splits = {}
+        for file, data in raw.items():
+            source = str(folder / file)
+            splits[file.removesuffix(".txt")] = words(decode(data, source), source)
+        return encode(splits, known=("train",))
+
     try:
-        found = _load(cached)
-    except UserError:
-        pass  # not packed yet, or damaged
-    else:
-        uses.note(cached, folder.absolute())
-        return found
-    splits = {}
-    for file, data in raw.items():
-        source = str(folder / file)
-        splits[file.removesuffix(".txt")] = words(decode(data, source), source)
-    vocabulary, tokens = encode(splits, known=("train",))
-    try:
-        write_directory(cached, packed_files("text", vocabulary, tokens))
-        uses.note(cached, folder.absolute())
-        return _load(cached)
+        found = pack_once(cached, lambda: packed_files("text", *encoded()))
     except OSError:
-        return vocabulary, tokens  # the cache cannot be written: the text will only be packed again
+        return encoded()  # the cache cannot be written: the text will only be packed again
+    uses.note(cached, folder.absolute())
+    return found
+
+
+def home() -> Path:
+    """The folder of the cache that contains the packed texts."""
+    return cache_dir() / "text"
+
+
+def pack_once(
+    to: Path, files: Callable[[], Mapping[str, bytes]]
+) -> tuple[tuple[str, ...], dict[str, NDArray[np.int32]]]:
+    """Pack a text into a folder of the cache, unless it is there undamaged. Of several processes one writes it: none
+    replaces what another one is reading.
+
+    Args:
+        files: makes the files by name, see `packed_files`.
+
+    Returns:
+        The vocabulary, and the tokens of each split: int32[n], mapped.
+
+    Raises:
+        OSError: the cache cannot be written (WriteError).
+    """
+    with contextlib.suppress(UserError):
+        return _load(to)
+    made = files()  # before anything is written: it may refuse the text
+    with naming(to):
+        to.parent.mkdir(parents=True, exist_ok=True)
+        with locked(to.with_name(f"{to.name}.lock")):
+            with contextlib.suppress(UserError):
+                return _load(to)
+            write_directory(to, made)
+    return _load(to)
 
 
 def raw_files(folder: Path) -> dict[str, bytes]:

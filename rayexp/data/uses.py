@@ -1,4 +1,5 @@
-"""Keep track of what uses a packed folder in the cache: the folders it was opened for, and processes that map it."""
+"""Keep track of what uses a packed folder in the cache: the folders and datasets it was opened for, and processes that
+map it."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import json
 import mmap
 import os
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +20,32 @@ from rayexp.system.locks import share
 USED = "used.json"
 
 
-def note(packed: Path, root: Path) -> None:
-    """Remember that the user's folder `root` is read from `packed`."""
-    known = users(packed)
-    if str(root) not in known:
+def note(packed: Path, user: Path | Mapping[str, Any]) -> None:
+    """Remember what is read from `packed`: the user's folder, or the ingredients of a dataset of the user's own (see
+    recipe.py)."""
+    known, new = _known(packed), json.loads(json.dumps(str(user) if isinstance(user, Path) else user, default=str))
+    if new not in known:
         with contextlib.suppress(OSError):  # only pruning reads it
-            write_atomic(packed / USED, json.dumps([*known, str(root)]))
+            write_atomic(packed / USED, json.dumps([*known, new]))
 
 
-def users(packed: Path) -> list[str]:
+def folders(packed: Path) -> list[Path]:
     """The folders that were read from `packed`; none if an older rayexp packed it."""
+    return [Path(one) for one in _known(packed) if isinstance(one, str)]
+
+
+def recipes(packed: Path) -> list[dict[str, Any]]:
+    """The ingredients of the datasets of the user's own that were read from `packed`; none if an older rayexp packed
+    it."""
+    return [one for one in _known(packed) if isinstance(one, dict)]
+
+
+def _known(packed: Path) -> list[Any]:
     try:
         found = json.loads((packed / USED).read_bytes())
     except (OSError, ValueError):
         return []
-    return [str(one) for one in found] if isinstance(found, list) else []
+    return found if isinstance(found, list) else []
 
 
 def hold(packed: Path, array: NDArray[Any]) -> None:

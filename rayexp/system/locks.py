@@ -132,21 +132,24 @@ def share(handle: int) -> None:
 
 @contextlib.contextmanager
 def unshared(path: Path) -> Iterator[bool]:
-    """Hold a file's lock, and yield whether nobody else does (True also if there is no such file, or no flock)."""
+    """Hold the lock of a file or a folder, and yield whether nobody else does (True also if it is not there, or there
+    is no flock)."""
     try:
-        file = path.open()
+        handle = os.open(path, os.O_RDONLY)
     except OSError:
         yield True
         return
-    with file:
+    try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             free = True
         except BlockingIOError:
             free = False
         except OSError:
             free = True
         yield free
+    finally:
+        os.close(handle)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,18 @@ import pytest
 from pydantic import BaseModel, Field
 
 from rayexp.config import components, references
-from rayexp.config.references import arguments, call, failure, imported, load_component, provide, source_sha, use
+from rayexp.config.references import (
+    arguments,
+    call,
+    failure,
+    imported,
+    load_component,
+    provide,
+    source_of,
+    source_sha,
+    travelling,
+    use,
+)
 from rayexp.errors import UserError
 
 Write = Callable[..., tuple[str, ...]]
@@ -218,13 +229,18 @@ def test_the_hash_of_a_component_covers_what_it_imports_and_nothing_else(write: 
             "net": "x = 1",
         }
         code = write(**files | {"sub____init__": "", "sub__late": "y = 1"} | changes)
-        return source_sha(load_component("data.name", "data.py:D", code), code)
+        return source_sha(source_of(load_component("data.name", "data.py:D", code)), travelling(code))
 
     base = sha()
     assert sha() == base == sha(net="x = 2") == sha(new="")
     changed = [sha(data="import helpers\nclass D: y = 1"), sha(helpers="from sub import late"), sha(sub__late="y = 2")]
     assert len({base, *changed}) == 4
-    assert source_sha(load_component("data.name", "json.decoder:JSONDecoder"), None) not in ("", base)
+    installed = source_of(load_component("data.name", "json.decoder:JSONDecoder"))
+    assert installed.endswith("/json/decoder.py")
+    assert source_sha(installed, {}) not in ("", base)
+    assert source_of(load_component("data.name", "builtins:dict")) == ""
+    assert source_sha("", {"a.py": b"1"}) != source_sha("", {"a.py": b"2"})
+    assert source_sha("a.py", {"a.py": b"1 +"}) != source_sha("a.py", {"a.py": b"1 -"})  # being edited
 
 
 def test_the_files_that_a_file_imports() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import os
@@ -258,6 +259,10 @@ def test_text(tmp_path, cache):
     (cache / path / "used.json").unlink()  # of an older rayexp
     assert list(states(cache).values()) == [("kept: it is not known of what folder", False)]
     open_data(config)
+    (folder / "test.txt").unlink()
+    ((state, stale),) = states(cache).values()
+    assert state.startswith(f"kept: {folder / 'test.txt'}: cannot be read")
+    assert not stale
     shutil.rmtree(folder)
     assert [one.state for one in prune.prune()] == [f"{folder} is gone"]
 
@@ -306,11 +311,8 @@ def test_what_became_of_a_tar(cache, tiny, tmp_path):
     assert len(list(prune.prune())) == 2
 
 
-def test_the_command(root, cache, tiny, tmp_path):
-    def rayexp(*args: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "rayexp", "data", "cache", *args]
-        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
-
+def test_the_command(root, cache, tiny, typed):
+    rayexp = functools.partial(typed, "data", "cache")
     assert rayexp().stdout == f"stale: 0 of 0, 0.0 MB, in {cache}\n"
     open_data(config(root))
     (root / "b" / "3.png").write_bytes(tiny.picture(77, size=(20, 16), format="PNG"))

@@ -134,14 +134,18 @@ def test_a_folder_that_is_asked_for_counts_with_its_files(opened: Open, tmp_path
     assert len(opened(text, root=tmp_path / "root").train) == 10
     with pytest.raises(UserError, match=r"^data.root: data.py:D asks for a folder \(data.root=DIR\)$"):
         opened(text)
+    optional = HEAD.replace("n: int = 6):", "root=5):\n        n = root")
+    assert len(opened(optional).train) == 5
 
 
 @pytest.mark.parametrize("targets", ["[0, 1, 0, 1, 0, 1][:self.n]", "np.arange(self.n) % 2"])
-def test_targets_save_asking_for_every_label(opened: Open, targets: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_targets_save_asking_for_every_label(
+    opened: Open, tmp_path: Path, targets: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(own.pool, "ordered", lambda *args: pytest.fail("every sample is asked for its label"))
     text = HEAD + f"    @property\n    def targets(self): return {targets}\n"
     (own_config := DataConfig.model_validate({"name": "data.py:D", "image_size": 8}))
-    opened_code = str(Path(own.cache_dir()).parent / "code")
+    opened_code = str(tmp_path / "code")
     Path(opened_code, "data.py").write_text(text)
     plan = own.make_plan(own.Recipe("data.py:D", own_config, (opened_code,)))
     assert [label for _, _, label in plan.splits["train"]] == [0, 1, 0, 1, 0, 1]
@@ -167,6 +171,9 @@ def test_targets_save_asking_for_every_label(opened: Open, targets: str, monkeyp
         (("return self.n", "raise OSError('gone')"), r"__len__ of split='train' fails \(line 7 of .*OSError: gone\)$"),
         (('("a", "b")', '("a", "b")\n    targets = property(lambda s: 1 / 0)'), r"targets of split='train' fails \("),
         (("classes = (\"a\", \"b\")", "classes = property(lambda s: 1 / 0)"), r"classes of split='train' fails \("),
+        (('("a", "b")', '("a", "b")\n    names = property(lambda s: 1 / 0)'), r"names of split='train' fails \("),
+        (('("a", "b")', '("a", "b")\n    targets = (1 // i for i in (1, 0))'), r"targets of split='train' fails \("),
+        (('("a", "b")', "3"), r"classes of split='train' fails \(TypeError"),
         ((", i % 2", ", 10**30"), r"has the label 10+; expected a number from 0"),
     ],
 )  # fmt: skip
@@ -226,3 +233,5 @@ def test_text_of_ones_own(opened: Open, tmp_path: Path) -> None:
         opened("def D(split): return [1]", is_text=True)
     with pytest.raises(UserError, match=r"^data.name: data.py:D: the lines of train cannot be read \(line 2 of "):
         opened("def D(split):\n    yield 1 / 0", is_text=True)
+    with pytest.raises(UserError, match=r"the lines of train cannot be read \(.*SystemExit: 3\)$"):
+        opened("def D(split):\n    yield exit(3)", is_text=True)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 import zipfile
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +29,10 @@ def folder(tmp_path: Path) -> Path:
     for name, lines in SMALL.items():
         (root / f"{name}.txt").write_bytes(lines.encode())
     return root
+
+
+def packed_texts(cache: Path) -> list[Path]:
+    return [path for path in (cache / "text").iterdir() if path.is_dir()]
 
 
 def said(data, split: str) -> str:
@@ -55,20 +63,20 @@ def test_a_missing_last_line_end_and_other_line_ends_change_nothing() -> None:
 def test_the_cache_is_used_until_the_text_changes(folder: Path, cache: Path) -> None:
     config = DataConfig(name="text", root=folder)
     first = open_data(config)
-    (packed,) = (cache / "text").iterdir()
+    (packed,) = packed_texts(cache)
     before = (packed / "train.npy").stat().st_mtime_ns
     assert open_data(config).sha == first.sha
     assert (packed / "train.npy").stat().st_mtime_ns == before
     (folder / "train.txt").write_text("the cow\n")
     assert open_data(config).vocabulary == ("the", "cow", "<eos>", "<unk>")
-    assert len(list((cache / "text").iterdir())) == 2
+    assert len(packed_texts(cache)) == 2
 
 
 def test_a_damaged_cache_is_made_anew(folder: Path, cache: Path) -> None:
     config = DataConfig(name="text", root=folder)
     good = open_data(config)
     valid = good.valid.tolist()
-    (packed,) = (cache / "text").iterdir()
+    (packed,) = packed_texts(cache)
     raw = bytearray((packed / "valid.npy").read_bytes())
     raw[-1] ^= 1
     (packed / "valid.npy").write_bytes(raw)
@@ -304,3 +312,37 @@ def test_python_docs_are_split_by_topic() -> None:
 def test_python_docs_tokens() -> None:
     topic = 'The "x"\n*******\n\nIt isn\'t so::\n\n   >>> a_1 += 2...\n'
     assert python_docs.tokenise(topic) == 'The " x "\nIt isn\'t so ::\n>>> a_1 + = 2 ...\n'
+
+
+def test_of_several_that_open_a_text_at_once_one_writes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed, begin, calls = tmp_path / "cache" / "packed", threading.Barrier(4), []
+    write = text.write_directory
+
+    def slowly(path: Path, files: Mapping[str, bytes]) -> None:
+        calls.append(path)
+        time.sleep(0.05)
+        write(path, files)
+
+    monkeypatch.setattr(text, "write_directory", slowly)
+
+    def files() -> dict[str, bytes]:
+        return text.packed_files("text", ("a",), dict.fromkeys(text.SPLITS, np.zeros(2, np.int32)))
+
+    def work() -> tuple[str, ...]:
+        begin.wait()
+        return text.pack_once(packed, files)[0]
+
+    with ThreadPoolExecutor(4) as threads:
+        found = [future.result() for future in [threads.submit(work) for _ in range(4)]]
+    assert found == [("a",)] * 4
+    assert calls == [packed]
+
+
+@pytest.mark.parametrize("name", ["text", "wikitext2"])
+def test_a_folder_below_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    files = text.packed_files("text", ("a",), dict.fromkeys(text.SPLITS, np.zeros(2, np.int32)))
+    for file, data in files.items():
+        (tmp_path / "words").mkdir(exist_ok=True)
+        (tmp_path / "words" / file).write_bytes(data)
+    assert open_data(DataConfig(name=name, root=Path("~/words"))).vocabulary == ("a",)
