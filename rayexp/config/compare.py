@@ -7,8 +7,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PositiveInt, field_validator
 
-from rayexp.config.experiment import ExperimentConfig, Folder, NonNegative, Positive, ScaleConfig, Section
+from rayexp.config.experiment import ExperimentConfig, Folder, NonNegative, Positive, ScaleConfig
 from rayexp.config.fields import KeysOf
+from rayexp.config.phrases import NAME
+from rayexp.config.section import Section
 
 Scaling = Literal["strong", "weak"]
 
@@ -21,7 +23,7 @@ def _listed(value: Any) -> Any:
 class CompareConfig(Section):
     """A device grid: a base experiment and what to vary. See configs/devices.yaml."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")] = "compare"
+    name: Annotated[str, Field(pattern=NAME)] = "compare"
     """Part of the comparison directory's name: 1 to 64 letters, digits, `_`, `.` or `-`; the first is a letter or a
     digit."""
     base: str

@@ -8,23 +8,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PositiveInt,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, PositiveInt, ValidationError, field_validator, model_validator
 
 from rayexp.config import components, yaml_tree
 from rayexp.config.code import relocate
 from rayexp.config.components import IMAGE_DATA, OPTIMIZERS, SCHEDULES, TEXT_DATA, WORKLOADS
-from rayexp.config.fields import alternatives, listed
+from rayexp.config.fields import listed
 from rayexp.config.model import ModelConfig
+from rayexp.config.phrases import NAME
+from rayexp.config.section import OpenSection, Section
 
 IMAGES_ONLY = ("max_train_samples", "max_val_samples", "image_size", "resident", "augment")
 TEXT_ONLY = ("max_train_tokens", "max_val_tokens", "bptt", "eval_columns")
@@ -47,34 +39,6 @@ def _no_uri(value: Any) -> Any:
 
 
 Folder = Annotated[Path, BeforeValidator(_no_uri)]
-
-
-class Section(BaseModel):
-    """A part of a configuration; it is frozen and refuses unknown keys. The text under a field is its description
-    (`model_fields[...].description`), from which docs/configuration.md is made."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_switch(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse true and false for numbers; pydantic would read true as 1."""
-        field = cls.model_fields[info.field_name].annotation if info.field_name else Any
-        if isinstance(value, bool) and not {bool, Any} & set(alternatives(field)):
-            raise ValueError("true and false are not allowed here")
-        return value
-
-
-class OpenSection(Section):
-    """A section whose further keys are the options of a component that does not come with rayexp (see components.py);
-    ExperimentConfig refuses them for the others."""
-
-    model_config = ConfigDict(extra="allow")
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The further keys."""
-        return dict(self.model_extra or {})
 
 
 class AugmentConfig(Section):
@@ -242,7 +206,7 @@ class ExperimentConfig(Section):
     """One training experiment. `rayexp train CONFIG [KEY=VALUE ...]` reads it; the run directory keeps the resolved
     one."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")] = "run"
+    name: Annotated[str, Field(pattern=NAME)] = "run"
     """Part of the run directory's name: 1 to 64 letters, digits, `_`, `.` or `-`; the first is a letter or a digit."""
     workload: str = "image_classification"
     """What is trained: image_classification or language_model. Or your own workload, by reference."""

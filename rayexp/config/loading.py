@@ -86,9 +86,15 @@ def _read(path: Path | str, overrides: Sequence[str], kind: type[ConfigT]) -> Co
     if kind is ExperimentConfig:
         code.anchor(tree, Path.cwd(), [override.partition("=")[0] for override in overrides])
         code.resolve(tree, Path(path).parent, str(path))
-    elif overrides and isinstance(tree.get("overrides"), dict):
-        code.anchor(tree["overrides"], Path.cwd())
+    elif isinstance(tree.get("overrides"), dict):
+        said = [override.partition("=")[0] for override in overrides]
+        code.anchor(tree["overrides"], Path.cwd(), None if "overrides" in said else [_inner(key) for key in said])
     return parse(tree, kind, str(path))
+
+
+def _inner(key: str) -> str:
+    """A key of a grid's as one of its base; empty where it is another."""
+    return key.removeprefix("overrides.") if key.startswith("overrides.") else ""
 
 
 def _refuse_other_kind(tree: Mapping[str, Any], kind: type[BaseModel], source: str) -> None:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BeforeValidator
 
 from rayexp.config.fields import listed
+from rayexp.config.section import OpenSection
 
 
-class ModelConfig(BaseModel):
+class ModelConfig(OpenSection):
     """The model's name and its own options, which the workload checks."""
-
-    model_config = ConfigDict(frozen=True, extra="allow", use_attribute_docstrings=True)
 
     name: str = "resnet18"
     """The model. image_classification: an image classifier of torchvision. language_model: lstm, gru, rnn_tanh,
@@ -27,8 +26,3 @@ class ModelConfig(BaseModel):
     freeze_statistics: bool = True
     """true: a batch norm whose weight and bias are both frozen normalises by its running statistics and keeps them.
     false: they follow the batches, as PyTorch's do where only requires_grad is false."""
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The keys that the workload knows."""
-        return dict(self.model_extra or {})

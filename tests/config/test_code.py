@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from rayexp.config import ExperimentConfig, code, load
+from rayexp.config import CompareConfig, ExperimentConfig, code, load
 from rayexp.errors import UserError
 
 
@@ -113,6 +113,30 @@ def test_references_are_relative_to_the_file_that_holds_them(tree: Path, monkeyp
     assert (config.model.name, config.code) == ("other.py:Net", (f"{elsewhere}/**/*.py",))
     assert opened(tree, {"model": {"name": "json.decoder:JSONDecoder"}}, "epochs=2").code is None
     assert opened(tree, {"epochs": 2}).code is None
+
+
+def test_a_grids_references_are_relative_to_the_grid_unless_they_are_typed(
+    tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tree.parent / "elsewhere"
+    elsewhere.mkdir()
+    for name in ("installed.py", "other.py"):
+        (elsewhere / name).write_text("")
+    monkeypatch.chdir(elsewhere)
+    written = {"model.name": "./net.py:Net", "data.name": "installed:D", "workload": "nets.deep:W"}
+    (tree / "grid.yaml").write_text(yaml.safe_dump({"base": "x", "scaling": [{}], "overrides": written}))
+
+    def overrides(*typed: str) -> dict[str, Any]:
+        return load(tree / "grid.yaml", typed, CompareConfig).overrides
+
+    here = {"model.name": f"{tree}/net.py:Net", "data.name": "installed:D", "workload": f"{tree}/nets/deep.py:W"}
+    assert overrides() == overrides("repeats=2") == here
+    # Here `installed` is typed, and lies in the working directory.
+    typed = overrides("overrides.data.name=installed:D", "overrides.model.name=./other.py:Net")
+    assert typed["data"] == {"name": f"{elsewhere}/installed.py:D"}
+    assert typed["model"] == {"name": f"{elsewhere}/other.py:Net"}
+    whole = overrides("overrides={data: {name: 'installed:D'}, workload: ./other.py:W}")
+    assert whole == {"data": {"name": f"{elsewhere}/installed.py:D"}, "workload": f"{elsewhere}/other.py:W"}
 
 
 def test_a_package_keeps_its_name(tree: Path) -> None:
