@@ -24,8 +24,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, cast
 
-from rayexp.data.download import cache_dir
 from rayexp.errors import UserError
+from rayexp.system.cache import cache_dir
 from rayexp.system.disk import TEMPORARY, relative
 from rayexp.system.locks import share
 

@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from rayexp.errors import FULL, UserError, WriteError
-from rayexp.system.cache import cache_dir as cache_dir
+from rayexp.system.cache import cache_dir
 from rayexp.system.disk import TEMPORARY
 from rayexp.system.locks import locked
 

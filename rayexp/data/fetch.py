@@ -10,10 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rayexp.data import archive
-from rayexp.data.download import cache_dir, download
+from rayexp.data.download import download
 from rayexp.errors import UserError
-
-__all__ = ["FileSource", "cache_dir", "check_readable", "download", "is_url", "list_folder", "open_source", "read"]
 
 
 @dataclass(frozen=True, slots=True)

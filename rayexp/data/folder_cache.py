@@ -18,10 +18,10 @@ from typing import Any
 
 from rayexp.config import DataConfig
 from rayexp.data import ImageSplit, pool, uses
-from rayexp.data.fetch import cache_dir
 from rayexp.data.pack import SPLITS, Item, PackPlan, chunk_rows, done, pack
 from rayexp.data.packed import open_packed, read_meta
 from rayexp.errors import UserError
+from rayexp.system.cache import cache_dir
 from rayexp.system.disk import TEMPORARY, write_atomic
 
 FILES = "files.json"

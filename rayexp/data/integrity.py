@@ -23,8 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayexp.data import pool
-from rayexp.data.download import cache_dir
 from rayexp.errors import UserError
+from rayexp.system.cache import cache_dir
 from rayexp.system.disk import write_atomic
 from rayexp.system.locks import locked
 

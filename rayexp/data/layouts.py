@@ -32,35 +32,13 @@ ROLE = {name: role for role, names in SPLITS.items() for name in names}
 SPLIT_LIKE = re.compile(r"(train|val|valid|test|eval|dev)(ing|idation|uation)?[-_ ]?(sets?|images?|imgs|data|\d{4})?")
 # Names of folders that lie beside images and are no classes.
 NO_CLASS = frozenset(
-    {
-        *(
-            "plot",
-            "plots",
-            "figs",
-            "figures",
-            "mask",
-            "masks",
-            "labels",
-            "annotations",
-            "segmentation",
-            "segmentations",
-        ),
-        *("data", "image", "images", "imgs", "sample", "samples", "extra", "unlabeled", "unlabelled", "unsorted"),
-        *(
-            "output",
-            "outputs",
-            "predictions",
-            "results",
-            "thumbnails",
-            "thumbs",
-            "backup",
-            "misc",
-            "other",
-            "temp",
-            "tmp",
-        ),
-    }
-)
+    [
+        "plot", "plots", "figs", "figures", "mask", "masks", "labels", "annotations", "segmentation",
+        "segmentations", "data", "image", "images", "imgs", "sample", "samples", "extra", "unlabeled", "unlabelled",
+        "unsorted", "output", "outputs", "predictions", "results", "thumbnails", "thumbs", "backup", "misc", "other",
+        "temp", "tmp",
+    ]
+)  # fmt: skip
 UNLIKE = 3  # a class called train has at most so many times the images of the largest other
 ACCEPTED = (
     "accepted: train/<class>/ with val|valid|validation/<class>/ (test/ is set aside), train/<class>/, or <class>/"

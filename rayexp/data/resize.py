@@ -13,9 +13,10 @@ from PIL import Image
 from rayexp.config import DataConfig
 from rayexp.data import ImageData, ImageSplit, uses
 from rayexp.data.decode import answer, fit
-from rayexp.data.fetch import FileSource, cache_dir
+from rayexp.data.fetch import FileSource
 from rayexp.data.pack import SPLITS, Item, PackPlan, pack
 from rayexp.data.packed import open_packed, read_meta
+from rayexp.system.cache import cache_dir
 
 WHOLE = ("tiny_imagenet", "shapes")  # packed without cropping; other images have lost what was cropped
 

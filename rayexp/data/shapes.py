@@ -22,12 +22,13 @@ from PIL import Image, ImageDraw
 
 from rayexp.config import DataConfig
 from rayexp.data import ImageData, pool
-from rayexp.data.fetch import cache_dir, open_source
+from rayexp.data.fetch import open_source
 from rayexp.data.pack import PackPlan, done, pack
 from rayexp.data.packed import info, open_packed
 from rayexp.data.resize import open_resized
 from rayexp.data.tiny_imagenet import SIZE, make_plan
 from rayexp.errors import UserError
+from rayexp.system.cache import cache_dir
 from rayexp.system.disk import TEMPORARY
 
 __all__ = ["draw", "draw_archive", "fetch", "home", "info", "open_data"]

@@ -63,8 +63,10 @@ class Samples:
 
     def __post_init__(self) -> None:
         lengths = {len(array) for array in (*self.inputs, self.targets)} | ({len(self.names)} if self.names else set())
-        if len(lengths) != 1 or not self.inputs:
-            raise UserError(f"workload: inputs, targets and names differ in length ({sorted(lengths)}), or are none")
+        if not self.inputs:
+            raise UserError("workload: samples without inputs; allowed: at least one array")
+        if len(lengths) != 1:
+            raise UserError(f"workload: inputs, targets and names differ in length ({sorted(lengths)})")
 
     def __len__(self) -> int:
         return len(self.targets)

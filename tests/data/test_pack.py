@@ -1,31 +1,23 @@
+"""Packing: what was interrupted goes on, what cannot be finished leaves nothing, and the hashes are always the same."""
+
 from __future__ import annotations
 
-import base64
 import errno
-import io
 import json
 import os
 import shutil
-import struct
 import subprocess
 import sys
-import zlib
 from collections import namedtuple
 from pathlib import Path
 
-import numpy as np
-import psutil
 import pytest
-from PIL import Image
 
 from rayexp.config import DataConfig
-from rayexp.data import decode as decoding
 from rayexp.data import folder, packed, tiny_imagenet
 from rayexp.data import pack as packing
 from rayexp.errors import RunError, UserError
 from rayexp.system.disk import write_json
-
-HOUSE = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -270,141 +262,6 @@ def test_several_at_once(tmp_path, tiny, faults, flock):
     assert sorted(answers) == ["False", "False", "False", "True"]
     packed.check(tmp_path / "d")
     assert not (tmp_path / "d" / ".tmp-pack").exists()
-
-
-def test_a_dead_helper_is_reported(tmp_path, helpers):
-    with pytest.raises(RunError, match=r"ended early \(exit code 3"):
-        list(packing.pool.ordered("os:_exit", [[3]], 1))
-    with pytest.raises(RunError, match="a helper process failed: ZeroDivisionError"):
-        list(packing.pool.ordered("operator:truediv", [[1, 0]], 1))
-
-
-def test_pool_keeps_the_order(helpers):
-    texts = [f"{k:04d}" for k in range(50)]
-    answers = packing.pool.ordered("base64:b64decode", ([text] for text in texts), 3)
-    assert list(answers) == [base64.b64decode(text) for text in texts]
-
-
-def test_pool_ends_its_processes_when_it_is_left(helpers):
-    answers = packing.pool.ordered("base64:b64decode", [["AAAA"]] * 50, 2)
-    next(answers)
-    assert psutil.Process().children()
-    answers.close()
-    assert not psutil.Process().children()
-
-
-def test_pool_s_processes_end_when_their_caller_is_killed(cache):
-    code = (
-        "import psutil, time; from rayexp.data import pool\n"
-        "answers = pool.ordered('base64:b64decode', [['AAAA']] * 50, 2); next(answers)\n"
-        "print(*(child.pid for child in psutil.Process().children()), flush=True); time.sleep(60)"
-    )
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as caller:
-        children = [psutil.Process(int(pid)) for pid in caller.stdout.readline().split()]
-        caller.kill()
-    assert len(children) == 2
-    assert psutil.wait_procs(children, timeout=20)[1] == []
-
-
-def test_what_a_function_prints_is_no_answer(capfd, helpers):
-    assert list(packing.pool.ordered("builtins:print", [["said"]], 1)) == [None]
-    out, err = capfd.readouterr()
-    assert (out, err) == ("", "said\n")
-
-
-@pytest.mark.parametrize(
-    ("module", "command"), [("random", "-c"), ("queue", "script"), ("token", "-m"), ("numpy", "-c")]
-)
-def test_helpers_import_nothing_from_the_working_directory(tmp_path, module, command, cache):
-    """However the caller was started, and even where it has the working directory in its path."""
-    (tmp_path / f"{module}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'a').write(__name__)\n")
-    call = "from rayexp.data import pool; print(list(pool.ordered('base64:b64decode', [['AAAA']])))"
-    code = f"import os, sys; os.chdir({str(tmp_path)!r}); sys.path.insert(0, {str(tmp_path)!r}); {call}"
-    # The caller has imported its own modules before the folder is in its path.
-    code = f"import random, queue, token, json, numpy; import rayexp.data.pool; {code}"
-    script = tmp_path.parent / f"{tmp_path.name}-script.py"
-    script.write_text(code)
-    args = {"-c": ["-c", code], "script": [script], "-m": ["-m", script.stem]}[command]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HOUSE), str(script.parent)])}
-    done = subprocess.run(
-        [sys.executable, *args], capture_output=True, text=True, timeout=60, cwd=script.parent, env=environment
-    )
-    assert done.stdout == "[b'\\x00\\x00\\x00']\n", done.stderr
-    assert not (tmp_path / "ran").exists()
-
-
-def test_helpers_are_of_the_caller_s_own_tree(tmp_path):
-    """A source tree in which one works, though another is installed."""
-    shutil.copytree(HOUSE / "rayexp", tmp_path / "rayexp", ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / "rayexp" / "data" / "here.py").write_text("def where():\n    return __file__.encode()\n")
-    code = "from rayexp.data import pool; print(next(pool.ordered('rayexp.data.here:where', [[]])).decode())"
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=tmp_path, env=environment
-    )
-    assert done.stdout.strip() == str(tmp_path / "rayexp" / "data" / "here.py"), done.stderr
-
-
-@pytest.mark.parametrize("mode", ["RGBA", "P", "LA", "1"])
-def test_other_modes_become_rgb(tiny, mode):
-    image = decoding.rgb(tiny.picture(1, mode, format="PNG"), None)
-    assert (image.mode, image.size) == ("RGB", (64, 64))
-
-
-def saved(array: np.ndarray, format: str, **more) -> bytes:
-    out = io.BytesIO()
-    Image.fromarray(array).save(out, format, **more)
-    return out.getvalue()
-
-
-GRADIENT = (np.arange(64 * 64) * 16).reshape(64, 64)  # 0 .. 65,520
-
-
-@pytest.mark.parametrize("format", ["PNG", "TIFF"])
-@pytest.mark.parametrize("order", ["<u2", ">u2"])
-def test_sixteen_bits_are_scaled(format, order):
-    if format == "PNG" and order == ">u2":
-        pytest.skip("a PNG has one order")
-    image = decoding.rgb(saved(GRADIENT.astype(order), format), None)
-    assert np.array_equal(np.asarray(image), np.repeat((GRADIENT >> 8)[..., None], 3, 2))
-    assert (np.asarray(decoding.rgb(saved(GRADIENT.astype(order), format), 32)).std()) > 50
-
-
-def test_sixteen_bits_of_colour():
-    """Written by hand: Pillow reads such a PNG but does not write one."""
-    rows = b"".join(b"\0" + bytes([x, 7, 128, 9, 255 - x, 200]) * 4 for x in range(4))
-    head = struct.pack(">IIBBBBB", 4, 4, 16, 2, 0, 0, 0)
-    png = b"\x89PNG\r\n\x1a\n"
-    for name, data in ((b"IHDR", head), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
-        png += struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-    pixels = np.asarray(decoding.rgb(png, None))
-    assert pixels[:, 0].tolist() == [[x, 128, 255 - x] for x in range(4)]
-
-
-def test_twelve_bits_are_scaled():
-    """A TIFF of 12 bits a sample, two samples in three bytes."""
-    values = (np.arange(16) * 273).reshape(4, 4)
-    pairs = values.reshape(-1, 2)
-    data = b"".join(bytes([a >> 4, (a & 15) << 4 | b >> 8, b & 255]) for a, b in pairs.tolist())
-    tags = [(256, 4), (257, 4), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1), (278, 4), (279, len(data))]
-    directory = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", tag, 4, 1, of) for tag, of in tags)
-    tiff = b"II*\0" + struct.pack("<I", 8 + len(data)) + data + directory + struct.pack("<I", 0)
-    assert np.array_equal(np.asarray(decoding.rgb(tiff, None))[..., 0], values >> 4)
-
-
-@pytest.mark.parametrize("kind", ["int32", "float32"])
-def test_numbers_without_a_white_are_refused(tmp_path, tiny, cache, kind):
-    """They came out all white or all black."""
-    for scale in (1, 255, 65_535):
-        data = saved((GRADIENT / GRADIENT.max() * scale).astype(kind), "TIFF")
-        files = {f"{c}/{k}.png": tiny.picture(k, format="PNG") for c in "ab" for k in range(2)}
-        root = tiny.write_folder(tmp_path / f"{scale}", {**files, "b/x.tif": data})
-        what = "floats" if kind == "float32" else "signed or 32-bit integers"
-        with pytest.raises(
-            UserError, match=rf"b/x\.tif: cannot be decoded \(its pixels are {what}, .*allowed: 8 or 16"
-        ):
-            folder.open_data(DataConfig(name="folder", root=root))
-        assert list(cache.glob("folders/*")) == []
 
 
 @pytest.mark.parametrize("where", ["image", "class", "root", "stray"])

@@ -4,8 +4,9 @@ import zipfile
 
 import pytest
 
-from rayexp.data.fetch import cache_dir, open_source
+from rayexp.data.fetch import open_source
 from rayexp.errors import UserError
+from rayexp.system.cache import cache_dir
 
 
 def test_marker_at_the_top_or_below(tmp_path, tiny):

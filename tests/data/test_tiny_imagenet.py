@@ -1,3 +1,5 @@
+"""Tiny-ImageNet in every form in which it is kept: the same data, or a refusal that names the file."""
+
 from __future__ import annotations
 
 import io
@@ -16,9 +18,8 @@ import pytest
 from PIL import Image
 
 from rayexp.config import DataConfig
-from rayexp.data import folder as folders
-from rayexp.data import open_data, packed, tiny_imagenet
 from rayexp.data import pack as packing
+from rayexp.data import packed, tiny_imagenet
 from rayexp.errors import UserError
 
 
@@ -295,136 +296,6 @@ def test_a_folder_with_other_data(tmp_path, tiny, listing, meta):
         with pytest.raises(UserError, match="d: holds other data, not packed images"):
             use()
     assert listing(tmp_path) == before
-
-
-def test_another_image_size_is_another_copy(tmp_path, tiny, cache):
-    files = tiny.layout()
-    source = tiny.write_zip(tmp_path / "a.zip", files)
-    tiny_imagenet.fetch(source, tmp_path / "d")
-    source.unlink()  # the packed pixels are enough
-    plain = tiny_imagenet.open_data(config(tmp_path / "d"))
-    for size in (96, 32):
-        data = tiny_imagenet.open_data(config(tmp_path / "d", image_size=size))
-        assert (data.train.names, data.val.names, data.classes) == (plain.train.names, plain.val.names, plain.classes)
-        assert data.train.labels.tolist() == plain.train.labels.tolist()
-        assert data.train.sha != plain.train.sha
-        for row, name in enumerate(data.val.names):
-            expected = Image.open(io.BytesIO(files[f"val/images/{name}"])).convert("RGB").resize((size, size), 2)
-            assert np.array_equal(data.val.read(np.array([row]))[0], np.asarray(expected))
-    few = tiny_imagenet.open_data(config(tmp_path / "d", image_size=32, max_train_samples=3))
-    assert few.train.read(np.arange(3)).shape == (3, 32, 32, 3)
-    assert len(list((cache / "folders").iterdir())) == 2
-    # Elsewhere, it is the same copy.
-    (tmp_path / "d").rename(tmp_path / "x")
-    (tmp_path / "x").rename(tmp_path / "y")
-    (tmp_path / "deep").mkdir()
-    (tmp_path / "y").rename(tmp_path / "deep" / "d")
-    tiny_imagenet.open_data(config(tmp_path / "deep" / "d", image_size=32))
-    assert len(list((cache / "folders").iterdir())) == 2
-
-
-def test_data_that_were_cut_to_size_are_not_resized(tmp_path, tiny, cache):
-    files = {f"{c}/{k}.png": tiny.picture(k, size=(80, 60), format="PNG") for c in "ab" for k in range(2)}
-    root = tiny.write_folder(tmp_path / "f", files)
-    folders.open_data(DataConfig(name="folder", root=root))
-    (packed_there,) = (cache / "folders").iterdir()
-    for name in ("tiny_imagenet", "folder"):
-        with pytest.raises(UserError, match=r"data\.image_size: .* packed at 64 pixels, got 32; allowed: 64"):
-            open_data(DataConfig(name=name, root=packed_there, image_size=32))
-
-
-def sort_val(files: dict[str, bytes], deeper: str, *, annotations: bool = False) -> dict[str, bytes]:
-    """The validation images in class folders."""
-    annotated = dict(line.split("\t")[:2] for line in files["val/val_annotations.txt"].decode().splitlines())
-    found = {}
-    for name, data in files.items():
-        file = name.removeprefix("val/images/")
-        found[f"val/{annotated[file]}/{deeper}{file}" if file != name else name] = data
-    if not annotations:
-        del found["val/val_annotations.txt"]
-    return found
-
-
-@pytest.mark.parametrize("deeper", ["", "images/"])
-@pytest.mark.parametrize("annotations", [False, True])
-def test_class_sorted_val_is_the_same_data(tmp_path, tiny, deeper, annotations):
-    files = sort_val(tiny.layout(), deeper, annotations=annotations)
-    tiny_imagenet.fetch(tiny.write_zip(tmp_path / "a.zip", files), tmp_path / "d")
-    tiny_imagenet.fetch(tiny.write_zip(tmp_path / "b.zip", tiny.layout()), tmp_path / "r")
-    ours, theirs = (packed.read_meta(tmp_path / d) for d in "dr")
-    assert ours["sha"] == theirs["sha"]
-    assert ours["layout"] == "3 classes; train from train/; val from val/<class>/"
-    assert theirs["layout"] == "3 classes; train from train/; val from val/images/"
-
-
-def test_class_sorted_val_whose_names_repeat(tmp_path, tiny):
-    files = drop("val/")(tiny.layout())
-    files |= {f"val/{w}/{k}.JPEG": tiny.picture(10 * i + k) for i, w in enumerate(tiny.wnids) for k in (9, 10)}
-    tiny_imagenet.fetch(tiny.write_folder(tmp_path / "a", files), tmp_path / "d")
-    data = tiny_imagenet.open_data(config(tmp_path / "d"))
-    assert data.val.names == tuple(f"{w}/{k}.JPEG" for w in sorted(tiny.wnids) for k in (9, 10))
-    assert data.val.labels.tolist() == [0, 0, 1, 1, 2, 2]
-
-
-SORTED_REFUSALS = {
-    "some not sorted": (
-        lambda f: {**f, "val/images/val_0.JPEG": f["val/n03000003/val_0.JPEG"]},
-        r"val/images/val_0\.JPEG: not in a class folder, as .*; allowed: all or none",
-    ),
-    "another class": (
-        lambda f: {**f, "val/n07/x.JPEG": b""},
-        r"val/n07: a class that wnids\.txt does not name",
-    ),
-    "class missing": (drop("val/n02000002"), r"val/n02000002: class folder missing or without images"),
-    "another folder than annotated": (
-        put("val/val_annotations.txt", b"val_0.JPEG\tn02000002\t0\n"),
-        r"line 1: val_0\.JPEG of class 'n02000002' is in the folder of n03000003",
-    ),
-    "annotated and not there": (
-        put("val/val_annotations.txt", b"val_99.JPEG\tn02000002\t0\n"),
-        r"line 1: val_99\.JPEG of class 'n02000002' is in no class folder",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", SORTED_REFUSALS)
-def test_class_sorted_val_refused(tmp_path, tiny, case):
-    change, message = SORTED_REFUSALS[case]
-    source = tiny.write_zip(tmp_path / "a.zip", change(sort_val(tiny.layout(), "")))
-    with pytest.raises(UserError, match=message):
-        tiny_imagenet.fetch(source, tmp_path / "d")
-    assert not (tmp_path / "d").exists()
-
-
-@pytest.mark.parametrize(
-    "damage", ["meta cut", "meta newer", "array cut", "array gone", "labels wild", "pixel", "label"]
-)
-def test_damaged_packed_data(tmp_path, tiny, damage):
-    to = tmp_path / "d"
-    tiny_imagenet.fetch(tiny.write_zip(tmp_path / "a.zip", tiny.layout()), to)
-    packed.check(to)
-    meta = to / "meta.json"
-    if damage == "meta cut":
-        meta.write_text(meta.read_text()[:200])
-    elif damage == "meta newer":
-        meta.write_text(meta.read_text().replace('"format": 1', '"format": 2'))
-    elif damage == "array cut":
-        with (to / "train_images.npy").open("r+b") as file:
-            file.truncate(5000)
-    elif damage == "array gone":
-        (to / "val_labels.npy").unlink()
-    elif damage == "labels wild":
-        np.save(to / "val_labels.npy", np.full(9, 3))
-    elif damage == "label":
-        np.save(to / "val_labels.npy", np.zeros(9, np.int64))
-    else:
-        with (to / "train_images.npy").open("r+b") as file:
-            file.seek(-1, os.SEEK_END)
-            file.write(b"\x07")
-    with pytest.raises(UserError, match=f"{to}"):
-        tiny_imagenet.open_data(config(to))
-    with pytest.raises(UserError, match=f"{to}"):
-        packed.check(to)
 
 
 # ---------------------------------------------------------------------- the real data

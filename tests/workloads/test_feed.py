@@ -90,7 +90,7 @@ def test_what_is_prepared_for_all_shards_has_the_bits_of_each_by_itself(recipe: 
     assert len(set(work.sizes(work.steps() - 1, range(4)))) == 2
 
 
-def test_resident_and_read_validation_images_are_judged_alike() -> None:
+def test_resident_and_read_validation_images_are_predicted_alike() -> None:
     fed, resident = pictures({}), pictures({})
     resident.resident(CPU)
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, 20)).eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from rayexp.engine.rng import Draws, adopt, seeded
 from rayexp.errors import UserError
 from rayexp.runs.records import Predictions
 from rayexp.workloads.image_classification.augmentation import DRAWS, augment, boxes, resampling
+from rayexp.workloads.image_classification.classify import Classifier
 from rayexp.workloads.image_classification.workload import ImageClassification, Options, build
 
 
@@ -232,3 +234,14 @@ def test_an_output_that_is_not_finite_names_no_class(broken: list[float]) -> Non
     assert again.same_as(found)
     elsewhere = {**again.arrays, "loss": np.where(np.arange(40) == 3, np.nan, again["loss"]).astype(np.float32)}
     assert not Predictions("images", found.data_sha, elsewhere).same_as(found)
+
+
+def test_a_classifier_that_cannot_be_set_up_leaves_the_settings_as_they_were() -> None:
+    class Large(nn.Linear):
+        def to(self, *args: Any, **kwargs: Any) -> Any:
+            raise RuntimeError("out of memory")
+
+    before = torch.get_deterministic_debug_mode(), torch.get_num_threads()
+    with pytest.raises(RuntimeError, match="out of memory"), Classifier(Large(1, 1), ExperimentConfig(), gpu=False):
+        pass
+    assert (torch.get_deterministic_debug_mode(), torch.get_num_threads()) == before

@@ -137,6 +137,8 @@ def test_what_is_too_little_or_does_not_fit_is_refused() -> None:
         TwoInputs(config, train=7)
     with pytest.raises(UserError, match=r"^data: there are no samples to validate on$"):
         TwoInputs(config, val=0)
-    for wrong in (((np.zeros(3),), np.zeros(4)), ((), np.zeros(4)), ((np.zeros(4),), np.zeros(4), ("a",))):
-        with pytest.raises(UserError, match="differ in length"):
+    for wrong in (((np.zeros(3),), np.zeros(4)), ((np.zeros(4),), np.zeros(4), ("a",))):
+        with pytest.raises(UserError, match=r"differ in length \(\["):
             Samples(*wrong)
+    with pytest.raises(UserError, match=r"^workload: samples without inputs; allowed: at least one array$"):
+        Samples((), np.zeros(4))

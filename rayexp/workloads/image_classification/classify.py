@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -27,16 +29,17 @@ class Classifier:
         self.device = runtime.device("cuda" if gpu else "cpu")
 
     def __enter__(self) -> Classifier:
-        # One shard: the number of replicas changes no bit, and one batch after the other comes in.
-        self._runtime = runtime.configure(self.config, self.device, shards=1)
-        self.format = format_of(own_model(self.config))
-        self.model = self.model.eval().to(self.device).to(memory_format=self.format)
-        shift, scale = [-m / s for m, s in zip(MEAN, STD, strict=True)], [1 / s for s in STD]
-        self._normal = [torch.tensor(values, device=self.device)[:, None, None] for values in (shift, scale)]
+        with contextlib.ExitStack() as stack:  # whatever fails, the settings are as before
+            # One shard: the number of replicas changes no bit, and one batch after the other comes in.
+            stack.enter_context(runtime.configure(self.config, self.device, shards=1))
+            self.model = self.model.eval().to(self.device).to(memory_format=self.format)
+            shift, scale = [-m / s for m, s in zip(MEAN, STD, strict=True)], [1 / s for s in STD]
+            self._normal = [torch.tensor(values, device=self.device)[:, None, None] for values in (shift, scale)]
+            self._settings = stack.pop_all()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._runtime.__exit__(*exc)
+        self._settings.close()
 
     def __call__(self, images: NDArray[np.uint8], count: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """The likeliest classes int64[n, count] of images uint8[n, size, size, 3], likeliest first, and their

@@ -33,7 +33,7 @@ class Score:
 
 
 def score(model: nn.Module, vocabulary: Sequence[str], config: ExperimentConfig, line: str) -> Score:
-    """Judge a line by itself, as if it followed a line's end. A recurrent model reads it from its first word on, any
+    """Score a line by itself, as if it followed a line's end. A recurrent model reads it from its first word on, any
     other in windows of `data.bptt` words, as in validation, with `model.context` words before each.
 
     Args:
@@ -45,7 +45,7 @@ def score(model: nn.Module, vocabulary: Sequence[str], config: ExperimentConfig,
         UserError: the text has several lines.
     """
     if "\n" in line.strip("\n"):
-        raise UserError("predict: a text of several lines; each line is judged by itself: give them one by one")
+        raise UserError("predict: a text of several lines; each line is scored by itself: give them one by one")
     numbers, unknown = read_words(line, vocabulary, config)
     end = vocabulary.index(EOS)
     read = torch.tensor([end, *numbers, end])

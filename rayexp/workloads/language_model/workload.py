@@ -129,9 +129,7 @@ class LanguageModel:
         `tokens` before the window: int64[context, columns], all ends of lines."""
         if isinstance(self.options, RecurrentOptions):
             shape = (self.options.nlayers, size, self.options.nhid)
-            return {
-                name: torch.zeros(shape, device=device) for name in ("hc" if self.config.model.name == "lstm" else "h")
-            }
+            return {name: torch.zeros(shape, device=device) for name in self.parts}
         if self.options is None or self.options.context == 0:
             return {}
         return {"tokens": torch.full((self.options.context, size), self._line_end, device=device)}
