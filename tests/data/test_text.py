@@ -233,7 +233,7 @@ WORDS = st.lists(st.sampled_from(["the", "cat", "<unk>", "=", "@-@", "é", "<eos
 TEXT = st.lists(WORDS.map(" ".join), min_size=1, max_size=6).map(lambda lines: "".join(f" {line} \n" for line in lines))
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)  # each is packed on disk
 @given(st.fixed_dictionaries({name: TEXT.filter(lambda lines: lines.strip()) for name in text.SPLITS}))
 def test_wikitext2_is_numbered_as_by_the_example(tmp_path_factory: pytest.TempPathFactory, splits: dict) -> None:
     """One <eos> a line, empty ones too; words by first appearance in train, valid, test."""
@@ -270,6 +270,7 @@ def test_unknown_words_against_counting_by_hand(train: list[str], valid: list[st
         assert [vocabulary[n] for n in tokens[name]] == [word if word in known else "<unk>" for word in words]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("RAYEXP_TEST_DATA" not in os.environ, reason="RAYEXP_TEST_DATA names no folder with real data")
 def test_the_real_wikitext2_has_the_published_counts(tmp_path: Path) -> None:
     archive = Path(os.environ["RAYEXP_TEST_DATA"]) / "wikitext-2-v1.zip"

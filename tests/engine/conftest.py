@@ -18,7 +18,7 @@ from rayexp.workloads import open_workload
 
 SMALL: dict[str, dict[str, Any]] = {
     "image_classification": {
-        "data": {"name": "shapes", "max_train_samples": 120, "max_val_samples": 40},
+        "data": {"name": "shapes", "max_train_samples": 120, "max_val_samples": 40, "image_size": 32},
         "model": {"name": "mobilenet_v3_small"},
         "batch_size": 32,
         "shards": 8,

@@ -23,7 +23,7 @@ torch.distributed.destroy_process_group()
 """
 
 
-def test_a_row_takes_as_long_as_its_bytes_need():
+def test_a_gradient_buffer_takes_as_long_as_its_bytes_need():
     size = 16 << 20
     address = f"127.0.0.1:{free_port()}"
     args = [address, str(size)]

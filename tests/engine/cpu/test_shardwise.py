@@ -27,7 +27,7 @@ Open = Callable[[ExperimentConfig], Trainer]
 
 def config(model: str, **changes: Any) -> ExperimentConfig:
     tree = {
-        "data": {"name": "shapes", "max_train_samples": 90, "max_val_samples": 20},
+        "data": {"name": "shapes", "max_train_samples": 58, "max_val_samples": 20},
         "model": {"name": model},
         "batch_size": 32,
         "shards": 8,
