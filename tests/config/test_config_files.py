@@ -20,6 +20,7 @@ NAMES = st.sampled_from(
 # What YAML cannot hold: control characters, and a NUL in a path.
 TEXT = st.text(st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="\ufeff\ufffe\uffff"), max_size=12)
 PATHS = (NAMES | TEXT).filter(lambda text: "://" not in text)
+MODELS = (NAMES | TEXT).filter(lambda text: ":" not in text)  # else it is a reference
 NUMBERS = st.floats(1e-12, 1e12) | st.integers(1, 10**9)
 OPTIONS = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | NAMES | TEXT,
@@ -37,7 +38,7 @@ TREES = st.fixed_dictionaries(
                 "bptt": st.integers(1, 99),
             },
         ),
-        "model": st.fixed_dictionaries({"name": NAMES | TEXT, "option": OPTIONS, "other": OPTIONS}),
+        "model": st.fixed_dictionaries({"name": MODELS, "option": OPTIONS, "other": OPTIONS}),
         "lr": NUMBERS,
         "weight_decay": st.just(0) | NUMBERS,
         "optimizer": st.fixed_dictionaries(
