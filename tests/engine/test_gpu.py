@@ -93,6 +93,23 @@ def test_streams_change_no_bit(opened: Callable[..., Trainer], family: str) -> N
     assert len(set(found.values())) == 1, found
 
 
+@pytest.mark.parametrize("recipe", [{}, {"pad": 4}, None])
+def test_a_shard_is_prepared_alike_beside_any_others(opened: Callable[..., Trainer], recipe: Any) -> None:
+    """Whichever worker has it: draws, boxes and matrices are made for all of a worker's shards at once."""
+    one = opened("resnet18 bf16", data={**IMAGES["data"], "augment": recipe})
+    work: Any = one.workload
+    for at in (0, one.steps - 1):
+        alone = [work.batch(1, at, range(shard, shard + 1), one.runtime.device) for shard in range(8)]
+        for count in (1, 2, 4):
+            for rank in range(count):
+                shards = range(8 // count * rank, 8 // count * (rank + 1))
+                sizes = work.sizes(at, shards)
+                fed = {name: torch.from_numpy(array).cuda() for name, array in work.feed(1, at, shards).items()}
+                planes = work.prepare(fed, sizes)["planes"].split(list(sizes))
+                for shard, found in zip(shards, planes, strict=True):
+                    assert torch.equal(found, alone[shard].inputs[0]), (at, count, shard)
+
+
 def test_resident_and_staged_data_give_the_same_bits(opened: Callable[..., Trainer]) -> None:
     data = IMAGES["data"]
     found = {kept: final(opened("resnet18 bf16", data={**data, "resident": kept})) for kept in (True, False)}
