@@ -13,8 +13,10 @@ from rayexp.config import ExperimentConfig, parse
 from rayexp.engine import runtime, settings
 from rayexp.engine.cpu import blocked_loss
 from rayexp.engine.optimizer import Optimizer
+from rayexp.engine.rounding import of_products
 from rayexp.engine.runtime import configure
 from rayexp.engine.trainer import StepDone, Trainer
+from rayexp.workloads import open_workload
 
 Open = Callable[[ExperimentConfig], Trainer]
 IMAGES: dict[str, Any] = {
@@ -122,6 +124,17 @@ def test_a_language_model_in_bf16(session: Open, monkeypatch: pytest.MonkeyPatch
     seen.clear()
     first_loss(session(config({**TEXT, "model": LSTM}, "fp32")))
     assert set(seen) == {torch.float32}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_a_static_step_rounds_once(tied: bool) -> None:
+    """Weights of which only products are made: a tied matrix holds word vectors, too, and recurrent layers compute
+    in float32."""
+    config = parse({**TEXT, "model": {**LSTM, "tied": tied}}, ExperimentConfig, "test")
+    expected = {"decoder.bias"} if tied else {"decoder.weight", "decoder.bias"}
+    assert of_products(open_workload(config).model()) == expected
+    conv = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2, bias=False))
+    assert of_products(conv) == {"0.weight", "0.bias", "3.weight"}
 
 
 def test_a_transformer_in_bf16(session: Open) -> None:
