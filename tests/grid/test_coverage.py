@@ -77,9 +77,9 @@ class Held:
             self.printed += 1
             self.holding += interval[0] <= truth <= interval[1]
 
-    def covers(self, trials: int, least: float) -> bool:
-        """Whether so many are printed, and 92 to 98 of 100 of these hold the truth."""
-        return self.printed >= least * trials and 0.92 <= self.holding / self.printed <= 0.98
+    def covers(self, trials: int, least: float, low: float = 0.92) -> bool:
+        """Whether so many are printed, and so large a share of these holds the truth."""
+        return self.printed >= least * trials and low <= self.holding / self.printed <= 0.98
 
     def __repr__(self) -> str:
         return f"{self.holding} of {self.printed}"
@@ -95,8 +95,9 @@ def test_95_percent_is_95_percent(repeats: int, draw: Draw) -> None:
         held["speed-up"].add(one.speedup.interval, 1.8)
         held["efficiency"].add(one.efficiency and one.efficiency.interval, 0.9)
         held["serial"].add(one.serial and one.serial.interval, (1 / 1.8 - 1 / 2) / (1 - 1 / 2))
+    # Above 93.5 and not 92: a spread divided by n would still hold it in 93 of 100.
     for name, found in held.items():
-        assert found.covers(TRIALS, 0 if name == "serial" else 0.95), held
+        assert found.covers(TRIALS, 0 if name == "serial" else 0.95, 0.935), held
 
 
 def test_the_widest_are_left_out_and_the_others_hold_the_truth_as_often() -> None:
