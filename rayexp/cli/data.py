@@ -146,7 +146,7 @@ def cache(
 
 def _list_fetched() -> None:
     for name, what in FETCHED.items():
-        tell(f"{name:<14} {what}")
+        tell(_wrapped(f"{name:<14} {what}"))
     tell("Nothing to fetch: python_docs comes with Python; your own images and text are read where they lie")
     tell("(data.name=folder or text, data.root=DIR; `rayexp data info DIR` shows what would be taken).")
 
@@ -162,7 +162,11 @@ def _line(summary: dict[str, Any]) -> str:
 
 def _field(name: str, value: Any) -> str:
     """A line of `data info`; on a terminal, as many as it takes."""
-    line = f"  {name:<12} {_number(value)}"
+    return _wrapped(f"  {name:<12} {_number(value)}")
+
+
+def _wrapped(line: str) -> str:
+    """A line of two columns, of which the second is wrapped on a terminal."""
     if not sys.stdout.isatty():
         return line
     columns = shutil.get_terminal_size().columns

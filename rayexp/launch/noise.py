@@ -10,6 +10,7 @@ from rayexp.config.identity import identity
 from rayexp.display import counted
 from rayexp.errors import UserError
 from rayexp.launch.driver import run as train
+from rayexp.launch.screen import show
 from rayexp.runs.integrity import is_finished
 from rayexp.runs.run import Run
 
@@ -48,13 +49,8 @@ def train_seeds(
         for i in range(count)
     ]
     known = {c.seed: _known(c) for c in wanted}
-    if console is not None:
-        done = sum(run is not None and is_finished(run, run.config()) for run in known.values())
-        console.print(
-            f"{counted(count, 'seed')} of {config.name}, {counted(config.epochs, 'epoch')} each"
-            + (f"; {done} of them are trained already" if done else ""),
-            highlight=False,
-        )
+    done = sum(run is not None and is_finished(run, run.config()) for run in known.values())
+    show(console, announced(config, count, done))
     made = []
     for c in wanted:
         run = known[c.seed]
@@ -62,6 +58,12 @@ def train_seeds(
             run = train(run.config(), argv=argv, resume=run, address=address, console=console)
         made.append(run or train(c, argv=argv, address=address, console=console))
     return made
+
+
+def announced(config: ExperimentConfig, count: int, done: int) -> str:
+    """`3 seeds of resnet, 20 epochs each; 1 of them is trained already`."""
+    line = f"{counted(count, 'seed')} of {config.name}, {counted(config.epochs, 'epoch')} each"
+    return f"{line}; {done} of them {'is' if done == 1 else 'are'} trained already" if done else line
 
 
 def _known(config: ExperimentConfig) -> Run | None:

@@ -60,6 +60,17 @@ def test_fetch_alone_lists_what_there_is(rayexp):
     assert "data.name=folder" in alone.stdout
 
 
+def test_the_list_of_what_can_be_fetched_keeps_its_columns(capsys, monkeypatch):
+    monkeypatch.setattr(type(sys.stdout), "isatty", lambda stream: True)
+    monkeypatch.setenv("COLUMNS", "80")
+    data._list_fetched()
+    lines = capsys.readouterr().out.partition("Nothing to fetch")[0].splitlines()
+    assert max(map(len, lines)) <= 80
+    assert len(lines) > len(data.FETCHED)
+    assert {line[:15].strip() for line in lines} == {*data.FETCHED, ""}
+    assert all(line[14] == " " != line[15] for line in lines)
+
+
 def test_ten_classes_and_how_many_more(typed, monkeypatch):
     monkeypatch.delenv("RAYEXP_CACHE")  # in this user's cache they may lie packed already
     shown = typed("data", "info", "shapes")

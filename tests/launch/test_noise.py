@@ -109,3 +109,13 @@ def test_the_command(command, tmp_path, tiny_images):
     assert "in shorter runs than A's 3 epochs" in out
     assert "reseeding changes" in out
     assert "noise floor" not in call("noise", "c.yaml", "--seeds", "1", code=2)[1]
+
+
+def test_how_many_are_there_already_is_said() -> None:
+    config = ExperimentConfig(name="net", epochs=20)
+    said = [noise.announced(config, 3, done) for done in (0, 1, 2)]
+    assert said == [
+        "3 seeds of net, 20 epochs each",
+        "3 seeds of net, 20 epochs each; 1 of them is trained already",
+        "3 seeds of net, 20 epochs each; 2 of them are trained already",
+    ]
