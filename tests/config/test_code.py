@@ -54,6 +54,13 @@ def test_folders_may_have_the_signs_of_a_pattern_in_their_names(tree: Path, name
     assert travelling(*(config.code or ())) == {"net.py"}
 
 
+def test_a_folder_that_is_named_may_be_that_of_a_run(tree: Path) -> None:
+    """As its copy's is; only what lies below one is left out."""
+    before = travelling(tree)
+    (tree / "run.json").touch()
+    assert travelling(tree) == before | {"run.json"}
+
+
 def test_links_that_lead_nowhere_do_not_travel(tree: Path) -> None:
     (tree / "plain" / "old.py").symlink_to(tree / "gone.py")
     assert travelling(tree / "plain") == travelling(f"{tree}/plain/*.py") == {"cnn.py"}

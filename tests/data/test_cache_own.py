@@ -88,6 +88,13 @@ def test_each_place_from_which_it_is_read_keeps_it(home: Path, tmp_path: Path) -
     assert entry.state.startswith("images.py:D: its code or data is no longer there (code: ")
 
 
+def test_who_reads_it_again_is_noted_once(home: Path) -> None:
+    opened(home)
+    opened(home)
+    (entry,) = made()
+    assert [one["code"] for one in uses.recipes(entry.path)] == [[str(home)]]
+
+
 def test_options_and_the_files_below_root_count(home: Path, tmp_path: Path) -> None:
     root = tmp_path / "root"
     root.mkdir()

@@ -100,7 +100,7 @@ def once(breaches: Sequence[Breach]) -> tuple[Breach, ...]:
     for breach in found.values():
         name = rf"(?<![\w.]){re.escape(breach.module)}(?!\w)"
         words = re.sub(name, "*", breach.what) if breach.module else breach.what
-        alike.setdefault((breach.part, words, breach.allowed, breach.level), []).append(breach)
+        alike.setdefault((breach.part, words, breach.allowed), []).append(breach)
     return tuple(
         dataclasses.replace(first, others=tuple(other.module for other in others)) for first, *others in alike.values()
     )
