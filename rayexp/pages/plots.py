@@ -195,6 +195,9 @@ def curves(records: Sequence[EpochRecord], metrics: Sequence[str]) -> str:
         losses, *others = np.atleast_1d(axes)
         losses.plot(epochs, [r.train_loss for r in records], "o-", color=COLOURS[0], markersize=4, label="training")
         losses.plot(epochs, [r.val_loss for r in records], "s--", color=COLOURS[3], markersize=4, label="validation")
+        if broken := [r.epoch for r in records if not r.finite]:
+            where = {"transform": losses.get_xaxis_transform(), "clip_on": False}
+            losses.plot(broken, [0.0] * len(broken), "x", color=COLOURS[3], label="not finite", **where)
         losses.set_ylabel("loss (nats)")
         losses.legend(fontsize=8.5)
         for i, (ax, name) in enumerate(zip(others, shown, strict=True)):

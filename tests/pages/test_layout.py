@@ -172,6 +172,19 @@ def test_a_heat_map_names_classes_and_does_not_count_those_that_occur(monkeypatc
         assert min(classes, 8) <= len(written) <= (16 if width == plots.NARROW else 48)
 
 
+def test_an_epoch_that_is_not_finite_is_marked(makes, arrays, monkeypatch):
+    """And the axis reaches to it, as those beside do."""
+    label = np.zeros(20, np.int64)
+    made = [arrays.images(label, label, classes=2, loss=np.full(20, x)) for x in (1.0, np.nan, 2.0, np.inf)]
+    records = makes.images(made, 2).records()
+    losses, acc1 = axes_of(monkeypatch, plots.WIDE, 2, lambda: plots.curves(records, ["acc1"]))
+    (marks,) = (line for line in losses.lines if line.get_label() == "not finite")
+    assert list(marks.get_xdata()) == [2, 4]
+    assert losses.get_xlim() == pytest.approx(acc1.get_xlim())
+    whole, _ = axes_of(monkeypatch, plots.WIDE, 2, lambda: plots.curves(records[:1], ["acc1"]))
+    assert "not finite" not in [line.get_label() for line in whole.lines]
+
+
 def test_a_long_name_on_a_heat_map_is_cut_and_not_left_out(monkeypatch):
     """Be it one word."""
     (ax, *_) = axes_of(monkeypatch, plots.WIDE, 1, lambda: plots.heat_map(np.eye(2, dtype=np.int64), [LONG, "a " * 20]))
