@@ -107,7 +107,7 @@ class ImageClassification(SampleWorkload):
         return fed if self._resident else fed | {"images": self.data.train.read(samples)}
 
     def prepare(self, fed: Mapping[str, Tensor], sizes: Sequence[int]) -> dict[str, Tensor]:
-        """Pixels gathered, augmented and normalised: `planes` fp32[n, 3, size, size], and their `labels` int64[n]."""
+        """What was fed, and `planes` fp32[n, 3, size, size]: pixels gathered, augmented and normalised."""
         samples = fed["samples"]
         images = fed["images"] if "images" in fed else self._resident["train"].index_select(0, samples)
         recipe = self.config.data.augment
@@ -115,7 +115,7 @@ class ImageClassification(SampleWorkload):
             planes = images.permute(0, 3, 1, 2).float()
         else:
             planes = augment(images, recipe, order.uniform_on(fed["key"], samples, DRAWS), sizes)
-        return {"planes": self._normalise(planes), "labels": fed["labels"]}
+        return {**fed, "planes": self._normalise(planes)}
 
     def assemble(self, fed: Mapping[str, Tensor], sizes: Sequence[int]) -> Batch:
         """What `prepare` makes."""
