@@ -35,7 +35,7 @@ def table(
             dropped.append(name)
             del columns[name]
     right = {
-        name: all(isinstance(row[name], int | float) or re.fullmatch(NUMBER, str(row[name] or "")) for row in rows)
+        name: all(type(row[name]) in (int, float) or re.fullmatch(NUMBER, str(row[name] or "")) for row in rows)
         for name in columns
     }
     if width is not None:
@@ -97,6 +97,8 @@ def _drawn(columns: dict[str, list[str]], right: dict[str, bool], width: int | N
 
 
 def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if value is None or isinstance(value, float):
         return figure(value, ",.4g")
     return printable(str(value))

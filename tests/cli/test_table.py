@@ -98,3 +98,8 @@ def test_only_a_terminal_has_a_width(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert _output.terminal_width(sys.stdout) == 40
     tell(line)
     assert capsys.readouterr().out == f"error:\n{RUN}: the\nrun is at it, and says so in a rather\nlong line\n"
+
+
+def test_a_truth_is_a_word() -> None:
+    drawn, _ = table([{"workers": "0", "equal": True}, {"workers": "1", "equal": False}], drop=(), width=None)
+    assert [line.split() for line in drawn.splitlines()[-2:]] == [["0", "yes"], ["1", "no"]]
