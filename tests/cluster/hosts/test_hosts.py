@@ -140,7 +140,7 @@ def test_a_full_disk(lab: Any, send: Callable[..., Job], undisturbed: list[str])
     assert ended.returncode == 1
     *_, error, how = ended.stdout.strip().splitlines()
     assert "No space left" in error
-    assert how == f"go on with: rayexp train --resume {run.id} --runs /mnt/small/runs"
+    assert how == f"go on with: rayexp submit CONFIG --resume {run.id}"  # a job's run goes on as a job
     kept = run.epochs()
     assert len(kept) >= 2
     assert [broken(run.checkpoint(epoch)) for epoch in kept] == [None] * len(kept)
