@@ -200,7 +200,7 @@ def test_a_grid_over_a_workload_of_one_s_own(tmp_path):
     assert report.equal
     plain, exact, ddp = report.cells
     assert plain.measured.goals == exact.measured.goals
-    assert exact.over_plain.interval is not None
+    assert exact.over_plain.freedom > 0  # whether its interval says anything depends on how busy the machine is
     assert ddp.differing is not None
     assert exact.target_seconds["val_loss"] == pytest.approx(exact.measured.repeats[0].elapsed()[0], rel=0.9)
     leading = next(iter(exact.measured.goals), "val_loss")
