@@ -50,6 +50,7 @@ def diff_images(a: Checkpoint, b: Checkpoint) -> ImagesReport:
         loss=(float(p["loss"].mean(dtype=np.float64)), float(q["loss"].mean(dtype=np.float64))),
         table=tuple((x, y, z) for x, y, z in table),
         other_wrong=count["other_wrong"],
+        not_finite=(sum(table[2]), sum(row[2] for row in table)),
         equal=equal(a, b, int(changed.sum())),
         difference=100 * (gained - lost) / n,
         interval=(100 * low, 100 * high),

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rayexp.diff.pair_report import PairReport
-from rayexp.diff.statistics import LEVEL, POWER, DropVerdict, difference_interval, verdict
+from rayexp.diff.statistics import LEVEL, POWER, difference_interval
 from rayexp.display import NOT_FINITE, csv_cell, plain
 
 STATES = ("right", "wrong", "not_finite")  # of a side's judgement of an image
@@ -70,18 +70,16 @@ class ImagesReport(PairReport):
     `table[i][j]` are the images that are in state i of STATES by A and in state j by B; all other counts but
     `other_wrong` follow from it. `flips` are worst first: not_finite, lost, other_wrong, gained, each by how much the
     loss rose. `classes` are by the change in right answers, losses first. `confidence[kind]` is the median confidence
-    of A and of B on those flips, of those that are finite. `equal`: both say the same of every image.
+    of A and of B on those flips, of those that are finite.
     """
 
     class_names: tuple[tuple[str, str], ...]
     short: tuple[str, ...]
-    n: int
     acc1: tuple[float, float]
     acc5: tuple[float, float]
     loss: tuple[float, float]
     table: tuple[tuple[int, int, int], ...]
     other_wrong: int
-    equal: bool
     difference: float
     interval: tuple[float, float]
     mcnemar_p: float
@@ -112,11 +110,6 @@ class ImagesReport(PairReport):
         return self.table[1][1]
 
     @property
-    def not_finite(self) -> tuple[int, int]:
-        """Images without a finite output of A, and of B."""
-        return sum(self.table[2]), sum(row[2] for row in self.table)
-
-    @property
     def broken(self) -> int:
         """Images without a finite output of A, of B or of both."""
         return sum(self.not_finite) - self.table[2][2]
@@ -130,24 +123,13 @@ class ImagesReport(PairReport):
         """How many flips are of that kind."""
         return self.broken if kind == "not_finite" else int(getattr(self, kind))
 
-    @property
-    def ruling(self) -> DropVerdict | None:
-        """Against `max_drop` percentage points of top-1; None where none was asked."""
-        if self.max_drop is None:
-            return None
+    def held(self, max_drop: float) -> tuple[tuple[float, float] | None, float]:
+        """In percentage points of top-1."""
         interval = self.interval
         if self.level != LEVEL:  # of finite judgements, since others are ruled out before
             low, high = difference_interval(self.gained, self.lost, self.n, self.level)
             interval = 100 * low, 100 * high
-        return verdict(
-            interval,
-            self.max_drop,
-            equal=self.equal,
-            n=self.n,
-            not_finite=self.not_finite,
-            level=self.level,
-            letter=self.letter,
-        )
+        return interval, max_drop
 
     def words(self, label: int | None) -> str:
         """A class's short name, see `short_names`; `not finite` for None."""

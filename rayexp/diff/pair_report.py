@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from rayexp.diff.noise import NoiseComparison
 from rayexp.diff.pair import Checkpoint, config_changes, same_model
-from rayexp.diff.statistics import LEVEL, DropVerdict
+from rayexp.diff.statistics import LEVEL, DropVerdict, verdict
 
 if TYPE_CHECKING:
     from rayexp.diff.slices import SlicesReport
@@ -20,6 +20,9 @@ class PairReport(ABC):
     """What changed from A to B.
 
     Attributes:
+        n: judgements of each side.
+        equal: both say the same of all of them.
+        not_finite: how many of them are not, in A and in B.
         max_drop: what B may be worse by, in the measure of the kind; None where no verdict was asked.
         level: of the interval that decides; above 95 % where other checkpoints are held against A too.
         letter: what B is called in the verdict.
@@ -30,6 +33,9 @@ class PairReport(ABC):
 
     a: Checkpoint
     b: Checkpoint
+    n: int = field(kw_only=True)
+    equal: bool = field(kw_only=True)
+    not_finite: tuple[int, int] = field(kw_only=True)
     max_drop: float | None = field(default=None, kw_only=True)
     level: float = field(default=LEVEL, kw_only=True)
     letter: str = field(default="B", kw_only=True)
@@ -37,10 +43,26 @@ class PairReport(ABC):
     slices: SlicesReport | None = field(default=None, kw_only=True)
     weights: WeightsReport | None = field(default=None, kw_only=True)
 
-    @property
     @abstractmethod
+    def held(self, max_drop: float) -> tuple[tuple[float, float] | None, float]:
+        """The interval that decides whether B is worse than A by more than `max_drop`, by `level`, in what B is better
+        by (None where there is none); and the fall that is allowed in its unit."""
+
+    @property
     def ruling(self) -> DropVerdict | None:
         """May B be worse by `max_drop`? None where none was asked."""
+        if self.max_drop is None:
+            return None
+        interval, allowed = self.held(self.max_drop)
+        return verdict(
+            interval,
+            allowed,
+            equal=self.equal,
+            n=self.n,
+            not_finite=self.not_finite,
+            level=self.level,
+            letter=self.letter,
+        )
 
     @abstractmethod
     def to_json(self) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from rayexp.diff.changes import KINDS, Judgements, default_tolerance, tally, worst_first
 from rayexp.diff.pair import Checkpoint, check, equal
 from rayexp.diff.pair_report import PairReport
-from rayexp.diff.statistics import LEVEL, DropVerdict, verdict
+from rayexp.diff.statistics import LEVEL
 from rayexp.display import csv_cell, plain
 from rayexp.errors import UserError
 
@@ -49,8 +49,7 @@ class SamplesReport(PairReport):
         wilcoxon_p: of the signed-rank test that a sample's loss rises as often and as far as it falls; None likewise.
         tolerance: by how much a loss must move to count.
         gained, lost: see the module.
-        not_finite: of A and of B; `broken`: of either.
-        equal: both say the same of every sample.
+        broken: samples without a finite loss in A or in B.
         metrics: of epochs.jsonl, of A and of B, by name, in the order of the workload's goals.
         goal: the metric that `max_drop` is of, and which way is better.
         names: of all samples, where data.json has them.
@@ -58,7 +57,6 @@ class SamplesReport(PairReport):
     """
 
     unit: str
-    n: int
     loss: tuple[float, float]
     difference: float
     interval: tuple[float, float] | None
@@ -66,9 +64,7 @@ class SamplesReport(PairReport):
     tolerance: float
     gained: int
     lost: int
-    not_finite: tuple[int, int]
     broken: int
-    equal: bool
     metrics: Mapping[str, tuple[float, float]]
     goal: tuple[str, str]
     names: tuple[str, ...] | None
@@ -79,30 +75,19 @@ class SamplesReport(PairReport):
         """Samples whose loss moved by more than the tolerance, or that have none."""
         return self.gained + self.lost + self.broken
 
-    @property
-    def ruling(self) -> DropVerdict | None:
-        """May B be worse than A by `max_drop` percent of A's mean of the goal? None where none was asked.
+    def held(self, max_drop: float) -> tuple[tuple[float, float] | None, float]:
+        """In the goal's unit, of which `max_drop` percent of A's mean are allowed.
 
         Decided by the t interval of d + (max_drop / 100) |a|, where d is what B is better by on a sample: the whole of
         it lies above 0, or below. So the uncertainty of A's mean, which the percent are of, counts too.
         """
-        if self.max_drop is None:
-            return None
         interval = None
         if not self.broken:
             name, way = self.goal
             a, b = (_values(side, name) for side in (self.a, self.b))
             better = a - b if way == "min" else b - a
-            interval = paired(better + self.max_drop / 100 * math.copysign(1, a.mean()) * a, self.level)[0]
-        return verdict(
-            interval,
-            0.0,
-            equal=self.equal,
-            n=self.n,
-            not_finite=self.not_finite,
-            level=self.level,
-            letter=self.letter,
-        )
+            interval = paired(better + max_drop / 100 * math.copysign(1, a.mean()) * a, self.level)[0]
+        return interval, 0.0
 
     def within(self, max_drop: float | None, level: float = LEVEL, letter: str = "B") -> SamplesReport:
         """The same report with a verdict.

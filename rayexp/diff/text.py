@@ -21,7 +21,7 @@ from rayexp.diff.changes import KINDS, Judgements, tally, worst_first
 from rayexp.diff.documents import MIN_DOCUMENTS, bootstrap, documents, perplexity, sign_flip
 from rayexp.diff.pair import Checkpoint, check, equal
 from rayexp.diff.pair_report import PairReport
-from rayexp.diff.statistics import LEVEL, DropVerdict, verdict
+from rayexp.diff.statistics import LEVEL
 from rayexp.display import csv_cell, plain
 from rayexp.errors import UserError
 from rayexp.runs.records import Predictions
@@ -71,12 +71,10 @@ class TextReport(PairReport):
 
     `ppl` and its intervals are perplexities; `ratio` is ppl(B) / ppl(A) with its interval, which holds 1 if and only if
     `paired_p` is not below 5 %. Intervals are None where the text has too few documents, or a loss is not finite.
-    `words` are by `total`, those that got worse first. `not_finite` are the tokens without a finite loss in A and in B,
-    `broken` those in either. `equal`: both say the same of every token.
+    `words` are by `total`, those that got worse first. `broken` are the tokens without a finite loss in A or in B.
     """
 
     vocabulary: tuple[str, ...]
-    n: int
     ppl: tuple[float, float]
     ppl_interval: tuple[tuple[float, float], tuple[float, float]] | None
     ratio: float
@@ -86,9 +84,7 @@ class TextReport(PairReport):
     unit: str
     gained: int
     lost: int
-    not_finite: tuple[int, int]
     broken: int
-    equal: bool
     words: tuple[WordChange, ...]
     flips: tuple[TokenFlip, ...]
 
@@ -97,24 +93,13 @@ class TextReport(PairReport):
         """Tokens whose probability more than doubled or halved, or that have none."""
         return self.gained + self.lost + self.broken
 
-    @property
-    def ruling(self) -> DropVerdict | None:
-        """May B's perplexity be `max_drop` percent above A's? None where none was asked."""
-        if self.max_drop is None:
-            return None
+    def held(self, max_drop: float) -> tuple[tuple[float, float] | None, float]:
+        """In percent of A's perplexity."""
         interval = self.ratio_interval
         if interval and self.level != LEVEL:
             interval = _ratio_interval(*_documents_of(self.a, self.b, self.vocabulary)[:2], self.level)[1]
         better = interval and (100 * (1 - interval[1]), 100 * (1 - interval[0]))
-        return verdict(
-            better,
-            self.max_drop,
-            equal=self.equal,
-            n=self.n,
-            not_finite=self.not_finite,
-            level=self.level,
-            letter=self.letter,
-        )
+        return better or None, max_drop
 
     def to_json(self) -> dict[str, Any]:
         """The keys that scripts may rely on: n, ppl, churn, gained, lost, paired_p, flips (the largest 1,000)."""
