@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rayexp.cli._output import print_table, tell
@@ -83,23 +84,35 @@ def _percent(interval: tuple[float, float]) -> str:
 
 def show_slices(s: SlicesReport, limit: int) -> None:
     """A row for each slice."""
-    from rayexp.diff.outcome import MEASURES, TESTS, UNITS
+    rows = slice_rows(s)
+    slices_table(s, rows, s.changed, limit, ("p", "churn %", "95 % interval"))
+    if len(rows) > limit:
+        tell(f"the first {limit} of {len(rows)} slices; --limit N, --json or --html FILE show more")
 
-    rows = [
+
+def slice_rows(s: SlicesReport) -> list[dict[str, object]]:
+    from rayexp.diff.outcome import MEASURES, UNITS
+
+    return [
         {"attribute": x.attribute, "value": x.value, **row(x.outcome, MEASURES[s.kind], UNITS[s.kind])}
-        for x in s.slices[:limit]
+        for x in s.slices
     ]
+
+
+def slices_table(
+    s: SlicesReport, rows: list[dict[str, object]], changed: int, limit: int, drop: Sequence[str], of: str = ""
+) -> None:
+    """How many slices changed, what the file leaves out, and the first rows; `s` knows the file."""
+    from rayexp.diff.outcome import TESTS
+
     tell()
     tell(
-        f"{s.changed} of {counted(len(s.slices), 'slice')} changed by more than chance "
+        f"{changed} of {counted(len(rows), 'slice')}{of} changed by more than chance "
         f"({TESTS[s.kind]}, Benjamini-Hochberg, 5 %)"
     )
     if s.note():
         tell(s.note())
-    if rows:
-        print_table(shown(rows), f"slices of {s.source}", ("p", "churn %", "95 % interval"))
-    if len(rows) < len(s.slices):
-        tell(f"the first {len(rows)} of {len(s.slices)} slices; --limit N, --json or --html FILE show more")
+    print_table(shown(rows[:limit]), f"slices of {s.source}", drop)
 
 
 def row(o: Outcome, measure: str, unit: str) -> dict[str, object]:

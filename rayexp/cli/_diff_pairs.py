@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rayexp.cli._diff_more import row, shown
+from rayexp.cli._diff_more import row, shown, slice_rows, slices_table
 from rayexp.cli._output import print_table, tell
 from rayexp.diff.outcome import MEASURES, TESTS, UNITS
 from rayexp.display import NOT_FINITE, counted, figure
@@ -77,26 +77,10 @@ def _show_slices(r: PairsReport, limit: int) -> None:
     sliced = [(p, p.slices) for p in r.pairs if p.slices]
     if not sliced:
         return
-    rows = [
-        {
-            "pair": _pair(r, p),
-            "attribute": x.attribute,
-            "value": x.value,
-            **row(x.outcome, MEASURES[r.kind], UNITS[r.kind]),
-        }
-        for p, s in sliced
-        for x in s.slices
-    ]
-    first = sliced[0][1]
-    tell()
-    tell(
-        f"{sum(s.changed for _, s in sliced)} of {counted(len(rows), 'slice')} of all pairs changed by more than "
-        f"chance ({TESTS[r.kind]}, Benjamini-Hochberg, 5 %)"
-    )
-    if first.note():
-        tell(first.note())
-    if rows[:limit]:
-        print_table(shown(rows[:limit]), f"slices of {first.source}", ("churn %", "95 % interval", MEASURES[r.kind]))
+    rows = [{"pair": _pair(r, p), **each} for p, s in sliced for each in slice_rows(s)]
+    changed = sum(s.changed for _, s in sliced)
+    drop = "churn %", "95 % interval", MEASURES[r.kind]
+    slices_table(sliced[0][1], rows, changed, limit, drop, " of all pairs")
     _left("slices", len(rows[:limit]), len(rows))
 
 
