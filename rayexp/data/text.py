@@ -7,6 +7,7 @@ valid.npy and test.npy (int32 ids of words), vocabulary.txt (one word per line, 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -110,6 +111,7 @@ def _pack_folder(folder: Path) -> tuple[tuple[str, ...], dict[str, NDArray[np.in
     raw = raw_files(folder)
     cached = home() / key(raw)
 
+    @functools.cache
     def encoded() -> tuple[tuple[str, ...], dict[str, NDArray[np.int32]]]:
         splits = {}
         for file, data in raw.items():

@@ -88,9 +88,8 @@ class Screen:
         ended = False
         while not ended:
             ended = self._end.wait(POLL_S)
-            with contextlib.suppress(
-                Exception
-            ):  # a display must not cost a run, and files are read as they are written
+            # A display must not cost a run, and files are read as they are written.
+            with contextlib.suppress(Exception):
                 self._begun()
                 self._progress()
                 if ended:  # a short run may end between two looks
