@@ -73,8 +73,9 @@ class Graph:
 
     def __init__(self, work: Callable[[], object], generators: Iterable[torch.Generator], pool: Graph | None) -> None:
         self._graph = torch.cuda.CUDAGraph()
-        for generator in generators:
-            self._graph.register_generator_state(generator)
+        if torch.__version__ < "2.14":  # from then on a graph finds its generators itself, and warns of every one
+            for generator in generators:
+                self._graph.register_generator_state(generator)
         torch.cuda.synchronize()
         # Other threads may use the device meanwhile: one feeds it, another saves a checkpoint.
         shared = None if pool is None else pool._graph.pool()

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
 from rayexp.engine import gpu
 from rayexp.errors import UserError
@@ -38,17 +39,25 @@ def test_every_use_has_one_stream_as_long_as_the_process_lives(cuda: SimpleNames
     assert feeder._stream not in gpu.streams(GPU, 8)
 
 
+@pytest.mark.parametrize(("version", "told"), [("2.11.0", 2), ("2.13.1+cu130", 2), ("2.14.0", 0), ("2.15.0a0", 0)])
+def test_a_graph_is_told_of_its_generators_where_it_does_not_find_them(
+    cuda: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, version: str, told: int
+) -> None:
+    """PyTorch 2.14 finds them, and warns of every call."""
+    monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+    generators = [torch.Generator(), torch.Generator()]
+    assert gpu.Graph(lambda: None, generators, None)._graph.registered == generators[:told]
+
+
 def test_a_graph_is_captured_on_a_stream_of_its_own(cuda: SimpleNamespace) -> None:
     present, seen, two = cuda.current_stream(), [], gpu.streams(GPU, 2)
-    generators = [torch.Generator(), torch.Generator()]
 
     def work() -> None:
         seen.append(cuda.current_stream())
         gpu.side_by_side(two, [lambda: seen.append(cuda.current_stream())] * 2)
 
-    graph = gpu.Graph(work, generators, None)
+    graph = gpu.Graph(work, (), None)
     assert len({id(stream) for stream in (*seen, present)}) == 4
-    assert graph._graph.registered == generators
     assert graph._graph.replays == 0
     graph()
     graph()
