@@ -10,7 +10,7 @@ import functools
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -81,6 +81,12 @@ class Runtime:
     def each(self, work: Callable[[int], T]) -> list[T]:
         """`work(0)` to `work(replicas - 1)` side by side, as `run` does it. (On a GPU that is one call.)"""
         return self.run([functools.partial(work, replica) for replica in range(self.replicas)])
+
+    def graph(
+        self, work: Callable[[], object], generators: Iterable[torch.Generator], pool: Any
+    ) -> Callable[[], object]:
+        """`work` as a graph (see `gpu.Graph` for arguments and errors); on a CPU, where there are none, itself."""
+        return gpu.Graph(work, generators, pool) if self.device.type == "cuda" else work
 
     def synchronize(self) -> None:
         """Wait for the GPU to finish, so that a clock can be read."""

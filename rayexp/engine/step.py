@@ -22,7 +22,7 @@ from rayexp.config import ExperimentConfig
 from rayexp.engine import order
 from rayexp.engine.contract import FirstStep, generators, moved, refuse_drawing
 from rayexp.engine.exchange import AllReduce, Assembly, Exchange, ExchangePlan
-from rayexp.engine.gpu import Feeder, Graph
+from rayexp.engine.gpu import Feeder
 from rayexp.engine.gradients import GradientBuffer, Master, ParameterLayout, Touched
 from rayexp.engine.group import WorkerGroup
 from rayexp.engine.inputs import StepInputs
@@ -338,12 +338,10 @@ class Stepper:
     def _captured(self, work: Callable[[], None], draws: bool) -> Callable[[], object]:
         if self._first_graph is None:
             self._check_memory()
-        if self.runtime.device.type != "cuda":
-            return work
         if self._feeder is not None:
             self._feeder.rest()
         drawing = self.passes.generators.values() if draws and self.passes.replicas[0].draws_numbers else ()
-        graph = Graph(work, drawing, self._first_graph)
+        graph = self.runtime.graph(work, drawing, self._first_graph)
         self._first_graph = self._first_graph or graph
         return graph
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from rayexp.config import ExperimentConfig, parse
-from rayexp.engine import checkpoint, runtime, step
+from rayexp.engine import checkpoint, gpu, runtime
 from rayexp.engine.group import WorkerGroup
 from rayexp.engine.passes import Passes
 from rayexp.engine.runtime import Runtime
@@ -178,14 +178,14 @@ def test_a_graph_for_which_memory_is_short_has_fewer_streams(
     opened: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = final(opened("mobilenet dropout"))
-    true, calls = step.Graph, itertools.count(1)
+    true, calls = gpu.Graph, itertools.count(1)
 
     def graph(*args: Any) -> Any:
         if next(calls) == 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return true(*args)
 
-    monkeypatch.setattr(step, "Graph", graph)
+    monkeypatch.setattr(gpu, "Graph", graph)
     one = opened("mobilenet dropout")
     assert final(one) == expected
     assert len(one.stepper.passes.replicas) == 4
