@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -249,18 +250,19 @@ def test_several_workers_replay(opened: Open, name: str) -> None:
     tree = {**TRAININGS[name], "shards": 6, "batch_size": 12, "epochs": 4}
     found: dict[Any, Any] = {}
 
-    def work(rank: int, one: Trainer, key: Any) -> None:
+    def work(rank: int, one: Trainer, neighbours: Neighbours) -> None:
         settings.set_threads(1)
-        found[key, rank] = steps(one)
+        try:
+            found[one.config.capture, rank] = steps(one)
+        except BaseException:
+            neighbours.barrier.abort()  # nobody comes any more
+            raise
 
     for capture in (False, "auto"):
-        group = Neighbours(2)
-        trainers = [opened(tree, group=Neighbour(rank, group), capture=capture) for rank in range(2)]
-        threads = [threading.Thread(target=work, args=(rank, one, capture)) for rank, one in enumerate(trainers)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        neighbours = Neighbours(2)
+        trainers = [opened(tree, group=Neighbour(rank, neighbours), capture=capture) for rank in range(2)]
+        with ThreadPoolExecutor(2) as threads:
+            list(threads.map(work, range(2), trainers, [neighbours] * 2))
     for one in trainers:
         replayed(one)
     assert len(found[False, 0]) > 5
