@@ -71,5 +71,5 @@ def test_a_file_that_cannot_be_looked_at_is_named(tmp_path, monkeypatch) -> None
 
 def test_what_is_no_folder_is_called_something_else(tmp_path) -> None:
     for missing in (tmp_path / "none", Path("a\0b")):
-        with pytest.raises(UserError, match=r"no folder|null byte"):
+        with pytest.raises(UserError, match=r"no folder|null (byte|character)"):
             open_data(DataConfig(name="folder", root=missing))
