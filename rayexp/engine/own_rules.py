@@ -18,6 +18,7 @@ _SHARED = ("momentum", "nesterov", "betas", "eps")  # keys of `optimizer` that a
 _OF_SCHEDULE = ("step_epochs", "gamma", "min_lr", "peak")
 _PROBE = 64  # elements
 _WHERE = "(docs/your-own-model.md)"
+_FOLLOWS = f"allowed: what follows from `state`, and from `step`, the steps before this one {_WHERE}"
 
 
 class UpdateRule(Protocol):
@@ -74,40 +75,61 @@ def open_rule(config: ExperimentConfig) -> UpdateRule | None:
 
 
 def _check_elementwise(rule: UpdateRule, config: ExperimentConfig) -> None:
-    """Refuse a rule that comes to something else in two pieces than in one."""
+    """Refuse a rule that comes to something else in two pieces than in one, or when it has been called before."""
     name = config.optimizer.name
-    values = torch.linspace(-1.0, 1.0, 4 * _PROBE).reshape(2, -1)  # of every size, none alike
-    results = []
-    for pieces in (1, 2):
-        params, gradient = (row.clone() for row in values)
-        state = {each: torch.zeros_like(params) for each in rule.state}
-        for step in range(2):
-            for part in range(pieces):
-                cut = slice(part * len(params) // pieces, (part + 1) * len(params) // pieces)
-                held = {each: tensor[cut] for each, tensor in state.items()}
-                try:
-                    with torch.no_grad():
-                        rule.update(
-                            params[cut],
-                            gradient[cut].clone(),
-                            held,
-                            torch.tensor(0.1, dtype=torch.float64),
-                            torch.tensor(float(step)),
-                            config.weight_decay,
-                        )
-                except Exception as error:
-                    why = failure(error, config.code)
-                    raise UserError(f"optimizer.name: {name}: its update fails ({why})") from error
-        if torch.equal(params, values[0]):
-            raise UserError(
-                f"optimizer.name: {name}: its update changes no parameter; they are updated in place {_WHERE}"
-            )
-        results.append(torch.cat([params, *state.values()]))
-    if not torch.equal(*(result.view(torch.int32) for result in results)):
+    first = _tried(rule, config, 1)
+    before = _numbers(rule)
+    again = _tried(rule, config, 1)
+    for key, value in _numbers(rule).items():
+        if (was := before.get(key, value)) != value:
+            what = f"changes its attribute {key} ({was} -> {value}), which no checkpoint holds"
+            raise UserError(f"optimizer.name: {name}: its update {what}; {_FOLLOWS}")
+    if not _alike(first, again):
+        what = "makes something else of the same values the second time: it keeps something, or draws random numbers"
+        raise UserError(f"optimizer.name: {name}: its update {what}; {_FOLLOWS}")
+    if not _alike(first, _tried(rule, config, 2)):
         raise UserError(
             f"optimizer.name: {name} is not elementwise: in two pieces the same parameters come to something else; "
             "a norm over all of them is no part of an update rule (optimizer.clip bounds the gradient's)"
         )
+
+
+def _tried(rule: UpdateRule, config: ExperimentConfig, pieces: int) -> Tensor:
+    """Some parameters and their state after two steps, in so many pieces."""
+    name = config.optimizer.name
+    values = torch.linspace(-1.0, 1.0, 4 * _PROBE).reshape(2, -1)  # of every size, none alike
+    params, gradient = (row.clone() for row in values)
+    state = {each: torch.zeros_like(params) for each in rule.state}
+    for step in range(2):
+        for part in range(pieces):
+            cut = slice(part * len(params) // pieces, (part + 1) * len(params) // pieces)
+            held = {each: tensor[cut] for each, tensor in state.items()}
+            try:
+                with torch.no_grad():
+                    rule.update(
+                        params[cut],
+                        gradient[cut].clone(),
+                        held,
+                        torch.tensor(0.1, dtype=torch.float64),
+                        torch.tensor(float(step)),
+                        config.weight_decay,
+                    )
+            except Exception as error:
+                why = failure(error, config.code)
+                raise UserError(f"optimizer.name: {name}: its update fails ({why})") from error
+    if torch.equal(params, values[0]):
+        raise UserError(f"optimizer.name: {name}: its update changes no parameter; they are updated in place {_WHERE}")
+    return torch.cat([params, *state.values()])
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one.view(torch.int32), other.view(torch.int32))
+
+
+def _numbers(rule: UpdateRule) -> dict[str, str]:
+    """Numbers among its attributes, as they are written."""
+    held = getattr(rule, "__dict__", {})
+    return {key: repr(value) for key, value in held.items() if type(value) in (int, float, bool)}
 
 
 def open_schedule(config: ExperimentConfig, steps: int) -> Callable[[int], float] | None:

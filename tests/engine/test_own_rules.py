@@ -18,6 +18,7 @@ from rayexp.engine.schedule import Schedule
 from rayexp.errors import UserError
 
 RMSPROP = """
+import torch
 class RMSprop:
     state = ("square_avg",)
     def __init__(self, alpha: float = 0.99, eps: float = 1e-8):
@@ -86,8 +87,18 @@ def test_an_own_rmsprop_is_that_of_torch(
             ("gradient.add_", "gradient.div_(gradient.norm()); gradient.add_"),
             r"own.py:RMSprop is not elementwise: in two",
         ),
+        (
+            ("params.sub_(lr", "self.calls = getattr(self, 'calls', 0) + 1; params.sub_(lr"),
+            r"^optimizer.name: own.py:RMSprop: its update changes its attribute calls \(2 -> 4\), which no checkpoint "
+            r"holds; allowed: what follows from `state`, and from `step`",
+        ),
+        (
+            ("params.sub_(lr", "gradient.add_(getattr(self, 'last', 0)); self.last = gradient; params.sub_(lr"),
+            r"its update makes something else of the same values the second time: it keeps something",
+        ),
+        (("params.sub_(lr", "params.mul_(torch.rand(1)).sub_(lr"), r"the second time: .*, or draws random numbers"),
         (("params.sub_(lr", "params.sub(lr"), r"own.py:RMSprop: its update changes no parameter"),
-        (("alpha=weight_decay", "alpha=gone"), r"its update fails \(line 7 of .*own.py: NameError: name 'gone'"),
+        (("alpha=weight_decay", "alpha=gone"), r"its update fails \(line 8 of .*own.py: NameError: name 'gone'"),
         (('state = ("square_avg",)', ""), r"own.py:RMSprop has no `state`, a tuple of names"),
         (("def update", "def advance"), r"own.py:RMSprop has no method `update`"),
         (("alpha: float", "rho, alpha: float"), r"^optimizer.rho: own.py:RMSprop needs it, and it has no default"),
@@ -97,6 +108,12 @@ def test_what_is_no_update_rule(make: Make, change: tuple[str, str], line: str) 
     assert RMSPROP.count(change[0]) == 1
     with pytest.raises(UserError, match=line):
         open_rule(make(RMSPROP.replace(*change), optimizer={"name": "own.py:RMSprop"}))
+
+
+def test_a_rule_may_remember_what_never_changes(make: Make) -> None:
+    """A size, or how many there are in all: the same in every call that is made alike."""
+    text = RMSPROP.replace("gradient.add_", "self.size, self.none = len(params), float('nan'); gradient.add_")
+    assert open_rule(make(text, optimizer={"name": "own.py:RMSprop"})) is not None
 
 
 def test_a_rule_that_changes_nothing(make: Make) -> None:
