@@ -22,7 +22,7 @@ from rayexp.config import ExperimentConfig
 from rayexp.engine import order
 from rayexp.engine.contract import FirstStep, generators, moved, refuse_drawing
 from rayexp.engine.exchange import AllReduce, Assembly, Exchange, ExchangePlan
-from rayexp.engine.gpu import Feeder
+from rayexp.engine.gpu import Feeder, Holdings
 from rayexp.engine.gradients import GradientBuffer, Master, ParameterLayout, Touched
 from rayexp.engine.group import WorkerGroup
 from rayexp.engine.inputs import StepInputs
@@ -121,6 +121,7 @@ class Stepper:
         self._programs: dict[object, Program] = {}
         self._capturing = runtime.static and config.capture is not False
         self._first_graph: Any = None
+        self._kept: list[Holdings] = []  # what graphs may read
         self._needs: dict[int, int] = {}  # bytes that a replica's passes take for a while, by its number
         self._feeder: Feeder | None = None
         if runtime.device.type == "cuda":
@@ -341,7 +342,14 @@ class Stepper:
         if self._feeder is not None:
             self._feeder.rest()
         drawing = self.passes.generators.values() if draws and self.passes.replicas[0].draws_numbers else ()
-        graph = self.runtime.graph(work, drawing, self._first_graph)
+        modules = [replica.model.module for replica in self.passes.replicas]
+        held = Holdings(*modules, self.workload)
+        try:
+            graph = self.runtime.graph(work, drawing, self._first_graph)
+        except BaseException:
+            held.restore()
+            raise
+        self._kept.append(held)
         self._first_graph = self._first_graph or graph
         return graph
 
@@ -375,6 +383,7 @@ class Stepper:
 
     def _forget_graphs(self) -> None:
         self._first_graph = None
+        self._kept.clear()
         for program in self._programs.values():
             program.compute = program.update = None
 

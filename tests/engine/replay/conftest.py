@@ -34,6 +34,16 @@ OWN = """
 import torch
 from torch import nn
 
+from own_workload import Regression
+
+class Weighed(Regression):
+    weights = None
+
+    def losses(self, outputs, targets):
+        if self.weights is None or len(self.weights) != len(targets):
+            self.weights = torch.linspace(0.5, 1.5, len(targets))
+        return super().losses(outputs, targets) * self.weights
+
 class RMSprop:
     state = ("square_avg",)
     def update(self, params, gradient, state, lr, step, weight_decay):
@@ -43,6 +53,20 @@ class RMSprop:
 
 def halved(step):
     return 0.5 ** (step % 3)
+
+class Masked(nn.Module):
+    # As in pytorch/examples word_language_model: the mask is kept until a window has another length.
+    def __init__(self, vocabulary):
+        super().__init__()
+        self.encoder = nn.Embedding(vocabulary, 8)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 8, dropout=0.0)
+        self.decoder = nn.Linear(8, vocabulary)
+        self.mask = None
+
+    def forward(self, words):
+        if self.mask is None or len(self.mask) != len(words):
+            self.mask = nn.Transformer.generate_square_subsequent_mask(len(words), device=words.device)
+        return self.decoder(self.layer(self.encoder(words), src_mask=self.mask))
 
 def averaging(num_classes):
     norms = nn.BatchNorm2d(4, momentum=None), nn.BatchNorm2d(4, track_running_stats=False)
@@ -55,7 +79,7 @@ class Replay(TorchDispatchMode):
     """Work that was recorded once, operation by operation, and runs again without its Python. The rules are a CUDA
     graph's (see gpu.Graph for the arguments):
 
-    - recording changes nothing: what the work had written is put back;
+    - recording computes nothing: what the work had written is put back, what it had made is of no use;
     - memory that the recording took holds nothing of use when a replay begins (it is filled with NaN), and what of it
       nobody refers to after a replay belongs to others (filled once more);
     - other memory must still be there;
@@ -77,9 +101,11 @@ class Replay(TorchDispatchMode):
             for generator, state in zip(self._generators, before, strict=True):
                 generator.set_state(state)  # after a failure they are of no use, as on a GPU
         finally:
-            for address, content in self._contents.items():
-                self._others[address].copy_(content)
+            for where, content in self._contents.items():
+                self._others[where].copy_(content)
             self._contents.clear()
+            for tensor in self.taken.values():
+                spoil(tensor)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

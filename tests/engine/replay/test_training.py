@@ -63,7 +63,13 @@ QUICK: dict[str, dict[str, Any]] = {
         **{key: IMAGES[key] for key in ("batch_size", "shards", "lr")},
         "schedule": {"name": "step", "step_epochs": 1},
     },
+    "weighed": {
+        "workload": "parts.py:Weighed",
+        "data": {"samples": 28},
+        **{key: IMAGES[key] for key in ("batch_size", "shards", "lr")},
+    },
     "rnn": {**WORDS, "model": {"name": "rnn_relu", **TEXT}, "schedule": {"name": "onecycle"}},
+    "masked": {**WORDS, "model": {"name": "parts.py:Masked"}, "optimizer": ADAMW},
     "own": {
         **IMAGES,
         "model": {"name": "parts.py:averaging"},
@@ -163,14 +169,8 @@ def test_graphs_go_on_from_a_state_that_is_loaded(opened: Open, name: str) -> No
         replayed(one)
 
 
-@pytest.mark.parametrize("name", ["rnn", *slow("images", "lstm")])
-@pytest.mark.parametrize("error", [RuntimeError, torch.OutOfMemoryError])
-@pytest.mark.parametrize("at", [1, 2, 3, 4])
-def test_a_capture_fails_after_others_have_worked(
-    opened: Open, monkeypatch: pytest.MonkeyPatch, name: str, error: type[Exception], at: int
-) -> None:
-    """The first or the second half of a step, of the ordinary shape of batch or of the shorter one."""
-    expected = steps(opened(TRAININGS[name], capture=False))
+def fail(patch: pytest.MonkeyPatch, error: type[Exception], at: int) -> None:
+    """Have a capture fail, after so many others."""
     true, calls = Runtime.graph, itertools.count(1)
 
     def graph(here: Runtime, work: Callable[[], object], *args: Any) -> Callable[[], object]:
@@ -180,12 +180,37 @@ def test_a_capture_fails_after_others_have_worked(
 
         return true(here, broken if next(calls) == at else work, *args)
 
-    monkeypatch.setattr(Runtime, "graph", graph)
+    patch.setattr(Runtime, "graph", graph)
+
+
+@pytest.mark.parametrize("name", ["rnn", *slow("images", "lstm")])
+@pytest.mark.parametrize("error", [RuntimeError, torch.OutOfMemoryError])
+@pytest.mark.parametrize("at", [1, 2, 3, 4])
+def test_a_capture_fails_after_others_have_worked(
+    opened: Open, monkeypatch: pytest.MonkeyPatch, name: str, error: type[Exception], at: int
+) -> None:
+    """The first or the second half of a step, of the ordinary shape of batch or of the shorter one."""
+    expected = steps(opened(TRAININGS[name], capture=False))
+    fail(monkeypatch, error, at)
     one = opened(TRAININGS[name], replicas=2)
     assert steps(one) == expected
     fewer = error is torch.OutOfMemoryError and at % 2 == 1
     assert len(one.stepper.passes.replicas) == (1 if fewer else 2)
     assert one.stepper.capture.startswith("graph" if fewer else "eager: ")
+    assert len(one.stepper._kept) == (4 if fewer else 0)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, torch.OutOfMemoryError])
+@pytest.mark.parametrize(("name", "data"), [("masked", {"bptt": 8}), ("weighed", {"samples": 12})])
+def test_what_is_kept_from_a_failed_capture_is_forgotten(
+    opened: Open, monkeypatch: pytest.MonkeyPatch, error: type[Exception], name: str, data: dict[str, int]
+) -> None:
+    """A mask that was made then holds nothing. Epochs have two steps, and each makes anew what the other replaces."""
+    tree = {**QUICK[name], "data": {**QUICK[name]["data"], **data}}
+    expected = steps(opened(tree, capture=False))
+    fail(monkeypatch, error, 1)
+    one = opened(tree, replicas=2)
+    assert steps(one) == expected
 
 
 @pytest.mark.parametrize("flag", ["save", "stop"])
