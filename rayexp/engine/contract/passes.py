@@ -70,6 +70,7 @@ def both_orders(setting: Setting, states: GlobalStates) -> list[Breach]:
 
     first = [_pass(one, setting, states, shard, shard == 0) for shard in SHARDS]
     again = _pass(one, setting, states, 0, True)
+    ahead = _pass(one, setting, states, 0, True, ahead=True)
     second = [_pass(other, setting, states, shard, shard == len(SHARDS) - 1) for shard in reversed(SHARDS)][::-1]
 
     found = [*watching.found(), *(breach for held in before[:1] for breach in held.changes())]
@@ -81,15 +82,21 @@ def both_orders(setting: Setting, states: GlobalStates) -> list[Breach]:
     replica = one.replicas[0]
     if replica.shares_buffer and not found:
         found += _in_parts(one, setting, states, first, layout)
+    if _difference(first[0], again, layout) is None and (differs := _difference(first[0], ahead, layout)):
+        found.append(_of_feed(differs, setting))
     found += before[0].counters()
     return found
 
 
-def _pass(passes: Passes, setting: Setting, states: GlobalStates, shard: int, anew: bool) -> ShardPass:
-    """A pass over one shard; `anew`: a step begins."""
+def _pass(
+    passes: Passes, setting: Setting, states: GlobalStates, shard: int, anew: bool, ahead: bool = False
+) -> ShardPass:
+    """A pass over one shard; `anew`: a step begins; `ahead`: the run's last batch has been fed meanwhile."""
     device, replica, inputs = setting.runtime.device, passes.replicas[0], setting.inputs()
     if anew:
         passes.begin(1, 0, inputs)
+    if ahead:
+        setting.workload.feed(setting.config.epochs, setting.workload.steps() - 1, SHARDS)
     watch = Calls(replica.model.module, calls.exact, device)
 
     def work() -> Tensor:
@@ -151,6 +158,16 @@ def _depends(call: Call | None, differs: str, setting: Setting) -> Breach:
     )
     way = "a function of its inputs; what a sample hands to the next is the workload's recurrent state"
     return Breach("model", call.name if call else "", what, way)
+
+
+def _of_feed(differs: str, setting: Setting) -> Breach:
+    """The breach of a result that is another one when a later batch has been fed."""
+    what = (
+        f"feed changes what becomes of an earlier batch ({differs} differs); on a GPU it is called some steps ahead, "
+        "and a captured step sees nothing that changes but what it gives"
+    )
+    way = "arrays of feed's own, by name, for all that changes from step to step"
+    return Breach("workload", "", what, way, "always" if setting.runtime.device.type == "cuda" else "note")
 
 
 def _in_parts(
