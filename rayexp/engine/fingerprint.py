@@ -57,13 +57,14 @@ def fingerprint(runtime: Runtime) -> dict[str, Any]:
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """Where `other` differs from `one`, each as "name other's value, not one's value". Names that only one of them has
-    are left out, since an older version of rayexp wrote fewer."""
-    found = []
-    for name in one.keys() & other.keys():
-        if one[name] != other[name]:
-            found.append((name, f"{name} {_shown(other[name], one[name])}, not {_shown(one[name], other[name])}"))
-    order = list(other)
-    return [text for _, text in sorted(found, key=lambda item: order.index(item[0]))]
+    are left out, since an older version of rayexp wrote fewer; so is what only a CPU or only a GPU has where one stands
+    beside the other; and the probe where something with a name differs: it shows no more than that it matters."""
+    found = {name for name in one.keys() & other.keys() if one[name] != other[name]}
+    if (one.get("cuda") is None) != (other.get("cuda") is None):
+        found -= {"cpu", "cuda", "cudnn"}
+    named = found - {"probe"} or found
+    pairs = [(name, one[name], other[name]) for name in other if name in named]
+    return [f"{name} {_shown(theirs, mine)}, not {_shown(mine, theirs)}" for name, mine, theirs in pairs]
 
 
 def _shown(value: Any, beside: Any) -> str:

@@ -62,7 +62,8 @@ def unlike(workers: Sequence[WorkerInfo]) -> str | None:
     others = [kind for kind in kinds if kind is not usual]
     if not others:
         return None
-    named = "; ".join(f"{_these(kind)} has {_what(usual[0], kind[0])}" for kind in others[:NAMED])
+    prints = [", ".join(differences(usual[0].fingerprint, kind[0].fingerprint)) for kind in others[:NAMED]]
+    named = "; ".join(f"{_these(kind)} has {found}" for kind, found in zip(others, prints, strict=False))
     more = f"; and {len(others) - NAMED} kinds more" if len(others) > NAMED else ""
     return f"{named} as {_these(usual)}{more}"
 
@@ -78,13 +79,6 @@ def unlike_weights(workers: Sequence[WorkerInfo]) -> str | None:
 
 def _these(kind: Sequence[WorkerInfo]) -> str:
     return str(kind[0]) + (f" (and {len(kind) - 1} more)" if len(kind) > 1 else "")
-
-
-def _what(one: WorkerInfo, other: WorkerInfo) -> str:
-    found = differences(one.fingerprint, other.fingerprint)
-    # Where something with a name differs, that is the cause, and the probe only shows that it matters.
-    named = [text for text in found if not text.startswith("probe ")]
-    return ", ".join(named or found)
 
 
 def refuse_other_data(config: ExperimentConfig, before: Mapping[str, str] | None, now: Mapping[str, str]) -> None:

@@ -123,3 +123,23 @@ def test_differences_are_named_and_short() -> None:
     assert differences({"torch": "2.12", "probe": "a"}, {"torch": "2.13", "probe": "a"}) == ["torch 2.13, not 2.12"]
     # What an older version of rayexp did not write is not another machine.
     assert differences({"device": "x"}, {"device": "x", "probe": "a"}) == []
+
+
+def test_between_a_cpu_and_a_gpu_the_device_says_it_all() -> None:
+    cpu = {
+        "device": "cpu AVX512",
+        "cpu": "A L1=32K avx fma",
+        "torch": "2.13",
+        "cuda": None,
+        "cudnn": None,
+        "probe": "a",
+    }
+    gpu = {"device": "H100", "cpu": None, "torch": "2.14", "cuda": "13.0", "cudnn": 92400, "probe": "b"}
+    assert differences(cpu, gpu) == ["device H100, not cpu AVX512", "torch 2.14, not 2.13"]
+    assert differences(gpu, cpu) == ["device cpu AVX512, not H100", "torch 2.13, not 2.14"]
+    # Between two GPUs their libraries are the difference, and where nothing has a name, the probe.
+    assert differences(gpu, {**gpu, "cuda": "12.8", "cudnn": 91000, "probe": "c"}) == [
+        "cuda 12.8, not 13.0",
+        "cudnn 91000, not 92400",
+    ]
+    assert differences(gpu, {**gpu, "probe": "c"}) == ["probe c, not b"]
