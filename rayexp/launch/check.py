@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from rayexp import workloads
 from rayexp.cluster.job_context import resolve_paths
 from rayexp.config import ExperimentConfig
-from rayexp.launch import placement, starting
-from rayexp.launch.local import here
+from rayexp.launch import starting
+from rayexp.launch.local import on_gpu
 
 if TYPE_CHECKING:
     from rayexp.engine.contract.breach import Contract
@@ -31,7 +31,7 @@ def check(config: ExperimentConfig) -> Contract:
     config = starting.resolved(resolve_paths(config).absolute())
     weights = starting.read(config)
     alone = config.model_copy(update={"scaling": config.scaling.model_copy(update={"num_workers": 0, "lanes": 1})})
-    device = runtime.device("cuda" if placement.make(alone, [here()]).gpu else "cpu")
+    device = runtime.device("cuda" if on_gpu(alone) else "cpu")
     with runtime.configure(alone, device, len(SHARDS)) as configured:
         if alone.precision == "auto":
             decided = "bf16" if device.type == "cuda" and configured.has_bf16() else "fp32"

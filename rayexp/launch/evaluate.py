@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 from rayexp.config import ExperimentConfig
 from rayexp.config.references import provide
 from rayexp.errors import RunError, UserError
-from rayexp.launch import placement
-from rayexp.launch.local import here
+from rayexp.launch.local import on_gpu
 from rayexp.runs.code import code_of
 from rayexp.runs.manifest import digest, seal_predictions
 from rayexp.runs.records import Predictions
@@ -139,13 +138,6 @@ def evaluate(
     else:
         equal = run.predictions(epoch).same_as(predictions)
     return Evaluation(predictions, metrics, weights_sha, missing, equal)
-
-
-def on_gpu(config: ExperimentConfig) -> bool:
-    """Whether one process of this machine computes on a GPU for a run, whatever the run had: the number of workers does
-    not change a model's output."""
-    alone = config.model_copy(update={"scaling": config.scaling.model_copy(update={"num_workers": 0})})
-    return placement.make(alone, [here()]).gpu
 
 
 def _same_data(run: Run, found: Mapping[str, Any], config: ExperimentConfig) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 
+from rayexp.config import ExperimentConfig
 from rayexp.errors import RunError, UserError
 from rayexp.launch.job import WorkerJob
 from rayexp.launch.placement import Node
@@ -17,6 +18,12 @@ def here() -> Node:
     from rayexp.engine import runtime
 
     return Node("this machine", cores(), runtime.gpus())
+
+
+def on_gpu(config: ExperimentConfig) -> bool:
+    """Whether this process computes on a GPU what trains nothing: on one that is here, unless `scaling.use_gpu` is
+    false. (`true` asks for GPUs to train on; a run that had them is also judged where there is none.)"""
+    return config.scaling.use_gpu is not False and here().gpus > 0
 
 
 def attempt(run: Run, job: WorkerJob) -> str:

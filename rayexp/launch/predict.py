@@ -20,7 +20,7 @@ from rayexp.data.text import decode
 from rayexp.data.tiny_imagenet import natural
 from rayexp.display import csv_cell, plain
 from rayexp.errors import UserError
-from rayexp.launch.evaluate import on_gpu
+from rayexp.launch.local import on_gpu
 from rayexp.runs.records import one_line
 from rayexp.runs.run import Run
 

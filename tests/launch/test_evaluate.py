@@ -19,6 +19,7 @@ from rayexp.engine import checkpoint
 from rayexp.errors import RunError, UserError
 from rayexp.launch.driver import run
 from rayexp.launch.evaluate import evaluate, predict
+from rayexp.launch.local import on_gpu
 from rayexp.runs.integrity import faults
 from rayexp.runs.records import Predictions
 from rayexp.workloads import open_workload
@@ -78,6 +79,25 @@ def test_predictions_made_on_another_device_are_not_damaged(tiny: Tiny, monkeypa
     made.predictions_path(1).write_bytes(later)
     made.predictions_path(2).write_bytes(later)  # of another epoch's weights
     assert [line.partition(":")[0] for line in faults(made)] == ["predictions/epoch_002.npz"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "there", "found"),
+    [(True, 0, False), ("auto", 0, False), (True, 2, True), ("auto", 1, True), (False, 1, False)],
+)
+def test_a_run_that_had_gpus_is_judged_where_there_are_none(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, asked: object, there: int, found: bool
+) -> None:
+    monkeypatch.setattr("rayexp.engine.runtime.gpus", lambda: there)
+    for workers in (0, 2):
+        assert on_gpu(tiny(scaling={"num_workers": workers, "use_gpu": asked})) is found
+
+
+def test_a_run_that_asked_for_a_gpu_is_judged_on_this_cpu(tiny: Tiny) -> None:
+    made = run(tiny(epochs=1, scaling={"use_gpu": False}), argv=[])
+    asked = made.config().model_copy(update={"scaling": made.config().scaling.model_copy(update={"use_gpu": True})})
+    made.write("config.yaml", asked.to_yaml())
+    assert evaluate(made, 1).equal
 
 
 def test_batches_come_in_their_order(tiny: Tiny) -> None:
