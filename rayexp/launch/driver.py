@@ -102,8 +102,7 @@ def run(
     made = resume or Run.create(config, argv=list(argv), parent=parent)
     config = with_copy(made.root, config)
     with _driving(made, fresh=resume is None) as driver, stoppable(made) as stopping:
-        if resume is not None:
-            _reopen(made, config, argv)
+        undo = None if resume is None else _reopen(made, config, argv)
 
         def job(plan: Placement, nodes: int) -> WorkerJob:
             """The job of one attempt."""
@@ -136,7 +135,7 @@ def run(
         except BaseException as error:
             if _status(made) == "done":
                 return made  # a signal after the end of the run, or the end of its Ray, changes nothing
-            _fail(made, error, stopping, fresh=resume is None)
+            _fail(made, error, stopping, resume is None, undo)
             if heard is not None and heard.failure is not None:
                 raise _failed_callback(made, heard.failure, _status(made)) from heard.failure[1]
             if stopping() or isinstance(error, KeyboardInterrupt):
@@ -191,8 +190,10 @@ def _decided(run: Run, config: ExperimentConfig, plan: Placement) -> ExperimentC
     return config.model_copy(update={"threads_per_shard": kept})
 
 
-def _reopen(run: Run, config: ExperimentConfig, argv: Sequence[str]) -> None:
-    meta = run.meta()
+def _reopen(run: Run, config: ExperimentConfig, argv: Sequence[str]) -> Callable[[], bool]:
+    """Begin another attempt at a run. Returns what takes that back, as long as nothing has been saved since, and tells
+    whether it did: a resume that was refused leaves the run's status and configuration as they were."""
+    meta, done, text = run.meta(), _steps_done(run), run.config_path.read_text(encoding="utf-8")
     before = run.config()
     kept = config.model_copy(update={"name": before.name, "storage_path": before.storage_path})
     resumed = [*meta.get("resumed", ()), {"argv": list(argv), "after": meta["status"]}]
@@ -200,9 +201,24 @@ def _reopen(run: Run, config: ExperimentConfig, argv: Sequence[str]) -> None:
     run.update(status="running", error=None, finished=None, resumed=resumed, **where)
     run.write(run.config_path.name, kept.to_yaml(FOLDER))  # after the status: a run that is done has all its epochs
 
+    def undo() -> bool:
+        if _steps_done(run) != done:
+            return False
+        with contextlib.suppress(OSError, UserError):  # as in _finish
+            run.write(run.config_path.name, text)
+            RunWriter(run).end("failed" if meta["status"] == "running" else meta["status"])
+            run.update(**{"resumed": [], **{key: value for key, value in meta.items() if key != "files"}})
+            return True
+        return False
 
-def _fail(run: Run, error: BaseException, stopping: Stopping, fresh: bool) -> None:
-    """Write the end of a run that no worker could write; a run that has not begun is removed."""
+    return undo
+
+
+def _fail(
+    run: Run, error: BaseException, stopping: Stopping, fresh: bool, undo: Callable[[], bool] | None = None
+) -> None:
+    """Write the end of a run that no worker could write; a run that has not begun is removed, and one whose resume was
+    refused is as it was."""
     if stopping() or isinstance(error, KeyboardInterrupt):
         if _status(run) != "stopped":
             begun = run.stepping()
@@ -210,7 +226,7 @@ def _fail(run: Run, error: BaseException, stopping: Stopping, fresh: bool) -> No
             _finish(run, "stopped", _own_fault(error) or lost)
     elif isinstance(error, UserError) and fresh and not _holds_work(run):
         shutil.rmtree(run.root)
-    else:
+    elif not (isinstance(error, UserError) and undo is not None and undo()):
         _finish(run, "failed", str(error) or type(error).__name__)
 
 

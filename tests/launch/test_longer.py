@@ -15,7 +15,9 @@ from rich.console import Console
 from rayexp.config import ExperimentConfig, components, parse
 from rayexp.engine.schedule import Schedule
 from rayexp.errors import UserError
+from rayexp.launch import local
 from rayexp.launch.driver import run
+from rayexp.launch.job import WorkerJob
 from rayexp.runs.integrity import examine, faults
 from rayexp.runs.run import Run
 
@@ -58,6 +60,46 @@ def test_a_finished_run_has_nothing_to_go_on_with(
     assert files(made) == before
     with pytest.raises(UserError, match=r"the configuration has changed: lr 1\.0 -> 2\.0"):
         run(tiny(epochs=1, lr=2.0), argv=[], resume=made)
+
+
+@pytest.mark.parametrize(("steps", "status"), [(None, "done"), (4, "stopped")])
+def test_a_resume_that_is_refused_leaves_the_run_as_it_was(tiny: Tiny, steps: int | None, status: str) -> None:
+    """What was asked for and cannot be had here is not written down, so that an ordinary resume goes on."""
+    made = run(tiny(epochs=1), argv=[], max_steps=steps)
+    before, meta = files(made), made.meta()
+    assert meta["status"] == status
+    asked = made.config().scaling.model_copy(update={"use_gpu": True})
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"use_gpu: true, but this machine .*; saved up to step \d+; go on with: "):
+            run(tiny(epochs=2, scaling=asked.model_dump()), argv=["asked"], resume=made)
+        for name, (data, _) in files(made).items():
+            assert name in ("run.json", "driver.lock") or data == before[name][0], name
+        assert made.meta() == {"resumed": [], **meta}
+        assert {finding.state for finding in examine(made)} == {"ok"}
+    run(tiny(epochs=2), argv=["again"], resume=made)
+    assert (made.status(), made.epochs()) == ("done", [1, 2])
+    assert [each["argv"] for each in made.meta()["resumed"]] == [["again"]]
+
+
+@pytest.mark.parametrize(("more", "kept"), [(0, False), (1, True)])
+def test_what_is_refused_after_it_has_saved_is_a_failure(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, more: int, kept: bool
+) -> None:
+    """Such as a step that cannot be captured: what has been trained by then belongs to the new configuration."""
+    made = run(tiny(epochs=1), argv=[])
+    steps = made.meta()["steps_per_epoch"]
+    true = local.attempt
+
+    def attempt(run: Run, job: WorkerJob) -> str:
+        if more:
+            true(run, job.model_copy(update={"max_steps": steps + more}))
+        raise UserError("this cannot be done here")
+
+    monkeypatch.setattr(local, "attempt", attempt)
+    with pytest.raises(UserError, match=f"this cannot be done here; saved up to step {steps + more}; "):
+        run(tiny(epochs=2), argv=[], resume=made)
+    assert (made.status(), made.config().epochs) == (("failed", 2) if kept else ("done", 1))
+    assert {finding.state for finding in examine(made)} == {"ok"}
 
 
 def test_a_run_that_was_brought_home_without_its_checkpoints_is_finished(tiny: Tiny) -> None:
