@@ -23,7 +23,7 @@ from rayexp.engine.diagnosis import absurd_loss
 from rayexp.engine.fingerprint import differences, fingerprint
 from rayexp.engine.group import WorkerGroup
 from rayexp.engine.runtime import Runtime
-from rayexp.engine.step import ControlFlags
+from rayexp.engine.step import ControlFlags, Stepper
 from rayexp.engine.trainer import EpochDone, StepDone, Trainer
 from rayexp.engine.workload import Workload
 from rayexp.errors import RunError, UserError
@@ -121,7 +121,7 @@ class _Worker:
         config = self.config.model_dump(mode="json")
         self.saver = Saver(writer, {"fingerprint": self.fingerprint, "data": self.data_shas, "config": config})
         self.steps = StepLog()
-        self.capture = ""  # what run.json says of it
+        self.capture, self.lanes = "", configured.side_by_side  # what run.json says of them
         self.warnings: list[str] = []
         self.saved = self.reported = self.plotted = time.monotonic()
 
@@ -272,8 +272,8 @@ class _Worker:
     def _step(self, event: StepDone) -> None:
         if event.first and self.lead:
             self.writer.first_step(self.job.started, time.monotonic() - self.entered)
-        if self.lead and self.runtime.static and self.capture != self.trainer.stepper.capture:
-            self._say_capture(self.trainer.stepper.capture)
+        if self.lead and self.runtime.static:
+            self._say_how(self.trainer.stepper)
         if self.job.trace:
             self._trace(event)  # before the snapshot: a step that is saved is not done again
         due = event.save or self._due(self.trainer.global_step)
@@ -300,12 +300,20 @@ class _Worker:
                 }
             )
 
-    def _say_capture(self, capture: str) -> None:
+    def _say_how(self, stepper: Stepper) -> None:
         """Put into run.json how a GPU runs the steps, and warn where it does so slowly without having been told to."""
-        self.capture = capture
-        self.writer.note({"capture": capture})
-        if capture.startswith("eager") and self.config.capture is not False:
-            self._warn(f"capture: steps run without CUDA graphs, which takes several times as long ({capture})")
+        lanes, capture = len(stepper.passes.replicas), stepper.capture
+        if lanes != self.lanes:
+            what = f"the GPU's memory holds {lanes} of {counted(self.runtime.side_by_side, 'lane')} side by side"
+            self.lanes = lanes
+            self.writer.note({"lanes": lanes})
+            self._warn_while_training(f"scaling.lanes: {what}; steps take longer than with all of them")
+        if capture != self.capture:
+            self.capture = capture
+            self.writer.note({"capture": capture})
+            if capture.startswith("eager") and self.config.capture is not False:
+                what = f"steps run without CUDA graphs, which takes several times as long ({capture})"
+                self._warn_while_training(f"capture: {what}")
 
     def _trace(self, event: StepDone) -> None:
         state = self.trainer.state()  # every worker must call it: each has the recurrent state of its own shards

@@ -8,9 +8,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from rayexp.config import ExperimentConfig, parse
+from rayexp.engine import runtime
+from rayexp.engine.inputs import StepInputs
+from rayexp.engine.passes import Passes
 from rayexp.launch.driver import outline, run
 
 Tiny = Callable[..., ExperimentConfig]
@@ -95,3 +99,55 @@ def test_a_graph_that_cannot_be_drawn_is_said(tiny: Tiny, monkeypatch: pytest.Mo
     made = run(tiny(epochs=1), argv=[], console=Console(file=text, width=300))
     assert shown(text) == ["TensorBoard has no graph of this model: it cannot be traced (RuntimeError: no)"]
     assert not list(made.tb.glob("*.graph"))
+
+
+@pytest.fixture
+def static(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs compute as on a GPU, with calls in the place of graphs."""
+    true = runtime.configure
+    monkeypatch.setattr(runtime, "configure", lambda *args, **options: true(*args, static=True, **options))
+
+
+def short_of_memory(monkeypatch: pytest.MonkeyPatch, replica: int, step: int) -> None:
+    """From that step on there is no memory for that replica."""
+    true = Passes.compute
+
+    def compute(passes: Passes, number: int, inputs: StepInputs, *args: Any) -> float:
+        if number >= replica and float(inputs.done) >= step:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return true(passes, number, inputs, *args)
+
+    monkeypatch.setattr(Passes, "compute", compute)
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_lanes_that_the_memory_does_not_hold_are_said(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, static: None, step: int
+) -> None:
+    config = tiny(epochs=1, scaling={"use_gpu": False, "lanes": 4}, cpu_kernels=False)
+    whole = run(config, argv=[])
+    assert (whole.meta()["lanes"], whole.meta()["capture"], whole.meta()["warnings"]) == (4, "graph", [])
+    short_of_memory(monkeypatch, 1, step)
+    text = io.StringIO()
+    made = run(config, argv=[], console=Console(file=text, width=300))
+    line = "scaling.lanes: the GPU's memory holds 1 of 4 lanes side by side; steps take longer than with all of them"
+    assert shown(text) == made.meta()["warnings"] == [line]
+    assert (made.meta()["lanes"], made.meta()["capture"]) == (1, "graph")
+    assert line in (made.logs / "rank_0.log").read_text()
+    assert made.records()[-1].weights_sha == whole.records()[-1].weights_sha
+
+
+@pytest.mark.parametrize(("capture", "warned"), [("auto", True), (False, False)])
+def test_steps_without_graphs_are_said(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, static: None, capture: object, warned: bool
+) -> None:
+    def graph(*args: object) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    monkeypatch.setattr(runtime.Runtime, "graph", graph)
+    text = io.StringIO()
+    made = run(tiny(epochs=1, capture=capture), argv=[], console=Console(file=text, width=300))
+    reason = "eager: operation not permitted when stream is capturing" if warned else "eager: capture is false"
+    lines = [f"capture: steps run without CUDA graphs, which takes several times as long ({reason})"] * warned
+    assert made.meta()["capture"] == reason
+    assert shown(text) == made.meta()["warnings"] == lines
