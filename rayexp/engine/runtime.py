@@ -12,7 +12,7 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -51,6 +51,7 @@ class Runtime:
     before: Settings
     streams: tuple[torch.cuda.Stream, ...] = ()
     static: bool = False
+    _peaks: list[int] = field(default_factory=list)  # peaks of the GPU's memory before its books began anew
 
     @property
     def side_by_side(self) -> int:
@@ -134,6 +135,7 @@ class Runtime:
         allocator's books are kept here, not on the GPU, which need not be waited for.)"""
         if self.device.type != "cuda":
             return work(), 0
+        self._peaks.append(torch.cuda.max_memory_allocated(self.device))
         torch.cuda.reset_peak_memory_stats(self.device)
         result = work()
         return result, torch.cuda.max_memory_allocated(self.device) - torch.cuda.memory_allocated(self.device)
@@ -146,7 +148,7 @@ class Runtime:
         unit = 1 if platform.system() == "Darwin" else 1024
         peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
         if self.device.type == "cuda":
-            peak["device"] = torch.cuda.max_memory_allocated(self.device)
+            peak["device"] = max([*self._peaks, torch.cuda.max_memory_allocated(self.device)])
         return peak
 
     def gpu_id(self) -> str | None:

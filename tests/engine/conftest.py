@@ -191,7 +191,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     fake.Event = lambda **kwargs: SimpleNamespace(record=lambda: None)
     fake.device = lambda device: contextlib.nullcontext()
     fake.mem_get_info = lambda device: (fake.free, 80 << 30)
-    fake.reset_peak_memory_stats = lambda device: None
+    fake.reset_peak_memory_stats = lambda device: setattr(fake, "peak", min(fake.peak, 8 << 20))
     fake.max_memory_allocated, fake.memory_allocated = lambda device: fake.peak, lambda device: 5 << 20
     for name, value in vars(fake).items():
         if hasattr(torch.cuda, name):

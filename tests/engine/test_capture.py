@@ -13,6 +13,8 @@ from torch import nn
 from torch.torch_version import TorchVersion
 
 from rayexp.engine import gpu
+from rayexp.engine.runtime import Runtime
+from rayexp.engine.settings import Settings
 from rayexp.errors import UserError
 
 GPU = torch.device("cuda", 0)
@@ -204,3 +206,13 @@ def test_what_goes_wrong_in_feeding_is_raised(cuda: SimpleNamespace) -> None:
     assert feeder.get((1, 0))["thread"]
     with pytest.raises(OSError, match="the disk is gone"):
         feeder.get((1, 1))
+
+
+def test_the_peak_of_memory_is_the_whole_runs(cuda: SimpleNamespace) -> None:
+    """A batch of another size is looked at by itself, which begins the allocator's books anew."""
+    here = Runtime(GPU, 1, 1, None, Settings.now(), static=True)
+    assert here.transient(lambda: setattr(cuda, "peak", 700 << 20)) == (None, 695 << 20)
+    assert here.transient(lambda: setattr(cuda, "peak", 90 << 20)) == (None, 85 << 20)
+    assert here.peak_memory()["device"] == 700 << 20
+    cuda.peak = 800 << 20
+    assert here.peak_memory()["device"] == 800 << 20
