@@ -91,7 +91,8 @@ def choices(config: ExperimentConfig, nodes: Sequence[Node]) -> list[Placement]:
     if high == 0:
         if s.use_gpu is True and not gpus_there:
             raise UserError("scaling.use_gpu: true, but this machine has no CUDA device; allowed here: auto, false")
-        return [Placement(0, s.use_gpu is not False and gpus_there > 0, None)]
+        gpu = s.use_gpu is not False and gpus_there > 0
+        return [Placement(0, gpu, None, float(gpu))]
     wanted = [n for n in reversed(config.allowed_workers) if low <= n <= high]
     for gpus in [s.gpus_per_worker] * (s.use_gpu is not False) + [0.0] * (s.use_gpu is not True):
         if plans := [plan for n in wanted if (plan := _placed(config, nodes, n, gpus))]:

@@ -59,6 +59,8 @@ def test_gpus(tiny: Tiny) -> None:
     assert make(scaled(tiny, num_workers=8), nodes) == Placement(8, True, 2, 1)
     assert make(scaled(tiny, num_workers=8), [Node("a", 8, 4)]) == Placement(8, False, 1), "auto: not enough of them"
     assert make(scaled(tiny, num_workers=8, gpus_per_worker=0.5), [Node("a", 8, 4)]) == Placement(8, True, 1, 0.5)
+    assert make(scaled(tiny), [Node("a", 8, 4)]) == Placement(0, True, None, 1.0), "in-process: one of them"
+    assert make(scaled(tiny), [Node("a", 8)]) == Placement(0, False, None, 0.0)
     for config in (scaled(tiny, num_workers=8, use_gpu=True), scaled(tiny, num_workers=0, use_gpu=True)):
         with pytest.raises(UserError, match=r"GPU|CUDA"):
             make(config, [Node("a", 8, 0)])
