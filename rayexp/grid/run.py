@@ -183,9 +183,10 @@ def _stop_orphans(comparison: Comparison) -> None:
 
 
 def _tune(comparison: Comparison, jobs: list[dict[str, Any]], address: str | None, follower: Follower) -> None:
-    from ray import tune
-
     from rayexp.launch.on_ray import session as on_ray
+
+    on_ray.prepare(address)  # before Ray is imported: a comparison that is resumed has planned nothing by then
+    from ray import tune
 
     # Tune warns of the result files that it was told not to write.
     logging.getLogger("ray.tune").setLevel(logging.ERROR)

@@ -13,6 +13,7 @@ from rayexp.errors import UserError
 from rayexp.grid import run as grid
 from rayexp.grid.comparison import CellResult, Comparison
 from rayexp.grid.plan import base_of, plan, with_overrides
+from rayexp.launch.on_ray import session as on_ray
 from rayexp.launch.placement import Node
 from rayexp.runs.run import Run
 from rayexp.system.disk import now
@@ -444,3 +445,17 @@ def test_dry_run_shows_the_plan_and_makes_nothing(tmp_path, alone, typed, monkey
     assert cells["cpu-x1-exact"]["skip"] is None
     assert "64 GPUs asked" in cells["gpu-x64-exact"]["skip"]
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_comparison_that_goes_on_settles_the_token_before_ray_is_imported(comparison, monkeypatch):
+    """Ray reads when it is imported whether it wants a token; another import than the planning's may not be first."""
+
+    def prepare(address):
+        assert address == "there:1"
+        raise UserError("prepared")
+
+    monkeypatch.setattr(on_ray, "prepare", prepare)
+    monkeypatch.setitem(sys.modules, "ray", None)  # cannot be imported
+    with pytest.raises(UserError, match="prepared"):
+        grid.go(comparison, address="there:1")
+    assert comparison.meta()["status"] == "failed"
