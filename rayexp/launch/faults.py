@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from types import TracebackType
 
+_NCCL = re.compile(r"NCCL error in: .*?:\d+, ([^,(]+?) *(?:\(.*?\))?, NCCL version ([\w.]+)")
 # Files in which workers exchange data.
 _EXCHANGE = ("torch/distributed/", "rayexp/engine/group.py", "rayexp/engine/exchange.py")
 
@@ -28,3 +30,12 @@ def peer_lost(error: BaseException) -> bool:
             return True
         trace = trace.tb_next
     return False
+
+
+def why_lost(error: BaseException) -> str:
+    """Why a worker could not go on, in a line, where `peer_lost`. NCCL has its reason on the last of several lines;
+    gloo knows no more than that a connection has ended."""
+    text = str(error).strip()
+    if (found := _NCCL.search(text)) is None:
+        return "lost touch with a peer"
+    return f"NCCL {found[2]}: {found[1]}: {text.splitlines()[-1][:200]} (NCCL_DEBUG=INFO tells more)"

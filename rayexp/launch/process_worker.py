@@ -13,6 +13,7 @@ from pathlib import Path
 from rayexp.engine import runtime
 from rayexp.engine.group import join
 from rayexp.errors import RunError, UserError
+from rayexp.launch.faults import LostError, peer_lost, why_lost
 from rayexp.launch.fence import end_with_parent
 from rayexp.launch.job import WorkerJob
 from rayexp.launch.worker import work
@@ -29,7 +30,7 @@ def main(argv: list[str]) -> None:
             started this one.
 
     Raises:
-        WorkerFaultError: a UserError or RunError, for the process that waits for this one.
+        WorkerFaultError: a UserError or RunError, or another worker is lost, for the process that waits for this one.
     """
     end_with_parent(int(argv[4]))
     job = WorkerJob.read(Path(argv[0]))
@@ -43,6 +44,10 @@ def main(argv: list[str]) -> None:
         work(job, join_group, RunWriter(Run(job.run)), device, world)
     except (UserError, RunError) as error:
         raise WorkerFaultError.of(error) from error
+    except Exception as error:
+        if peer_lost(error):
+            raise WorkerFaultError.of(LostError(why_lost(error))) from error
+        raise
     sys.stdout.flush()
     sys.stderr.flush()
     # All is written. Ending gloo's threads in the ordinary way aborts now and then when another worker is gone already.

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rayexp.errors import RunError, UserError
+from rayexp.launch.faults import LostError
 from rayexp.launch.job import WorkerJob
 from rayexp.launch.worker_fault import find
 from rayexp.system import spawn
@@ -45,7 +46,8 @@ def free_port() -> int:
 
 
 def start(job: WorkerJob, world: int) -> list[subprocess.Popen[bytes]]:
-    """Start the workers; rank r's output goes to logs/rank_<r>.out of the run."""
+    """Start the workers; rank r's output goes to logs/rank_<r>.out of the run, in the place of an earlier attempt's,
+    whose errors would be taken for this one's."""
     (job.run / "logs").mkdir(exist_ok=True)
     path = job.write()
     address, me = f"127.0.0.1:{free_port()}", str(os.getpid())
@@ -54,7 +56,7 @@ def start(job: WorkerJob, world: int) -> list[subprocess.Popen[bytes]]:
     workers: list[subprocess.Popen[bytes]] = []
     try:
         for rank in range(world):
-            with (job.run / "logs" / f"rank_{rank}.out").open("ab") as out:
+            with (job.run / "logs" / f"rank_{rank}.out").open("wb") as out:
                 workers.append(
                     subprocess.Popen(
                         spawn.command("rayexp.launch.process_worker", str(path), str(rank), str(world), address, me),
@@ -72,7 +74,8 @@ def start(job: WorkerJob, world: int) -> list[subprocess.Popen[bytes]]:
 def wait(run: Path, workers: list[subprocess.Popen[bytes]]) -> None:
     """Wait for all workers of a run directory; if one fails, or this is interrupted, end the others.
 
-    Whoever was killed is the cause, whichever of those that failed is seen first.
+    Whoever was killed is the cause, whichever of those that failed is seen first; who has only lost touch with another
+    one is none.
 
     Raises:
         UserError: a worker raised it, and none was killed.
@@ -88,14 +91,15 @@ def wait(run: Path, workers: list[subprocess.Popen[bytes]]) -> None:
     finally:
         _end(workers)
     if codes:
-        rank, code = min(codes.items(), key=lambda each: (each[1] != -signal.SIGKILL, each[0]))
-        out = run / "logs" / f"rank_{rank}.out"
-        printed = out.read_text(errors="replace").strip()
-        told = find(printed) if code > 0 else None
-        if isinstance(told, UserError):
-            raise told
-        last = told or (printed.splitlines() or ["no output"])[-1]
-        raise WorkersFailedError(f"worker {rank} ended with {code}: {last}", f" (see {out})", codes)
+        outs = {rank: run / "logs" / f"rank_{rank}.out" for rank in codes}
+        printed = {rank: out.read_text(errors="replace").strip() for rank, out in outs.items()}
+        told = {rank: find(printed[rank]) if code > 0 else None for rank, code in codes.items()}
+        rank = min(codes, key=lambda rank: (codes[rank] != -signal.SIGKILL, isinstance(told[rank], LostError), rank))
+        found = told[rank]
+        if isinstance(found, UserError):
+            raise found
+        last = found or (printed[rank].splitlines() or ["no output"])[-1]
+        raise WorkersFailedError(f"worker {rank} ended with {codes[rank]}: {last}", f" (see {outs[rank]})", codes)
 
 
 def _end(workers: Sequence[subprocess.Popen[bytes]]) -> None:

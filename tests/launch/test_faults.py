@@ -10,7 +10,7 @@ import pytest
 
 from rayexp.errors import HeadLostError, RunError, UserError
 from rayexp.launch.doctor import examine
-from rayexp.launch.faults import peer_lost
+from rayexp.launch.faults import peer_lost, why_lost
 
 
 def test_a_lost_peer_is_told_from_a_mistake() -> None:
@@ -20,6 +20,29 @@ def test_a_lost_peer_is_told_from_a_mistake() -> None:
     with pytest.raises(RuntimeError) as caught:
         exec(code)
     assert peer_lost(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        (
+            "NCCL error in: /torch/csrc/distributed/c10d/NCCLUtils.cpp:92, unhandled cuda error (run with "
+            "NCCL_DEBUG=INFO for details), NCCL version 2.30.7\nncclUnhandledCudaError: Call to CUDA function failed.\n"
+            "Last error:\nCuda failure 'API call is not supported in the installed CUDA driver'",
+            "NCCL 2.30.7: unhandled cuda error: Cuda failure 'API call is not supported in the installed CUDA driver' "
+            "(NCCL_DEBUG=INFO tells more)",
+        ),
+        (
+            "NCCL error in: ../torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp:1269, internal error, NCCL version "
+            "2.14.3\nncclInternalError: Internal check failed.\nLast error:\nProxy Call to rank 0 failed (Connect)\n",
+            "NCCL 2.14.3: internal error: Proxy Call to rank 0 failed (Connect) (NCCL_DEBUG=INFO tells more)",
+        ),
+        ("[../third_party/gloo/gloo/transport/tcp/pair.cc:561] Connection closed by peer", "lost touch with a peer"),
+    ],
+)
+def test_why_a_peer_is_lost_is_said_in_a_line(said: str, why: str) -> None:
+    assert peer_lost(RuntimeError(said))
+    assert why_lost(RuntimeError(said)) == why
 
 
 @pytest.mark.parametrize("kind", [UserError, RunError, HeadLostError])

@@ -16,6 +16,7 @@ import pytest
 from rayexp.config import ExperimentConfig
 from rayexp.errors import RunError, UserError
 from rayexp.launch import process_worker, processes
+from rayexp.launch.faults import LostError
 from rayexp.launch.job import WorkerJob
 from rayexp.launch.processes import WorkersFailedError
 from rayexp.launch.worker_fault import WorkerFaultError, find
@@ -121,6 +122,23 @@ def test_the_error_of_a_worker_is_raised_as_it_is(
     assert str(caught.value).startswith(expected.format(out=tmp_path / "logs" / "rank_0.out"))
 
 
+@pytest.mark.parametrize("kind", [UserError, RunError])
+@pytest.mark.parametrize("lost", [0, 1])
+def test_who_lost_touch_with_another_worker_is_not_the_cause(
+    tmp_path: Path, kind: type[UserError | RunError], lost: int
+) -> None:
+    (tmp_path / "logs").mkdir()
+    for rank, error in ((lost, LostError("lost touch with a peer")), (1 - lost, kind("the loss is not finite"))):
+        (tmp_path / "logs" / f"rank_{rank}.out").write_text(
+            f"Traceback\nWorkerFaultError: {WorkerFaultError.of(error)}\n"
+        )
+    with pytest.raises(kind, match="the loss is not finite"):
+        processes.wait(tmp_path, [Ending(1), Ending(1)])  # type: ignore[list-item]
+    (tmp_path / "logs" / f"rank_{1 - lost}.out").write_text("Segmentation fault")
+    with pytest.raises(WorkersFailedError, match=f"^worker {1 - lost} ended with -11: Segmentation fault "):
+        processes.wait(tmp_path, [Ending((1, -11)[rank != lost]) for rank in range(2)])  # type: ignore[misc]
+
+
 def test_the_error_of_a_run_is_told_without_the_names_of_classes(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
     fault = WorkerFaultError.of(RunError("the loss is not finite"))
@@ -146,6 +164,32 @@ def test_a_worker_tells_its_errors(
         process_worker.main([str(job), "0", "1", "127.0.0.1:1", "77"])
     found = find(f"X: {caught.value}")
     assert (type(found), str(found), watched) == (UserError, str(error), [77])
+
+    def alone(*args: object) -> None:
+        raise RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:545] Connection reset by peer")
+
+    monkeypatch.setattr(process_worker, "work", alone)
+    with pytest.raises(WorkerFaultError) as caught:
+        process_worker.main([str(job), "0", "1", "127.0.0.1:1", "77"])
+    found = find(f"X: {caught.value}")
+    assert (type(found), str(found)) == (LostError, "lost touch with a peer")
+    monkeypatch.setattr(process_worker, "work", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        process_worker.main([str(job), "0", "1", "127.0.0.1:1", "77"])
+
+
+def test_an_attempt_does_not_inherit_the_errors_of_the_one_before(
+    tmp_path: Path, tiny: Callable[..., ExperimentConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny()
+    made = Run.create(config, argv=[])
+    made.logs.mkdir()
+    old = WorkerFaultError.of(UserError("of the attempt before"))
+    (made.logs / "rank_0.out").write_text(f"Traceback\nWorkerFaultError: {old}\n")
+    job = WorkerJob(run=made.root, config=config, device="cpu")
+    monkeypatch.setattr(spawn, "command", lambda *words: [sys.executable, "-c", "exit('of this one')"])
+    with pytest.raises(WorkersFailedError, match=r"^worker 0 ended with 1: of this one "):
+        processes.wait(made.root, processes.start(job, 1))
 
 
 def test_all_well(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import ray.train
 from ray.train import collective
 
 from rayexp.errors import RunError, UserError, WriteError
-from rayexp.launch.faults import LostError, peer_lost
+from rayexp.launch.faults import LostError, peer_lost, why_lost
 from rayexp.launch.job import WorkerJob
 from rayexp.launch.on_ray import remote_writer, reports
 from rayexp.launch.on_ray.rendezvous import node_address
@@ -59,7 +59,7 @@ def _train_loop(job: WorkerJob) -> None:
     except Exception as error:
         writer.log(rank, traceback.format_exc())
         if peer_lost(error):
-            raise LostError("lost touch with a peer") from None
+            raise LostError(why_lost(error)) from None
         line = f"{type(error).__name__}: {_line(error)}"
         raise RunError(line, f" (rank {rank}; logs/rank_{rank}.log)") from None
 
