@@ -12,12 +12,11 @@ import concurrent.futures
 import functools
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import FunctionType, ModuleType
 from typing import Any, TypeVar
 
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 T = TypeVar("T")
 Position = tuple[int, int]
@@ -55,44 +54,6 @@ def side_by_side(streams: Sequence[torch.cuda.Stream], tasks: Sequence[Callable[
     for stream in streams[: len(tasks)]:
         present.wait_stream(stream)
     return results
-
-
-class Holdings:
-    """What models and a workload hold when a capture begins.
-
-    They may keep what they have made, such as a mask, until they meet a batch of another shape. A graph reads what was
-    there when it was captured, so that must not go; and what was made in a capture that failed has no content.
-
-    Attributes:
-        tensors: all that are held, through whatever objects. They stay as long as this one does.
-    """
-
-    def __init__(self, *owners: object) -> None:
-        self.tensors: list[Tensor] = []
-        self._before: list[tuple[Any, Any]] = []
-        waiting, seen = list(owners), set[int]()
-        while waiting:
-            one = waiting.pop()
-            if id(one) in seen or isinstance(one, str | int | float | type | ModuleType | FunctionType):
-                continue
-            seen.add(id(one))
-            if isinstance(one, Tensor):
-                self.tensors.append(one)
-            elif isinstance(one, dict | list):
-                self._before.append((one, one.copy()))
-                waiting.extend(one.values() if isinstance(one, dict) else one)
-            elif isinstance(one, tuple | set | frozenset):
-                waiting.extend(one)
-            elif isinstance(held := getattr(one, "__dict__", None), dict):
-                # Of other objects' own affairs, such as a queue's, nothing is put back.
-                known = isinstance(one, nn.Module) or any(one is owner for owner in owners)
-                waiting.extend([held] if known else held.values())
-
-    def restore(self) -> None:
-        """Have modules, and the owners, hold what they held, in the same containers."""
-        for container, content in self._before:
-            container.clear()
-            container.update(content) if isinstance(container, dict) else container.extend(content)
 
 
 class Graph:

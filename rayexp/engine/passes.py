@@ -99,6 +99,10 @@ class Passes:
         self.generators = {shard: torch.Generator(self.runtime.device) for shard in self.shards}
         self.seed(self.shards)
 
+    def models(self) -> dict[str, nn.Module]:
+        """The replicas' modules, by what a message calls them."""
+        return {f"model[{i}]" if i else "model": each.model.module for i, each in enumerate(self.replicas)}
+
     def fixed_weights(self) -> AbstractContextManager[None]:
         """While this step computes: no weight changes, and replicas may keep what they compute from the weights."""
         return fixed_weights(self.replicas, self.runtime)

@@ -22,12 +22,13 @@ from rayexp.config import ExperimentConfig
 from rayexp.engine import order
 from rayexp.engine.contract import FirstStep, generators, moved, refuse_drawing
 from rayexp.engine.exchange import AllReduce, Assembly, Exchange, ExchangePlan
-from rayexp.engine.gpu import Feeder, Holdings
+from rayexp.engine.gpu import Feeder
 from rayexp.engine.gradients import GradientBuffer, Master, ParameterLayout, Touched
 from rayexp.engine.group import WorkerGroup
 from rayexp.engine.inputs import StepInputs
 from rayexp.engine.optimizer import Optimizer
 from rayexp.engine.passes import Held, Passes, add
+from rayexp.engine.python_state import CaptureWatch
 from rayexp.engine.reduction import Forest
 from rayexp.engine.runtime import Runtime, upload
 from rayexp.engine.workload import Workload
@@ -121,13 +122,13 @@ class Stepper:
         self._programs: dict[object, Program] = {}
         self._capturing = runtime.static and config.capture is not False
         self._first_graph: Any = None
-        self._kept: list[Holdings] = []  # what graphs may read
+        self._kept: list[list[Tensor]] = []  # for each graph, what it reads
         self._needs: dict[int, int] = {}  # bytes that a replica's passes take for a while, by its number
         self._feeder: Feeder | None = None
         if runtime.device.type == "cuda":
             self._feeder = Feeder(lambda at: workload.feed(*at, self.shards), self._following, runtime.device)
-        # Hooks would have a compiled model compiled twice.
-        self._watch_next = not (config.compile and runtime.device.type == "cuda")
+        self._compiled = config.compile and runtime.device.type == "cuda"
+        self._watch_next = not self._compiled  # hooks would have a compiled model compiled twice
 
     def launch(
         self, epoch: int, step: int, global_step: int, lr: float, flags: ControlFlags
@@ -342,14 +343,12 @@ class Stepper:
         if self._feeder is not None:
             self._feeder.rest()
         drawing = self.passes.generators.values() if draws and self.passes.replicas[0].draws_numbers else ()
-        modules = [replica.model.module for replica in self.passes.replicas]
-        held = Holdings(*modules, self.workload)
-        try:
+        parts = {**self.passes.models(), "workload": self.workload, "optimizer": self.optimizer.rule}
+        watch = CaptureWatch(parts, self.runtime.device, follow=not self._compiled)
+        with watch:
             graph = self.runtime.graph(work, drawing, self._first_graph)
-        except BaseException:
-            held.restore()
-            raise
-        self._kept.append(held)
+        watch.refuse()
+        self._kept.append(watch.read())
         self._first_graph = self._first_graph or graph
         return graph
 

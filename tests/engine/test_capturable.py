@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rayexp.config import ExperimentConfig, parse
-from rayexp.engine import gpu, passes, runtime
+from rayexp.engine import gpu, passes, runtime, step
 from rayexp.engine.gradients import ReplicaModel
 from rayexp.engine.group import WorkerGroup
 from rayexp.engine.runtime import Runtime
@@ -148,8 +148,8 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
 
 def two_steps(one: Trainer) -> None:
     """The first as it stands, the second captured."""
-    for step in range(2):
-        one.stepper.launch(1, step, step, 0.1, ControlFlags())
+    for number in range(2):
+        one.stepper.launch(1, number, number, 0.1, ControlFlags())
     assert one.stepper.capture == "graph", one.stepper.capture
 
 
@@ -216,6 +216,19 @@ class Tracing:
             yield
 
 
+class Unwatched(contextlib.nullcontext[None]):
+    """In the place of a CaptureWatch, which compares values: fake tensors have none."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__()
+
+    def refuse(self) -> None:
+        pass
+
+    def read(self) -> list[Tensor]:
+        return []
+
+
 def empty_like(tensor: Tensor) -> Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=GPU)
 
@@ -231,6 +244,7 @@ def tracing(cuda: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> Iterator[
         true(model, loss, buffer)
 
     monkeypatch.setattr(ReplicaModel, "backward", backward)
+    monkeypatch.setattr(step, "CaptureWatch", Unwatched)
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     monkeypatch.setattr(torch.backends.cudnn, "is_acceptable", lambda tensor: False)

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from torch import nn
 from torch.torch_version import TorchVersion
 
 from rayexp.engine import gpu
@@ -101,58 +100,6 @@ def test_a_failed_capture_is_cleaned_up_whatever_failed(cuda: SimpleNamespace, e
     assert cuda.default_generators[0].swapped == 1
     assert [graph.resets for graph in gpu._failed[known:]] == [1]
     gpu.Graph(lambda: None, (), None)  # another capture may follow
-
-
-class Keeper(nn.Module):
-    """Keeps what it has made, in every way."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.BatchNorm1d(2)
-        self.mask, self.length = torch.zeros(1), 1
-        self.by_length = {1: torch.zeros(1)}
-        self.pair = (torch.zeros(1), [torch.zeros(1)])
-        self.helper = SimpleNamespace(mask=torch.zeros(1), again=self)
-        self.kind = nn.Module
-
-    def make(self) -> None:
-        self.mask, self.length, self.new = torch.ones(2), 2, torch.ones(2)
-        self.by_length[2] = torch.ones(2)
-        self.pair[1].append(torch.ones(2))
-        self.layer.running_mean = torch.ones(2)
-        self.layer.table = torch.ones(2)
-        self.helper.mask = torch.ones(2)
-
-
-def test_what_a_graph_may_read_stays() -> None:
-    one, other = Keeper(), SimpleNamespace(weights={"all": [torch.zeros(1)]})
-    held = [*one.state_dict(keep_vars=True).values(), one.mask, one.by_length[1], one.pair[0], one.pair[1][0]]
-    held += [one.helper.mask, other.weights["all"][0]]
-    kept = gpu.Holdings(one, other)
-    one.make()
-    assert {id(tensor) for tensor in kept.tensors} == {id(tensor) for tensor in held}
-    assert len(held) == len(kept.tensors) == 11
-
-
-def test_what_was_made_for_nothing_is_forgotten() -> None:
-    """Of models and owners; what another object does is its own affair."""
-    one, other, alone = Keeper(), SimpleNamespace(weights=[torch.zeros(1)]), Keeper()
-    names = [set(vars(module)) for module in one.modules()]
-    lists = one.pair[1], other.weights
-    kept = gpu.Holdings(one, other)
-    for each in (one, alone):
-        each.make()
-    other.weights.clear()
-    other.more = 1
-    kept.restore()
-    assert [set(vars(module)) for module in one.modules()] == names
-    assert (one.length, len(one.mask), list(one.by_length), len(one.pair[1])) == (1, 1, [1], 1)
-    assert not one.layer.running_mean.any()
-    assert (len(other.weights), hasattr(other, "more")) == (1, False)
-    assert lists[0] is one.pair[1]
-    assert lists[1] is other.weights
-    assert len(one.helper.mask) == 2
-    assert alone.length == 2
 
 
 STEPS, EPOCHS = 3, 2
