@@ -15,7 +15,7 @@ ifeq ($(filter $(TORCH),pinned system),)
 $(error TORCH=$(TORCH): allowed are pinned (the versions of constraints.txt) and system (what is there already))
 endif
 
-.PHONY: install quickstart quick test test-slow ray-versions mutants lint clean
+.PHONY: install quickstart quick test test-slow emulated ray-versions mutants lint clean
 
 install: $(VENV)/.rayexp-$(TORCH)
 
@@ -52,6 +52,10 @@ test: lint quick
 # Real data in length, clusters that grow, die and are resumed, and several hosts (as root, in network namespaces).
 test-slow: install
 	$(BIN)/python -m pytest -m "slow or netns"
+
+# The tests for a GPU on an emulated one (tests/emulator); test-slow has them too.
+emulated: install
+	$(BIN)/python tests/emulator/run.py -m pytest -n 2 -m gpu tests/engine/test_gpu.py tests/emulator
 
 # `train`, `compare` and `submit` on other versions of Ray, by default the lowest supported and the newest tried; each
 # has an environment of its own beside everything else of this one.
