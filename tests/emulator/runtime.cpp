@@ -1,9 +1,9 @@
 // A CUDA runtime that needs no GPU. Preloaded, it stands before NVIDIA's libcudart in a process with PyTorch.
 //
 // Memory of the device is memory of the host. Streams, events, captures and graphs behave as CUDA's documentation says,
-// down to what a capture forbids. Work is done as late as it may be: when somebody waits for it; and what no stream and
-// no event puts in order is done in any order. So a program that forgets to wait computes something else here, every
-// time. What a kernel does is not known here: operations.cpp brings it.
+// down to what a capture forbids. Work is done when somebody waits for it, or at some moment before, and what no stream
+// and no event puts in order is done in any order. So a program that forgets to wait computes something else here, with
+// one seed or another. What a kernel does is not known here: operations.cpp brings it.
 
 #include <cuda_runtime_api.h>
 #include <sys/mman.h>
@@ -172,6 +172,9 @@ cudaError_t give(cudaStream_t where, Work work) {
     capture->nodes.push_back({std::move(work), {stream->front.begin(), stream->front.end()}});
     stream->front = {int(capture->nodes.size()) - 1};
   } else {
+    // A GPU goes on while the host does: something that was given before may be done by now.
+    size_t open = state().tasks.size() - state().oldest;
+    if (open && chance()) finish(long(state().oldest + state().random() % open));
     state().tasks.push_back({std::move(work), stream->last});
     stream->last = {long(state().tasks.size()) - 1};
   }

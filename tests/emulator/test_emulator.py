@@ -39,15 +39,14 @@ def python() -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
-@pytest.mark.parametrize("seed", [1, 2])
-def test_the_tests_for_a_gpu(python: list[str], seed: int) -> None:
-    """Each seed is another order of all that streams and events leave open."""
-    tests = [str(HERE.parent / "engine" / "test_gpu.py"), str(HERE)] if seed == 1 else [str(HERE)]
+def test_the_tests_for_a_gpu(python: list[str]) -> None:
+    """With this seed a feeder that does not wait for its memory is found, too."""
     done = subprocess.run(
-        [*python, "-m", "pytest", "-q", "-n", "2", "-m", "gpu", "-p", "no:cacheprovider", *tests],
+        [*python, "-m", "pytest", "-q", "-n", "2", "-m", "gpu", "-p", "no:cacheprovider"]
+        + [str(HERE.parent / "engine" / "test_gpu.py"), str(HERE)],
         capture_output=True,
         text=True,
-        env={**os.environ, "EMULATOR_SEED": str(seed)},
+        env={**os.environ, "EMULATOR_SEED": "3"},
     )
     assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-2_000:]
     assert " skipped" not in done.stdout.splitlines()[-1], done.stdout[-20_000:]
