@@ -41,9 +41,9 @@ def python() -> list[str]:
 @pytest.mark.timeout(2400)
 def test_the_tests_for_a_gpu(python: list[str]) -> None:
     """With this seed a feeder that does not wait for its memory is found, too."""
+    tests = [str(HERE.parent / "engine" / "test_gpu.py"), str(HERE)]
     done = subprocess.run(
-        [*python, "-m", "pytest", "-q", "-n", "2", "-m", "gpu", "-p", "no:cacheprovider"]
-        + [str(HERE.parent / "engine" / "test_gpu.py"), str(HERE)],
+        [*python, "-m", "pytest", "-q", "-n", "2", "-m", "gpu", "-p", "no:cacheprovider", *tests],
         capture_output=True,
         text=True,
         env={**os.environ, "EMULATOR_SEED": "3"},
