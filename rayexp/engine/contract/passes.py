@@ -167,7 +167,7 @@ def _of_feed(differs: str, setting: Setting) -> Breach:
         "and a captured step sees nothing that changes but what it gives"
     )
     way = "arrays of feed's own, by name, for all that changes from step to step"
-    return Breach("workload", "", what, way, "always" if setting.runtime.device.type == "cuda" else "note")
+    return Breach("workload", "", what, way, "exact" if setting.runtime.device.type == "cuda" else "note")
 
 
 def _in_parts(

@@ -76,7 +76,7 @@ def test_what_feed_changes_beside_what_it_gives_is_told(tried: Tried, monkeypatc
     assert str(found).startswith("workload: feed changes what becomes of an earlier batch (the loss differs)")
     assert "arrays of feed's own" in str(found)
     on_gpu: Any = SimpleNamespace(runtime=SimpleNamespace(device=torch.device("cuda", 0)))
-    assert passes._of_feed("the loss", on_gpu).level == "always"
+    assert passes._of_feed("the loss", on_gpu).level == "exact"
 
 
 def test_a_loss_that_counts_calls_is_not_laid_to_feed(tried: Tried, monkeypatch: pytest.MonkeyPatch) -> None:
