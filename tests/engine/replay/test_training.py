@@ -101,9 +101,9 @@ TRAININGS = QUICK | LONG
 Open = Callable[..., Trainer]
 
 
-def slow(*names: str) -> list[Any]:
+def slow(*values: Any) -> list[Any]:
     """Parameters of tests that take long."""
-    return [pytest.param(name, marks=pytest.mark.slow) for name in names]
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 class Through(TorchDispatchMode):
@@ -185,7 +185,7 @@ def fail(patch: pytest.MonkeyPatch, error: type[Exception], at: int) -> None:
 
 @pytest.mark.parametrize("name", ["rnn", *slow("images", "lstm")])
 @pytest.mark.parametrize("error", [RuntimeError, torch.OutOfMemoryError])
-@pytest.mark.parametrize("at", [1, 2, 3, 4])
+@pytest.mark.parametrize("at", [1, 4, *slow(2, 3)])
 def test_a_capture_fails_after_others_have_worked(
     opened: Open, monkeypatch: pytest.MonkeyPatch, name: str, error: type[Exception], at: int
 ) -> None:
@@ -213,7 +213,7 @@ def test_what_is_kept_from_a_failed_capture_is_forgotten(
     assert steps(one) == expected
 
 
-@pytest.mark.parametrize("flag", ["save", "stop"])
+@pytest.mark.parametrize("flag", ["save", *slow("stop")])
 def test_flags_are_heard_from_replayed_steps(opened: Open, flag: str) -> None:
     one, calls = opened(QUICK["own"]), itertools.count(1)
     told = []
