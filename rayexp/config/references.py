@@ -226,18 +226,19 @@ def failure(error: BaseException, code: Sequence[str] | None = None) -> str:
     """An error that a user's code raised, in one line: kind, message, and the line of the user's file, if any."""
     text = " ".join(str(error).split())[:300]
     shown = f"{type(error).__name__}{f': {text}' if text else ''}"
-    line: int | None
     if isinstance(error, SyntaxError) and error.filename:
-        path, line = Path(error.filename), error.lineno
         shown = f"SyntaxError: {error.msg}"
-    else:
-        root = _IN_USE.root
-        frames = traceback.extract_tb(error.__traceback__)
-        own = [frame for frame in frames if root is not None and Path(frame.filename).is_relative_to(root)]
-        if not own:
-            return shown
-        path, line = Path(own[-1].filename), own[-1].lineno
-    return f"line {line} of {_original(path, code)}: {shown}"
+    where = place(error, code)
+    return f"{where}: {shown}" if where else shown
+
+
+def place(error: BaseException, code: Sequence[str] | None = None) -> str:
+    """The line of the user's file at which an error was raised, `line 3 of net.py`; empty where it was elsewhere."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"line {error.lineno} of {_original(Path(error.filename), code)}"
+    root, frames = _IN_USE.root, traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if root is not None and Path(frame.filename).is_relative_to(root)]
+    return f"line {own[-1].lineno} of {_original(Path(own[-1].filename), code)}" if own else ""
 
 
 def _original(path: Path, code: Sequence[str] | None) -> Path:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from rayexp.config import ExperimentConfig
+from rayexp.config.references import place
 from rayexp.engine import order
 from rayexp.engine.contract import FirstStep, generators, moved, refuse_drawing
 from rayexp.engine.exchange import AllReduce, Assembly, Exchange, ExchangePlan
@@ -333,7 +334,8 @@ class Stepper:
                 if short and half == "compute" and len(self.passes.replicas) > 1:
                     raise
                 reason = "too little memory for a graph" if short else str(error).strip() or type(error).__name__
-                self._give_up(reason.splitlines()[0])
+                where = place(error, self.config.code)
+                self._give_up(reason.splitlines()[0] + (f", {where}" if where else ""))
         captured = getattr(program, half)
         (captured or work)()
 

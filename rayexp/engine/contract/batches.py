@@ -142,6 +142,9 @@ def copied(setting: Setting, states: GlobalStates) -> tuple[list[Breach], bool]:
             what = "a copy uses none of its parameters, since something in it holds the original's"
             way = COPIED
         return [Breach("model", "", what, way, "always")], False
+    if sparse := [name for name, each in found.gradients.items() if each is not None and each.layout != torch.strided]:
+        what, way = "the gradient of {} is sparse, and gradients are added up in one buffer", "sparse=False there"
+        return [Breach("model", name, what.format(name), way, "always") for name in sparse], False
     breaches = list(_rerun(found.watch, plain.keyed, replica))
     for name, gradient in found.gradients.items():
         expected = first.gradients[name]

@@ -384,6 +384,15 @@ def test_unused_parameters_and_counters_are_noted(tried: Tried) -> None:
     assert "passes change the attribute middle.calls (0 -> 6)" in text
 
 
+def test_a_sparse_gradient_is_refused_by_name(tried: Tried) -> None:
+    def looked_up(self: Any, x: Tensor) -> Tensor:
+        return x + self.table((x.detach().mean(1) > 0).long())
+
+    (found,) = tried(fresh(looked_up, table=lambda: nn.Embedding(2, 8, sparse=True))).refused
+    assert str(found).startswith("model: the gradient of middle.1.table.weight is sparse")
+    assert str(found).endswith("allowed: sparse=False there")
+
+
 @pytest.mark.parametrize("make", [Net, fresh(functional), fresh(lambda s, x: x * random.random() * np.random.rand())])
 def test_nothing_is_left_changed(tried: Tried, make: Make) -> None:
     device = torch.device("cpu")

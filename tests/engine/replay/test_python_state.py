@@ -7,6 +7,7 @@ import itertools
 import random
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -218,6 +219,19 @@ def test_a_capture_that_fails_leaves_python_as_it_was(trained: Callable[..., Any
     assert found == expected
     calls = [each.stepper.passes.replicas[0].model.module.calls for each in (eager, one)]
     assert calls[0] == calls[1] > 5
+
+
+def test_what_cannot_be_captured_is_told_with_its_line(opened: Callable[..., Trainer], tmp_path: Path) -> None:
+    (tmp_path / "asks.py").write_text(
+        "import torch\n\ndef small(num_classes):\n    return Asks(3 * 64, num_classes)\n\n"
+        "class Asks(torch.nn.Linear):\n    def forward(self, x):\n        x = super().forward(x.flatten(1))\n"
+        "        return x if x.sum() > 0 else 2 * x\n"
+    )
+    tree = {**TREE, "model": {"name": "asks.py:small"}, "code": [str(tmp_path / "asks.py")]}
+    one = opened(tree, epochs=1)
+    list(one.train())
+    assert one.stepper.capture.startswith("eager: ")
+    assert one.stepper.capture.endswith(f"asks for a value, line 9 of {tmp_path / 'asks.py'}")
 
 
 # ---------------------------------------------------------------------- what is seen, and brought back
