@@ -134,3 +134,22 @@ def test_a_ray_whose_folder_is_another_users_trains_all_the_same(
     assert attempts("done") == "done"
     line = "warning: `rayexp collect` will not find this run: /tmp/ray/session/logs/rayexp: Permission denied"
     assert attempts.text.getvalue().splitlines() == [line]
+
+
+@pytest.mark.parametrize(
+    ("said", "fate"),
+    [
+        ("The actor died because its node has died. Node Id: 9db21c", "its node is gone"),
+        (
+            "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit detail: "
+            "Worker unexpectedly exits. Node ID: 9db21c",
+            "its process is gone",
+        ),
+    ],
+)
+def test_a_worker_that_was_killed_is_told_from_a_node_that_is_gone(said: str, fate: str) -> None:
+    from ray.exceptions import RayActorError
+
+    from rayexp.launch.on_ray.attempt import _fate
+
+    assert _fate(RayActorError(error_msg=said)) == fate

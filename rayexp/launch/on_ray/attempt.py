@@ -129,7 +129,7 @@ def _fate(error: BaseException) -> str:
     if isinstance(inner, OutOfMemoryError):
         return "killed because its node ran out of memory"
     if isinstance(inner, RayActorError):
-        return "its node is gone" if "node" in str(inner).lower() and "died" in str(inner) else "its process is gone"
+        return "its node is gone" if "its node has died" in str(inner) else "its process is gone"
     return _line(inner)
 
 
