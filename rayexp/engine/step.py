@@ -96,6 +96,7 @@ class Stepper:
         exchange: what adds up over workers.
         plan: the order in which buckets are sent.
         late: how many steps later a result should be asked for, so that the device need not be waited for.
+        captures: seconds that the step launched last was captured for, by half; no step's figures hold them.
         capture: how steps run, for run.json: `graph`, or `eager` and why; empty before that is known.
     """
 
@@ -145,8 +146,8 @@ class Stepper:
         Returns:
             What waits for the step and returns its result.
         """
-        begun = self.runtime.mark()
-        start = time.perf_counter()
+        captures = self.captures = {"compute": 0.0, "update": 0.0}
+        begun, start = self.runtime.mark(), time.perf_counter()
         fed = self._fed(epoch, step)
         waited = time.perf_counter() - start
         program = self._program(step, fed)
@@ -181,9 +182,9 @@ class Stepper:
             phases = {
                 "data": data,
                 "transfer": 0.0,
-                "compute": max(0.0, told + computed - data),
+                "compute": max(0.0, told + computed - data - captures["compute"]),
                 "reduce": reduced,
-                "optimizer": updated,
+                "optimizer": max(0.0, updated - captures["update"]),
             }
             return StepResult(loss, int(count), ControlFlags(stops > 0, saves > 0), phases)
 
@@ -325,6 +326,7 @@ class Stepper:
         """Run one half of a step: captured where it is, else as it stands. A program runs once before it is captured,
         so that libraries have chosen their kernels and memory is there."""
         if self._capturing and program.runs and getattr(program, half) is None:
+            start = time.perf_counter()
             try:
                 setattr(program, half, self._captured(work, draws=half == "compute"))
                 self.capture = "graph"
@@ -336,8 +338,9 @@ class Stepper:
                 reason = "too little memory for a graph" if short else str(error).strip() or type(error).__name__
                 where = place(error, self.config.code)
                 self._give_up(reason.splitlines()[0] + (f", {where}" if where else ""))
-        captured = getattr(program, half)
-        (captured or work)()
+            finally:
+                self.captures[half] += time.perf_counter() - start
+        (getattr(program, half) or work)()
 
     def _captured(self, work: Callable[[], None], draws: bool) -> Callable[[], object]:
         if self._first_graph is None:

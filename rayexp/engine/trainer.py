@@ -69,7 +69,12 @@ class StepDone:
 
 @dataclass(frozen=True, slots=True)
 class _Done:
-    """A step whose result is known: which one of its epoch (from 1), and what `StepDone` tells of it."""
+    """A step whose result is known: which one of its epoch (from 1), and what `StepDone` tells of it.
+
+    Attributes:
+        shift: what is to be added to the seconds since the step before was told, for the seconds of this one: its own
+            launch, which may have been before that, less launches of later steps, and captures.
+    """
 
     step: int
     lr: float
@@ -77,6 +82,7 @@ class _Done:
     save: bool
     stop: bool
     settled: bool
+    shift: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +244,7 @@ class Trainer:
                 result, lr = done.result, done.lr
                 self.loss_sum += result.loss
                 self.loss_count += result.count
-                took, last = time.perf_counter() - last, time.perf_counter()
+                took, last = time.perf_counter() - last + done.shift, time.perf_counter()
                 if fresh:
                     first = took
                 else:
@@ -300,23 +306,29 @@ class Trainer:
         """Run the rest of an epoch. A result is asked for `Stepper.late` steps later, so that a GPU never waits. Who
         asks to save or to stop gets the state after the last step that is under way: the same one on every worker,
         since all see the same flags."""
-        under_way: deque[tuple[int, float, Callable[[], StepResult]]] = deque()
+        under_way: deque[tuple[int, float, Callable[[], StepResult], float]] = deque()
         stop = save = False
+        shift = 0.0
         while under_way or self.step < self.steps:
             if self.step < self.steps:
                 lr = self.schedule.lr(self.global_step)
-                launched = self.stepper.launch(self.epoch + 1, self.step, self.global_step, lr, flags())
+                wanting, began = flags(), time.perf_counter()
+                launched = self.stepper.launch(self.epoch + 1, self.step, self.global_step, lr, wanting)
+                seconds = time.perf_counter() - began
                 self.step += 1
-                under_way.append((self.step, lr, launched))
+                shift -= seconds
+                seconds -= sum(self.stepper.captures.values())
+                under_way.append((self.step, lr, launched, seconds))
             late = 0 if self.step == self.steps or wanted(self.global_step) else self.stepper.late
             while len(under_way) > late:
-                step, lr, launched = under_way.popleft()
+                step, lr, launched, seconds = under_way.popleft()
                 result = launched()
                 stop, save = stop or result.flags.stop, save or result.flags.save
                 if stop or save:
                     late = 0
                 settled = not under_way
-                yield _Done(step, lr, result, settled and save, settled and stop, settled)
+                yield _Done(step, lr, result, settled and save, settled and stop, settled, shift + seconds)
+                shift = 0.0
                 save = save and not settled
 
 

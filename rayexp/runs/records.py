@@ -43,7 +43,7 @@ class EpochRecord:
         lr: learning rate of the epoch's last step.
         samples_per_second: global training throughput (images/s or tokens/s) without evaluation and checkpointing.
             The first step of a process (compilation, warm-up) is left out, after a resume too, unless the epoch has
-            no other step.
+            no other step; so are the seconds in which steps were captured on a GPU, which are part of `other`.
         seconds: `total` and the PHASES, by rank 0's clock, and `first_step` where the epoch includes the first step
             of a process. After a resume inside the epoch: only the steps since then.
         weights_sha: sha256 over the model's tensors. Two records with the same sha are the same model.

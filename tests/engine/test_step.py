@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from rayexp.engine import checkpoint
 from rayexp.engine.gradients import ReplicaModel
 from rayexp.engine.passes import Passes
 from rayexp.engine.runtime import Runtime
-from rayexp.engine.step import ControlFlags, Stepper
+from rayexp.engine.step import ControlFlags, Stepper, StepResult
 from rayexp.engine.trainer import EpochDone, StepDone, Trainer
 from rayexp.errors import UserError
 
@@ -278,3 +279,48 @@ def test_an_epoch_still_ends_with_its_record(small: Make, static: Open) -> None:
     done = list(one.train())[-1]
     assert isinstance(done, EpochDone)
     assert done.record.step == one.steps
+
+
+@language
+def test_every_step_has_its_own_seconds_and_no_capture(
+    small: Make, static: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Although a step is launched before the one before it is told, and captured at its shape's second step."""
+    clock, captures = [0.0], []
+    launch, captured = Stepper.launch, Stepper._captured
+
+    def launched(*args: Any) -> Callable[[], StepResult]:
+        clock[0] += 10.0
+        result = launch(*args)
+
+        def told() -> StepResult:
+            clock[0] += 1.0
+            return result()
+
+        return told
+
+    def capture(*args: Any, **options: Any) -> Any:
+        clock[0] += 500.0
+        captures.append(clock[0])
+        return captured(*args, **options)
+
+    monkeypatch.setattr(Stepper, "launch", launched)
+    monkeypatch.setattr(Stepper, "_captured", capture)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    steps: list[StepDone] = []
+    for event in static(small(epochs=3, lr=0.01)).train():
+        if isinstance(event, StepDone):
+            steps.append(event)
+            assert event.count / event.rate == pytest.approx(11.0)
+            assert event.seconds["compute"] < 1.0
+            assert event.seconds["optimizer"] < 1.0
+            continue
+        seconds = event.record.seconds
+        rate = sum(step.count for step in steps[1 if steps[0].first else 0 :])
+        assert event.record.samples_per_second == pytest.approx(rate / 11 / (len(steps) - steps[0].first))
+        assert seconds.get("first_step", 11.0) == pytest.approx(11.0)
+        assert seconds["total"] == pytest.approx(11 * len(steps) + 500 * len(captures))
+        assert seconds["other"] >= 500 * len(captures)
+        assert len(captures) == {1: 2, 2: 2, 3: 0}[event.record.epoch]  # the shorter last batch comes again in epoch 2
+        steps.clear()
+        captures.clear()
