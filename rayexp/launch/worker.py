@@ -84,6 +84,12 @@ def work(
                 workload = workloads.open_workload(job.config)
             size = group.world if world_size is None else world_size
             return _Worker(job, group, writer, configured, workload, size, entered, leaving, epoch_done).run()
+    except torch.OutOfMemoryError as error:
+        told = ". ".join(str(error).split(". ")[1:3])  # after "CUDA out of memory": what was asked for, what is there
+        raise RunError(
+            f"the memory of {device} is too small for this training ({told}); a smaller batch_size, more shards or "
+            "data.resident=false may help"
+        ) from error
     except RuntimeError as error:
         operation, found, _ = str(error).partition(" does not have a deterministic implementation")
         if not found:
