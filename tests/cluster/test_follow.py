@@ -57,6 +57,15 @@ def test_what_following_meets_comes_to_the_caller() -> None:
         follow._run(work())
 
 
+@pytest.fixture
+def heeding() -> Iterator[None]:
+    """Ctrl-C is heard, also where the tests run in a background that ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeding")
 def test_ctrl_c_ends_following_at_once() -> None:
     ended = []
 
