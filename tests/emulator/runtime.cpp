@@ -377,25 +377,22 @@ API cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) 
 }
 API cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
 API cudaError_t cudaStreamGetPriority(cudaStream_t, int* priority) { return *priority = 0, cudaSuccess; }
+static cudaError_t check(const Stream& stream) {
+  if (!stream.capture) return unsafe();
+  stream.capture->invalid = true;
+  return failed(cudaErrorStreamCaptureUnsupported);
+}
 API cudaError_t cudaStreamSynchronize(cudaStream_t which) {
   Lock lock;
   Stream* stream = stream_of(which);
-  if (stream->capture) {
-    stream->capture->invalid = true;
-    return failed(cudaErrorStreamCaptureUnsupported);
-  }
-  if (cudaError_t error = unsafe()) return error;
+  if (cudaError_t error = check(*stream)) return error;
   finish(stream->last);
   return cudaSuccess;
 }
 API cudaError_t cudaStreamQuery(cudaStream_t which) {
   Lock lock;
   Stream* stream = stream_of(which);
-  if (stream->capture) {
-    stream->capture->invalid = true;
-    return failed(cudaErrorStreamCaptureUnsupported);
-  }
-  if (cudaError_t error = unsafe()) return error;
+  if (cudaError_t error = check(*stream)) return error;
   return finished(stream->last) ? cudaSuccess : cudaErrorNotReady;
 }
 API cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags) {
