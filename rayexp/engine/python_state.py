@@ -51,7 +51,7 @@ class PythonState:
         self.values: dict[str, Any] = {}
         self._device = device
         self._draws = GlobalStates.now(torch.device("cpu"))
-        self._undo: list[Callable[[], None]] = []
+        self._undo: list[Callable[[], object]] = []
         self._seen: set[int] = set()
         for name, part in parts.items():
             self._look(name, part)
@@ -237,7 +237,7 @@ def _has_history(value: Any) -> bool:
     return isinstance(value, Tensor) and value.grad_fn is not None
 
 
-def _state_of(value: Any) -> tuple[Any, Callable[[], None]] | None:
+def _state_of(value: Any) -> tuple[Any, Callable[[], object]] | None:
     """What an object holds that Python can change in its place, comparable, and what brings it back; None: it is no
     generator, and no small array of the host's."""
     if isinstance(value, random.Random):
@@ -251,7 +251,7 @@ def _state_of(value: Any) -> tuple[Any, Callable[[], None]] | None:
         return pickle.dumps(legacy), lambda: value.set_state(legacy)
     if isinstance(value, Generator) and value.device.type == "cpu":
         of_torch = value.get_state()
-        return of_torch.numpy().tobytes(), lambda: _set(value, of_torch)
+        return of_torch.numpy().tobytes(), lambda: value.set_state(of_torch)
     if isinstance(value, Tensor) and value.device.type == "cpu" and value.numel() <= MOST:
         copy = value.detach().clone()
         return (value.dtype, value.shape, copy.flatten().tolist()), lambda: _copy(value, copy)
@@ -259,10 +259,6 @@ def _state_of(value: Any) -> tuple[Any, Callable[[], None]] | None:
         array = value.copy()
         return array.tobytes(), lambda: _write(value, array)
     return None
-
-
-def _set(generator: Generator, state: Tensor) -> None:
-    generator.set_state(state)
 
 
 def _copy(into: Tensor, content: Tensor) -> None:
