@@ -40,7 +40,7 @@ def python() -> list[str]:
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
 def test_the_tests_for_a_gpu(python: list[str]) -> None:
-    """With this seed a feeder that does not wait for its memory is found, too."""
+    """With a seed that found a feeder that does not wait for its memory. What ran before in a process counts, too."""
     tests = [str(HERE.parent / "engine" / "test_gpu.py"), str(HERE)]
     done = subprocess.run(
         [*python, "-m", "pytest", "-q", "-n", "2", "-m", "gpu", "-p", "no:cacheprovider", *tests],
@@ -105,11 +105,13 @@ class TestEmulated:
                     stream.wait_stream(streams[0])
                 with torch.cuda.stream(stream):
                     work()
-            for stream in streams if waits else reversed(streams):
+            for stream in reversed(streams):
                 stream.synchronize()
             return float(value)
 
-        assert (found(waits=True), found(waits=False)) == (2, 1)
+        # Which order it is, is drawn: a hundred times, as what other tests have drawn before is not known.
+        assert {found(waits=True) for _ in range(100)} == {2}
+        assert {found(waits=False) for _ in range(100)} == {1, 2}
 
     def test_a_graph_does_again_what_was_launched(self) -> None:
         """With the values of then, and the tensors' and generators' of now."""
