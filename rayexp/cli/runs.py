@@ -251,8 +251,9 @@ def _workload(config: ExperimentConfig) -> str:
 
 
 def _where(meta: dict[str, Any]) -> str | None:
-    """`2 workers, cpu, 1 lane each`; None for a run that has not begun."""
+    """`2 workers, cpu, 1 replica`; None for a run that has not begun."""
     if (workers := meta.get("world_size")) is None:
         return None
     place = counted(workers, "worker") if workers else "in one process"
-    return ", ".join([place, str(meta.get("device")), *([counted(meta["lanes"], "lane")] if meta.get("lanes") else [])])
+    replicas = [counted(meta["lanes"], "replica")] if meta.get("lanes") else []
+    return ", ".join([place, str(meta.get("device")), *replicas])

@@ -39,6 +39,7 @@ class Passes:
         exact: whether the reduction is `exact`.
         shards: the shards of a batch that this worker computes.
         leaves: leaves of the tree that adds up: shards, or with `ddp` this worker's replicas.
+        compiled: whether torch.compile makes the kernels.
         together: whether several shards may go through the model together (see `tried`).
         replicas: this worker's replicas, as many as the runtime runs side by side.
         tried: for shards of these sizes (samples each): whether they have the same bits together as one by one.
@@ -56,7 +57,7 @@ class Passes:
         fp32 = on_cpu and config.precision == "fp32" and not runtime.static
         kernels = config.cpu_kernels
         self.together = self.exact and fp32 and workload.together and cpu.together(master.model, kernels)
-        compiled = config.compile and not on_cpu
+        self.compiled = config.compile and not on_cpu
         apart = self.together or not self.exact
         self.replicas = [
             Replica(
@@ -64,7 +65,7 @@ class Passes:
                 workload,
                 apart=apart,
                 together=self.together,
-                compiled=compiled,
+                compiled=self.compiled,
                 kernels=kernels,
                 plain=runtime.static,
             )

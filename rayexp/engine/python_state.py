@@ -36,9 +36,6 @@ _MISSING = object()
 class PythonState:
     """What Python holds at this moment, below some objects, and the states of the host's global generators.
 
-    Looked at are the attributes of modules and of other objects of the user's, with what is in their lists, tuples,
-    sets and dictionaries. Parameters and the statistics of batch norms are the engine's.
-
     Attributes:
         values: by dotted name: a number or a text, a tensor, or the state of a generator.
 
@@ -48,13 +45,11 @@ class PythonState:
     """
 
     def __init__(self, parts: Mapping[str, object], device: torch.device) -> None:
-        self.values: dict[str, Any] = {}
-        self._device = device
         self._draws = GlobalStates.now(torch.device("cpu"))
-        self._undo: list[Callable[[], object]] = []
-        self._seen: set[int] = set()
+        found = _Found(device)
         for name, part in parts.items():
-            self._look(name, part)
+            found.look(name, part)
+        self.values, self._undo = found.values, found.undo
 
     def restore(self) -> None:
         """Bring back what was there, as far as it can be changed."""
@@ -79,7 +74,26 @@ class PythonState:
             if isinstance(before, Tensor) and isinstance(now, Tensor) and before is not now:
                 yield name, before
 
-    def _look(self, name: str, value: Any) -> None:
+
+class _Found:
+    """What is found below objects: their values, and what brings each back.
+
+    Looked at are the attributes of modules and of other objects of the user's, with what is in their lists, tuples,
+    sets and dictionaries. Parameters and the statistics of batch norms are the engine's.
+
+    Attributes:
+        values: see `PythonState`.
+        undo: brings back what was there, as far as it can be changed.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.values: dict[str, Any] = {}
+        self.undo: list[Callable[[], object]] = []
+        self._device = device
+        self._seen: set[int] = set()
+
+    def look(self, name: str, value: Any) -> None:
+        """Take down what is there, and below it."""
         small = isinstance(value, Tensor) and value.device.type == "cpu" and value.numel() <= MOST
         if type(value) in _PLAIN or (isinstance(value, Tensor) and (self._device.type == "cpu" or not small)):
             self.values[name] = value
@@ -88,7 +102,7 @@ class PythonState:
         elif (way := _state_of(value)) is not None:
             self._seen.add(id(value))
             self.values[name], undo = way
-            self._undo.append(undo)
+            self.undo.append(undo)
         elif isinstance(value, dict | list | tuple | set | frozenset | deque):
             self._seen.add(id(value))
             self._collection(name, value)
@@ -98,7 +112,7 @@ class PythonState:
             if not isinstance(value, BATCH_NORMS):  # whose statistics are the engine's
                 self._attributes(name, value._buffers, frozenset())
             for child, module in value.named_children():
-                self._look(f"{name}.{child}", module)
+                self.look(f"{name}.{child}", module)
         elif hasattr(value, "__dict__") and not isinstance(value, type) and _is_users(type(value)):
             self._seen.add(id(value))
             self._attributes(name, vars(value), frozenset())
@@ -108,9 +122,9 @@ class PythonState:
             if _has_history(held[key]):
                 held[key] = held[key].detach()
         before = {key: each for key, each in held.items() if key not in without}
-        self._undo.append(lambda: _put_back(held, before, without))
+        self.undo.append(lambda: _put_back(held, before, without))
         for key, each in before.items():
-            self._look(f"{name}.{key}", each)
+            self.look(f"{name}.{key}", each)
 
     def _collection(self, name: str, value: Any) -> None:
         self.values[f"len({name})"] = len(value)
@@ -120,20 +134,20 @@ class PythonState:
             for key in [key for key, each in value.items() if _has_history(each)]:
                 value[key] = value[key].detach()
             before = dict(value)
-            self._undo.append(lambda: _put_back(value, before, frozenset()))
+            self.undo.append(lambda: _put_back(value, before, frozenset()))
             for key, each in before.items():
-                self._look(f"{name}[{key!r}]", each)
+                self.look(f"{name}[{key!r}]", each)
         elif isinstance(value, list | deque):
             for i in [i for i, each in enumerate(value) if _has_history(each)]:
                 value[i] = value[i].detach()
             items = list(value)
-            self._undo.append(lambda: _refill(value, items))
+            self.undo.append(lambda: _refill(value, items))
         elif isinstance(value, set):
             members = set(value)
-            self._undo.append(lambda: _put_in(value, members))
+            self.undo.append(lambda: _put_in(value, members))
         if isinstance(value, list | deque | tuple):
             for i, each in enumerate(value):
-                self._look(f"{name}[{i}]", each)
+                self.look(f"{name}[{i}]", each)
 
 
 class Reads(TorchFunctionMode):

@@ -12,14 +12,13 @@ import functools
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rayexp.config import ExperimentConfig
-from rayexp.config.references import place
 from rayexp.engine import order
 from rayexp.engine.contract import FirstStep, generators, moved, refuse_drawing
 from rayexp.engine.exchange import AllReduce, Assembly, Exchange, ExchangePlan
@@ -29,14 +28,10 @@ from rayexp.engine.group import WorkerGroup
 from rayexp.engine.inputs import StepInputs
 from rayexp.engine.optimizer import Optimizer
 from rayexp.engine.passes import Held, Passes, add
-from rayexp.engine.python_state import CaptureWatch
+from rayexp.engine.programs import Program, Programs
 from rayexp.engine.reduction import Forest
 from rayexp.engine.runtime import Runtime, upload
 from rayexp.engine.workload import Workload
-from rayexp.errors import UserError
-
-MARGIN = 1.15
-"""How many times the memory that its passes take a graph may take: blocks are rounded, and cut up by streams."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,24 +64,6 @@ class StepResult:
     seconds: dict[str, float]
 
 
-@dataclass
-class Program:
-    """A step for batches of one shape, on static tensors.
-
-    Attributes:
-        inputs: what it is told.
-        held: this worker's part of the tree after the passes; the first buffer holds the sum after the exchange.
-        compute, update: the captured halves; None until they are captured.
-        runs: how often it has run.
-    """
-
-    inputs: StepInputs
-    held: Held = field(default_factory=list)
-    compute: Callable[[], object] | None = None
-    update: Callable[[], object] | None = None
-    runs: int = 0
-
-
 class Stepper:
     """Computes this worker's part of every step, and updates the master with the sum over all workers.
 
@@ -96,8 +73,8 @@ class Stepper:
         exchange: what adds up over workers.
         plan: the order in which buckets are sent.
         late: how many steps later a result should be asked for, so that the device need not be waited for.
+        programs: what runs a step, by the shape of its batch, and how.
         captures: seconds that the step launched last was captured for, by half; no step's figures hold them.
-        capture: how steps run, for run.json: `graph`, or `eager` and why; empty before that is known.
     """
 
     def __init__(
@@ -120,17 +97,11 @@ class Stepper:
             self.exchange = Exchange(group, config.shards, size, runtime.device, without=without)
         self.plan = ExchangePlan(master.layout, self.exchange)
         self.late = int(runtime.static)
-        self.capture = "eager: capture is false" if config.capture is False else ""
-        self._programs: dict[object, Program] = {}
-        self._capturing = runtime.static and config.capture is not False
-        self._first_graph: Any = None
-        self._kept: list[list[Tensor]] = []  # for each graph, what it reads
-        self._needs: dict[int, int] = {}  # bytes that a replica's passes take for a while, by its number
+        self.programs = Programs(self.passes, optimizer.rule, self._rest)
         self._feeder: Feeder | None = None
         if runtime.device.type == "cuda":
             self._feeder = Feeder(lambda at: workload.feed(*at, self.shards), self._following, runtime.device)
-        self._compiled = config.compile and runtime.device.type == "cuda"
-        self._watch_next = not self._compiled  # hooks would have a compiled model compiled twice
+        self._watch_next = not self.passes.compiled  # hooks would have a compiled model compiled twice
 
     def launch(
         self, epoch: int, step: int, global_step: int, lr: float, flags: ControlFlags
@@ -165,7 +136,7 @@ class Stepper:
         if watched is not None:
             self._check_first_step(*watched, program.inputs)
         marks.append(self.runtime.mark())
-        self._call(program, "update", lambda: self._update(program, touched))
+        self.programs.run(program, "update", lambda: self._update(program, touched), captures)
         scalars = self.runtime.download(self.master.layout.scalars(program.held[0][1].tensor))
         marks.append(self.runtime.mark())
         program.runs += 1
@@ -191,6 +162,11 @@ class Stepper:
         return result
 
     @property
+    def capture(self) -> str:
+        """How steps run (see `Programs`)."""
+        return self.programs.capture
+
+    @property
     def exchange_bytes(self) -> int:
         """Bytes that a worker brings to the exchange in an epoch's first step; of an embedding, the touched rows."""
         saved = sum(part.stop - part.start - len(part.rows) * part.shape[1] for part in self._touched(1, 0))
@@ -205,6 +181,10 @@ class Stepper:
         fed = self.workload.feed(epoch, step, self.shards)
         return {name: upload(array, self.runtime.device) for name, array in fed.items()}
 
+    def _rest(self) -> None:
+        if self._feeder is not None:
+            self._feeder.rest()
+
     def _following(self, at: tuple[int, int]) -> tuple[int, int] | None:
         epoch, step = at
         if step + 1 < self.workload.steps():
@@ -215,10 +195,8 @@ class Stepper:
         """What runs batches of this shape."""
         sizes = self.workload.sizes(step, self.shards)
         shape = (sizes, tuple(sorted((name, tensor.shape) for name, tensor in fed.items())))
-        if shape not in self._programs:
-            made = StepInputs(self.shards, sizes, self.runtime.device, self.workload.batch_dim, self.runtime.static)
-            self._programs[shape] = Program(made)
-        return self._programs[shape]
+        device, batch_dim, static = self.runtime.device, self.workload.batch_dim, self.runtime.static
+        return self.programs.of(shape, lambda: StepInputs(self.shards, sizes, device, batch_dim, static))
 
     # ------------------------------------------------------------------ the first step
 
@@ -277,10 +255,10 @@ class Stepper:
         states = self.passes.states() if program.runs < 2 else {}
         while True:
             try:
-                self._call(program, "compute", lambda: self._forest(program))
+                self.programs.run(program, "compute", lambda: self._forest(program), self.captures)
                 break
             except torch.OutOfMemoryError:
-                if program.runs >= 2 or not self._fewer_replicas():
+                if program.runs >= 2 or not self.programs.fewer_replicas():
                     raise
                 for shard, state in states.items():
                     self.passes.keep_state(shard, state)
@@ -305,9 +283,7 @@ class Stepper:
         def work(number: int) -> float:
             if program.runs:
                 return compute(number)
-            seconds, needed = self.runtime.transient(functools.partial(compute, number))
-            self._needs[number] = max(needed, self._needs.get(number, 0))
-            return seconds
+            return self.programs.measured(number, functools.partial(compute, number))
 
         self.passes.each(work)
         forest = Forest[GradientBuffer](self.passes.leaves, add, self.passes.recycle)
@@ -321,75 +297,6 @@ class Stepper:
         root, inputs = program.held[0][1].tensor, program.inputs
         self.optimizer.update(root, inputs.lr, inputs.done, self.runtime, touched)
         self.master.update_stats(root, self.config.shards, inputs.done)
-
-    def _call(self, program: Program, half: str, work: Callable[[], None]) -> None:
-        """Run one half of a step: captured where it is, else as it stands. A program runs once before it is captured,
-        so that libraries have chosen their kernels and memory is there."""
-        if self._capturing and program.runs and getattr(program, half) is None:
-            start = time.perf_counter()
-            try:
-                setattr(program, half, self._captured(work, draws=half == "compute"))
-                self.capture = "graph"
-            except RuntimeError as error:
-                self.passes.renew_generators()
-                short = isinstance(error, torch.OutOfMemoryError)
-                if short and half == "compute" and len(self.passes.replicas) > 1:
-                    raise
-                reason = "too little memory for a graph" if short else str(error).strip() or type(error).__name__
-                where = place(error, self.config.code)
-                self._give_up(reason.splitlines()[0] + (f", {where}" if where else ""))
-            finally:
-                self.captures[half] += time.perf_counter() - start
-        (getattr(program, half) or work)()
-
-    def _captured(self, work: Callable[[], None], draws: bool) -> Callable[[], object]:
-        if self._first_graph is None:
-            self._check_memory()
-        if self._feeder is not None:
-            self._feeder.rest()
-        drawing = self.passes.generators.values() if draws and self.passes.replicas[0].draws_numbers else ()
-        parts = {**self.passes.models(), "workload": self.workload, "optimizer": self.optimizer.rule}
-        watch = CaptureWatch(parts, self.runtime.device, follow=not self._compiled)
-        with watch:
-            graph = self.runtime.graph(work, drawing, self._first_graph)
-        watch.refuse()
-        self._kept.append(watch.read())
-        self._first_graph = self._first_graph or graph
-        return graph
-
-    def _check_memory(self) -> None:
-        """Raise OutOfMemoryError where the replicas do not fit into a graph side by side.
-
-        As they stand they may: then the allocator moves memory from stream to stream, for which it waits. In a capture
-        it cannot, and PyTorch never gives back what a capture has taken that failed.
-        """
-        needed = sum(self._needs.get(number, 0) for number in range(len(self.passes.replicas)))
-        if needed and needed * MARGIN > (free := self.runtime.free_memory()):
-            raise torch.OutOfMemoryError(f"a graph takes {needed >> 20:,} MiB, and {free >> 20:,} MiB are free")
-
-    def _give_up(self, reason: str) -> None:
-        """Run this and all later steps as they stand."""
-        if self.config.capture is True:
-            raise UserError(f"capture: true, and this step cannot be captured ({reason}); allowed: auto, false")
-        self._capturing, self.capture = False, f"eager: {reason}"
-        self._forget_graphs()
-
-    def _fewer_replicas(self) -> bool:
-        """Go on with half of the replicas, since memory is short; whether there is more than one."""
-        replicas = self.passes.replicas
-        if len(replicas) == 1:
-            return False
-        self.runtime.synchronize()  # kernels under way still use what is freed now
-        del replicas[len(replicas) // 2 :]
-        self._forget_graphs()
-        torch.cuda.empty_cache()
-        return True
-
-    def _forget_graphs(self) -> None:
-        self._first_graph = None
-        self._kept.clear()
-        for program in self._programs.values():
-            program.compute = program.update = None
 
 
 def touched(workload: Workload, layout: ParameterLayout, runtime: Runtime, epoch: int, step: int) -> list[Touched]:

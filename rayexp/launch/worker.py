@@ -132,8 +132,8 @@ class _Worker:
         self.saved = self.reported = self.plotted = time.monotonic()
 
     def run(self) -> str:
-        lanes = counted(self.runtime.side_by_side, "lane")
-        what = f"{self.runtime.device}, {lanes}, {self.config.precision}"
+        replicas = counted(self.runtime.side_by_side, "replica")
+        what = f"{self.runtime.device}, {replicas}, {self.config.precision}"
         # launch/killer.py reads where a worker is from the end of this line.
         where = f"pid {os.getpid()} on {socket.gethostname()}"
         self._log(f"rank {self.group.rank} of {self.group.world}: {what}, {where}")

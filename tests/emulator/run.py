@@ -4,10 +4,10 @@
     python tests/emulator/run.py -m rayexp train configs/quickstart.yaml epochs=1 data.max_train_samples=64
 
 PyTorch's own CUDA code runs: its allocator, streams, events, pinned memory, captures, graphs and generators. Below it
-stands runtime.cpp in the place of NVIDIA's runtime, and operations.cpp in that of the kernels: they compute what the
-CPU's do, as late as CUDA allows, and in any order that it allows (EMULATOR_SEED chooses one; EMULATOR_MIB is the size
-of the memory). What forgets to wait, takes a value along in a graph, or does what a capture forbids shows at once.
-Speed, the rounding of NVIDIA's kernels, torch.compile and NCCL are not to be seen here.
+stand runtime.cpp and its kin in the place of NVIDIA's runtime, and operations.cpp in that of the kernels: they compute
+what the CPU's do, as late as CUDA allows, and in any order that it allows (EMULATOR_SEED chooses one; EMULATOR_MIB is
+the size of the memory). What forgets to wait, takes a value along in a graph, or does what a capture forbids shows at
+once. Speed, the rounding of NVIDIA's kernels, torch.compile and NCCL are not to be seen here.
 
 It takes g++, and the headers of a CUDA toolkit of the major version of which this PyTorch is made.
 """
@@ -52,16 +52,18 @@ def build(into: Path) -> None:
     include, cuda = home / "include", toolkit(str(torch.version.cuda).split(".")[0])
     headers = [include, include / "torch" / "csrc" / "api" / "include", cuda, sysconfig.get_paths()["include"]]
     libraries = ["c10", "c10_cuda", "torch", "torch_cpu", "torch_cuda", "torch_python"]
+    runtime = ["runtime.h", "runtime.cpp", "graphs.cpp", "device.cpp"]
     linked = {
-        "runtime.cpp": ["-Wl,-soname,libcuda.so.1"],  # where PyTorch looks for the driver
-        "operations.cpp": [f"-L{home / 'lib'}", *(f"-l{name}" for name in libraries)],
+        "runtime": (runtime, ["-Wl,-soname,libcuda.so.1"]),  # where PyTorch looks for the driver
+        "operations": (["operations.cpp"], [f"-L{home / 'lib'}", *(f"-l{name}" for name in libraries)]),
     }
-    for source, options in linked.items():
-        built, making = into / f"emulator_{Path(source).stem}.so", into / f"{source}.{os.getpid()}"
-        if built.exists() and built.stat().st_mtime > (HERE / source).stat().st_mtime:
+    for name, (sources, options) in linked.items():
+        built, making = into / f"emulator_{name}.so", into / f"{name}.{os.getpid()}"
+        if built.exists() and built.stat().st_mtime > max((HERE / source).stat().st_mtime for source in sources):
             continue
         command = ["g++", "-O1", "-fPIC", "-shared", "-std=c++20", *(f"-I{path}" for path in headers)]
-        command += ["-DTORCH_EXTENSION_NAME=emulator_operations", str(HERE / source), *options, "-o", str(making)]
+        command += [str(HERE / source) for source in sources if source.endswith(".cpp")]
+        command += ["-DTORCH_EXTENSION_NAME=emulator_operations", *options, "-o", str(making)]
         subprocess.run(command, check=True)
         making.replace(built)
 

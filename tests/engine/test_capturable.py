@@ -23,12 +23,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rayexp.config import ExperimentConfig, parse
-from rayexp.engine import gpu, passes, runtime, step
+from rayexp.engine import gpu, passes, programs, runtime
 from rayexp.engine.gradients import ReplicaModel
 from rayexp.engine.group import WorkerGroup
+from rayexp.engine.programs import Programs
 from rayexp.engine.runtime import Runtime
 from rayexp.engine.settings import Settings
-from rayexp.engine.step import ControlFlags, Stepper
+from rayexp.engine.step import ControlFlags
 from rayexp.engine.trainer import Trainer
 from rayexp.workloads import open_workload
 
@@ -131,7 +132,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
     """Looks at the captures of static steps on a CPU."""
     under_way = [False]
 
-    def captured(stepper: Stepper, work: Callable[[], None], draws: bool) -> Callable[[], object]:
+    def captured(_: Programs, work: Callable[[], None], draws: bool) -> Callable[[], object]:
         def watch() -> None:
             under_way[0] = True
             try:
@@ -141,7 +142,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
 
         return watch
 
-    monkeypatch.setattr(Stepper, "_captured", captured)
+    monkeypatch.setattr(Programs, "_captured", captured)
     with Watch(lambda: under_way[0]) as watch:
         yield watch
 
@@ -244,7 +245,7 @@ def tracing(cuda: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> Iterator[
         true(model, loss, buffer)
 
     monkeypatch.setattr(ReplicaModel, "backward", backward)
-    monkeypatch.setattr(step, "CaptureWatch", Unwatched)
+    monkeypatch.setattr(programs, "CaptureWatch", Unwatched)
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     monkeypatch.setattr(torch.backends.cudnn, "is_acceptable", lambda tensor: False)

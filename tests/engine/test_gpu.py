@@ -200,8 +200,8 @@ def test_a_graph_that_would_not_fit_is_not_begun(
     monkeypatch.setattr(Runtime, "free_memory", lambda here: 1)
     assert final(one, "eager: too little memory for a graph") == expected
     assert len(one.stepper.passes.replicas) == 1
-    assert all(needed > 1 << 20 for needed in one.stepper._needs.values()), "what passes take is not seen"
-    assert len(one.stepper._needs) == 8
+    assert all(needed > 1 << 20 for needed in one.stepper.programs._needs.values()), "what passes take is not seen"
+    assert len(one.stepper.programs._needs) == 8
 
 
 def test_a_step_for_which_memory_is_short_starts_again(

@@ -14,6 +14,7 @@ from rayexp.config import ExperimentConfig
 from rayexp.engine import checkpoint
 from rayexp.engine.gradients import ReplicaModel
 from rayexp.engine.passes import Passes
+from rayexp.engine.programs import Programs
 from rayexp.engine.runtime import Runtime
 from rayexp.engine.step import ControlFlags, Stepper, StepResult
 from rayexp.engine.trainer import EpochDone, StepDone, Trainer
@@ -89,7 +90,7 @@ def test_what_is_late_changes_no_bit(small: Make, static: Open, changes: dict[st
 def test_a_program_for_each_shape_of_batch(small: Make, static: Open) -> None:
     one = static(small(epochs=2, lr=0.01))
     list(one.train())
-    programs = list(one.stepper._programs.values())
+    programs = list(one.stepper.programs)
     assert [program.runs for program in programs] == [2 * (one.steps - 1), 2]
     assert all(program.compute and program.update for program in programs)
     assert one.stepper.capture == "graph"
@@ -157,21 +158,21 @@ def test_a_resumed_run_has_the_same_bits(small: Make, static: Open, at: int) -> 
 # ---------------------------------------------------------------------- what cannot be captured
 
 
-def fail(monkeypatch: pytest.MonkeyPatch, error: Exception, half: str = "compute", times: int = 1000) -> list[Stepper]:
+def fail(monkeypatch: pytest.MonkeyPatch, error: Exception, half: str = "compute", times: int = 1000) -> list[Programs]:
     """Have the next captures fail, as they do on a GPU: generators that took part are of no use afterwards."""
-    true = Stepper._captured
-    failed: list[Stepper] = []
+    true = Programs._captured
+    failed: list[Programs] = []
 
-    def captured(stepper: Stepper, work: Callable[[], None], draws: bool) -> Any:
-        program = next(p for p in stepper._programs.values() if p.runs and p.update is None)
+    def captured(programs: Programs, work: Callable[[], None], draws: bool) -> Any:
+        program = next(p for p in programs if p.runs and p.update is None)
         if (program.compute is None) is (half == "compute") and len(failed) < times:
-            failed.append(stepper)
-            for generator in stepper.passes.generators.values():
+            failed.append(programs)
+            for generator in programs.passes.generators.values():
                 torch.rand(1, generator=generator)
             raise error
-        return true(stepper, work, draws)
+        return true(programs, work, draws)
 
-    monkeypatch.setattr(Stepper, "_captured", captured)
+    monkeypatch.setattr(Programs, "_captured", captured)
     return failed
 
 
@@ -185,7 +186,7 @@ def test_what_cannot_be_captured_runs_as_it_stands(
     assert states(one, 3) == expected
     assert one.stepper.capture == "eager: CUDA error: not permitted"
     assert len(failed) == 1
-    assert all(p.compute is p.update is None for p in one.stepper._programs.values())
+    assert all(p.compute is p.update is None for p in one.stepper.programs)
 
 
 @language
@@ -287,7 +288,7 @@ def test_every_step_has_its_own_seconds_and_no_capture(
 ) -> None:
     """Although a step is launched before the one before it is told, and captured at its shape's second step."""
     clock, captures = [0.0], []
-    launch, captured = Stepper.launch, Stepper._captured
+    launch, captured = Stepper.launch, Programs._captured
 
     def launched(*args: Any) -> Callable[[], StepResult]:
         clock[0] += 10.0
@@ -305,7 +306,7 @@ def test_every_step_has_its_own_seconds_and_no_capture(
         return captured(*args, **options)
 
     monkeypatch.setattr(Stepper, "launch", launched)
-    monkeypatch.setattr(Stepper, "_captured", capture)
+    monkeypatch.setattr(Programs, "_captured", capture)
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     steps: list[StepDone] = []
     for event in static(small(epochs=3, lr=0.01)).train():

@@ -2,7 +2,7 @@
 
 One pass over four shards costs less than four passes: weights are rearranged once, a layer's gradients are added while
 they are in the cache, and a gradient buffer is written once. It is allowed where it has the same bits, that is, where
-every kernel treats an image alike whatever else is in the batch; engine/step.py tries that before it relies on it.
+every kernel treats an image alike whatever else is in the batch; engine/passes.py tries that before it relies on it.
 """
 
 from __future__ import annotations

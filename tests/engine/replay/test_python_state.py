@@ -202,8 +202,8 @@ def test_what_a_model_keeps_may_be_kept_beside_graphs(
     assert one.stepper.capture == "graph"
     if replicas == 1:
         assert found == expected
-    one.stepper._forget_graphs()
-    assert one.stepper._kept == []
+    one.stepper.programs._forget_graphs()
+    assert one.stepper.programs._kept == []
 
 
 class CountsAndAsks(Counter):

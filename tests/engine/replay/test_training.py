@@ -126,7 +126,7 @@ def steps(one: Trainer, flags: Callable[[], ControlFlags] = ControlFlags) -> lis
 def replayed(one: Trainer, count: int = 2) -> None:
     """Assert that all of a trainer's steps are graphs, of so many shapes of batch."""
     assert one.stepper.capture == "graph", one.stepper.capture
-    programs = list(one.stepper._programs.values())
+    programs = list(one.stepper.programs)
     assert len(programs) == count
     halves: list[Any] = [half for program in programs for half in (program.compute, program.update)]
     assert all(half.operations for half in halves)
@@ -197,7 +197,7 @@ def test_a_capture_fails_after_others_have_worked(
     fewer = error is torch.OutOfMemoryError and at % 2 == 1
     assert len(one.stepper.passes.replicas) == (1 if fewer else 2)
     assert one.stepper.capture.startswith("graph" if fewer else "eager: ")
-    assert len(one.stepper._kept) == (4 if fewer else 0)
+    assert len(one.stepper.programs._kept) == (4 if fewer else 0)
 
 
 @pytest.mark.parametrize("error", [RuntimeError, torch.OutOfMemoryError])
