@@ -199,6 +199,7 @@ def _row(fields: dict[str, Any]) -> dict[str, Any]:
 
 def _show(run: Run, as_json: bool) -> None:
     from rayexp.runs.records import best, ranges
+    from rayexp.runs.residency import residency_of, steps_of
     from rayexp.runs.retention import not_kept
 
     meta, records = run.meta(), run.records()
@@ -213,6 +214,8 @@ def _show(run: Run, as_json: bool) -> None:
         "error": meta.get("error"),
         "workload": _workload(run.config()),
         "where": _where(meta),
+        "samples": residency_of(meta),
+        "steps": steps_of(meta) or None,
         "created": meta.get("created"),
         "finished": meta.get("finished"),
         "kept": f"checkpoints of {ranges(run.epochs())} (checkpoint.keep: {gone[max(gone)]})" if gone else None,

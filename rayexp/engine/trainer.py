@@ -25,6 +25,7 @@ from rayexp.engine.freezing import freeze
 from rayexp.engine.gradients import Master, ParameterLayout
 from rayexp.engine.group import WorkerGroup
 from rayexp.engine.optimizer import Optimizer
+from rayexp.engine.residency import keep_samples
 from rayexp.engine.runtime import Runtime
 from rayexp.engine.schedule import Schedule
 from rayexp.engine.starting import adopt
@@ -111,6 +112,7 @@ class Trainer:
         step: finished steps of the present epoch.
         loss_sum, loss_count: sum of the loss and number of loss terms so far in the present epoch.
         fit: what the model has taken of `weights`; None without.
+        residency: how the samples reach a GPU; None where that makes no difference.
 
     Args:
         weights: tensors to start from, by name (`model.weights`).
@@ -127,8 +129,7 @@ class Trainer:
         classes: int | None = None,
     ) -> None:
         self.config, self.workload, self.group, self.runtime = config, workload, group, runtime
-        if runtime.device.type == "cuda" and _resident(config, workload, runtime):
-            workload.resident(runtime.device)
+        self.residency = keep_samples(config, workload, runtime)
         model = workload.model()
         self.fit = adopt(model, weights, str(config.model.weights), classes) if weights else None
         freeze(model, config.model)
@@ -330,9 +331,3 @@ class Trainer:
                 yield _Done(step, lr, result, settled and save, settled and stop, settled, shift + seconds)
                 shift = 0.0
                 save = save and not settled
-
-
-def _resident(config: ExperimentConfig, workload: Workload, runtime: Runtime) -> bool:
-    """Whether the samples are kept in a GPU's memory."""
-    asked = config.data.resident
-    return workload.resident_bytes() < runtime.free_memory() // 2 if asked == "auto" else asked

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from rayexp.display import figure, folded, printable, short
 from rayexp.launch.resuming import here
 from rayexp.runs.records import EpochRecord, read_lines
+from rayexp.runs.residency import residency_of
 from rayexp.runs.run import Run
 
 if TYPE_CHECKING:
@@ -105,6 +106,8 @@ class Screen:
                 self.say(f"run: {here(self.run.root)}")
             if layout := meta["data"].get("layout"):
                 self.say(f"data: {layout}")
+            if residency := residency_of(meta):
+                self.say(f"samples: {residency}")
             if "summary" in (weights := meta.get("weights") or {}):
                 self.say(f"weights: {weights['source']}: {weights['summary']}")
             if frozen := meta.get("frozen"):

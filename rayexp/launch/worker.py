@@ -246,6 +246,8 @@ class _Worker:
             "exchange_bytes": self.trainer.stepper.exchange_bytes,
             "link": measured,
             "steps_per_epoch": self.trainer.steps,
+            "residency": residency.to_json() if (residency := self.trainer.residency) else None,
+            "capture": None,  # see _say_how
             "warnings": self.warnings,
             "data": {k: v for k, v in self.dataset.items() if not isinstance(v, list)},
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from rayexp.pages.language import LanguageSample
 from rayexp.pages.page import render, save
 from rayexp.runs.records import PHASES, EpochRecord, read_lines, step_line
 from rayexp.runs.records import best as best_of
+from rayexp.runs.residency import residency_of, steps_of
 from rayexp.runs.run import Run
 
 
@@ -66,6 +68,7 @@ def run_page(
         pace="" if steps else plots.pace(records, unit),
         bars=plots.run_phases(records),
         config=run.config_path.read_text(encoding="utf-8"),
+        gpu=on_gpu(meta, records),
         diffs=diffs,
         judgements=judgements,
         why_none=why_none,
@@ -94,6 +97,19 @@ def lead(records: list[EpochRecord], best: EpochRecord | None) -> str:
         rose = f"the validation loss rose from {figure(best.val_loss)} to {figure(last.val_loss)}"
         return f"{found} From there to epoch {last.epoch} {fell} and {rose}, a sign of overfitting."
     return f"{found} No later epoch is better, up to the last ({last.epoch})."
+
+
+def on_gpu(meta: Mapping[str, Any], records: list[EpochRecord]) -> str:
+    """How a GPU was used, and the most memory that PyTorch took of it; empty on a CPU."""
+    peak = max((record.peak_memory.get("device", 0) for record in records), default=0)
+    told = {
+        "replicas": str(meta.get("lanes") or "") if steps_of(meta) else "",
+        "steps": steps_of(meta),
+        "samples": residency_of(meta) or "",
+        "peak memory": f"{peak / 1e9:.2f} GB" if peak else "",
+    }
+    found = "; ".join(f"{name}: {value}" for name, value in told.items() if value)
+    return f"On the GPU: {found}" if found else ""
 
 
 def _steps(run: Run) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from rayexp.config import ExperimentConfig
 from rayexp.launch import screen as screens
 from rayexp.launch.screen import Screen, clock, epoch_line
 from rayexp.runs.records import EpochRecord
+from rayexp.runs.residency import Residency
 from rayexp.runs.run import Run
 from rayexp.system.disk import append_line, write_atomic
 
@@ -102,6 +103,15 @@ def test_the_line_of_an_epoch_is_one_line_and_its_hash_whole_or_absent(record: E
         assert line.startswith(f"epoch {record.epoch}  ")
         assert "weights" not in line or line.endswith(record.weights_sha[:8])
     assert "acc1 48.73" in epoch_line(LONGEST, 80)
+
+
+def test_it_says_how_samples_reach_a_gpu(tmp_path: Path) -> None:
+    run = Run.create(ExperimentConfig(storage_path=tmp_path), argv=[])
+    text = io.StringIO()
+    screen = Screen(run, Console(file=text, width=300))
+    run.update(data={}, residency=Residency(True, 1_283_000_000, 80 * 10**9, "auto").to_json())
+    screen._begun()
+    assert text.getvalue().splitlines()[1:] == ["samples: 1.28 GB, kept in the GPU's memory"]
 
 
 def test_a_terminal_gets_lines_of_its_width_and_a_file_whole_ones(tmp_path: Path) -> None:

@@ -56,3 +56,11 @@ def test_an_operation_with_no_deterministic_kernel_is_named(
     said = r"takes deterministic operations only, and adaptive_max_pool2d_backward_cuda has no such kernel for cpu"
     with pytest.raises(UserError, match=said):
         driver.run(config, argv=[])
+
+
+def test_what_a_gpu_did_is_not_said_of_an_attempt_without_one(config: ExperimentConfig) -> None:
+    run = driver.run(config, argv=[], max_steps=1)
+    assert run.meta()["residency"] is run.meta()["capture"] is None
+    run.update(capture="graph", residency={"kept": True, "bytes": 1, "free": 9, "asked": "auto"})
+    driver.run(config, argv=[], resume=run)
+    assert run.meta()["residency"] is run.meta()["capture"] is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import re
@@ -19,6 +20,7 @@ from rayexp.pages import plots
 from rayexp.pages.judgements import PAIRS, WORST, judgements_of
 from rayexp.pages.run_page import lead, write_run_page
 from rayexp.runs.records import EpochRecord, best
+from rayexp.runs.residency import Residency
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 
@@ -31,6 +33,16 @@ def page_of(run, sample=None):
 
 def record(epoch, step):
     return EpochRecord(epoch, step, 1.0, 1.0, {"acc1": 1.0}, 0.1, 1.0, {"total": 1.0}, "a")
+
+
+def test_the_page_says_how_a_gpu_was_used(makes, arrays):
+    run = makes.images([arrays.images([0, 1], [0, 0], classes=2)], 2)
+    assert "On the GPU" not in page_of(run)
+    run.update(capture="graph", lanes=8, residency=Residency(True, 1_283_000_000, 80 * 10**9, "auto").to_json())
+    (line,) = run.epochs_path.read_text().splitlines()
+    run.epochs_path.write_text(json.dumps(json.loads(line) | {"peak_memory": {"host": 1, "device": 3_400_000_000}}))
+    said = "On the GPU: replicas: 8; steps: replayed from CUDA graphs; samples: 1.28 GB, kept in the GPU's memory; "
+    assert said + "peak memory: 3.40 GB" in html.unescape(page_of(run)).replace("\u00a0", " ")
 
 
 # ---------------------------------------------------------------------- steps
