@@ -1,7 +1,7 @@
 """A step as graphs: when a program's halves are captured, what is asked of a capture, and what follows where one fails.
 
 A graph holds memory of its own and stands for no Python. So before the first one there must be room for all replicas
-side by side, and after each Python must be as it was (engine/python_state.py). Where memory is short, a step goes on
+side by side, and after each Python must be as it was (engine/capture_watch.py). Where memory is short, a step goes on
 with fewer replicas; where a step cannot be captured, it and all later ones run as they stand.
 """
 
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from rayexp.config.references import place
+from rayexp.engine.capture_watch import CaptureWatch
 from rayexp.engine.inputs import StepInputs
 from rayexp.engine.passes import Held, Passes
-from rayexp.engine.python_state import CaptureWatch
 from rayexp.errors import UserError
 
 MARGIN = 1.15

@@ -7,28 +7,30 @@ once for all steps, and a tensor is looked for where it lay when the graph was m
 from __future__ import annotations
 
 import contextlib
+import enum
+import functools
+import numbers
 import pickle
 import random
 import sys
-import weakref
+from array import array as Numbers
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from types import SimpleNamespace
+from types import FunctionType, MemberDescriptorType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Generator, Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from rayexp.engine.batch_norm import BATCH_NORMS
 from rayexp.engine.contract.draws import GlobalStates
 
 MOST = 1000
 """Elements of an array, or of a collection, at most: larger ones are data."""
-_PLAIN = (int, float, complex, bool, str, bytes, type(None))
+_PLAIN = (numbers.Number, np.generic, str, bytes, enum.Enum, type(None))
 _OF_MODULES = frozenset(vars(nn.Module()))
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _OF_LIBRARIES = sys.stdlib_module_names | {"rayexp", "torch", "numpy"}
 _MISSING = object()
 
@@ -38,6 +40,7 @@ class PythonState:
 
     Attributes:
         values: by dotted name: a number or a text, a tensor, or the state of a generator.
+        iterators: names of iterators, which cannot be brought back to where they were.
 
     Args:
         parts: the objects, by what a message calls them.
@@ -49,7 +52,7 @@ class PythonState:
         found = _Found(device)
         for name, part in parts.items():
             found.look(name, part)
-        self.values, self._undo = found.values, found.undo
+        self.values, self.iterators, self._undo = found.values, found.iterators, found.undo
 
     def restore(self) -> None:
         """Bring back what was there, as far as it can be changed."""
@@ -79,15 +82,18 @@ class _Found:
     """What is found below objects: their values, and what brings each back.
 
     Looked at are the attributes of modules and of other objects of the user's, with what is in their lists, tuples,
-    sets and dictionaries. Parameters and the statistics of batch norms are the engine's.
+    sets and dictionaries; their classes; hooks and other functions of the user's, with the variables of the scope in
+    which they were made; and the global variables of all these. Parameters and the statistics of batch norms are the
+    engine's.
 
     Attributes:
-        values: see `PythonState`.
+        values, iterators: see `PythonState`.
         undo: brings back what was there, as far as it can be changed.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.values: dict[str, Any] = {}
+        self.iterators: list[str] = []
         self.undo: list[Callable[[], object]] = []
         self._device = device
         self._seen: set[int] = set()
@@ -95,7 +101,7 @@ class _Found:
     def look(self, name: str, value: Any) -> None:
         """Take down what is there, and below it."""
         small = isinstance(value, Tensor) and value.device.type == "cpu" and value.numel() <= MOST
-        if type(value) in _PLAIN or (isinstance(value, Tensor) and (self._device.type == "cpu" or not small)):
+        if isinstance(value, _PLAIN) or (isinstance(value, Tensor) and (self._device.type == "cpu" or not small)):
             self.values[name] = value
         elif id(value) in self._seen:
             return
@@ -111,34 +117,106 @@ class _Found:
             self._attributes(name, vars(value), _OF_MODULES)
             if not isinstance(value, BATCH_NORMS):  # whose statistics are the engine's
                 self._attributes(name, value._buffers, frozenset())
+            for hook in (hook for kind in _HOOKS for hook in vars(value)[kind].values()):
+                self.look(f"a hook of {name}", hook)
             for child, module in value.named_children():
                 self.look(f"{name}.{child}", module)
-        elif hasattr(value, "__dict__") and not isinstance(value, type) and _is_users(type(value)):
+            self._class(type(value))
+        elif isinstance(value, FunctionType | MethodType | functools.partial | staticmethod | classmethod | property):
             self._seen.add(id(value))
-            self._attributes(name, vars(value), frozenset())
+            self._function(name, value)
+        elif isinstance(value, Iterator) and type(value).__module__ in ("builtins", "itertools"):
+            self.iterators.append(name)
+        elif not isinstance(value, type) and _is_users(type(value)):
+            self._seen.add(id(value))
+            if hasattr(value, "__dict__"):
+                self._attributes(name, vars(value), frozenset())
+            self._slots(name, value)
+            self._class(type(value))
 
     def _attributes(self, name: str, held: dict[str, Any], without: frozenset[str]) -> None:
         for key in held.keys() - without:
-            if _has_history(held[key]):
+            if has_history(held[key]):
                 held[key] = held[key].detach()
         before = {key: each for key, each in held.items() if key not in without}
         self.undo.append(lambda: _put_back(held, before, without))
         for key, each in before.items():
             self.look(f"{name}.{key}", each)
 
+    def _slots(self, name: str, value: Any) -> None:
+        """Attributes of an object that has no dictionary for them."""
+        kinds = [kind for kind in type(value).__mro__ if _is_users(kind) and kind is not SimpleNamespace]
+        keys = [key for kind in kinds for key, of in vars(kind).items() if isinstance(of, MemberDescriptorType)]
+        before = {key: getattr(value, key) for key in keys if hasattr(value, key)}
+
+        def undo() -> None:
+            for key, each in before.items():
+                if getattr(value, key, _MISSING) is not each:
+                    object.__setattr__(value, key, each)  # it may be frozen otherwise
+
+        self.undo.append(undo)
+        for key, each in before.items():
+            self.look(f"{name}.{key}", each)
+
+    def _class(self, kind: type) -> None:
+        for each in kind.__mro__:
+            if id(each) not in self._seen and each is not SimpleNamespace and _is_users(each):
+                self._seen.add(id(each))
+                self._variables(each.__name__, each, lambda key, value: _is_dunder(key) and not callable(value))
+
+    def _module(self, name: str) -> None:
+        module = sys.modules.get(name)
+        if module is not None and id(module) not in self._seen:
+            self._seen.add(id(module))
+            self._variables(name, module, lambda key, value: _is_dunder(key) or isinstance(value, ModuleType))
+
+    def _variables(self, name: str, owner: Any, leave_out: Callable[[str, Any], bool]) -> None:
+        """Of a class or a module."""
+        before = {key: value for key, value in vars(owner).items() if not leave_out(key, value)}
+
+        def undo() -> None:
+            for key, value in before.items():
+                if vars(owner).get(key, _MISSING) is not value:
+                    setattr(owner, key, value)
+
+        self.undo.append(undo)
+        for key, value in before.items():
+            self.look(f"{name}.{key}", value)
+
+    def _function(self, name: str, value: Any) -> None:
+        """What a function holds: variables of the scope in which it was made, defaults and attributes."""
+        if isinstance(value, functools.partial):
+            parts = [value.func, *value.args, *value.keywords.values()]
+        elif isinstance(value, property):
+            parts = [value.fget, value.fset]
+        elif isinstance(value, FunctionType):
+            parts = [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()] if _is_users(value) else []
+        else:
+            parts = [getattr(value, "__self__", None), value.__func__]
+        for part in parts:
+            self.look(name, part)
+        if isinstance(value, FunctionType) and _is_users(value):
+            self._attributes(name, vars(value), frozenset())
+            for key, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
+                with contextlib.suppress(ValueError):  # nothing has been put there yet
+                    content = cell.cell_contents
+                    self.undo.append(functools.partial(setattr, cell, "cell_contents", content))
+                    self.look(f"{key} of {name}", content)
+            self._module(value.__module__)
+
     def _collection(self, name: str, value: Any) -> None:
         self.values[f"len({name})"] = len(value)
         if len(value) > MOST:
             return
         if isinstance(value, dict):
-            for key in [key for key, each in value.items() if _has_history(each)]:
+            for key in [key for key, each in value.items() if has_history(each)]:
                 value[key] = value[key].detach()
             before = dict(value)
             self.undo.append(lambda: _put_back(value, before, frozenset()))
             for key, each in before.items():
                 self.look(f"{name}[{key!r}]", each)
         elif isinstance(value, list | deque):
-            for i in [i for i, each in enumerate(value) if _has_history(each)]:
+            for i in [i for i, each in enumerate(value) if has_history(each)]:
                 value[i] = value[i].detach()
             items = list(value)
             self.undo.append(lambda: _refill(value, items))
@@ -150,102 +228,18 @@ class _Found:
                 self.look(f"{name}[{i}]", each)
 
 
-class Reads(TorchFunctionMode):
-    """Notes which tensors operations are given while the block runs, of those that were not made meanwhile."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._read: dict[int, weakref.ref[Tensor]] = {}
-        self._made: set[int] = set()  # addresses of memory
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        # What makes no tensor asks for a shape or a device, which reads nothing: for a value it could not ask.
-        if results := _addresses(made):
-            given = _addresses((args, kwargs))
-            for tensor, where in given.items():
-                if where not in self._made:
-                    self._read.setdefault(id(tensor), weakref.ref(tensor))
-            self._made.update(set(results.values()) - set(given.values()))
-        return made
-
-    def alive(self) -> list[Tensor]:
-        """Those that are still there."""
-        return [tensor for read in self._read.values() if (tensor := read()) is not None]
-
-    def has(self, tensor: Tensor) -> bool:
-        """Whether this one was read."""
-        return id(tensor) in self._read and self._read[id(tensor)]() is tensor
-
-
-class CaptureWatch:
-    """Watches a capture. That runs a step's Python once and computes nothing, so Python's state is after the block as
-    it was before.
-
-    Args:
-        parts, device: see `PythonState`.
-        follow: whether to note what operations are given (not while a compiler traces them).
-    """
-
-    def __init__(self, parts: Mapping[str, object], device: torch.device, follow: bool = True) -> None:
-        self._parts, self._device = parts, device
-        self._reads = Reads() if follow else None
-        self._found: list[str] = []
-        self._gone: set[int] = set()  # by id: tensors in whose place others are, unread
-        self._before: PythonState | None = None
-        self._stack = contextlib.ExitStack()
-
-    def __enter__(self) -> CaptureWatch:
-        self._before = PythonState(self._parts, self._device)
-        if self._reads is not None:
-            self._stack.enter_context(self._reads)
-        return self
-
-    def __exit__(self, *exc: Any) -> None:
-        assert self._before is not None
-        self._stack.close()
-        if exc[0] is None:
-            now = PythonState(self._parts, self._device)
-            self._found = list(now.changed(self._before))
-            for name, tensor in now.replaced(self._before):
-                if self._reads is None or self._reads.has(tensor):
-                    self._found.append(f"a step reads {name} and puts another tensor there")
-                self._gone.add(id(tensor))
-        self._before.restore()
-
-    def refuse(self) -> None:
-        """Raise RuntimeError where a graph would not do what this Python does."""
-        if self._found:
-            raise RuntimeError(f"{self._found[0]}, which a graph does not repeat")
-
-    def read(self) -> list[Tensor]:
-        """What the captured work may read and somebody holds. A graph looks for it in its place, so it must stay there
-        though its holder may take another."""
-        held = [value for value in (self._before.values.values() if self._before else ()) if isinstance(value, Tensor)]
-        found = {id(tensor): tensor for tensor in held if id(tensor) not in self._gone}
-        found |= {id(tensor): tensor for tensor in (self._reads.alive() if self._reads else ())}
-        return [tensor.detach() if _has_history(tensor) else tensor for tensor in found.values()]
-
-
-def _addresses(value: Any) -> dict[Tensor, int]:
-    """The tensors in some collection and where their memory begins, of those that have memory."""
-    found = {}
-    for leaf in tree_leaves(value):
-        if isinstance(leaf, Tensor) and leaf.layout is torch.strided:
-            with contextlib.suppress(RuntimeError):  # a tensor that only stands for others
-                if where := leaf.untyped_storage().data_ptr():
-                    found[leaf] = where
-    return found
-
-
-def _is_users(kind: type) -> bool:
-    """Whether a class is of no library. A library's objects may have threads of their own."""
+def _is_users(kind: type | FunctionType) -> bool:
+    """Whether a class or a function is of no library. A library's objects may have threads of their own."""
     file = getattr(sys.modules.get(kind.__module__), "__file__", None) or ""
     library = kind.__module__.partition(".")[0] in _OF_LIBRARIES or "site-packages" in file
     return kind is SimpleNamespace or not library
 
 
-def _has_history(value: Any) -> bool:
+def _is_dunder(name: str) -> bool:
+    return name.startswith("__") and name.endswith("__")
+
+
+def has_history(value: Any) -> bool:
     """Whether it is a tensor that still knows what it was computed from. Its backward pass has run, and what is left of
     that belongs to another stream than a capture's, which PyTorch refuses."""
     return isinstance(value, Tensor) and value.grad_fn is not None
@@ -269,6 +263,9 @@ def _state_of(value: Any) -> tuple[Any, Callable[[], object]] | None:
     if isinstance(value, Tensor) and value.device.type == "cpu" and value.numel() <= MOST:
         copy = value.detach().clone()
         return (value.dtype, value.shape, copy.flatten().tolist()), lambda: _copy(value, copy)
+    if isinstance(value, bytearray | Numbers) and len(value) <= MOST:
+        content = value[:]
+        return bytes(content), lambda: _write(value, content)
     if isinstance(value, np.ndarray) and value.size <= MOST and not value.dtype.hasobject:
         array = value.copy()
         return array.tobytes(), lambda: _write(value, array)
@@ -281,7 +278,9 @@ def _copy(into: Tensor, content: Tensor) -> None:
 
 
 def _write(into: Any, content: Any) -> None:
-    if into.flags.writeable:
+    if not isinstance(into, np.ndarray):
+        into[:] = content
+    elif into.flags.writeable:
         into[...] = content
 
 
