@@ -91,7 +91,7 @@ class Programs:
             seconds: by half; those that a capture takes are added.
 
         Raises:
-            torch.OutOfMemoryError: memory is too short for a graph of all replicas (see `fewer_replicas`).
+            torch.OutOfMemoryError: memory is too short for a graph of all replicas (see `make_room`).
             UserError: capture is true, and this half cannot be captured.
         """
         if self._capturing and program.runs and getattr(program, half) is None:
@@ -111,13 +111,20 @@ class Programs:
                 seconds[half] += time.perf_counter() - start
         (getattr(program, half) or work)()
 
-    def fewer_replicas(self) -> bool:
-        """Go on with half of the replicas, since memory is short; whether there is more than one."""
+    def make_room(self) -> bool:
+        """Go on with half of the replicas, or with the last one without graphs, since memory is short; False: neither
+        is left. The graphs so far are given up, with their memory.
+
+        Raises:
+            UserError: capture is true, and the last replica's graphs are in the way.
+        """
         replicas = self.passes.replicas
-        if len(replicas) == 1:
+        if len(replicas) == 1 and self._first_graph is None:
             return False
         self.runtime.synchronize()  # kernels under way still use what is freed now
-        del replicas[len(replicas) // 2 :]
+        if len(replicas) == 1:
+            self._give_up("too little memory beside graphs")
+        del replicas[max(1, len(replicas) // 2) :]
         self._forget_graphs()
         torch.cuda.empty_cache()
         return True

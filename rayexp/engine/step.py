@@ -258,7 +258,7 @@ class Stepper:
                 self.programs.run(program, "compute", lambda: self._forest(program), self.captures)
                 break
             except torch.OutOfMemoryError:
-                if program.runs >= 2 or not self.programs.fewer_replicas():
+                if program.runs >= 2 or not self.programs.make_room():
                     raise
                 for shard, state in states.items():
                     self.passes.keep_state(shard, state)

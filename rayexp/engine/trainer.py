@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from rayexp.config import ExperimentConfig
@@ -277,7 +278,7 @@ class Trainer:
                     return
                 last = time.perf_counter()
             saved = time.perf_counter()
-            predictions = predict(self.workload, self.eval_models, self.group, self.runtime)
+            predictions = self._predictions()
             self.runtime.synchronize()
             spent["evaluate"] = time.perf_counter() - saved
             metrics = self.workload.metrics(predictions)
@@ -302,6 +303,16 @@ class Trainer:
                 peak_memory=self.runtime.peak_memory(),
             )
             yield EpochDone(record, predictions)
+
+    def _predictions(self) -> Predictions:
+        """On the whole validation data. Where a GPU's memory is too small for them beside the steps' graphs, these go:
+        no worker has handed on anything by then."""
+        while True:
+            try:
+                return predict(self.workload, self.eval_models, self.group, self.runtime)
+            except torch.OutOfMemoryError:
+                if not self.stepper.programs.make_room():
+                    raise
 
     def _steps(self, flags: Callable[[], ControlFlags], wanted: Callable[[int], bool]) -> Iterator[_Done]:
         """Run the rest of an epoch. A result is asked for `Stepper.late` steps later, so that a GPU never waits. Who

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rayexp.config import ExperimentConfig
-from rayexp.engine import checkpoint
+from rayexp.engine import checkpoint, trainer
 from rayexp.engine.gradients import ReplicaModel
 from rayexp.engine.passes import Passes
 from rayexp.engine.programs import Programs
@@ -273,6 +273,50 @@ def test_one_replica_that_is_short_of_memory_fails(small: Make, static: Open, mo
     monkeypatch.setattr(Passes, "compute", compute)
     with pytest.raises(torch.OutOfMemoryError):
         states(static(small(scaling={"lanes": 2})), 1)
+
+
+def test_where_memory_is_short_beside_graphs_they_go(
+    small: Make, static: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for the first shorter batch, or an evaluation."""
+    expected = states(static(small(lr=0.01)))
+    one = static(small(lr=0.01, scaling={"lanes": 1}))
+    true = Passes.compute
+
+    def compute(passes: Passes, number: int, inputs: Any, *args: Any) -> float:
+        if len(list(one.stepper.programs)) > 1 and one.stepper.programs._first_graph is not None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return true(passes, number, inputs, *args)
+
+    monkeypatch.setattr(Passes, "compute", compute)
+    assert states(one) == expected
+    assert one.stepper.capture == "eager: too little memory beside graphs"
+
+
+@language
+@pytest.mark.parametrize(
+    ("lanes", "left", "capture"), [(4, 2, "graph"), (1, 1, "eager: too little memory beside graphs")]
+)
+def test_where_an_evaluation_finds_too_little_memory_graphs_go(
+    small: Make, static: Open, monkeypatch: pytest.MonkeyPatch, lanes: int, left: int, capture: str
+) -> None:
+    first = static(small(lr=0.01, epochs=1))
+    expected = list(first.train())[-1]
+    one = static(small(lr=0.01, epochs=1, scaling={"lanes": lanes}))
+    true = trainer.predict
+
+    def predict(*args: Any) -> Any:
+        if one.stepper.programs._first_graph is not None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return true(*args)
+
+    monkeypatch.setattr(trainer, "predict", predict)
+    found = list(one.train())[-1]
+    assert isinstance(found, EpochDone)
+    assert isinstance(expected, EpochDone)
+    assert found.record.val_loss == expected.record.val_loss
+    assert len(one.stepper.passes.replicas) == left
+    assert one.stepper.capture == capture
 
 
 def test_an_epoch_still_ends_with_its_record(small: Make, static: Open) -> None:
