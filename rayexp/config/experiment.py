@@ -8,7 +8,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, PositiveInt, ValidationError, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    PositiveInt,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from rayexp.config import components, yaml_tree
 from rayexp.config.code import relocate
@@ -54,13 +62,14 @@ class AugmentConfig(Section):
     """Above 0: instead of a resized crop, pad each side by this many pixels and cut out the original size at a random
     position. 0: off."""
 
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if not self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError("scale: smallest, then largest, at most 1")
-        if not self.ratio[0] <= self.ratio[1]:
-            raise ValueError("ratio: smallest, then largest")
-        return self
+    @field_validator("scale", "ratio")
+    @classmethod
+    def _ordered(cls, value: tuple[float, float], info: ValidationInfo) -> tuple[float, float]:
+        least, most = value
+        if least > most or (info.field_name == "scale" and most > 1):
+            at_most = ", at most 1" if info.field_name == "scale" else ""
+            raise ValueError(f"expected the smallest number, then the largest{at_most}")
+        return value
 
 
 class DataConfig(OpenSection):
@@ -182,11 +191,12 @@ class ScaleConfig(Section):
     many as the cores hold (see `threads_per_shard`), on a GPU up to 8 with exact and 1 with ddp. With exact it never
     changes a bit of the result."""
 
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if isinstance(self.num_workers, tuple) and self.num_workers[0] > self.num_workers[1]:
-            raise ValueError("num_workers: smallest, then largest")
-        return self
+    @field_validator("num_workers")
+    @classmethod
+    def _ordered(cls, value: int | tuple[int, int]) -> int | tuple[int, int]:
+        if isinstance(value, tuple) and value[0] > value[1]:
+            raise ValueError("expected the smallest number, then the largest")
+        return value
 
 
 class CheckpointConfig(Section):

@@ -8,6 +8,7 @@ from typing import Any
 from rayexp.display import counted
 
 LONGEST = 60  # characters of a value that are shown
+FEW = 4  # numbers of a list that are shown
 
 # Types of pydantic's errors (https://docs.pydantic.dev/latest/errors/validation_errors/) that our fields can give.
 EXPECTED = {
@@ -68,7 +69,8 @@ def given(value: Any) -> str:
     if value is None or isinstance(value, bool):
         shown = {None: "null", True: "true", False: "false"}[value]
     elif isinstance(value, list | tuple):
-        shown = f"a list of {len(value)}"
+        few = len(value) <= FEW and all(type(one) in (int, float) for one in value)
+        shown = f"[{', '.join(map(_short, value))}]" if few else f"a list of {len(value)}"
     elif isinstance(value, str | int | float):
         shown = _short(value)
     else:

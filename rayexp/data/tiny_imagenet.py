@@ -20,7 +20,7 @@ from rayexp.data import ImageData
 from rayexp.data.decode import SUFFIXES
 from rayexp.data.download import TINY_IMAGENET as URL
 from rayexp.data.fetch import FileSource, is_url, open_source
-from rayexp.data.pack import Item, PackPlan, done, pack
+from rayexp.data.pack import PARTIAL, Item, PackPlan, done, pack
 from rayexp.data.packed import info, read_meta
 from rayexp.data.resize import open_resized
 from rayexp.display import counted
@@ -45,6 +45,11 @@ def open_data(config: DataConfig) -> ImageData:
     if not done(root) and (root.is_file() or is_unpacked(root)):
         raise UserError(
             f"data.root: {root} is not packed; run `rayexp data fetch tiny_imagenet --from {root} --to DIR`"
+        )
+    if not (done(root) or (root / PARTIAL).exists()):
+        raise UserError(
+            f"data.root: no packed Tiny-ImageNet in {root}; "
+            f"`rayexp data fetch tiny_imagenet --from ZIP|TAR|DIR|URL --to {root}` makes it"
         )
     return open_resized(root, config)
 

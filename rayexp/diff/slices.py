@@ -183,8 +183,10 @@ def _read(path: Path) -> tuple[list[str], list[list[str]]]:
     """The head and the rows."""
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--slice: {path} cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    except OSError as error:
+        raise UserError(f"--slice: {path} cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"--slice: {path}: not UTF-8 (byte {error.start + 1}); save it as CSV in UTF-8") from error
     try:
         head, *rows = [row for row in csv.reader(io.StringIO(text, newline=""), strict=True) if row]
     except (csv.Error, ValueError) as error:
@@ -192,7 +194,8 @@ def _read(path: Path) -> tuple[list[str], list[list[str]]]:
     head = [column.strip() for column in head]
     if head[0] not in KEYS or len(head) < 2 or not all(head) or len(set(head)) < len(head):
         raise UserError(
-            f"{path}: the first line is {','.join(head)!r}; expected `name` or `index`, then a column an attribute"
+            f"{path}: the first line is {','.join(head)!r}; expected `name` or `index`, then a name for each attribute, "
+            "with commas between"
         )
     for number, row in enumerate(rows, 2):
         if len(row) != len(head):

@@ -104,7 +104,7 @@ def test_every_pattern_has_words() -> None:
         ("epochs", "x", "epochs: expected a whole number, got 'x'"),
         ("epochs", 0.5, "epochs: expected a whole number, got 0.5"),
         ("epochs", None, "epochs: expected a whole number, got null"),
-        ("epochs", [1, 2], "epochs: expected a whole number, got a list of 2"),
+        ("epochs", [1, 2], "epochs: expected a whole number, got [1, 2]"),
         ("epochs", -1, "epochs: expected a value above 0, got -1"),
         ("epochs", True, "epochs: true and false are not allowed here, got true"),
         ("label_smoothing", 1, "label_smoothing: expected a value below 1, got 1"),
@@ -141,7 +141,17 @@ def test_what_pydantic_may_add_is_said_without_its_words() -> None:
 
 
 def test_values_as_yaml_has_them() -> None:
-    assert [given(value) for value in (None, True, 1.5, "x", [1], {})] == [
-        *(", got null", ", got true", ", got 1.5", ", got 'x'", ", got a list of 1", ""),
+    values = (None, True, 1.5, "x", [1, 2.5], [1] * 5, ["a"], {})
+    assert [given(value) for value in values] == [
+        *(
+            ", got null",
+            ", got true",
+            ", got 1.5",
+            ", got 'x'",
+            ", got [1, 2.5]",
+            ", got a list of 5",
+            ", got a list of 1",
+            "",
+        ),
     ]
     assert given(10**5000) == ", got a number of thousands of digits"

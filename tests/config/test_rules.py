@@ -34,7 +34,18 @@ def test_data_from_files_needs_a_root(name: str) -> None:
         ({"scaling": {"num_workers": 16}}, "num_workers: 16 does not divide shards 8"),
         ({"scaling": {"num_workers": [5, 7]}}, "nothing from 5 to 7 divides shards 8; allowed: 1, 2, 4, 8"),
         ({"scaling": {"num_workers": [9, 9]}, "shards": 4}, "nothing from 9 to 9 divides shards 4"),
-        ({"scaling": {"num_workers": [4, 2]}}, "num_workers: smallest, then largest"),
+        (
+            {"scaling": {"num_workers": [4, 2]}},
+            "test: scaling.num_workers: expected the smallest number, then the largest, got [4, 2]",
+        ),
+        (
+            {"data": {"augment": {"scale": [0.5, 1.5]}}},
+            "test: data.augment.scale: expected the smallest number, then the largest, at most 1, got [0.5, 1.5]",
+        ),
+        (
+            {"data": {"augment": {"ratio": [2, 1]}}},
+            "test: data.augment.ratio: expected the smallest number, then the largest, got [2, 1]",
+        ),
         ({"optimizer": {"nesterov": True, "momentum": 0}}, "nesterov needs a momentum above 0"),
     ],
 )

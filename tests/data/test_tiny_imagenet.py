@@ -279,8 +279,9 @@ def test_unpacked_root_says_what_to_do(tmp_path, tiny):
             UserError, match=f"{root} is not packed; run `rayexp data fetch tiny_imagenet --from {root}"
         ):
             tiny_imagenet.open_data(config(root))
-    with pytest.raises(UserError, match="no packed data there"):
-        tiny_imagenet.open_data(config(tmp_path / "nowhere"))
+    where = tmp_path / "nowhere"
+    with pytest.raises(UserError, match=rf"data.root: no packed .* `rayexp data fetch tiny_imagenet .* --to {where}`"):
+        tiny_imagenet.open_data(config(where))
 
 
 @pytest.mark.parametrize("meta", ["[]", "{}", '{"layout": 1, "name": "wikitext2"}'])

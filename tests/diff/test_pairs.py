@@ -192,11 +192,13 @@ def test_slices_on_the_command_line(night, tmp_path):
         ("index,light\n1,day\n1,night\n", "index '1' has several rows"),
         ("name,light\n", "describes none of the images"),
         ('name,light\n"val_1.JPEG,day\n', "is no table in CSV"),
+        ("name;light\nval_1.JPEG;day\n", "the first line is 'name;light'; expected .* with commas between"),
+        ("name,light\nval_1.JPEG,h\xe4ll\n", r"not UTF-8 \(byte 24\); save it as CSV in UTF-8"),
     ],
 )
 def test_refused_tables(night, tmp_path, text, match):
     run = night[0]
-    (tmp_path / "s.csv").write_text(text)
+    (tmp_path / "s.csv").write_text(text, encoding="latin-1")
     with pytest.raises(UserError, match=match):
         diff_slices(read(run, 1), read(run, 2), tmp_path / "s.csv")
 
