@@ -168,6 +168,7 @@ RayOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print only JSON on stdout.")]
 RUNS = Path("runs")
+BEGAN = "rayexp.began"  # in a context's `meta`: time.monotonic() at which a command began later than its process
 DEBUG = False
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rayexp.cli import _complete
-from rayexp.cli._app import RUNS, JsonOption, OverridesArgument, RayOption, app, folder
+from rayexp.cli._app import BEGAN, RUNS, JsonOption, OverridesArgument, RayOption, app, folder
 from rayexp.cli._output import print_json, print_table, say, tell
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 @app.command(short_help="Train, in this process or on Ray workers; or go on with a run.")
 def train(
+    context: typer.Context,
     config: Annotated[
         str | None,
         typer.Argument(
@@ -64,8 +65,9 @@ def train(
     from rayexp.launch.driver import run as start
     from rayexp.system.clock import process_began
 
+    began = context.meta.get(BEGAN) or process_began()
     made = start(
-        experiment, argv=sys.argv, resume=run, address=address, console=Console(stderr=True), started=process_began()
+        experiment, argv=sys.argv, resume=run, address=address, console=Console(stderr=True), started=began
     )
     if as_json:
         print_json({**made.meta(), "path": str(made.root), "epochs": [r.to_json() for r in made.records()]})

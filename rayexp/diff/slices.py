@@ -194,8 +194,8 @@ def _read(path: Path) -> tuple[list[str], list[list[str]]]:
     head = [column.strip() for column in head]
     if head[0] not in KEYS or len(head) < 2 or not all(head) or len(set(head)) < len(head):
         raise UserError(
-            f"{path}: the first line is {','.join(head)!r}; expected `name` or `index`, then a name for each attribute, "
-            "with commas between"
+            f"{path}: the first line is {','.join(head)!r}; expected `name` or `index`, then a name for each "
+            "attribute, with commas between"
         )
     for number, row in enumerate(rows, 2):
         if len(row) != len(head):

@@ -18,7 +18,7 @@ from rayexp.grid.statistics import AMDAHL, TOO_FEW, USL, Estimate, ScalingFit, f
 
 FORECAST_COUNTS = (2, 4, 8, 16, 32)
 MAX_MISS = 0.5  # relative; a model that is further off at a count that was measured says nothing of others
-REPEAT = "one repeat says nothing of what differs between runs: repeat to know (repeats=3)"
+REPEAT = "one repeat says nothing of what differs between runs; take several (repeats=3)"
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import time
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,22 @@ def test_the_usual_folder_is_not_named(
     monkeypatch.setattr(tour, "_do", only_said)
     tour.quickstart(Path("runs"))
     assert {"  rayexp runs", "  tensorboard --logdir runs"} < set(capfd.readouterr().err.splitlines())
+
+
+def test_the_start_up_of_a_run_is_its_own(
+    tmp_path: Path, tiny_images: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began: list[float] = []
+
+    def run(config: ExperimentConfig, *, started: float, **_: Any) -> Run:
+        began.append(started)
+        return Run.create(config, argv=[])
+
+    (tmp_path / "c.yaml").write_text(json.dumps(tiny_images))
+    monkeypatch.setattr("rayexp.launch.driver.run", run)
+    before = time.monotonic()
+    tour._do("train", str(tmp_path / "c.yaml"), "--runs", str(tmp_path))
+    assert before <= began[0] <= time.monotonic(), "counted from the start of the process"
 
 
 def test_a_command_that_fails_ends_the_tour(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -136,8 +136,8 @@ def test_a_rate_that_falls_has_no_serial_fraction(grids):
 def test_one_repeat_has_no_interval_and_no_forecast_and_is_said_once(grids, capsys):
     rates = {name: grids.rates[name] for name in ("cpu-plain", "cpu-x1-exact", "cpu-x4-exact")}
     report = read_report(grids.fill(grids.plan(repeats=1), rates))
-    assert all(f.forecasts == () and "repeat to know" in f.why_not for f in report.families)
-    assert all("repeat to know" in fit.refused for f in report.families for fit in f.fits)
+    assert all(f.forecasts == () and "take several" in f.why_not for f in report.families)
+    assert all("take several" in fit.refused for f in report.families for fit in f.fits)
     tree = json.loads(json.dumps(report.to_json()))
     cell = next(cell for cell in tree["cells"] if cell["cell"] == "cpu-x4-exact")
     for name in ("samples_per_second", "speedup", "efficiency", "karp_flatt", "speedup_over_plain", "epoch_seconds"):
@@ -145,11 +145,11 @@ def test_one_repeat_has_no_interval_and_no_forecast_and_is_said_once(grids, caps
         assert (cell[name]["low"], cell[name]["high"]) == (None, None)
     text, page = sentences.markdown(report), compare_page(report)
     assert " to " not in tables.speed(report)[1][f"{report.unit}/s (95 %)"]
-    note = "no intervals and no forecasts: one repeat says nothing of what differs between runs: repeat to know"
+    note = "no intervals and no forecasts: one repeat says nothing of what differs between runs; take several"
     _grid_tables.show(report)
     for where in (text, page, capsys.readouterr().out.replace("\n", " ")):
         assert note in where
-        assert where.count("repeat to know") == where.count("one repeat says") == 1
+        assert where.count("take several") == where.count("one repeat says") == 1
         assert "no forecast;" not in where
     assert "Laws and forecasts" not in page + text
 

@@ -70,6 +70,24 @@ def test_nothing_is_cut_or_scrolls_sideways(pages, measured, width):
 
 
 @pytest.mark.browser
+def test_a_list_that_goes_on_ends_in_a_shadow(makes, chromium, tmp_path):
+    """Also where rows end at the edge, and where a browser hides the bars to scroll by."""
+    style = re.search(r"<style>.*?</style>", run_page_of(makes.random_images(40, 4, 1)), re.S)[0]
+    boxes = "".join(
+        f'<div class="scroll" style="position: absolute; top: 0; left: {left}px; width: 200px; height: 100px">'
+        f'<div style="height: {inside}px"></div></div>'
+        for left, inside in ((0, 500), (300, 50), (600, 500))
+    )
+    end = "<script>document.querySelectorAll('.scroll')[2].scrollTop = 500</script>"
+    (tmp_path / "page.html").write_text(f"<!doctype html>{style}{boxes}{end}")
+    shot = tmp_path / "page.png"
+    chromium(f"--screenshot={shot}", "--window-size=900,300", (tmp_path / "page.html").as_uri())
+    ground = np.asarray(Image.open(shot).convert("L"))[95, 100:800:300]
+    assert ground[0] < 235
+    assert list(ground[1:]) == [255, 255]  # all is seen; scrolled to the end
+
+
+@pytest.mark.browser
 def test_no_word_is_broken_on_paper(pages, measured):
     paper = {name: page.replace("@media print", "@media all") for name, page in pages.items()}
     assert all(page != pages[name] for name, page in paper.items())
