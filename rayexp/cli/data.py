@@ -79,18 +79,24 @@ def info(
         str,
         typer.Argument(
             metavar="DATASET|DIR",
-            help="shapes, data/tiny_imagenet, ...",
+            help="shapes, data/tiny_imagenet, ./FILE.py:NAME, ...",
             autocompletion=_complete.datasets,
             show_default=False,
         ),
     ],
+    options: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[data.KEY=VALUE]...", help="What a dataset of your own is called with.", show_default=False
+        ),
+    ] = None,
     check: Annotated[bool, typer.Option("--check", help="Also read every pixel and compare the hashes.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Counts, classes with their words, and hashes of a packed dataset."""
     from rayexp.data.describe import describe
 
-    summary = describe(dataset, check)
+    summary = describe(dataset, check, options or ())
     if as_json:
         print_json(summary)
         return

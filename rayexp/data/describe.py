@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rayexp.config import DataConfig, ExperimentConfig, code, parse
+from rayexp.config import DataConfig, ExperimentConfig, code, parse, yaml_tree
 from rayexp.config.components import is_reference
 from rayexp.data import DATASETS, TextData, folder, own, packed, python_docs, recipe, shapes, text
 from rayexp.data.fetch import check_readable
@@ -13,17 +14,20 @@ from rayexp.data.pack import PARTIAL, done
 from rayexp.errors import UserError, nearest
 
 
-def describe(target: str, check: bool = False) -> dict[str, Any]:
+def describe(target: str, check: bool = False, options: Sequence[str] = ()) -> dict[str, Any]:
     """Counts, classes or vocabulary size, and hashes of a dataset by name or of a folder, packed or not; or counts and
     classes of a dataset of images of the user's own, by reference.
 
-    `kind` is `images` or `text`. With `check`, all packed data are read and compared with their hashes.
+    `kind` is `images` or `text`. With `check`, all packed data are read and compared with their hashes. `options` are
+    what a dataset of the user's own is called with, as `data.KEY=VALUE`.
 
     Raises:
-        UserError: there is no such dataset or folder, or it is damaged.
+        UserError: there is no such dataset or folder, it is damaged, or it takes no such options.
     """
     if is_reference(target):
-        return _own(target)
+        return _own(target, options)
+    if options:
+        raise UserError(f"{options[0]!r}: data.KEY=VALUE is for a dataset of your own, ./FILE.py:NAME; got {target}")
     root = Path(target).expanduser()
     check_readable(root)
     if target == "python_docs":
@@ -53,9 +57,13 @@ def describe(target: str, check: bool = False) -> dict[str, Any]:
     return summary
 
 
-def _own(name: str) -> dict[str, Any]:
+def _own(name: str, options: Sequence[str]) -> dict[str, Any]:
     """A dataset of the user's own, by a reference relative to the working directory; nothing is packed."""
     tree: dict[str, Any] = {"data": {"name": name}}
+    for option in options:
+        if not option.startswith("data."):
+            raise UserError(f"{option!r}: expected data.KEY=VALUE, for example data.root=DIR")
+        yaml_tree.set_override(tree, option, ExperimentConfig)
     code.anchor(tree, Path.cwd())
     code.resolve(tree, Path.cwd(), "data info")
     config = parse(tree, ExperimentConfig, "data info")

@@ -193,6 +193,7 @@ def test_what_is_no_workload_is_told_in_a_line(tmp_path: Path, text: str, line: 
         (["summary", "mine/own_model.yaml", "--classes", "7"], "231"),
         (["summary", "mine/own_workload.yaml"], "own_workload.py:Regression, input 3"),
         (["data", "info", "mine/own_dataset.py:Spots"], "600 train and 150 val images of 3 classes"),
+        (["data", "info", "mine/own_dataset.py:Spots", "data.count=60"], "60 train and 15 val images of 3 classes"),
     ],
 )
 @pytest.mark.usefixtures("shared_cache")
@@ -201,6 +202,21 @@ def test_commands_that_only_look(mine: Path, words: list[str], shown: str) -> No
     assert result.exit_code == 0, result.output
     assert shown in result.output
     assert not (mine.parent / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["shapes", "data.root=x"], "'data.root=x': data.KEY=VALUE is for a dataset of your own, ./FILE.py:NAME"),
+        (["mine/own_dataset.py:Spots", "epochs=3"], "'epochs=3': expected data.KEY=VALUE"),
+        (["mine/own_dataset.py:Spots", "data.cuont=3"], "unknown key data.cuont .did you mean count"),
+        (["mine/own_dataset.py:Spots", "data.count=few"], "data.count: expected a whole number, got 'few'"),
+    ],
+)
+@pytest.mark.usefixtures("mine")
+def test_options_of_a_dataset_that_are_refused(words: list[str], line: str) -> None:
+    with pytest.raises(UserError, match=line):
+        CliRunner().invoke(app, ["data", "info", *words], catch_exceptions=False)
 
 
 @pytest.fixture
