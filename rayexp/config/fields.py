@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from rayexp.config.phrases import given, phrase
+from rayexp.display import counted
 from rayexp.errors import nearest
 
 
@@ -80,7 +81,11 @@ def explain(error: ValidationError, kind: type[BaseModel], prefix: str = "") -> 
         elsewhere = " or ".join(_places(kind, parts[-1]))
         meant = f" (did you mean {elsewhere}?)" if elsewhere else nearest(parts[-1], allowed)
         return f"unknown key {key}{meant}; allowed: {', '.join(allowed)}"
-    if first["type"] == "model_type":
+    if first["type"] == "missing" and isinstance(first["loc"][-1], int):
+        places = [e["loc"][-1] for e in errors if e["type"] == "missing" and e["loc"][:-1] == first["loc"][:-1]]
+        message = f"expected at least {counted(max(map(int, places)) + 1, 'value')}{given(first['input'])}"
+        key = key.rpartition(".")[0]
+    elif first["type"] == "model_type":
         message = f"expected keys under it ({', '.join(_section(kind, parts).model_fields)}){given(first['input'])}"
     else:
         message = phrase([e for e in own if _key(e["loc"]) == parts])

@@ -112,6 +112,7 @@ def config(**changes: object) -> ExperimentConfig:
             ["model.name", "resnet18", "mobilenet_v2, ", ", package.module:Name or ./file.py:Name"],
         ),
         ({"model": {"name": "nets.Net"}}, ["model.name", "did you mean ./nets.py:Net or nets:Net?"]),
+        ({"model": {"name": "net.py", "width": 8}}, ["model.name", "did you mean net.py:Name"]),
         ({"model": {"name": "resnet18", "stemm": "small"}}, ["model.stemm", "stem"]),
         ({"model": {"name": "vgg11", "stem": "small"}}, ["ResNets"]),
         ({"model": {"name": "vgg11", "stem": "stride2"}}, ["ResNets"]),

@@ -69,11 +69,11 @@ class ImageClassification(SampleWorkload):
             self.make = lambda classes, pixels: own.build(num_classes=classes, image_size=pixels)
             check_own(lambda: self.make(2, size), own, size, 2)
         else:
+            check_name(name)  # first: options of one's own are foreign to every other model
             try:
                 options = Options(**config.model.options)
             except ValidationError as error:
                 raise UserError(explain(error, Options, "model")) from None
-            check_name(name)
             self.make = lambda classes, pixels: build(name, options, classes, pixels)
             check_size(lambda pixels: self.make(2, pixels), name, size)
         self.data: ImageData = data or open_data(config.data, config.code)
