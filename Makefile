@@ -22,6 +22,7 @@ install: $(VENV)/.rayexp-$(TORCH)
 # constraints.txt holds the versions that were tested together; torch and torchvision must come as a pair.
 $(VENV)/.rayexp-pinned: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing: some minutes and 6 GB, in silence. Without a GPU it can be far less: docs/troubleshooting.md"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(PIP_ARGS) --editable ".[dev]"
 	rm -f $(VENV)/.rayexp-system
 	touch $@

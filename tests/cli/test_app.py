@@ -31,3 +31,12 @@ def test_a_folder_may_begin_with_a_tilde(tmp_path: Path, monkeypatch: pytest.Mon
     assert folder("~/runs") == tmp_path / "runs"
     assert folder("runs/~") == Path("runs/~")
     assert folder("~nobody-of-this-name/runs") == Path("~nobody-of-this-name/runs")
+
+
+def test_a_python_without_the_dependencies_is_named() -> None:
+    """As where a job's `python` is another environment than that of the cluster's `ray`."""
+    code = "import runpy, sys; sys.modules['typer'] = None; runpy.run_module('rayexp', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {sys.executable} has no typer, which rayexp needs: ")
+    assert done.stderr.count("\n") == 1

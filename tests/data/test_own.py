@@ -156,8 +156,8 @@ def test_targets_save_asking_for_every_label(
     [
         (("split, n: int = 6", "n: int = 6, split2=0"), r"takes no `split`; it is called with split='train' and"),
         (("return np.full", "1 / 0; return np.full"), r"sample 0 of train cannot be read as \(image, label\) \("),
-        ((", i % 2", ", 'a'"), r"sample 0 of train has the label 'a'; expected a number from 0"),
-        ((", i % 2", ", -1"), r"has the label -1; expected a number from 0"),
+        ((", i % 2", ", 'a'"), r"sample 0 of train has the label 'a'; expected a whole number from 0"),
+        ((", i % 2", ", -1"), r"has the label -1; expected a whole number from 0"),
         ((", i % 2", ", 2 + i % 2"), r"has 2 classes, and labels up to 3"),
         (('("a", "b")', '("a",)'), r"has 1 classes, and labels up to 1"),
         (("def __len__", "def len"), r"gives a D for split='train'; expected a dataset with __len__ and __getitem__"),
@@ -174,7 +174,7 @@ def test_targets_save_asking_for_every_label(
         (('("a", "b")', '("a", "b")\n    names = property(lambda s: 1 / 0)'), r"names of split='train' fails \("),
         (('("a", "b")', '("a", "b")\n    targets = (1 // i for i in (1, 0))'), r"targets of split='train' fails \("),
         (('("a", "b")', "3"), r"classes of split='train' fails \(TypeError"),
-        ((", i % 2", ", 10**30"), r"has the label 10+; expected a number from 0"),
+        ((", i % 2", ", 10**30"), r"has the label 10+; expected a whole number from 0"),
     ],
 )  # fmt: skip
 def test_mistakes_are_told_in_a_line_and_nothing_is_left(
