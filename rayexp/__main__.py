@@ -9,8 +9,8 @@ except ModuleNotFoundError as error:
     if (error.name or "rayexp").startswith("rayexp"):
         raise
     sys.exit(
-        f"error: {sys.executable} has no {error.name}, which rayexp needs: install rayexp's dependencies there, or name "
-        "another Python, for a job by `rayexp submit --python PATH`"
+        f"error: {sys.executable} has no {error.name}, which rayexp needs: install rayexp's dependencies there, or "
+        "name another Python, for a job by `rayexp submit --python PATH`"
     )
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ def collect(
         return
     tell(str(place))
     say(
-        f"{status}; {counted(records, 'epoch')}, checkpoints of {kept}; "
+        f"{status}; {counted(records, 'epoch')}, {counted(kept, 'checkpoint')}; "
         f"{got.size / 1e6:,.1f} MB fetched from {source.name}"
     )
 

@@ -66,9 +66,7 @@ def train(
     from rayexp.system.clock import process_began
 
     began = context.meta.get(BEGAN) or process_began()
-    made = start(
-        experiment, argv=sys.argv, resume=run, address=address, console=Console(stderr=True), started=began
-    )
+    made = start(experiment, argv=sys.argv, resume=run, address=address, console=Console(stderr=True), started=began)
     if as_json:
         print_json({**made.meta(), "path": str(made.root), "epochs": [r.to_json() for r in made.records()]})
     else:

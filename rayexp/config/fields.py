@@ -78,7 +78,7 @@ def explain(error: ValidationError, kind: type[BaseModel], prefix: str = "") -> 
     key = ".".join([prefix, *parts] if prefix else parts)
     if first["type"] == "extra_forbidden":
         allowed = list(_section(kind, parts[:-1]).model_fields)
-        elsewhere = " or ".join(_places(kind, parts[-1]))
+        elsewhere = _nested(kind, parts) or " or ".join(_places(kind, parts[-1]))
         meant = f" (did you mean {elsewhere}?)" if elsewhere else nearest(parts[-1], allowed)
         return f"unknown key {key}{meant}; allowed: {', '.join(allowed)}"
     if first["type"] == "missing" and isinstance(first["loc"][-1], int):
@@ -90,6 +90,17 @@ def explain(error: ValidationError, kind: type[BaseModel], prefix: str = "") -> 
     else:
         message = phrase([e for e in own if _key(e["loc"]) == parts])
     return f"{key}: {message}" if key else message
+
+
+def _nested(kind: type[BaseModel], parts: Sequence[str]) -> str:
+    """`data: {root: ...}` for the key `data.root`, which is dotted on the command line alone; empty for another one."""
+    *outer, last = parts[-1].split(".")
+    if not outer or at(kind, [*parts[:-1], *outer, last]) is Any:
+        return ""
+    shown = f"{last}: ..."
+    for part in reversed(outer):
+        shown = f"{part}: {{{shown}}}"
+    return shown
 
 
 def _places(kind: type[BaseModel], name: str) -> list[str]:

@@ -225,7 +225,8 @@ def _label(recipe: Recipe, split: str, number: int, value: Any) -> int:
         label = -1
     if not 0 <= label < 2**31:
         raise UserError(
-            f"data.name: {recipe.name}: sample {number} of {split} has the label {value!r}; expected a whole number from 0"
+            f"data.name: {recipe.name}: sample {number} of {split} has the label {value!r}; expected a whole "
+            "number from 0"
         )
     return label
 

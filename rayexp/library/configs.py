@@ -86,5 +86,7 @@ def words(overrides: Overrides) -> list[str]:
     if isinstance(overrides, str):
         raise UserError(f"overrides: expected a list of KEY=VALUE or a dict, got the text {overrides!r}")
     if not isinstance(overrides, Mapping):
+        if not isinstance(overrides, Sequence) or not all(isinstance(word, str) for word in overrides):
+            raise UserError(f"overrides: expected a list of KEY=VALUE or a dict, got {overrides!r}")
         return list(overrides)
     return [f"{key}={json.dumps(value, default=str, ensure_ascii=False)}" for key, value in overrides.items()]

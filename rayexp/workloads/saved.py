@@ -81,7 +81,7 @@ def _with_data(config: ExperimentConfig, described: Mapping[str, Any], weights: 
         build=(),
         about={
             "task": config.workload,
-            "architecture": config.model.name,
+            "architecture": config.subject,
             "input": f"{', '.join(shapes)} for two samples, along dimension {dim}",
             "output": "what the model gives",
         },

@@ -17,9 +17,11 @@ from rayexp.config import load
 from rayexp.errors import UserError
 from rayexp.launch.driver import outline, run
 from rayexp.launch.evaluate import evaluate
+from rayexp.launch.export import export
 from rayexp.runs.integrity import examine
 from rayexp.runs.run import Run
 from rayexp.workloads import open_workload
+from rayexp.workloads.language_model.generate import open_generator
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 # Of examples/own_dataset.yaml and own_workload.yaml: smaller.
@@ -79,6 +81,14 @@ def test_a_collected_run_brings_its_code(mine: Path, tmp_path: Path) -> None:
         evaluate(got, 2)
     with pytest.raises(UserError, match=r"code/own_workload.py: not what the run wrote"):
         run(got.config().model_copy(update={"epochs": 3}), argv=[], resume=got)
+
+
+def test_a_workload_is_not_called_by_a_model_that_it_does_not_have(mine: Path, tmp_path: Path) -> None:
+    """`model.name` has a default, which says nothing of a workload of one's own."""
+    made = run(load(mine / "own_workload.yaml", [*NUMBERS, "epochs=1"]), argv=[])
+    assert export(made, 1, tmp_path / "model.pt").about["architecture"] == "own_workload.py:Regression"
+    with pytest.raises(UserError, match=r"generate needs .* this run is of own_workload.py:Regression$"):
+        open_generator(made, 1)
 
 
 def test_a_damaged_file_of_code_is_not_collected(mine: Path, tmp_path: Path) -> None:

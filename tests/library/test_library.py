@@ -69,9 +69,13 @@ def test_a_dict_is_left_as_it_was() -> None:
     [
         ("nothing", (), "nothing: no such file"),
         ({"epoch": 2}, (), "config: unknown key epoch .did you mean epochs"),
+        ({"data.root": "x"}, (), r"config: unknown key data.root .did you mean data: {root: \.\.\.}\?"),
+        ({"data.boot": "x"}, (), "config: unknown key data.boot .did you mean data.."),
         ({}, {"epochs": "many"}, """^'epochs="many"': expected a whole number"""),
         ({}, ["lr=1", "epochs=many"], "^epochs=many: expected a whole number"),
         ({}, "epochs=2", "overrides: expected a list of KEY=VALUE or a dict"),
+        ({}, 3, "overrides: expected a list of KEY=VALUE or a dict, got 3"),
+        ({}, [3], r"overrides: expected a list of KEY=VALUE or a dict, got \[3\]"),
         (7, (), "config: expected a path, a name, a dict or ExperimentConfig, got int"),
         ({"compile": True}, (), "config: compile: for reduction ddp only"),
     ],

@@ -53,10 +53,8 @@ def open_generator(run: Run, epoch: int) -> TextGenerator:
     """
     config = run.config()
     if config.workload != "language_model" or is_own("model.name", config.model.name, lambda: MODELS):
-        raise UserError(
-            f"{run.id}: generate needs a language_model ({', '.join(MODELS)}), this run is of {config.workload}, "
-            f"{config.model.name}"
-        )
+        found = ", ".join(dict.fromkeys((config.workload, config.subject)))
+        raise UserError(f"{run.id}: generate needs a language_model ({', '.join(MODELS)}), this run is of {found}")
     state = read_state(run, epoch)
     vocabulary = tuple(run.data().get("vocabulary", ()))
     if not vocabulary:
