@@ -111,7 +111,10 @@ def set_override(tree: dict[str, Any], override: str, kind: type[BaseModel]) -> 
     try:
         value = _value(text, fields.at(kind, (*path, last)))
     except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{override!r}: the value is not YAML") from error
+        raise UserError(
+            f"{override!r}: the value is not YAML; in a list or a mapping, text with other characters than letters and "
+            "digits is safe in quotes, as 'KEY=[\"*\"]'"
+        ) from error
     for part in path:
         if tree.get(part) is None:
             tree[part] = {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import pickle
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ INNER = ("state_dict", "model_state_dict", "model")
 COUNTER = "num_batches_tracked"  # which the engine counts itself
 SHOWN = 3  # tensors that an error names
 ALLOWED = "a file, RUN@EPOCH, or a name of torchvision's"  # for model.weights
+OTHER = "it is damaged, or holds other objects than tensors, which are not opened"
 FETCHED = "torch's cache; nothing is downloaded"
 
 
@@ -84,10 +86,12 @@ def read(data: bytes, name: str) -> dict[str, Tensor]:
         try:
             found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         except Exception as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0].partition(". ")[0]
+            # PyTorch would advise to unpickle whatever is in it.
+            why = OTHER if isinstance(error, pickle.UnpicklingError) else first[:200]
             raise UserError(
-                f"model.weights: {name}: not a state_dict of tensors ({first[:200]}); torch.save(model.state_dict(), "
-                "FILE) writes one"
+                f"model.weights: {name}: not a state_dict of tensors ({why}); torch.save(model.state_dict(), FILE) "
+                "writes one"
             ) from error
     return named(found, name)
 

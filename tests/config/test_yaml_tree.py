@@ -142,9 +142,11 @@ def test_an_override_without_key_or_value(override: str) -> None:
         overridden(override)
 
 
-@pytest.mark.parametrize("value", ["{", "[1", "'x", "!!python/name:os.system", "1" * 5000, "[" * 5000, "{a: 1, a: 2}"])
+@pytest.mark.parametrize(
+    "value", ["{", "[1", "'x", "!!python/name:os.system", "1" * 5000, "[" * 5000, "{a: 1, a: 2}", "[*]"]
+)
 def test_a_value_that_is_no_yaml(value: str) -> None:
-    with pytest.raises(UserError, match="the value is not YAML"):
+    with pytest.raises(UserError, match=r"the value is not YAML; .* is safe in quotes, as 'KEY=\[\"\*\"\]'"):
         overridden(f"model.option={value}")
 
 
