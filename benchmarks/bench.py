@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import json
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -11,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from table import Line
+from table import Line, to_json
 
 from rayexp.config import ExperimentConfig, parse
 
@@ -28,6 +30,8 @@ class Bench:
         folder: for what is thrown away.
         data, text: keys of `data` for images and for text.
         examples, archive: a checkout of pytorch/examples and JPEGs, for the peers.
+        json: the file with all lines so far; None: there is none.
+        began: when.
         lines: the table.
         hashes: of each family's weights, the first that was found.
         section, seconds, until: the present section, its share of the time, and when it ends.
@@ -40,6 +44,8 @@ class Bench:
     text: Mapping[str, Any]
     examples: Path | None = None
     archive: Path | None = None
+    json: Path | None = None
+    began: float = field(default_factory=time.monotonic)
     lines: list[Line] = field(default_factory=list)
     hashes: dict[str, str] = field(default_factory=dict)
     section: str = ""
@@ -52,15 +58,32 @@ class Bench:
         self.until = math.inf if self.small else until
 
     def say(self, what: str, value: float | str | None, unit: str = "", **more: Any) -> None:
-        """Add a line, and print it at once."""
+        """Add a line, and print and write it at once."""
         self.lines.append(Line(self.section, what, value, unit, **more))
         print(self.lines[-1].row(), flush=True)
+        self.write()
+
+    def write(self, complete: bool = False) -> dict[str, Any]:
+        """Write the table so far, and return it; `complete`: nothing is missing."""
+        found = {
+            "small": self.small,
+            "seconds": round(time.monotonic() - self.began, 1),
+            "complete": complete,
+            "ok": all(line.ok for line in self.lines),
+            **to_json(self.lines, self.device),
+        }
+        if self.json is not None:
+            half = self.json.with_name(f"{self.json.name}.half")
+            half.write_text(json.dumps(found, indent=2) + "\n")
+            half.replace(self.json)
+        return found
 
     def attempt(self, what: str, work: Callable[[], T]) -> T | None:
         """What `work` returns. Whatever goes wrong in it is a line of the table, and the others are still tried."""
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+        print(f"{time.monotonic() - self.began:4.0f} s  {self.section}: {what}", file=sys.stderr, flush=True)
         try:
             if time.monotonic() > self.until:
                 raise TimeoutError(f"no time was left of the section's {self.seconds:.0f} s")

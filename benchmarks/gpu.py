@@ -1,7 +1,7 @@
 """What the step on a GPU promises, on this machine, in at most eight minutes and without Ray: bits, speed, accuracy.
 
     python benchmarks/gpu.py --data PACKED_TINY --text PACKED_WIKITEXT --examples PYTORCH_EXAMPLES \\
-        [--archive tiny-imagenet-200.zip] [--json FILE]
+        [--archive tiny-imagenet-200.zip] [--json FILE] [--only bits speed]
     python benchmarks/gpu.py --small [--json FILE]       every line of it on a CPU, with data that rayexp makes itself
 
     bits        one hash of the weights: eager, captured, on 1 to 8 streams, resident and staged data; two epochs, each
@@ -13,8 +13,9 @@
     resume      a run that is stopped half way and resumed ends in the same bits
 
 Every section has its share of the time. What fails, or finds no time, is a line of the table like the rest, and the
-exit code is then 1. On a CPU "capturing" a step is calling the same function, and a graph, streams and tf32 prove
-nothing; there are no thresholds either.
+exit code is then 1. What is under way is told on stderr, and FILE holds all lines so far, so that a command that is cut
+off has not been for nothing. On a CPU "capturing" a step is calling the same function, and a graph, streams and tf32
+prove nothing; there are no thresholds either.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +47,12 @@ SECTIONS: dict[str, tuple[float, Callable[[Bench], None]]] = {
 """Each section's share of the time in seconds, and what it does. What one leaves over is there for the next ones."""
 
 
-def run(bench: Bench) -> None:
-    """All sections, one after another."""
+def run(bench: Bench, names: Collection[str] = tuple(SECTIONS)) -> None:
+    """These sections, one after another."""
     spare = time.monotonic()
     for name, (seconds, section) in SECTIONS.items():
+        if name not in names:
+            continue
         spare += seconds
         bench.begin(name, seconds, spare)
         bench.attempt("the whole section", functools.partial(section, bench))
@@ -63,6 +66,7 @@ def main() -> int:
     parser.add_argument("--examples", type=Path, help="a checkout of pytorch/examples, for both peers")
     parser.add_argument("--archive", type=Path, help="the Tiny-ImageNet ZIP: JPEGs for the peer")
     parser.add_argument("--json", type=Path, help="write the table to this file too")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=tuple(SECTIONS), help="these sections alone")
     parser.add_argument("--small", action="store_true", help="on a CPU, in two minutes, on data that need no file")
     args = parser.parse_args()
     if not args.small and not (args.data and args.text):
@@ -75,18 +79,14 @@ def main() -> int:
     if not args.small:
         data = {"name": "tiny_imagenet", "root": str(args.data.resolve())}
         text = {"name": "text", "root": str(args.text.resolve())}
-    began = time.monotonic()
-    print(table.HEAD, flush=True)
     with tempfile.TemporaryDirectory() as name:
-        bench = Bench(args.small, device, Path(name), data, text, args.examples, args.archive)
-        run(bench)
+        bench = Bench(args.small, device, Path(name), data, text, args.examples, args.archive, args.json)
+        print(table.HEAD, flush=True)
+        run(bench, args.only)
+    found = bench.write(complete=True)
     failed = [line for line in bench.lines if not line.ok]
-    seconds = round(time.monotonic() - began, 1)
-    found = {"small": args.small, "seconds": seconds, "ok": not failed, **table.to_json(bench.lines, device)}
-    print(f"\n{len(bench.lines)} lines, {len(failed)} not ok, {seconds} s, {found['date']}")
+    print(f"\n{len(bench.lines)} lines, {len(failed)} not ok, {found['seconds']} s, {found['date']}")
     print(json.dumps(found["machine"]))
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=2) + "\n")
     return 1 if failed else 0
 
 

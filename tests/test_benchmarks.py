@@ -51,6 +51,28 @@ def test_the_gpu_benchmark_goes_on_after_a_failure(bench: Any) -> None:
     assert "no time was left" in bench.lines[1].note
 
 
+def test_the_gpu_benchmark_that_is_cut_off_has_written_what_it_found(
+    bench: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = importlib.import_module("gpu")
+    bench.json = bench.folder / "gpu.json"
+
+    def section(bench: Any) -> None:
+        bench.say("one", 1.0)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(
+        gpu, "SECTIONS", {"bits": (9.0, lambda bench: bench.say("none", None)), "speed": (9.0, section)}
+    )
+    with pytest.raises(KeyboardInterrupt):
+        gpu.run(bench, ["speed"])
+    found = json.loads(bench.json.read_text())
+    assert [line["what"] for line in found["lines"]] == ["one"]
+    assert (found["complete"], found["ok"]) == (False, True)
+    assert "speed: the whole section" in capsys.readouterr().err
+    assert bench.write(complete=True)["complete"] is json.loads(bench.json.read_text())["complete"] is True
+
+
 def test_what_a_speed_must_be(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = importlib.import_module("gpu_speed")
     monkeypatch.setattr(gpu.driver, "run", lambda config, argv: type("", (), {"meta": lambda self: {}})())
@@ -69,6 +91,7 @@ def test_the_gpu_benchmark_runs_on_a_cpu(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     table = json.loads(found.read_text())
     assert table["ok"]
+    assert table["complete"]
     assert table["small"]
     assert {"cpu", "cores", "torch"} <= set(table["machine"])
     lines: dict[str, list[dict[str, object]]] = {}
