@@ -45,6 +45,8 @@ cudaError_t release(void* pointer) {
 
 }  // namespace
 
+thread_local bool looking = false, looked_at_waits = false;
+
 cudaError_t failed(cudaError_t error) { return last_error = error; }
 
 cudaMemoryType type_of(const void* pointer) {
@@ -77,9 +79,26 @@ API cudaError_t cudaGetDeviceProperties(cudaDeviceProp* is, int) {
   is->sharedMemPerBlockOptin = is->sharedMemPerMultiprocessor = 227 << 10;
   is->l2CacheSize = 50 << 20;
   std::fill(is->maxGridSize, is->maxGridSize + 3, 65535);
+  is->maxThreadsDim[0] = is->maxThreadsDim[1] = 1024;
+  is->maxThreadsDim[2] = 64;
   return cudaSuccess;
 }
-API cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = 1, cudaSuccess; }
+API cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int device) {
+  cudaDeviceProp is;
+  cudaGetDeviceProperties(&is, device);
+  switch (which) {
+    case cudaDevAttrComputeCapabilityMajor: *value = is.major; break;
+    case cudaDevAttrComputeCapabilityMinor: *value = is.minor; break;
+    case cudaDevAttrMultiProcessorCount: *value = is.multiProcessorCount; break;
+    case cudaDevAttrMaxThreadsPerBlock: *value = is.maxThreadsPerBlock; break;
+    case cudaDevAttrMaxSharedMemoryPerBlock: *value = int(is.sharedMemPerBlock); break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = int(is.sharedMemPerBlockOptin); break;
+    case cudaDevAttrMaxGridDimX: case cudaDevAttrMaxGridDimY: case cudaDevAttrMaxGridDimZ: *value = 65535; break;
+    case cudaDevAttrWarpSize: *value = is.warpSize; break;
+    default: *value = 1;
+  }
+  return cudaSuccess;
+}
 API cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* most) { return *least = *most = 0, cudaSuccess; }
 API cudaError_t cudaDriverGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
 API cudaError_t cudaRuntimeGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
@@ -91,6 +110,7 @@ API cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** function, u
 }
 API int cuDevicePrimaryCtxGetState(int, unsigned* flags, int* active) { return *flags = 0, *active = 1, 0; }
 API cudaError_t cudaDeviceSynchronize() {
+  if (looking) return looked_at_waits = true, cudaSuccess;
   Lock lock;
   for (Capture* capture : state().captures)
     if (capture->thread == std::this_thread::get_id()) {
@@ -162,6 +182,10 @@ API bool emulator_is_pinned(const void* pointer) {  // for operations.cpp
 }
 API cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t stream) {
   Lock lock;
+  if (looking) {
+    if (type_of(to) != cudaMemoryTypeDevice) std::memset(to, 0, bytes);
+    return cudaSuccess;
+  }
   if (type_of(from) == cudaMemoryTypeUnregistered && !stream_of(stream)->capture) {
     // From memory that is not pinned: CUDA has read it when this returns.
     const char* start = static_cast<const char*>(from);
@@ -174,6 +198,8 @@ API cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMe
 }
 API cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
   Lock lock;
+  if (looking) looked_at_waits = true;
+  if (looking) return cudaMemcpyAsync(to, from, bytes, kind, nullptr);
   if (cudaError_t error = unsafe()) return error;
   if (cudaError_t error = cudaMemcpyAsync(to, from, bytes, kind, nullptr)) return error;
   finish(state().legacy.last);
@@ -183,7 +209,18 @@ API cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t 
   return give(stream, [=] { std::memset(to, value, bytes); });
 }
 
-// ---------------------------------------------------------------- kernels: each is refused, by its name
+// ---------------------------------------------------------------- kernels: each is refused, by its name, or looked at
+
+// For operations.cpp: whether PyTorch's code is looked at; that it waits; begin or end to look, which returns what was
+// before.
+API bool emulator_looking() { return looking; }
+API void emulator_waits() { looked_at_waits = true; }
+API std::pair<bool, bool> emulator_look(bool begin, bool waits) {
+  std::pair<bool, bool> before(looking, looked_at_waits);
+  looking = begin;
+  looked_at_waits = waits;
+  return before;
+}
 
 API void** __cudaRegisterFatBinary(void*) { return &kept<void*>(); }
 API void __cudaRegisterFatBinaryEnd(void**) {}
@@ -195,7 +232,22 @@ API void __cudaRegisterFunction(void**, const char* host, char*, const char* nam
   state().kernels[host] = name;
 }
 API cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+API cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* is, const void*) {
+  std::memset(is, 0, sizeof *is);
+  is->maxThreadsPerBlock = 1024;
+  is->numRegs = 32;
+  is->ptxVersion = is->binaryVersion = 90;
+  return cudaSuccess;
+}
+API cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void*, int, size_t,
+                                                                       unsigned) {
+  return *blocks = 2, cudaSuccess;
+}
+API cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int, size_t) {
+  return *blocks = 2, cudaSuccess;
+}
 API cudaError_t cudaLaunchKernel(const void* kernel, dim3, dim3, void**, size_t, cudaStream_t) {
+  if (looking) return cudaSuccess;
   Lock lock;
   std::fprintf(stderr, "emulator: operations.cpp does not replace %s\n", state().kernels[kernel].c_str());
   return failed(cudaErrorNotSupported);

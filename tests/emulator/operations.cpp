@@ -9,11 +9,13 @@
 #include <torch/extension.h>
 #include <torch/library.h>
 
+#include <cstring>
 #include <functional>
 #include <map>
 #include <mutex>
 #include <set>
 #include <sstream>
+#include <unordered_map>
 
 using at::Tensor;
 using c10::DispatchKey;
@@ -22,6 +24,9 @@ using torch::jit::Stack;
 
 extern "C" cudaError_t emulator_give(cudaStream_t stream, std::function<void()>* work);
 extern "C" bool emulator_is_pinned(const void* pointer);
+extern "C" bool emulator_looking();
+extern "C" void emulator_waits();
+extern "C" std::pair<bool, bool> emulator_look(bool begin, bool waits);
 
 namespace {
 
@@ -40,7 +45,10 @@ void give(std::function<void()> work) {
   };
   C10_CUDA_CHECK(emulator_give(c10::cuda::getCurrentCUDAStream(), &plain));
 }
-void wait_for_stream() { C10_CUDA_CHECK(cudaStreamSynchronize(c10::cuda::getCurrentCUDAStream())); }
+void wait_for_stream() {
+  if (emulator_looking()) return emulator_waits();
+  C10_CUDA_CHECK(cudaStreamSynchronize(c10::cuda::getCurrentCUDAStream()));
+}
 
 at::TensorOptions on_host(const Tensor& tensor) { return at::TensorOptions().dtype(tensor.dtype()); }
 at::TensorOptions on_device(const Tensor& tensor) {
@@ -130,7 +138,8 @@ const std::set<std::string> kWaiting = {"aten::nonzero",     "aten::masked_selec
 
 std::string described(const c10::FunctionSchema& schema, const std::vector<IValue>& given) {
   std::ostringstream out;
-  out << schema.operator_name();
+  const at::Context& settings = at::globalContext();
+  out << schema.operator_name() << settings.deterministicAlgorithms() << settings.deterministicAlgorithmsWarnOnly();
   for (const IValue& value : given) {
     bool tensors = value.isTensor() || value.isTensorList() || value.isOptionalTensorList();
     out << ';';
@@ -154,6 +163,45 @@ bool by_mask(const std::vector<IValue>& given) {
   return false;
 }
 
+// CUDA's kernels, by the operation, as they were before `install`.
+std::unordered_map<c10::OperatorName, c10::SafeKernelFunction>& originals() {
+  static auto* it = new std::unordered_map<c10::OperatorName, c10::SafeKernelFunction>;
+  return *it;
+}
+
+// What CUDA's own code for an operation does before its kernels, by running it without them: whether it waits for the
+// device. Where there is no deterministic way, and one is asked for, it says so (c10::Error).
+bool look(const c10::OperatorHandle& operation, const std::vector<IValue>& given) {
+  auto original = originals().find(operation.operator_name());
+  if (original == originals().end()) return false;
+  auto before = emulator_look(true, false);
+  std::exception_ptr refused;
+  try {
+    Plain guard;
+    Stack stack(given.begin(), given.end());
+    original->second.callBoxed(operation, c10::DispatchKeySet(DispatchKey::CUDA), &stack);
+  } catch (const std::exception& error) {
+    // Any other is of a library of NVIDIA's, which has no device here.
+    if (std::strstr(error.what(), "deterministic")) refused = std::current_exception();
+  }
+  bool waits = emulator_look(before.first, before.second).second;
+  if (refused) std::rethrow_exception(refused);
+  return waits;
+}
+
+// The same, once for operations that are alike in everything but values.
+bool looked_at(const c10::OperatorHandle& operation, const std::vector<IValue>& given, const std::string& key) {
+  static std::map<std::string, bool> known;
+  static std::mutex mutex;
+  {
+    std::lock_guard<std::mutex> lock(mutex);
+    if (auto found = known.find(key); found != known.end()) return found->second;
+  }
+  bool waits = look(operation, given);
+  std::lock_guard<std::mutex> lock(mutex);
+  return known[key] = waits;
+}
+
 void compute(const c10::OperatorHandle& operation, Stack* stack) {
   const auto& schema = operation.schema();
   const auto& arguments = schema.arguments();
@@ -161,10 +209,12 @@ void compute(const c10::OperatorHandle& operation, Stack* stack) {
   std::vector<IValue> given(stack->end() - long(arguments.size()), stack->end());
   stack->erase(stack->end() - long(arguments.size()), stack->end());
   bool waits = kWaiting.count(schema.name()) || by_mask(given);
-  if (waits) wait_for_stream();
+  std::string key = described(schema, given);
+  bool draws = operation.hasTag(at::Tag::nondeterministic_seeded);
+  if ((!draws && looked_at(operation, given, key)) || waits) wait_for_stream();
 
   std::optional<Draw> draw;
-  if (operation.hasTag(at::Tag::nondeterministic_seeded)) {
+  if (draws) {
     at::Generator generator = at::cuda::detail::getDefaultCUDAGenerator();
     for (size_t i = 0; i < arguments.size(); i++)
       if (arguments[i].name() == "generator" && given[i].isGenerator()) generator = given[i].toGenerator();
@@ -178,7 +228,6 @@ void compute(const c10::OperatorHandle& operation, Stack* stack) {
   if (makes_some || fills_some) {
     static std::map<std::string, Stack> known;  // by everything but values
     static std::mutex mutex;
-    std::string key = waits ? "" : described(schema, given);
     std::lock_guard<std::mutex> lock(mutex);
     if (auto found = known.find(key); !waits && found != known.end()) {
       tried = found->second;
@@ -236,6 +285,10 @@ Tensor& copy_(Tensor& self, const Tensor& source, bool non_blocking) {
   if (!self.numel()) return self;
   const Tensor* outside = !self.is_cuda() ? &self : !source.is_cuda() ? &source : nullptr;
   bool waits = outside && !(non_blocking && emulator_is_pinned(outside->data_ptr()));
+  if (emulator_looking()) {
+    if (waits) emulator_waits();
+    return self;
+  }
   Tensor from = outside == &source && !waits ? source : host(source), to = self.is_cuda() ? host(self) : self;
   give([=] { Tensor(to).copy_(from); });
   if (waits) wait_for_stream();
@@ -268,6 +321,7 @@ void install() {
     bool known = has(DispatchKey::CPU) || has(DispatchKey::CompositeExplicitAutograd) ||
                  has(DispatchKey::CompositeImplicitAutograd) ||
                  has(DispatchKey::CompositeExplicitAutogradNonFunctional);
+    if (computes && known) originals().emplace(name, operation->getComputedKernelForDispatchKey(DispatchKey::CUDA));
     if (whole || (computes && known)) library.impl(full.c_str(), torch::CppFunction::makeFromBoxedFunction<&compute>());
   }
   library.impl("copy_", TORCH_FN(copy_));

@@ -88,7 +88,9 @@ bool legacy_is_captured();
 cudaError_t unsafe();
 Capture* capture_of(const Event& event);
 
-// device.cpp: the last error, and memory.
+// device.cpp: the last error, memory, and kernels. While PyTorch's own code for an operation is looked at, it runs up to
+// the device, where nothing is done; whether it has waited for the device is noted.
+extern thread_local bool looking, looked_at_waits;
 cudaError_t failed(cudaError_t error);
 cudaMemoryType type_of(const void* pointer);
 

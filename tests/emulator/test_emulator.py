@@ -52,6 +52,45 @@ def test_the_tests_for_a_gpu(python: list[str]) -> None:
     assert " skipped" not in done.stdout.splitlines()[-1], done.stdout[-20_000:]
 
 
+def cuda(*shape: int) -> Tensor:
+    return torch.rand(*shape, device="cuda", requires_grad=True)
+
+
+def backward(y: Tensor) -> None:
+    y.sum().backward()  # type: ignore[no-untyped-call]
+
+
+def rows() -> Tensor:
+    return torch.tensor([0, 1, 0], device="cuda")
+
+
+REFUSED: dict[str, Callable[[], object]] = {
+    "adaptive average": lambda: backward(F.adaptive_avg_pool2d(cuda(1, 2, 5, 5), 3)),
+    "adaptive maximum": lambda: backward(F.adaptive_max_pool2d(cuda(1, 2, 5, 5), 3)),
+    "bicubic": lambda: backward(F.interpolate(cuda(1, 2, 5, 5), scale_factor=2, mode="bicubic")),
+    "reflection": lambda: backward(F.pad(cuda(1, 2, 5), (1, 1), mode="reflect")),
+    "cross entropy of maps": lambda: F.cross_entropy(cuda(1, 3, 2, 2), torch.zeros(1, 2, 2).long().cuda()),
+    "put": lambda: torch.zeros(4, device="cuda").put_(rows(), torch.ones(3, device="cuda"), accumulate=True),
+    "histogram": lambda: torch.histc(cuda(5).detach()),
+    "weighted counts": lambda: torch.bincount(rows(), weights=cuda(3).detach()),
+    "median and where": lambda: cuda(3, 4).detach().median(1),
+    "product by index": lambda: cuda(4).detach().scatter_reduce(0, rows(), cuda(3).detach(), "prod"),
+}
+ALLOWED: dict[str, Callable[[], object]] = {
+    "average to one": lambda: backward(F.adaptive_avg_pool2d(cuda(1, 2, 5, 5), 1)),
+    "maximum": lambda: backward(F.max_pool2d(cuda(1, 2, 6, 6), 3, 2, 1)),
+    "bilinear": lambda: backward(F.interpolate(cuda(1, 2, 5, 5), scale_factor=2, mode="bilinear")),
+    "replication": lambda: backward(F.pad(cuda(1, 2, 5), (1, 1), mode="replicate")),
+    "cross entropy": lambda: backward(F.cross_entropy(cuda(3, 4), rows())),
+    "rows": lambda: backward(cuda(4, 3)[rows()]),
+    "embedding": lambda: backward(F.embedding(rows(), cuda(4, 3))),
+    "cumulated": lambda: backward(cuda(4, 3).cumsum(0)),
+    "counts": lambda: torch.bincount(rows()),
+    "median": lambda: cuda(3, 4).detach().median(),
+    "sum by index": lambda: cuda(4).detach().scatter_reduce(0, rows(), cuda(3).detach(), "sum"),
+}
+
+
 class TestEmulated:
     """What it promises, on itself."""
 
@@ -63,6 +102,12 @@ class TestEmulated:
         torch.manual_seed(0)
         yield
         torch.cuda.synchronize()
+
+    @pytest.fixture
+    def deterministic(self) -> Iterator[None]:
+        torch.set_deterministic_debug_mode("error")
+        yield
+        torch.set_deterministic_debug_mode("default")
 
     @pytest.mark.parametrize("make", [nn.LSTM, nn.GRU, nn.RNN], ids=lambda kind: kind.__name__)
     def test_recurrent_layers_have_the_cpu_s_numbers(self, make: type[nn.RNNBase]) -> None:
@@ -179,6 +224,48 @@ class TestEmulated:
 
         with pytest.raises(RuntimeError, match="unjoined"):
             capture()
+
+    @pytest.mark.parametrize("name", [*REFUSED, *ALLOWED])
+    def test_what_has_no_deterministic_kernel_says_so_as_on_a_gpu(self, name: str, deterministic: None) -> None:
+        """By PyTorch's own code: what its documentation lists, and under the same conditions."""
+        if name in REFUSED:
+            with pytest.raises(RuntimeError, match="does not have a deterministic implementation"):
+                REFUSED[name]()
+        else:
+            ALLOWED[name]()
+        torch.set_deterministic_debug_mode("default")
+        (REFUSED | ALLOWED)[name]()
+
+    def test_that_pytorch_s_code_is_asked_changes_nothing(self, deterministic: None) -> None:
+        """It runs on the tensors themselves, without the kernels."""
+
+        def found(device: str) -> list[Tensor]:
+            x, at = torch.arange(12.0, device=device).view(4, 3), torch.tensor([1, 1, 3], device=device)
+            ones, place = torch.ones(3, 3, device=device), at[:, None].expand(3, 3)
+            return [
+                x.clone().index_add_(0, at, ones),
+                x.clone().index_put_((at,), ones, accumulate=True),
+                x.clone().scatter_add_(0, place, ones),
+                x.clone().index_copy_(0, torch.tensor([0, 2, 3], device=device), ones),
+                x.clone().cumsum_(0).addmm_(x, torch.eye(3, device=device)),
+                x.clone().sort(0, descending=True).values.zero_().add_(1),
+            ]
+
+        for ours, theirs in zip(found("cuda"), found("cpu"), strict=True):
+            assert torch.equal(ours.cpu(), theirs)
+
+    def test_what_waits_within_pytorch_s_code_cannot_be_captured(self) -> None:
+        x, targets = torch.zeros(8, 2, 5, device=self.gpu), torch.ones(2, 3, dtype=torch.int, device=self.gpu)
+
+        def lengths(length: int) -> Tensor:
+            return torch.full((2,), length, device=self.gpu)
+
+        def work() -> Tensor:
+            return F.ctc_loss(x, targets, lengths(8), lengths(3))
+
+        work()
+        with pytest.raises(RuntimeError, match="captur"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+            work()
 
     def test_an_operation_that_is_not_emulated_is_refused(self) -> None:
         with pytest.raises(RuntimeError, match="not supported"):
