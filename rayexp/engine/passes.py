@@ -68,6 +68,7 @@ class Passes:
                 compiled=self.compiled,
                 kernels=kernels,
                 plain=runtime.static,
+                deterministic=self.exact and not on_cpu,
             )
             for _ in range(runtime.side_by_side)
         ]

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from rayexp.engine import cpu
+from rayexp.engine.average_pooling import add_in_order
 from rayexp.engine.batch_norm import per_shard
 from rayexp.engine.gradients import GradientBuffer, Master, ReplicaModel, Touched
 from rayexp.engine.rng import Draws, adopt
@@ -35,6 +36,7 @@ class Replica:
         compiled: whether the forward goes through torch.compile.
         kernels: the configuration's `cpu_kernels`.
         plain: whether the module computes as PyTorch does, and each pass has a gradient buffer of its own to overwrite.
+        deterministic: whether operations for which CUDA has no deterministic kernel are computed by others.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class Replica:
         compiled: bool,
         kernels: bool,
         plain: bool,
+        deterministic: bool = False,
     ) -> None:
         self.master, self.plain = master, plain
         self.shares_buffer = workload.shares_buffer and not plain
@@ -56,6 +59,8 @@ class Replica:
         self.draws_numbers = adopt(module, self.draws, workload.batch_dim)
         if apart:
             per_shard(module, self.draws, compiled)
+        if deterministic:
+            add_in_order(module)
         self.caches = cpu.accelerate(module, self.draws, together, master.device, kernels and not plain)
         self.forward: nn.Module = torch.compile(module, dynamic=False) if compiled else module  # type: ignore[assignment]
         self.on_gradient: Callable[[int], None] | None = None
