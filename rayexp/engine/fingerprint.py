@@ -32,7 +32,10 @@ _CHOICES = (
 )
 # Several threads may become fewer by these.
 _THREAD_CHOICES = re.compile(r"OMP_(THREAD_LIMIT|DYNAMIC)")
-_GPU_CHOICES = re.compile(r"NVIDIA_TF32_OVERRIDE|TORCH_ALLOW_TF32_CUBLAS_OVERRIDE|CUBLASLT_\w+|CUDNN_\w*HEUR\w*")
+_GPU_CHOICES = re.compile(
+    r"NVIDIA_TF32_OVERRIDE|TORCH_ALLOW_TF32_CUBLAS_OVERRIDE|CUBLASLT_\w+|CUDNN_\w*HEUR\w*"
+    r"|PYTORCH_SUM_INNER_TREE|TORCH_DISABLE_NATIVE_JIT"  # whether PyTorch takes kernels that it makes from Python
+)
 
 
 def fingerprint(runtime: Runtime) -> dict[str, Any]:

@@ -125,6 +125,10 @@ class Runtime:
         known: Callable[[], Mapping[str, Any]] | None = getattr(torch.cpu, "get_capabilities", None)  # not in every 2.x
         return known is None or platform.machine() not in ("x86_64", "AMD64") or known().get("avx512_bf16") is not False
 
+    def has_tf32(self) -> bool:
+        """Whether the device computes products in TF32."""
+        return self.device.type == "cuda" and bool(torch.cuda.is_tf32_supported())
+
     def free_memory(self) -> int:
         """Bytes of the GPU's memory that nobody uses, when PyTorch has given back what it does not use at present."""
         torch.cuda.empty_cache()

@@ -8,6 +8,7 @@ The loss and the control flags of a step are read when the next one is under way
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import time
@@ -20,7 +21,6 @@ from torch import Tensor
 
 from rayexp.config import ExperimentConfig
 from rayexp.engine import order
-from rayexp.engine.contract import FirstStep, generators, moved, refuse_drawing
 from rayexp.engine.exchange import AllReduce, Assembly, Exchange, ExchangePlan
 from rayexp.engine.gpu import Feeder
 from rayexp.engine.gradients import GradientBuffer, Master, ParameterLayout, Touched
@@ -31,6 +31,7 @@ from rayexp.engine.passes import Held, Passes, add
 from rayexp.engine.programs import Program, Programs
 from rayexp.engine.reduction import Forest
 from rayexp.engine.runtime import Runtime, upload
+from rayexp.engine.watched import watched
 from rayexp.engine.workload import Workload
 
 
@@ -126,15 +127,13 @@ class Stepper:
         touched = self._touched(epoch, step)
         self.passes.begin(epoch, step, program.inputs)
         marks = [begun, self.runtime.mark()]
-        watched = self._watch()
+        first, self._watch_next = self._watch_next, False
         made = 0.0  # seconds of the passes that made batches; in a static step they are part of its work
-        with self.passes.fixed_weights():
+        with watched(self.passes, program.inputs) if first else contextlib.nullcontext(), self.passes.fixed_weights():
             if self.runtime.static:
                 self._static(program, marks)
             else:
                 made = self._overlapped(program, touched, marks)
-        if watched is not None:
-            self._check_first_step(*watched, program.inputs)
         marks.append(self.runtime.mark())
         self.programs.run(program, "update", lambda: self._update(program, touched), captures)
         scalars = self.runtime.download(self.master.layout.scalars(program.held[0][1].tensor))
@@ -197,33 +196,6 @@ class Stepper:
         shape = (sizes, tuple(sorted((name, tensor.shape) for name, tensor in fed.items())))
         device, batch_dim, static = self.runtime.device, self.workload.batch_dim, self.runtime.static
         return self.programs.of(shape, lambda: StepInputs(self.shards, sizes, device, batch_dim, static))
-
-    # ------------------------------------------------------------------ the first step
-
-    def _watch(self) -> tuple[FirstStep, list[Tensor]] | None:
-        """In a process's first step, begin to watch for what a model must not do; None in every other step."""
-        first, self._watch_next = self._watch_next, False
-        if not first:
-            return None
-        known = {slot.name for slot in self.master.layout.stats}
-        return FirstStep(self.passes.replicas[0].model.module, known), generators(self.runtime.device)
-
-    def _check_first_step(self, first: FirstStep, before: list[Tensor], inputs: StepInputs) -> None:
-        """Refuse a model that does what the engine cannot reproduce (UserError)."""
-        first.end()
-        if self.exact and moved(before, self.runtime.device):
-            passes, replica = self.passes, self.passes.replicas[0]
-            shards = range(self.shards.start, self.shards.start + 1)
-            state = passes.states()[shards.start]
-
-            def run() -> float:
-                # A new buffer: the step's result is in one that may be used again.
-                buffer = replica.bind(replica.new_buffer(), ())
-                passes.seed(shards)
-                return passes.one(replica, buffer, inputs, shards)
-
-            refuse_drawing(replica.model.module, self.runtime.device, lambda: self.runtime.run([run]))
-            passes.keep_state(shards.start, state)
 
     # ------------------------------------------------------------------ threads: the exchange overlaps the passes
 

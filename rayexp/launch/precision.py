@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rayexp.config import ExperimentConfig
 from rayexp.engine.group import WorkerGroup
 from rayexp.engine.runtime import Runtime
 from rayexp.launch.job import WorkerJob
@@ -21,3 +22,14 @@ def decided(job: WorkerJob, group: WorkerGroup, writer: RunWriter, runtime: Runt
     found = "bf16" if all(one == b"bf16" for one in everyone) else "fp32"
     kept = group.broadcast(writer.decide("precision", found).encode() if group.rank == 0 else None).decode()
     return job.model_copy(update={"config": job.config.model_copy(update={"precision": kept})})
+
+
+def lacking(config: ExperimentConfig, runtime: Runtime) -> list[str]:
+    """A line where this worker's device does not compute in the precision that the configuration names."""
+    on_gpu = runtime.device.type == "cuda"
+    if config.precision == "bf16" and not runtime.has_bf16():
+        what = "GPU" if on_gpu else "processor"
+        return [f"precision: this {what} has no instructions for bf16; fp32 is many times as fast here"]
+    if config.precision == "tf32" and on_gpu and not runtime.has_tf32():
+        return ["precision: this GPU has no TF32 (compute capability 8.0 and above have it): it is fp32 here"]
+    return []

@@ -19,10 +19,12 @@ from rayexp.config.references import provide
 from rayexp.display import counted
 from rayexp.engine import checkpoint, link, runtime
 from rayexp.engine.checkpoint import FIELDS, TENSORS
+from rayexp.engine.contract import operation_of
 from rayexp.engine.diagnosis import absurd_loss
 from rayexp.engine.fingerprint import differences, fingerprint
 from rayexp.engine.group import WorkerGroup
 from rayexp.engine.runtime import Runtime
+from rayexp.engine.settings import WORKSPACE
 from rayexp.engine.step import ControlFlags, Stepper
 from rayexp.engine.trainer import EpochDone, StepDone, Trainer
 from rayexp.engine.workload import Workload
@@ -31,7 +33,7 @@ from rayexp.launch import starting
 from rayexp.launch.alike import WorkerInfo, everyone, refuse_other_data, unlike, unlike_weights
 from rayexp.launch.contract import before_training
 from rayexp.launch.job import WorkerJob
-from rayexp.launch.precision import decided
+from rayexp.launch.precision import decided, lacking
 from rayexp.launch.readings import DeviceReadings
 from rayexp.launch.saver import Saver
 from rayexp.launch.step_log import StepLog
@@ -91,8 +93,12 @@ def work(
             "data.resident=false may help"
         ) from error
     except RuntimeError as error:
-        operation, found, _ = str(error).partition(" does not have a deterministic implementation")
-        if not found:
+        if WORKSPACE in str(error):  # before torch 2.14: how it was when a process first asked cuBLAS
+            raise UserError(
+                f"reduction: exact needs {WORKSPACE}=:4096:8 before a process's first product on a GPU, and in this "
+                "process there was one before; set it in the environment in which the program is started"
+            ) from error
+        if (operation := operation_of(error)) is None:
             raise
         raise UserError(
             f"reduction: exact takes deterministic operations only, and {operation} has no such kernel for "
@@ -197,9 +203,7 @@ class _Worker:
     def _config_warnings(self) -> list[str]:
         """A line for every setting that this machine, these data or another setting overrules."""
         lines = passed_over(self.config, self.runtime.device.type == "cuda")
-        if self.config.precision == "bf16" and not self.runtime.has_bf16():
-            what = "GPU" if self.runtime.device.type == "cuda" else "processor"
-            lines.append(f"precision: this {what} has no instructions for bf16; fp32 is many times as fast here")
+        lines += lacking(self.config, self.runtime)
         there, batch, unit = self.dataset.get("train_samples"), self.config.batch_size, self.workload.unit
         if self.workload.batch_unit == unit and there is not None and batch > there:
             lines.append(f"batch_size: {batch} is above the {there} training {unit}: every step takes all of them")

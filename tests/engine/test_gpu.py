@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from rayexp.config import ExperimentConfig, parse
 from rayexp.engine import checkpoint, gpu, runtime
@@ -22,6 +23,7 @@ from rayexp.engine.runtime import Runtime
 from rayexp.engine.trainer import StepDone, Trainer
 from rayexp.errors import UserError
 from rayexp.workloads import open_workload
+from rayexp.workloads.image_classification.workload import ImageClassification
 
 pytestmark = [
     pytest.mark.gpu,
@@ -114,6 +116,38 @@ def test_resident_and_staged_data_give_the_same_bits(opened: Callable[..., Train
     data = IMAGES["data"]
     found = {kept: final(opened("resnet18 bf16", data={**data, "resident": kept})) for kept in (True, False)}
     assert len(set(found.values())) == 1, found
+
+
+def ending_in(monkeypatch: pytest.MonkeyPatch, *layers: nn.Module) -> None:
+    """Have mobilenets pool through these layers first."""
+    true = ImageClassification.build
+
+    def build(workload: ImageClassification) -> Any:
+        model: Any = true(workload)
+        model.avgpool = nn.Sequential(*layers, model.avgpool)
+        return model
+
+    monkeypatch.setattr(ImageClassification, "build", build)
+
+
+def test_a_pool_that_cuda_adds_up_in_any_order_is_added_up_in_one(
+    opened: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in AlexNet and VGG, which are larger."""
+    ending_in(monkeypatch, nn.AdaptiveAvgPool2d(3))
+    expected = final(opened("mobilenet dropout", capture=False), "eager: capture is false")
+    assert final(opened("mobilenet dropout")) == expected
+
+
+def test_an_operation_without_a_deterministic_kernel_is_refused_in_the_first_step(
+    opened: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ending_in(monkeypatch, nn.AdaptiveMaxPool2d(3))
+    one = opened("mobilenet dropout")
+    said = r"adaptive_max_pool2d_backward_cuda in avgpool\.0 \(AdaptiveMaxPool2d\) has no such kernel for cuda; allowed"
+    with pytest.raises(UserError, match=said):
+        final(one)
+    assert one.global_step <= 1
 
 
 @pytest.mark.parametrize("family", ["resnet18 bf16", "lstm"])

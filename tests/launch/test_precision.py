@@ -15,7 +15,7 @@ from rayexp.engine.runtime import Runtime
 from rayexp.errors import UserError
 from rayexp.launch.driver import run as train
 from rayexp.launch.job import WorkerJob
-from rayexp.launch.precision import decided
+from rayexp.launch.precision import decided, lacking
 from rayexp.runs.integrity import faults
 from rayexp.runs.run import Run
 from rayexp.runs.writer import RunWriter
@@ -24,13 +24,16 @@ Tiny = Callable[..., ExperimentConfig]
 
 
 class Device(Runtime):
-    """A device of this kind, with or without bfloat16."""
+    """A device of this kind, with or without bfloat16 and TF32, which came together."""
 
     def __init__(self, kind: str, bf16: bool) -> None:
         object.__setattr__(self, "device", torch.device(kind))
         object.__setattr__(self, "bf16", bf16)
 
     def has_bf16(self) -> bool:
+        return bool(self.bf16)
+
+    def has_tf32(self) -> bool:
         return bool(self.bf16)
 
 
@@ -135,3 +138,20 @@ def test_a_run_in_bf16_is_resumed_in_bf16(tiny: Tiny, monkeypatch: pytest.Monkey
 
 def _as_on_a_gpu(job: WorkerJob, group: WorkerGroup, writer: RunWriter, runtime: Runtime) -> WorkerJob:
     return decided(job, group, writer, Device("cuda", True))
+
+
+@pytest.mark.parametrize(
+    ("asked", "kind", "has", "expected"),
+    [
+        ("bf16", "cuda", False, ["precision: this GPU has no instructions for bf16"]),
+        ("bf16", "cpu", False, ["precision: this processor has no instructions for bf16"]),
+        ("tf32", "cuda", False, ["precision: this GPU has no TF32 (compute capability 8.0 and above have it)"]),
+        ("tf32", "cpu", False, []),  # what no CPU has is told elsewhere
+        ("tf32", "cuda", True, []),
+        ("bf16", "cuda", True, []),
+        ("fp32", "cuda", False, []),
+    ],
+)
+def test_what_a_device_does_not_have_is_told(tiny: Tiny, asked: str, kind: str, has: bool, expected: list[str]) -> None:
+    found = lacking(tiny(precision=asked), Device(kind, has))
+    assert [line.rpartition("; ")[0] or line.rpartition(": ")[0] for line in found] == expected

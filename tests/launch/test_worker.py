@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from rayexp.config import ExperimentConfig, parse
 from rayexp.engine.trainer import Trainer
 from rayexp.errors import RunError, UserError
 from rayexp.launch import driver
 from rayexp.runs.run import Run
+from rayexp.workloads.image_classification.workload import ImageClassification
 
 
 @pytest.fixture
@@ -64,3 +66,54 @@ def test_what_a_gpu_did_is_not_said_of_an_attempt_without_one(config: Experiment
     run.update(capture="graph", residency={"kept": True, "bytes": 1, "free": 9, "asked": "auto"})
     driver.run(config, argv=[], resume=run)
     assert run.meta()["residency"] is run.meta()["capture"] is None
+
+
+def test_what_cublas_was_not_told_in_time_is_said(config: ExperimentConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "this operation is not deterministic because it uses CuBLAS ... CUBLAS_WORKSPACE_CONFIG=:4096:8 or ..."
+    monkeypatch.setattr(Trainer, "train", ends_with(RuntimeError(text)))
+    with pytest.raises(UserError, match="exact needs CUBLAS_WORKSPACE_CONFIG=:4096:8 before a process's first product"):
+        driver.run(config, argv=[])
+
+
+class Refused(torch.autograd.Function):
+    """Has a gradient that PyTorch refuses, as CUDA's kernels do."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        raise RuntimeError("scale_backward does not have a deterministic implementation, but you set ...")
+
+
+class Doubled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return Refused.apply(x)  # type: ignore[no-untyped-call,no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("part", "where"), [("layer2.0.bn1", r"layer2\.0\.bn1\.1 \(Doubled\)"), ("", "the loss")], ids=["module", "loss"]
+)
+def test_the_module_is_named_whose_gradient_has_no_such_kernel(
+    config: ExperimentConfig, monkeypatch: pytest.MonkeyPatch, part: str, where: str
+) -> None:
+    """Of one of torchvision's models, which is not tried before."""
+    built, loss = ImageClassification.build, ImageClassification.loss
+
+    def build(self: ImageClassification) -> nn.Module:
+        model = built(self)
+        if part:
+            path, _, name = part.rpartition(".")
+            setattr(model.get_submodule(path), name, nn.Sequential(model.get_submodule(part), Doubled()))
+        return model
+
+    def refused(self: ImageClassification, *args: Any) -> Any:
+        value, state = loss(self, *args)
+        return (value if part else Refused.apply(value)), state
+
+    monkeypatch.setattr(ImageClassification, "build", build)
+    monkeypatch.setattr(ImageClassification, "loss", refused)
+    with pytest.raises(UserError, match=f"and scale_backward in {where} has no such kernel for cpu; allowed"):
+        driver.run(config, argv=[])
+    assert not list(Run.all(Path(config.storage_path)))

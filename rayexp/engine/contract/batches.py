@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rayexp.engine.average_pooling import add_in_order
 from rayexp.engine.batch_norm import BATCH_NORMS, per_shard
 from rayexp.engine.contract import calls
 from rayexp.engine.contract.breach import Breach, named
@@ -57,6 +58,8 @@ class _Plain:
         self.model, self.draws = model.to(self.device).train(), Draws()
         adopt(model, self.draws, setting.workload.batch_dim)
         per_shard(model, self.draws)
+        if self.device.type == "cuda" and setting.config.reduction == "exact":
+            add_in_order(model)  # as a Replica does
         self.keyed: list[str] = []
         for name, module in model.named_modules():
             if isinstance(module, BATCH_NORMS):
@@ -104,7 +107,7 @@ class _Plain:
             try:
                 return self.setting.runtime.run([work])[0]
             except Exception as error:
-                raise FailedPassError(watch, error) from error
+                raise FailedPassError(watch, error, lambda: self.setting.runtime.run([work])) from error
 
     def _casting(self, batch: Batch) -> Batch:
         inputs = tuple(self._cast(each) for each in batch.inputs)

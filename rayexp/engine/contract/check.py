@@ -18,6 +18,7 @@ from rayexp.config import ExperimentConfig
 from rayexp.config.components import GROUPS, entry_points, is_reference
 from rayexp.engine.contract import batches, evaluation, passes, structure
 from rayexp.engine.contract.breach import Breach, Contract, once
+from rayexp.engine.contract.determinism import operation_of
 from rayexp.engine.contract.draws import GlobalStates, undisturbed
 from rayexp.engine.contract.passes import FailedPassError
 from rayexp.engine.contract.setting import MOST, SHARDS, Setting, small
@@ -133,15 +134,14 @@ def _stir() -> None:
 
 
 def _failure(failed: FailedPassError, setting: Setting) -> Breach:
-    error, inside = failed.error, failed.watch.inside
-    where = inside or ("the loss" if failed.watch.ended else "a pass")
-    module = inside.partition(" (")[0].removeprefix("the model")
+    error = failed.error
+    where = failed.where or ("the loss" if failed.watch.ended else "a pass")
+    module = failed.where.partition(" (")[0].removeprefix("the model").removeprefix("the loss")
     if isinstance(error, UserError):
         part, _, rest = str(error).partition(": ")
         what, _, way = rest.partition("; allowed: ")
         return Breach(part, module, what, way or "see there", "always")
-    operation, found, _ = str(error).partition(" does not have a deterministic implementation")
-    if found:
+    if (operation := operation_of(error)) is not None:
         what = f"{operation} in {where} has no deterministic kernel for {setting.runtime.device.type}"
         return Breach("model", module, what, "another operation, or ddp on a GPU", "always")
     line = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

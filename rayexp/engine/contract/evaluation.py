@@ -96,7 +96,7 @@ def _predicted(setting: Setting, model: nn.Module, stream: int, states: GlobalSt
         try:
             return setting.runtime.run([work])[0], watch
         except Exception as error:
-            raise FailedPassError(watch, error) from error
+            raise FailedPassError(watch, error, lambda: setting.runtime.run([work])) from error
 
 
 def _same(one: Part, other: Part) -> bool:

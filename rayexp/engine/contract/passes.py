@@ -3,7 +3,7 @@ and nothing but gradients may be written."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from rayexp.engine.checkpoint import sha
 from rayexp.engine.contract import calls
 from rayexp.engine.contract.breach import Breach
 from rayexp.engine.contract.calls import Call, Calls
+from rayexp.engine.contract.determinism import module_of, operation_of
 from rayexp.engine.contract.draws import GlobalStates
 from rayexp.engine.contract.first_step import FirstStep
 from rayexp.engine.contract.setting import SHARDS, Setting
@@ -44,11 +45,16 @@ class FailedPassError(Exception):
     Attributes:
         watch: the modules' calls until then.
         error: what was raised.
+        where: `middle.1 (Functional)`, the module in which it was; empty where it is not known.
+
+    Args:
+        again: makes the pass once more.
     """
 
-    def __init__(self, watch: Calls, error: Exception) -> None:
+    def __init__(self, watch: Calls, error: Exception, again: Callable[[], object]) -> None:
         super().__init__(str(error))
         self.watch, self.error = watch, error
+        self.where = module_of(watch.model, again) if operation_of(error) else watch.inside
 
 
 def both_orders(setting: Setting, states: GlobalStates) -> list[Breach]:
@@ -111,7 +117,7 @@ def _pass(
         try:
             buffer = setting.runtime.run([work])[0]
         except Exception as error:
-            raise FailedPassError(watch, error) from error
+            raise FailedPassError(watch, error, lambda: setting.runtime.run([work])) from error
     drew: dict[str, Sequence[str]] = dict(watch.drawing())
     if not drew and (moved := GlobalStates.now(device).moved(states)):
         drew["the loss"] = moved

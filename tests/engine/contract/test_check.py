@@ -225,6 +225,18 @@ def numbered(self: nn.Module, x: Tensor) -> Tensor:
     return out
 
 
+class Refused(torch.autograd.Function):
+    """Has a gradient that PyTorch refuses, as CUDA's kernels do."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        raise RuntimeError("scale_backward does not have a deterministic implementation, but you set ...")
+
+
 def fresh(forward: Callable[..., Tensor], **attributes: Any) -> Make:
     def make() -> nn.Module:
         SEEN.clear()
@@ -298,6 +310,10 @@ REFUSED: dict[str, tuple[Make, str]] = {
     "dropout, run again": (lambda: Net(Rerun(nn.Dropout(0.3))), r"middle\.layer\.1 \(Dropout\) runs again in the back"),
     "a batch norm, run again": (lambda: Net(Rerun(nn.BatchNorm1d(8))), r"the batch norm middle\.layer\.1 runs 2 times"),
     "no kernel": (fresh(numbered), r"put_ in middle\.1 \(Layer\) has no deterministic kernel for cpu"),
+    "no kernel of a gradient": (
+        fresh(lambda s, x: Refused.apply(x)),
+        r"scale_backward in middle\.1 \(Layer\) has no deterministic kernel for cpu",
+    ),
     "no gradient": (
         fresh(lambda s, x: x.detach()),
         r"the parameter conv\.weight gets no gradient.*\(likewise conv\.bias, norm\.weight, norm\.bias and 4 more\)",
