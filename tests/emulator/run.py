@@ -7,7 +7,8 @@ PyTorch's own CUDA code runs: its allocator, streams, events, pinned memory, cap
 stand runtime.cpp and its kin in the place of NVIDIA's runtime, and operations.cpp in that of the kernels: they compute
 what the CPU's do, as late as CUDA allows, and in any order that it allows (EMULATOR_SEED chooses one; EMULATOR_MIB is
 the size of the memory). What forgets to wait, takes a value along in a graph, or does what a capture forbids shows at
-once. Speed, the rounding of NVIDIA's kernels, torch.compile and NCCL are not to be seen here.
+once. Of every operation CUDA's own code is asked first, without its kernels: so it says what has no deterministic one,
+and what waits. Speed, the rounding of NVIDIA's kernels, torch.compile and NCCL are not to be seen here.
 
 It takes g++, and the headers of a CUDA toolkit of the major version of which this PyTorch is made.
 """
