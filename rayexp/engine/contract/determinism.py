@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -40,8 +41,9 @@ def module_of(model: nn.Module, run: Callable[[], object]) -> str:
         if found or not made or not into:
             return
         try:
-            # No further back than to what the module was given; those within it have come before.
-            torch.autograd.grad(made, into, list(map(torch.ones_like, made)), retain_graph=True, allow_unused=True)
+            with warnings.catch_warnings(action="ignore"):  # of streams; nothing comes of these gradients
+                # No further back than to what the module was given; those within it have come before.
+                torch.autograd.grad(made, into, list(map(torch.ones_like, made)), retain_graph=True, allow_unused=True)
         except RuntimeError as error:
             if operation_of(error) is not None:
                 found.append(name)
