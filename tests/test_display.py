@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayexp.display import breadth, counted, csv_cell, figure, folded, plain, printable, short, tied
+from rayexp.display import breadth, counted, csv_cell, figure, folded, plain, printable, short, short_names, tied
 
 
 def test_what_a_terminal_would_obey_is_escaped():
@@ -130,3 +130,15 @@ def test_commands_and_short_lines_stay_as_they_are():
 def test_a_number_and_its_unit_stand_on_one_line(text: str, expected: str) -> None:
     assert tied(text) == expected.replace("~", "\u00a0")
     assert tied(tied(text)) == tied(text)
+
+
+def test_short_names():
+    classes = (
+        ("n1", "crane, bird"),
+        ("n2", "crane, machine"),
+        ("n3", "owl, bird"),
+        ("n4", ""),
+        ("n5", "x"),
+        ("n6", "x"),
+    )
+    assert short_names(classes) == ("crane, bird", "crane, machine", "owl", "n4", "x (n5)", "x (n6)")

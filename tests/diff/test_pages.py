@@ -20,7 +20,6 @@ from rayexp.diff.churn import diff_all
 from rayexp.diff.churn_page import churn_page
 from rayexp.diff.images import diff_images
 from rayexp.diff.images_page import image_page, thumbnails
-from rayexp.diff.images_page import lead as images_lead
 from rayexp.diff.noise import NoiseComparison, NoiseFloor
 from rayexp.diff.page import write_page
 from rayexp.diff.pair import read, read_pair
@@ -30,10 +29,8 @@ from rayexp.diff.samples import diff_samples
 from rayexp.diff.samples_page import samples_page
 from rayexp.diff.slices import diff_slices
 from rayexp.diff.text import diff_text
-from rayexp.diff.text_page import lead as text_lead
 from rayexp.diff.text_page import text_page
 from rayexp.diff.weights import diff_weights
-from rayexp.display import short_names
 from rayexp.errors import UserError
 from rayexp.pages.page import TEMPLATES, p_value
 
@@ -196,18 +193,6 @@ def test_pictures_not_at_hand(makes, pictures):
     assert "/nowhere/at/all" in page
 
 
-def test_short_names():
-    classes = (
-        ("n1", "crane, bird"),
-        ("n2", "crane, machine"),
-        ("n3", "owl, bird"),
-        ("n4", ""),
-        ("n5", "x"),
-        ("n6", "x"),
-    )
-    assert short_names(classes) == ("crane, bird", "crane, machine", "owl", "n4", "x (n5)", "x (n6)")
-
-
 def test_p_value():
     assert [p_value(p) for p in (None, 1.0, 0.034, 2.13e-7, 0.0)] == ["none", "1.00", "0.034", "2.1e-07", "< 1e-300"]
 
@@ -241,37 +226,6 @@ def test_the_verdict_comes_first_then_the_picture_then_the_figures(pages):
             pages[name].index(words) for words in ('class="lead"', 'class="stack"', 'class="span"', 'class="cards"')
         ]
         assert order == sorted(order), name
-
-
-def test_what_the_verdict_says_of_images(makes, arrays):
-    label = np.zeros(40, int)
-    right, mixed, wrong = label, np.arange(40) % 2, label + 1
-    run = makes.images([arrays.images(label, x, classes=3) for x in (right, mixed, wrong, mixed[::-1])], 3)
-    said = [images_lead(image_report(run, epochs)) for epochs in ((2, 1), (1, 2), (1, 1), (2, 4), (1, 3))]
-    assert said[0].startswith("B is better: acc1 50.00 → 100.00 % (+50.00 points, 95 % interval +")
-    assert said[0].endswith("more than chance explains (p = 1.9e-06).")
-    assert said[1].startswith("A is better: acc1 100.00 → 50.00 % (-50.00 points, 95 % interval -")
-    assert said[2] == "A and B say the same of every image (acc1 100.00 %)."
-    assert said[3].startswith("Neither is shown to be better: acc1 50.00 → 50.00 % (+0.00 points, 95 % interval -")
-    assert said[3].endswith("which chance alone may do (p = 1.00).")
-
-
-def test_what_the_verdict_says_of_texts(makes, arrays):
-    rng = np.random.default_rng(0)
-    token, loss = rng.integers(0, 4, 4000), rng.gamma(2, 1, 4000)
-    other = loss + rng.normal(0, 0.5, 4000)
-    epochs = [loss, loss + 0.5, other, np.where(token == 1, np.nan, loss)]
-    run = makes.text([arrays.tokens(token, x) for x in epochs], ["<eos>", "b", "c", "d"])
-    reports = [diff_text(*read_pair((run, a), (run, b))) for a, b in ((1, 2), (2, 1), (1, 1), (1, 3), (1, 4))]
-    said = [text_lead(report) for report in reports]
-    assert said[0].startswith("A is better: perplexity ")
-    assert "(+64.87 %, 95 % interval +" in said[0]
-    assert said[1].startswith("B is better: perplexity ")
-    assert said[2].startswith("A and B give the same probability to every token (perplexity ")
-    assert said[3].startswith("Neither is shown to be better: perplexity ")
-    assert said[4].endswith(" of 4,000 have no finite probability, so neither can be called better.")
-    short = makes.text([arrays.tokens(token[:30], x[:30]) for x in (loss, other)], ["<eos>", "b", "c", "d"], name="s")
-    assert text_lead(diff_text(*read_pair((short, 1), (short, 2)))).startswith("The text is too short to tell")
 
 
 def test_the_last_epoch_is_not_called_settled(makes):

@@ -13,6 +13,7 @@ from torch import Tensor
 from rayexp.config import ExperimentConfig, parse
 from rayexp.engine.rng import Draws, Dropout, adopt, seeded
 from rayexp.workloads import open_workload
+from rayexp.workloads.language_model import transformer as rotating
 
 Floats = NDArray[np.float64]
 EPS = float(np.finfo(np.float64).eps)  # RMSNorm's own, for float64
@@ -114,3 +115,19 @@ def test_dropout_lies_on_words_between_parts_and_on_the_output(
     assert into[0] is seen[-1][2]
     inner = {x.shape[-1] for _, x, _ in seen[1:-1]}
     assert inner == ({16} if name == "transformer" else {24})
+
+
+def test_rotation_knows_distances_only() -> None:
+    g = torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, 8, generator=g, dtype=torch.float64)
+    turn = rotating.rotation(50, 8, torch.device("cpu")).double()
+
+    def turned(x: Tensor, at: int) -> Tensor:
+        return rotating.rotate(x[None], turn[:, at : at + 1])
+
+    def score(i: int, j: int) -> float:
+        return float(turned(query, i) @ turned(key, j).t())
+
+    assert score(7, 3) == pytest.approx(score(44, 40), abs=1e-5)
+    assert score(7, 3) != pytest.approx(score(7, 4), abs=1e-3)
+    assert score(0, 0) == pytest.approx(float(query @ key), abs=1e-6)

@@ -17,7 +17,6 @@ from rayexp.errors import UserError
 from rayexp.runs.tensorboard import graph_events
 from rayexp.workloads import open_workload
 from rayexp.workloads.language_model.recurrent import RecurrentOptions
-from rayexp.workloads.language_model.transformer import rotate, rotation
 from rayexp.workloads.language_model.workload import LanguageModel
 
 CPU = torch.device("cpu")
@@ -339,19 +338,6 @@ def test_the_cache_of_a_transformer_does_not_grow_beyond_its_span() -> None:
             found, state = net.advance(torch.tensor([[word]]), state)
     assert all(part.shape[2] == 17 for part in state)
     assert found.isfinite().all()
-
-
-def test_rotation_knows_distances_only() -> None:
-    g = torch.Generator().manual_seed(0)
-    query, key = torch.randn(2, 8, generator=g, dtype=torch.float64)
-    turn = rotation(50, 8, CPU).double()
-
-    def score(i: int, j: int) -> float:
-        return float(rotate(query[None], turn[:, i : i + 1]) @ rotate(key[None], turn[:, j : j + 1]).t())
-
-    assert score(7, 3) == pytest.approx(score(44, 40), abs=1e-5)
-    assert score(7, 3) != pytest.approx(score(7, 4), abs=1e-3)
-    assert score(0, 0) == pytest.approx(float(query @ key), abs=1e-6)
 
 
 @pytest.mark.parametrize("name", MODELS)
