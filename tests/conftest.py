@@ -203,12 +203,15 @@ MEASURES = {
             }
             return found.slice(0, 9);
         })()""",
+    # What went wrong in its scripts.
+    "error": "document.documentElement.dataset.error || ''",
 }
+WATCH = "<script>addEventListener('error', e => document.documentElement.dataset.error = e.message)</script>"
 
 
 @pytest.fixture
 def measured(chromium: Callable[..., str], tmp_path: Path) -> Callable[[dict[str, str], int, str], dict[str, Any]]:
-    """What pages, by name, say of themselves in windows so many pixels wide (see MEASURES).
+    """What pages, by name, say of themselves in windows so many pixels wide (see MEASURES, or any other expression).
 
     A window is not made as narrow as a telephone; a frame is, and one browser opens them all.
     """
@@ -218,9 +221,10 @@ def measured(chromium: Callable[..., str], tmp_path: Path) -> Callable[[dict[str
         for number, page in enumerate(pages.values()):
             script = (
                 f"<script>addEventListener('load', () => setTimeout(() => parent.postMessage("
-                f"[{number}, {MEASURES[measure]}], '*'), 50))</script></body>"
+                f"[{number}, {MEASURES.get(measure, measure)}], '*'), 50))</script></body>"
             )
-            (tmp_path / f"inside{number}.html").write_text(page.replace("</body>", script))
+            inside = page.replace("<head>", f"<head>{WATCH}", 1).replace("</body>", script)
+            (tmp_path / f"inside{number}.html").write_text(inside)
             frames.append(f'<iframe src="inside{number}.html" width="{width}" height="800" style="border:0"></iframe>')
         collect = (
             "<pre id=found></pre><script>addEventListener('message', event => "
@@ -372,7 +376,13 @@ def makes(tmp_path):
     return Makes(tmp_path / "runs")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
+def makes_in():
+    """`makes_in(folder)` is a `makes` for a fixture that several tests share."""
+    return Makes
+
+
+@pytest.fixture(scope="session")
 def arrays():
     """`arrays.images(label, first, ...)` and `arrays.tokens(token, loss, ...)`."""
 

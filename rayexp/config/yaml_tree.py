@@ -7,6 +7,8 @@ than SIZE values.
 
 from __future__ import annotations
 
+import copy
+import functools
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -71,7 +73,7 @@ def read(path: Path, kind: type[BaseModel]) -> dict[str, Any]:
         UserError: the file cannot be read, is not YAML, or is not a mapping.
     """
     try:
-        tree = _construct(path.read_text(encoding="utf-8"), kind)
+        tree = copy.deepcopy(_parsed(path.read_text(encoding="utf-8"), kind))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
@@ -144,6 +146,11 @@ def _construct(text: str, field: Any) -> Any:
         return loader.construct_document(_as_text(node, field))
     finally:
         loader.dispose()
+
+
+@functools.lru_cache(maxsize=512)  # the report of a comparison reads its runs' files a dozen times
+def _parsed(text: str, kind: type[BaseModel]) -> Any:
+    return _construct(text, kind)
 
 
 def _check(root: Node) -> None:

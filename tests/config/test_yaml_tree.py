@@ -208,6 +208,16 @@ def test_what_editors_of_windows_write_is_read(file: Path) -> None:
     assert (config.name, config.lr, config.data.image_size) == ("big", 0.5, 32)
 
 
+def test_a_file_that_is_read_again_is_as_it_stands(file: Path) -> None:
+    file.write_text("code: [a]\nmodel: {name: resnet18}\n")
+    tree = yaml_tree.read(file, ExperimentConfig)
+    tree["code"].append("b")
+    tree["model"]["name"] = "another"
+    assert yaml_tree.read(file, ExperimentConfig) == {"code": ["a"], "model": {"name": "resnet18"}}
+    file.write_text("lr: 3\n")
+    assert yaml_tree.read(file, ExperimentConfig) == {"lr": 3}
+
+
 def test_an_empty_file_has_all_defaults(file: Path) -> None:
     for text in ("", "\n# nothing\n", "---\n", "null"):
         file.write_text(text)

@@ -7,8 +7,10 @@ import io
 import itertools
 import json
 import re
+import shutil
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -33,6 +35,7 @@ from rayexp.diff.text_page import text_page
 from rayexp.diff.weights import diff_weights
 from rayexp.errors import UserError
 from rayexp.pages.page import TEMPLATES, p_value
+from rayexp.runs.run import Run
 
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=alert(1)>"
 
@@ -52,8 +55,14 @@ class Outline(HTMLParser):
         return [attrs for name, attrs in self.found if name == tag]
 
 
-@pytest.fixture
-def pictures(makes, arrays):
+@pytest.fixture(scope="module")
+def shared(makes_in, tmp_path_factory):
+    """Makes runs for several tests."""
+    return makes_in(tmp_path_factory.mktemp("shared"))
+
+
+@pytest.fixture(scope="module")
+def pictures(shared, arrays):
     """A run on rayexp's own images, so that the pictures are at hand: 400 validation images, 2 epochs."""
     config = DataConfig(max_val_samples=400)
     data = open_data(config)
@@ -65,7 +74,7 @@ def pictures(makes, arrays):
         made.append(arrays.images(label, first, classes=classes, confidence=rng.random(400), loss=rng.random(400)))
     tree = {"data": {"max_val_samples": 400}}
     described = {"words": [w for _, w in data.classes], "names": list(data.val.names)}
-    return makes.images(made, classes, config=tree, data_sha=data.val.sha, **described)
+    return shared.images(made, classes, config=tree, data_sha=data.val.sha, **described)
 
 
 def image_report(run, epochs=(1, 2)):
@@ -109,25 +118,26 @@ def text_report(makes, arrays, n=4000):
     return diff_text(*read_pair((run, 1), (run, 2)))
 
 
-@pytest.fixture
-def pages(makes, arrays, pictures, tmp_path):
+@pytest.fixture(scope="module")
+def pages(shared, arrays, pictures, tmp_path_factory):
     """Every kind of page by name."""
-    run = makes.random_images(
+    folder = tmp_path_factory.mktemp("slices")
+    run = shared.random_images(
         200, 4, 3, words=[HOSTILE, "a, b", "a, b", "a, c"], names=[HOSTILE + str(i) for i in range(200)]
     )
     changed = image_report(pictures)
-    text, samples = text_report(makes, arrays), samples_report(makes)
+    text, samples = text_report(shared, arrays), samples_report(shared)
     return {
         "pictures": image_page(changed.within(1.0).by(None, diff_weights((pictures, 1), (pictures, 2)))),
         "hostile": image_page(image_report(run)),
         "nothing": image_page(image_report(run, (2, 2))),
-        "text": text_page(text_report(makes, arrays).within(2.0)),
-        "noise": image_page(beside_seeds(changed).by(slices_of(changed, tmp_path / "i.csv"))),
-        "text noise": text_page(beside_seeds(text).by(slices_of(text, tmp_path / "t.csv"))),
-        "samples": samples_page(samples_report(makes).within(5.0)),
-        "samples noise": samples_page(beside_seeds(samples, (4, 5)).by(slices_of(samples, tmp_path / "s.csv"))),
+        "text": text_page(text_report(shared, arrays).within(2.0)),
+        "noise": image_page(beside_seeds(changed).by(slices_of(changed, folder / "i.csv"))),
+        "text noise": text_page(beside_seeds(text).by(slices_of(text, folder / "t.csv"))),
+        "samples": samples_page(samples_report(shared).within(5.0)),
+        "samples noise": samples_page(beside_seeds(samples, (4, 5)).by(slices_of(samples, folder / "s.csv"))),
         "pairs": pairs_page(pairs_report(run)),
-        "short text": text_page(text_report(makes, arrays, 30)),
+        "short text": text_page(text_report(shared, arrays, 30)),
         "churn": churn_page(diff_all(run, [1, 2, 3])),
         "one epoch": churn_page(diff_all(run, [1])),
     }
@@ -185,10 +195,12 @@ def test_lost_and_gained_come_first_where_pictures_are_many(pictures, monkeypatc
 
 def test_pictures_not_at_hand(makes, pictures):
     assert "not those that were judged" in thumbnails(image_report(makes.random_images(50, 3, 2)))[1]
-    text = pictures.config_path.read_text()
-    moved = text.replace("name: shapes", "name: folder").replace("root: null", "root: /nowhere/at/all")
-    pictures.write("config.yaml", moved)
-    page = image_page(image_report(pictures))
+    moved = Run(Path(shutil.copytree(pictures.root, makes.storage / pictures.id)))
+    text = moved.config_path.read_text()
+    moved.write(
+        "config.yaml", text.replace("name: shapes", "name: folder").replace("root: null", "root: /nowhere/at/all")
+    )
+    page = image_page(image_report(moved))
     assert "The pictures are not at hand" in page
     assert "/nowhere/at/all" in page
 
@@ -311,23 +323,11 @@ class TestBrowser:
         assert "<title>owned" not in dom
         assert not [a for a in Outline(dom).all("img") if "onerror" in a]
 
-    @pytest.mark.parametrize(
-        "name",
-        [
-            "nothing",
-            "text",
-            "text noise",
-            "short text",
-            "samples",
-            "samples noise",
-            "noise",
-            "pairs",
-            "churn",
-            "one epoch",
-        ],
-    )
-    def test_the_others_open(self, pages, look, name):
-        look(pages[name])
+    def test_all_open_without_an_error(self, pages, measured):
+        faulty = pages["nothing"].replace("</body>", "<script>nothing.at.all</script></body>")
+        found = measured({**pages, "faulty": faulty}, 1280, "error")
+        assert "nothing is not defined" in found.pop("faulty")
+        assert found == dict.fromkeys(pages, "")
 
     def test_passages(self, pages, look):
         shown = "document.title = [...document.querySelectorAll('.passage')].filter(p => p.offsetHeight).length"
@@ -337,22 +337,25 @@ class TestBrowser:
         assert f"<title>{everything}</title>" in look(pages["text"], act=shown)
         assert f"<title>{worse}</title>" in look(pages["text"], "filter=worse", act=shown)
 
-    def test_tokens_are_read_without_pointing(self, pages, look):
+    def test_tokens_are_read_without_pointing(self, pages, measured):
         """By touch, and by Tab and the arrow keys."""
-        shown = "{ const p = document.getElementById('said'); document.title = p.hidden + '|' + p.textContent }"
         tokens = re.findall(r'<i(?: class="\w+")? title="([^"]+)">([^<]*)</i>', pages["text"])[:3]
         said = [f"{word}: {both}" for both, word in tokens]
         assert all("A " in line and ", B " in line for line in said)
-        assert "<title>true|</title>" in look(pages["text"], act=shown)
-        touch = "document.querySelectorAll('.passage i')[1].click();"
-        assert f"<title>false|{said[1]}</title>" in look(pages["text"], act=touch + shown)
         key = "document.querySelector('.passage .t').dispatchEvent(new KeyboardEvent('keydown', {key: '%s'}));"
         focus = "document.querySelector('.passage .t').focus();"
-        assert f"<title>false|{said[0]}</title>" in look(pages["text"], act=focus + shown)
         both = focus + 2 * (key % "ArrowRight")
-        assert f"<title>false|{said[2]}</title>" in look(pages["text"], act=both + shown)
-        assert f"<title>false|{said[1]}</title>" in look(pages["text"], act=both + key % "ArrowLeft" + shown)
-        assert "<title>true|" in look(pages["text"], act=both + key % "Escape" + shown)
+        acts = {
+            "": "true|",
+            "document.querySelectorAll('.passage i')[1].click();": f"false|{said[1]}",
+            focus: f"false|{said[0]}",
+            both: f"false|{said[2]}",
+            both + key % "ArrowLeft": f"false|{said[1]}",
+            both + key % "Escape": f"true|{said[2]}",
+        }
+        opened = {act: pages["text"].replace("</body>", f"<script>{act}</script></body>") for act in acts}
+        shown = "(p => p.hidden + '|' + p.textContent)(document.getElementById('said'))"
+        assert measured(opened, 1280, shown) == acts
 
     def test_six_thousand_flips_without_lag(self, makes, look):
         r = image_report(makes.random_images(10_000, 100, 8, seed=1), (1, 8))

@@ -21,7 +21,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "data": {"name": "shapes", "max_train_samples": 120, "max_val_samples": 40, "image_size": 32},
         "model": {"name": "mobilenet_v3_small"},
         "batch_size": 32,
-        "shards": 8,
+        "shards": 4,
     },
     "language_model": {
         "workload": "language_model",

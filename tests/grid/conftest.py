@@ -107,3 +107,9 @@ class Grids:
 @pytest.fixture
 def grids(tmp_path):
     return Grids(tmp_path / "runs")
+
+
+@pytest.fixture(scope="session")
+def grids_in():
+    """`grids_in(folder)` is a `grids` for a fixture that several tests share."""
+    return Grids

@@ -93,9 +93,10 @@ def test_report_of_a_run_without_epochs_is_refused(tmp_path):
         write_run_page(tmp_path / "page.html", run)
 
 
-@pytest.fixture
-def large(grids):
+@pytest.fixture(scope="module")
+def large(grids_in, tmp_path_factory):
     """The page of a grid with thirty-two cells of long names."""
+    grids = grids_in(tmp_path_factory.mktemp("large"))
     scaling = [
         {"num_workers": n, "use_gpu": False, "cpus_per_worker": c, "lanes": 1} for n in (1, 2, 4, 8) for c in (1, 2)
     ]

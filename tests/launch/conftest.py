@@ -22,7 +22,7 @@ TINY: dict[str, Any] = {
     "model": {"name": "lstm", "emsize": 16, "nhid": 16, "nlayers": 1, "dropout": 0.2},
     "epochs": 2,
     "batch_size": 16,
-    "shards": 4,
+    "shards": 2,
     "lr": 1.0,
     "weight_decay": 0.0,
     "optimizer": {"momentum": 0.5, "clip": 0.25},

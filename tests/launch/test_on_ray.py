@@ -153,7 +153,7 @@ def test_mistakes_are_not_tried_again(
     with pytest.raises(UserError, match=r"model.name"):
         run(tiny(model={"name": "lstn"}, scaling={"num_workers": 2}), argv=[])
     with pytest.raises(UserError, match="4 workers of 4 CPU each can never be placed"):
-        run(tiny(scaling={"num_workers": 4, "cpus_per_worker": 4}), argv=[])
+        run(tiny(shards=4, scaling={"num_workers": 4, "cpus_per_worker": 4}), argv=[])
     from rayexp.launch.on_ray import session
 
     # Where there are several nodes, it is said on which one the data is missing.

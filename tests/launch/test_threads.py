@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -35,6 +36,11 @@ def without_the_key(made: Run) -> None:
     for folder, state in made.resumable():
         del state["config"]["threads_per_shard"]
         (folder / "state.json").write_text(json.dumps(sealed(state)))
+
+
+@pytest.fixture
+def tiny(tiny: Tiny) -> Tiny:
+    return functools.partial(tiny, shards=SHARDS)
 
 
 @pytest.fixture

@@ -33,10 +33,10 @@ def run_page_of(run, sample=None):
     return path.read_text()
 
 
-@pytest.fixture
-def pages(makes, arrays):
+@pytest.fixture(scope="module")
+def pages(makes_in, arrays, tmp_path_factory):
     """Every page of a run and of a diff by name, with long names in it."""
-    found = {}
+    found, makes = {}, makes_in(tmp_path_factory.mktemp("pages"))
     steps = [{"epoch": e, "first": e == 1, "loss": [2.0, 1.0], "lr": [0.1, 0.1]} for e in (1, 2)]
     layers = [{f"layer{i}.0.conv1.weight": np.full((2, 2), e + i, np.float32) for i in range(4)} for e in (1, 2)]
     for classes in (8, 20, 200):
