@@ -34,6 +34,11 @@ SMALL: dict[str, dict[str, Any]] = {
         "schedule": {"name": "plateau", "gamma": 0.25},
     },
 }
+OWN_MODEL = Path(__file__).parents[2] / "examples" / "own_model.py"
+OWN_NET: dict[str, Any] = {
+    "model": {"name": f"{OWN_MODEL}:SmallNet", "width": 4, "depth": 2, "dropout": 0.2},
+    "code": [str(OWN_MODEL)],
+}
 
 
 @pytest.fixture(params=list(SMALL))
@@ -43,6 +48,17 @@ def small(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., Exper
     def make(**changes: Any) -> ExperimentConfig:
         tree = {**SMALL[request.param], "storage_path": str(tmp_path / "runs"), **changes}
         return parse(tree, ExperimentConfig, "test")
+
+    return make
+
+
+@pytest.fixture
+def light(small: Callable[..., ExperimentConfig]) -> Callable[..., ExperimentConfig]:
+    """`small`, its images with a network of two convolutions: for what a model's layers have no part in."""
+
+    def make(**changes: Any) -> ExperimentConfig:
+        images = small().workload == "image_classification"
+        return small(**({**OWN_NET, **changes} if images else changes))
 
     return make
 

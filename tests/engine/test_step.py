@@ -77,8 +77,8 @@ def test_every_language_model(small: Make, static: Open, model: str, precision: 
 
 
 @pytest.mark.parametrize("changes", [{"name": "adamw", "clip": 0.5}, {"name": "sgd", "momentum": 0.9}])
-def test_what_is_late_changes_no_bit(small: Make, static: Open, changes: dict[str, Any]) -> None:
-    config = small(optimizer=changes, lr=0.01, epochs=2)
+def test_what_is_late_changes_no_bit(light: Make, static: Open, changes: dict[str, Any]) -> None:
+    config = light(optimizer=changes, lr=0.01, epochs=2)
     late, ordinary = static(config), static(config, static=False)
     told, expected = losses(late), losses(ordinary)
     assert [t[:2] for t in told] == [t[:2] for t in expected]
@@ -87,8 +87,8 @@ def test_what_is_late_changes_no_bit(small: Make, static: Open, changes: dict[st
     assert checkpoint.sha(late.state().tensors) == checkpoint.sha(ordinary.state().tensors)
 
 
-def test_a_program_for_each_shape_of_batch(small: Make, static: Open) -> None:
-    one = static(small(epochs=2, lr=0.01))
+def test_a_program_for_each_shape_of_batch(light: Make, static: Open) -> None:
+    one = static(light(epochs=2, lr=0.01))
     list(one.train())
     programs = list(one.stepper.programs)
     assert [program.runs for program in programs] == [2 * (one.steps - 1), 2]
@@ -97,15 +97,15 @@ def test_a_program_for_each_shape_of_batch(small: Make, static: Open) -> None:
 
 
 def test_nothing_watches_the_gradients_of_a_static_step(
-    small: Make, static: Open, monkeypatch: pytest.MonkeyPatch
+    light: Make, static: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a GPU a watched parameter binds backward passes to the stream that was present then."""
     watched = []
     true = ReplicaModel.watch
     monkeypatch.setattr(ReplicaModel, "watch", lambda model, ready: watched.append(1) or true(model, ready))
-    static(small())
+    static(light())
     assert not watched
-    static(small(), static=False)
+    static(light(), static=False)
     assert watched
 
 
@@ -113,10 +113,10 @@ def test_nothing_watches_the_gradients_of_a_static_step(
 
 
 @pytest.mark.parametrize("flag", ["save", "stop"])
-def test_a_flag_is_heard_while_the_next_step_is_under_way(small: Make, static: Open, flag: str) -> None:
+def test_a_flag_is_heard_while_the_next_step_is_under_way(light: Make, static: Open, flag: str) -> None:
     """It takes the state after that one, which every worker has."""
-    one = static(small(lr=0.01))
-    expected = [sha for _, sha in states(static(small(lr=0.01)))]
+    one = static(light(lr=0.01))
+    expected = [sha for _, sha in states(static(light(lr=0.01)))]
     calls = itertools.count(1)
     seen = []
     for event in one.train(lambda: ControlFlags(**{flag: next(calls) == 2})):
@@ -129,9 +129,9 @@ def test_a_flag_is_heard_while_the_next_step_is_under_way(small: Make, static: O
     assert seen == [(1, False, False), (2, False, False), (3, True, True), *rest]
 
 
-def test_a_wanted_state_is_that_of_its_step(small: Make, static: Open) -> None:
-    expected = [sha for _, sha in states(static(small(lr=0.01)))]
-    one = static(small(lr=0.01))
+def test_a_wanted_state_is_that_of_its_step(light: Make, static: Open) -> None:
+    expected = [sha for _, sha in states(static(light(lr=0.01)))]
+    one = static(light(lr=0.01))
     found = {}
     for event in one.train(wanted=lambda step: step == 2):
         if isinstance(event, StepDone) and event.settled:
@@ -140,9 +140,9 @@ def test_a_wanted_state_is_that_of_its_step(small: Make, static: Open) -> None:
 
 
 @pytest.mark.parametrize("at", [1, 3])
-def test_a_resumed_run_has_the_same_bits(small: Make, static: Open, at: int) -> None:
+def test_a_resumed_run_has_the_same_bits(light: Make, static: Open, at: int) -> None:
     """Its first step is a program's first, which is not captured yet; recurrent states come from the snapshot."""
-    config = small(lr=0.01)
+    config = light(lr=0.01)
     first = static(config)
     expected = []
     for event in first.train(wanted=lambda step: True):
@@ -178,11 +178,11 @@ def fail(monkeypatch: pytest.MonkeyPatch, error: Exception, half: str = "compute
 
 @pytest.mark.parametrize("half", ["compute", "update"])
 def test_what_cannot_be_captured_runs_as_it_stands(
-    small: Make, static: Open, monkeypatch: pytest.MonkeyPatch, half: str
+    light: Make, static: Open, monkeypatch: pytest.MonkeyPatch, half: str
 ) -> None:
-    expected = states(static(small(lr=0.01)), 3)
+    expected = states(static(light(lr=0.01)), 3)
     failed = fail(monkeypatch, RuntimeError("\nCUDA error: not permitted\nwhen a stream is capturing"), half)
-    one = static(small(lr=0.01))
+    one = static(light(lr=0.01))
     assert states(one, 3) == expected
     assert one.stepper.capture == "eager: CUDA error: not permitted"
     assert len(failed) == 1
@@ -190,28 +190,28 @@ def test_what_cannot_be_captured_runs_as_it_stands(
 
 
 @language
-def test_capture_true_makes_that_an_error(small: Make, static: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_capture_true_makes_that_an_error(light: Make, static: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     fail(monkeypatch, RuntimeError("this model waits"))
-    one = static(small(capture=True))
+    one = static(light(capture=True))
     with pytest.raises(UserError, match=r"^capture: true.*this model waits.*allowed: auto, false"):
         states(one)
 
 
 @language
-def test_capture_false_captures_nothing(small: Make, static: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_capture_false_captures_nothing(light: Make, static: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     failed = fail(monkeypatch, RuntimeError("never"))
-    one = static(small(capture=False))
-    assert states(one, 3) == states(static(small(capture=False), static=False), 3)
+    one = static(light(capture=False))
+    assert states(one, 3) == states(static(light(capture=False), static=False), 3)
     assert not failed
     assert one.stepper.capture.startswith("eager: ")
 
 
 def test_a_capture_that_is_short_of_memory_has_fewer_replicas(
-    small: Make, static: Open, monkeypatch: pytest.MonkeyPatch
+    light: Make, static: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = states(static(small(lr=0.01)), 3)
+    expected = states(static(light(lr=0.01)), 3)
     failed = fail(monkeypatch, torch.OutOfMemoryError("CUDA out of memory"), times=2)
-    one = static(small(lr=0.01, scaling={"lanes": 4}))
+    one = static(light(lr=0.01, scaling={"lanes": 4}))
     assert states(one, 3) == expected
     assert len(failed) == 2
     assert len(one.stepper.passes.replicas) == 1
@@ -221,13 +221,13 @@ def test_a_capture_that_is_short_of_memory_has_fewer_replicas(
 @language
 @pytest.mark.parametrize(("free", "replicas"), [(461, 4), (459, 2), (116, 1), (114, 0)])
 def test_a_graph_that_would_not_fit_is_not_begun(
-    small: Make, static: Open, monkeypatch: pytest.MonkeyPatch, free: int, replicas: int
+    light: Make, static: Open, monkeypatch: pytest.MonkeyPatch, free: int, replicas: int
 ) -> None:
     """Of a capture that has failed PyTorch keeps the memory."""
-    expected = states(static(small(lr=0.01)), 3)
+    expected = states(static(light(lr=0.01)), 3)
     monkeypatch.setattr(Runtime, "transient", lambda here, work: (work(), 100))
     monkeypatch.setattr(Runtime, "free_memory", lambda here: free)
-    one = static(small(lr=0.01, scaling={"lanes": 4}))
+    one = static(light(lr=0.01, scaling={"lanes": 4}))
     assert states(one, 3) == expected
     assert len(one.stepper.passes.replicas) == max(1, replicas)
     assert one.stepper.capture == ("graph" if replicas else "eager: too little memory for a graph")
@@ -235,21 +235,21 @@ def test_a_graph_that_would_not_fit_is_not_begun(
 
 @pytest.mark.parametrize(("half", "lanes"), [("compute", 1), ("update", 2)])
 def test_too_little_memory_for_a_graph(
-    small: Make, static: Open, monkeypatch: pytest.MonkeyPatch, half: str, lanes: int
+    light: Make, static: Open, monkeypatch: pytest.MonkeyPatch, half: str, lanes: int
 ) -> None:
-    expected = states(static(small(lr=0.01)), 3)
+    expected = states(static(light(lr=0.01)), 3)
     fail(monkeypatch, torch.OutOfMemoryError("CUDA out of memory"), half)
-    one = static(small(lr=0.01, scaling={"lanes": lanes}))
+    one = static(light(lr=0.01, scaling={"lanes": lanes}))
     assert states(one, 3) == expected
     assert len(one.stepper.passes.replicas) == lanes
     assert one.stepper.capture == "eager: too little memory for a graph"
 
 
 def test_a_step_that_is_short_of_memory_starts_again_with_fewer_replicas(
-    small: Make, static: Open, monkeypatch: pytest.MonkeyPatch
+    light: Make, static: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the others had computed leaves nothing behind: no recurrent state, no number drawn."""
-    expected = states(static(small(lr=0.01)), 3)
+    expected = states(static(light(lr=0.01)), 3)
     true = Passes.compute
     calls = itertools.count(1)
 
@@ -260,27 +260,27 @@ def test_a_step_that_is_short_of_memory_starts_again_with_fewer_replicas(
         return seconds
 
     monkeypatch.setattr(Passes, "compute", compute)
-    one = static(small(lr=0.01, scaling={"lanes": 4}))
+    one = static(light(lr=0.01, scaling={"lanes": 4}))
     assert states(one, 3) == expected
     assert len(one.stepper.passes.replicas) == 2
 
 
 @language
-def test_one_replica_that_is_short_of_memory_fails(small: Make, static: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_replica_that_is_short_of_memory_fails(light: Make, static: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     def compute(*args: Any) -> float:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(Passes, "compute", compute)
     with pytest.raises(torch.OutOfMemoryError):
-        states(static(small(scaling={"lanes": 2})), 1)
+        states(static(light(scaling={"lanes": 2})), 1)
 
 
 def test_where_memory_is_short_beside_graphs_they_go(
-    small: Make, static: Open, monkeypatch: pytest.MonkeyPatch
+    light: Make, static: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As for the first shorter batch, or an evaluation."""
-    expected = states(static(small(lr=0.01)))
-    one = static(small(lr=0.01, scaling={"lanes": 1}))
+    expected = states(static(light(lr=0.01)))
+    one = static(light(lr=0.01, scaling={"lanes": 1}))
     true = Passes.compute
 
     def compute(passes: Passes, number: int, inputs: Any, *args: Any) -> float:
@@ -298,11 +298,11 @@ def test_where_memory_is_short_beside_graphs_they_go(
     ("lanes", "left", "capture"), [(4, 2, "graph"), (1, 1, "eager: too little memory beside graphs")]
 )
 def test_where_an_evaluation_finds_too_little_memory_graphs_go(
-    small: Make, static: Open, monkeypatch: pytest.MonkeyPatch, lanes: int, left: int, capture: str
+    light: Make, static: Open, monkeypatch: pytest.MonkeyPatch, lanes: int, left: int, capture: str
 ) -> None:
-    first = static(small(lr=0.01, epochs=1))
+    first = static(light(lr=0.01, epochs=1))
     expected = list(first.train())[-1]
-    one = static(small(lr=0.01, epochs=1, scaling={"lanes": lanes}))
+    one = static(light(lr=0.01, epochs=1, scaling={"lanes": lanes}))
     true = trainer.predict
 
     def predict(*args: Any) -> Any:
@@ -319,8 +319,8 @@ def test_where_an_evaluation_finds_too_little_memory_graphs_go(
     assert one.stepper.capture == capture
 
 
-def test_an_epoch_still_ends_with_its_record(small: Make, static: Open) -> None:
-    one = static(small(lr=0.01))
+def test_an_epoch_still_ends_with_its_record(light: Make, static: Open) -> None:
+    one = static(light(lr=0.01))
     done = list(one.train())[-1]
     assert isinstance(done, EpochDone)
     assert done.record.step == one.steps
@@ -328,7 +328,7 @@ def test_an_epoch_still_ends_with_its_record(small: Make, static: Open) -> None:
 
 @language
 def test_every_step_has_its_own_seconds_and_no_capture(
-    small: Make, static: Open, monkeypatch: pytest.MonkeyPatch
+    light: Make, static: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Although a step is launched before the one before it is told, and captured at its shape's second step."""
     clock, captures = [0.0], []
@@ -353,7 +353,7 @@ def test_every_step_has_its_own_seconds_and_no_capture(
     monkeypatch.setattr(Programs, "_captured", capture)
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     steps: list[StepDone] = []
-    for event in static(small(epochs=3, lr=0.01)).train():
+    for event in static(light(epochs=3, lr=0.01)).train():
         if isinstance(event, StepDone):
             steps.append(event)
             assert event.count / event.rate == pytest.approx(11.0)

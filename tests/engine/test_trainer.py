@@ -47,13 +47,13 @@ def test_ddp_is_the_same_mathematics(small: Make, session: Open) -> None:
     assert torch.allclose(exact.master.stats, ddp.master.stats, rtol=1e-4, atol=1e-5)
 
 
-def test_another_seed_is_another_model(small: Make, session: Open) -> None:
-    assert shas(session(small(seed=0)), 1) != shas(session(small(seed=1)), 1)
+def test_another_seed_is_another_model(light: Make, session: Open) -> None:
+    assert shas(session(light(seed=0)), 1) != shas(session(light(seed=1)), 1)
 
 
 @pytest.mark.parametrize("reduction", ["exact", pytest.param("ddp", marks=pytest.mark.slow)])
-def test_resume_at_every_step_gives_the_same_bits(small: Make, session: Open, reduction: str) -> None:
-    config = small(reduction=reduction, epochs=2, lr=0.01)
+def test_resume_at_every_step_gives_the_same_bits(light: Make, session: Open, reduction: str) -> None:
+    config = light(reduction=reduction, epochs=2, lr=0.01)
     first = session(config)
     saved, expected = [], []
     for event in first.train():
@@ -71,8 +71,8 @@ def test_resume_at_every_step_gives_the_same_bits(small: Make, session: Open, re
         assert [(type(e).__name__, checkpoint.sha(again.state().tensors)) for e in events] == expected[at + 1 :][:until]
 
 
-def test_what_an_epoch_says(small: Make, session: Open) -> None:
-    config = small(epochs=1, lr=0.01)
+def test_what_an_epoch_says(light: Make, session: Open) -> None:
+    config = light(epochs=1, lr=0.01)
     one = session(config)
     events = list(one.train())
     done = events[-1]
@@ -124,8 +124,8 @@ def test_rates_leave_out_a_processes_first_step(small: Make, session: Open) -> N
         check(resumed, epochs)
 
 
-def test_state_survives_a_round_trip(small: Make, session: Open) -> None:
-    one = session(small(lr=0.01))
+def test_state_survives_a_round_trip(light: Make, session: Open) -> None:
+    one = session(light(lr=0.01))
     shas(one, 2)
     state = one.state()
     files = checkpoint.encode(state)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -16,14 +14,25 @@ from rayexp.cli import app
 from rayexp.config import ExperimentConfig, parse
 from rayexp.errors import UserError
 from rayexp.grid import sentences
-from rayexp.grid.page import compare_page, write_compare_page
+from rayexp.grid.page import compare_page
 from rayexp.grid.report import read_report
 from rayexp.pages.run_page import write_run_page
 from rayexp.runs.run import Run
 
 
-def test_the_page_is_one_offline_file(grids):
-    page = compare_page(read_report(grids.fill(grids.plan(), grids.rates, spread=0.01)))
+@pytest.fixture(scope="module")
+def comparison(grids_in, tmp_path_factory):
+    """An ordinary one, whose repeats differ a little."""
+    grids = grids_in(tmp_path_factory.mktemp("ordinary"))
+    return grids.fill(grids.plan(), grids.rates, spread=0.01)
+
+
+@pytest.fixture(scope="module")
+def page(comparison):
+    return compare_page(read_report(comparison))
+
+
+def test_the_page_is_one_offline_file(page):
     assert page.count("<svg") >= 4
     assert "a &lt;processor&gt; &amp; more" in page
     # Nothing is fetched: the only addresses are names of XML namespaces and licences inside the SVG.
@@ -35,10 +44,9 @@ def test_the_page_is_one_offline_file(grids):
     assert page.count("<svg") == 2 * len(ids)  # for a screen and for a telephone
 
 
-def test_the_same_comparison_gives_the_same_figures(grids):
-    comparison = grids.fill(grids.plan(), grids.rates, spread=0.01)
-    first, second = (compare_page(read_report(comparison)) for _ in range(2))
-    assert first == second or re.sub(r"Made by.*", "", first) == re.sub(r"Made by.*", "", second)
+def test_the_same_comparison_gives_the_same_figures(comparison, page):
+    again = compare_page(read_report(comparison))
+    assert page == again or re.sub(r"Made by.*", "", page) == re.sub(r"Made by.*", "", again)
 
 
 def test_markdown_is_a_table(grids):
@@ -53,13 +61,11 @@ def test_markdown_is_a_table(grids):
     assert lines[header].count("|") == body.count("|")
 
 
-def test_report_command_prints_json_only(grids):
+def test_report_command_prints_json_only(grids, typed):
     comparison = grids.fill(grids.plan(), grids.rates)
-    run = subprocess.run(
-        [sys.executable, "-m", "rayexp", "report", comparison.id, "--runs", str(grids.storage), "--json"],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    found = json.loads(run.stdout)
+    done = typed("report", comparison.id, "--runs", grids.storage, "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
     assert found["equal_weights"] is True
     assert {cell["cell"] for cell in found["cells"]} == set(grids.rates)
     assert (comparison.root / "report.html").is_file()
@@ -126,10 +132,10 @@ def test_the_verdict_comes_first_then_pictures_then_tables(large):
 
 
 @pytest.mark.browser
-def test_the_page_renders(grids, tmp_path, chromium):
-    page, shot = tmp_path / "page.html", tmp_path / "page.png"
-    write_compare_page(page, read_report(grids.fill(grids.plan(), grids.rates, spread=0.01)))
-    chromium(f"--screenshot={shot}", "--window-size=1200,6000", page.as_uri())
+def test_the_page_renders(page, tmp_path, chromium):
+    path, shot = tmp_path / "page.html", tmp_path / "page.png"
+    path.write_text(page, encoding="utf-8")
+    chromium(f"--screenshot={shot}", "--window-size=1200,6000", path.as_uri())
     pixels = np.asarray(Image.open(shot).convert("RGB"))
     # The phases' colours are on the page: the figures were drawn.
     for colour in ((0x00, 0x9E, 0x73), (0xD5, 0x5E, 0x00)):
