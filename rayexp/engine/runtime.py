@@ -127,7 +127,7 @@ class Runtime:
 
     def has_tf32(self) -> bool:
         """Whether the device computes products in TF32."""
-        return self.device.type == "cuda" and bool(torch.cuda.is_tf32_supported())
+        return self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (8, 0)
 
     def free_memory(self) -> int:
         """Bytes of the GPU's memory that nobody uses, when PyTorch has given back what it does not use at present."""
