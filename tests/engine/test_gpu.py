@@ -17,6 +17,7 @@ from torch import nn
 
 from rayexp.config import ExperimentConfig, parse
 from rayexp.engine import checkpoint, gpu, runtime
+from rayexp.engine.contract.check import check
 from rayexp.engine.group import WorkerGroup
 from rayexp.engine.passes import Passes
 from rayexp.engine.runtime import Runtime
@@ -148,6 +149,18 @@ def test_an_operation_without_a_deterministic_kernel_is_refused_in_the_first_ste
     with pytest.raises(UserError, match=said):
         final(one)
     assert one.global_step <= 1
+
+
+def test_a_model_is_tried_with_the_pools_that_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = []
+    for pool in (nn.AdaptiveAvgPool2d(3), nn.AdaptiveMaxPool2d(3)):
+        with monkeypatch.context() as patched:
+            ending_in(patched, pool)
+            config = parse({"storage_path": str(tmp_path), **FAMILIES["mobilenet dropout"]}, ExperimentConfig, "test")
+            with runtime.configure(config, torch.device("cuda", 0), config.shards) as here:
+                refused.append(list(map(str, check(config, open_workload, here).refused)))
+    assert refused[0] == []
+    assert "adaptive_max_pool2d_backward_cuda in avgpool.0 (AdaptiveMaxPool2d) has no determ" in " ".join(refused[1])
 
 
 @pytest.mark.parametrize("family", ["resnet18 bf16", "lstm"])
