@@ -93,7 +93,7 @@ def test_everyone_has_all_streams_in_order(world: int, lanes: int) -> None:
         assert np.array_equal(predictions["loss"], wanted)
 
 
-def test_each_lane_has_a_model_of_its_own() -> None:
+def test_each_replica_has_a_model_of_its_own() -> None:
     used: dict[int, set[int]] = {}
 
     class Spy(Streams):

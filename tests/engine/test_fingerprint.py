@@ -40,7 +40,7 @@ def elsewhere(**env: str) -> dict[str, Any]:
     return found
 
 
-def test_it_is_the_same_again_on_any_lane_and_in_another_process() -> None:
+def test_it_is_the_same_again_on_any_replica_and_in_another_process() -> None:
     one = taken()
     assert taken(lanes=2) == one == elsewhere(OMP_NUM_THREADS="1", HOME="/nowhere")
     assert differences(one, taken()) == []

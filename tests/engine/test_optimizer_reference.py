@@ -146,7 +146,7 @@ def test_it_follows_torch_optim(
 
 @pytest.mark.parametrize("optimizer", [SGD[3], ADAMW[0]], ids=["sgd", "adamw"])
 @pytest.mark.parametrize("lanes", [1, 2, 5])
-def test_chunks_and_lanes_treat_every_element_once(
+def test_chunks_and_replicas_treat_every_element_once(
     monkeypatch: pytest.MonkeyPatch, optimizer: dict[str, Any], lanes: int
 ) -> None:
     monkeypatch.setattr(optimize, "_CHUNK", 32)
