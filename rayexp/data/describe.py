@@ -15,8 +15,8 @@ from rayexp.errors import UserError, nearest
 
 
 def describe(target: str, check: bool = False, options: Sequence[str] = ()) -> dict[str, Any]:
-    """Counts, classes or vocabulary size, and hashes of a dataset by name or of a folder, packed or not; or counts and
-    classes of a dataset of images of the user's own, by reference.
+    """Counts, classes or vocabulary size, and hashes of a dataset by name or of a folder, packed or not; or of a
+    dataset of the user's own, by reference.
 
     `kind` is `images` or `text`. With `check`, all packed data are read and compared with their hashes. `options` are
     what a dataset of the user's own is called with, as `data.KEY=VALUE`.
@@ -58,7 +58,7 @@ def describe(target: str, check: bool = False, options: Sequence[str] = ()) -> d
 
 
 def _own(name: str, options: Sequence[str]) -> dict[str, Any]:
-    """A dataset of the user's own, by a reference relative to the working directory; nothing is packed."""
+    """A dataset of the user's own, by a reference relative to the working directory; no image is packed."""
     tree: dict[str, Any] = {"data": {"name": name}}
     for option in options:
         if not option.startswith("data."):
@@ -67,7 +67,10 @@ def _own(name: str, options: Sequence[str]) -> dict[str, Any]:
     code.anchor(tree, Path.cwd())
     code.resolve(tree, Path.cwd(), "data info")
     config = parse(tree, ExperimentConfig, "data info")
-    plan = own.make_plan(recipe.Recipe.of(config.data, config.code))
+    made = recipe.Recipe.of(config.data, config.code)
+    if own.gives_text(made):
+        return _text(own.open_text(config.data, config.code))
+    plan = own.make_plan(made)
     labels = {split: [label for _, _, label in items] for split, items in plan.splits.items()}
     return {
         "kind": "images",

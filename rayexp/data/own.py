@@ -284,6 +284,15 @@ def open_text(config: DataConfig, code: Sequence[str] | None) -> TextData:
     return text.capped(*found, config)
 
 
+def gives_text(recipe: Recipe) -> bool:
+    """Whether what comes first is a line of text (UserError: the dataset cannot be made)."""
+    made = recipe.make("train")
+    try:
+        return isinstance(next(iter(made), None), str)
+    except (Exception, SystemExit):  # who reads the samples tells of it, by their number
+        return False
+
+
 _TEXT = (("train", "train"), ("valid", "val"), ("test", "test"))
 
 

@@ -14,6 +14,7 @@ from rayexp.cluster import package
 from rayexp.cluster.collect import collect
 from rayexp.cluster.sources import Storage
 from rayexp.config import load
+from rayexp.data.describe import describe
 from rayexp.errors import UserError
 from rayexp.launch.driver import outline, run
 from rayexp.launch.evaluate import evaluate
@@ -294,6 +295,11 @@ def test_a_language_model_and_a_text_of_ones_own(tmp_path: Path) -> None:
     made = run(load(tmp_path / "c.yaml"), argv=[])
     assert (made.kind(), made.goals()) == ("tokens", {"ppl": "min"})
     assert made.records()[1].val_loss < made.records()[0].val_loss
+    assert describe(f"{tmp_path}/words.py:Lines", options=["data.n=90"])["tokens"] == {
+        "train": 360,
+        "valid": 360,
+        "test": 360,
+    }
     (tmp_path / "words.py").unlink()
     assert evaluate(made, 2).equal
     result = CliRunner().invoke(app, ["generate", made.id], catch_exceptions=True)
