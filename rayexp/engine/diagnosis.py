@@ -7,22 +7,25 @@ from collections.abc import Iterable
 
 from rayexp.display import counted, figure
 
-ABSURD = 100.0  # nats; guessing among a million classes gives 14
+ABSURD = 100.0  # nats of a cross-entropy; guessing among a million classes gives 14
 MATTERS = 0.05  # a smaller share of the initial values left in running statistics explains nothing
 
 
-def absurd_loss(epoch: int, val_loss: float, momenta: Iterable[float | None], steps: int) -> str | None:
-    """A line on a validation loss that is not finite or above ABSURD, with the likely reason; None for any other.
+def absurd_loss(
+    epoch: int, val_loss: float, momenta: Iterable[float | None], steps: int, most: float = ABSURD
+) -> str | None:
+    """A line on a validation loss that is not finite or above `most`, with the likely reason; None for any other.
 
     (A training loss that is not finite ends the run by itself.)
 
     Args:
         epoch: counts from 1.
-        val_loss: mean over the validation data, in nats.
+        val_loss: mean over the validation data.
         momenta: of the model's batch norms with running statistics; None: of one that averages over steps.
         steps: optimizer steps done since the beginning of the run.
+        most: a loss that can be; infinity where it is no cross-entropy and may have any size.
     """
-    if math.isfinite(val_loss) and val_loss <= ABSURD:
+    if math.isfinite(val_loss) and val_loss <= most:
         return None
     line = f"val_loss of epoch {epoch} is {figure(val_loss, '.3g')}"
     if (left := initial_share(momenta, steps)) >= MATTERS:

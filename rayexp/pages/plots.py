@@ -26,6 +26,7 @@ DARK = {
 }  # fmt: skip
 MARKERS = "osD^vPX*"
 LINES = ("-", "--", ":", "-.")
+NATS = "loss (nats)"  # what an axis says of a cross-entropy
 WIDE, NARROW = 9.6, 4.0  # inches: a figure across a page, and across a telephone's
 NAMED = 48  # classes whose names find room at a heat map's axes
 LABEL = 24  # characters of such a name
@@ -181,12 +182,13 @@ def stacked_bars(name: str, labels: Sequence[str], bars: Sequence[dict[str, floa
     return draw(name, wide, fill, narrow_height=high)
 
 
-def curves(records: Sequence[EpochRecord], metrics: Sequence[str]) -> str:
+def curves(records: Sequence[EpochRecord], metrics: Sequence[str], loss: str = NATS) -> str:
     """Losses, and each metric on axes of its own, over the epochs.
 
     Args:
         records: the epochs.
         metrics: names of the metrics to draw, at most five of them.
+        loss: what the axis of the losses says.
     """
     epochs = [r.epoch for r in records]
     shown = metrics[:5]
@@ -198,7 +200,7 @@ def curves(records: Sequence[EpochRecord], metrics: Sequence[str]) -> str:
         if broken := [r.epoch for r in records if not r.finite]:
             where = {"transform": losses.get_xaxis_transform(), "clip_on": False}
             losses.plot(broken, [0.0] * len(broken), "x", color=COLOURS[3], label="not finite", **where)
-        losses.set_ylabel("loss (nats)")
+        losses.set_ylabel(loss)
         losses.legend(fontsize=8.5)
         for i, (ax, name) in enumerate(zip(others, shown, strict=True)):
             values = [r.metrics.get(name, math.nan) for r in records]
@@ -239,7 +241,9 @@ def _count_along(ax: Any, what: str) -> None:
     ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
 
 
-def step_curves(records: Sequence[EpochRecord], lines: Sequence[Mapping[str, Any]], unit: str) -> str:
+def step_curves(
+    records: Sequence[EpochRecord], lines: Sequence[Mapping[str, Any]], unit: str, loss_label: str = NATS
+) -> str:
     """Loss and learning rate over the optimizer steps, with the validation losses, and the throughput over the epochs;
     empty where no step's loss is known.
 
@@ -247,6 +251,7 @@ def step_curves(records: Sequence[EpochRecord], lines: Sequence[Mapping[str, Any
         records: the epochs.
         lines: of steps.jsonl, see `Run.steps`.
         unit: of the throughput.
+        loss_label: what the axis of the losses says.
     """
     ends = {r.epoch: r.step for r in records}
     found = []
@@ -266,11 +271,11 @@ def step_curves(records: Sequence[EpochRecord], lines: Sequence[Mapping[str, Any
         left.plot(
             list(ends.values()), [r.val_loss for r in records], "s", color=COLOURS[3], markersize=4, label="validation"
         )
-        left.set_ylabel("loss (nats)")
+        left.set_ylabel(loss_label)
         # A validation loss far above the training's would hide the rest.
         low, high = min([float(loss.min()), *(r.val_loss for r in records if r.finite)]), float(loss.max())
         margin = 0.06 * (high - low) or 0.1
-        left.set_ylim(max(0.0, low - margin), high + margin)
+        left.set_ylim(low - margin if low < 0 else max(0.0, low - margin), high + margin)
         left.legend(fontsize=8.5)
         middle.plot(step, lr, color=COLOURS[0])
         middle.set_ylabel("learning rate")

@@ -46,7 +46,8 @@ def run_page(
             judgements = judgements_of(run, (best or records[-1]).epoch)
         except UserError as error:
             why_none = str(error)
-    steps = plots.step_curves(records, _steps(run), unit)
+    loss = "loss" if run.kind() == "samples" else plots.NATS  # of a workload of the user's own it may be anything
+    steps = plots.step_curves(records, _steps(run), unit, loss)
     return render(
         "report_run.html.j2",
         run=run,
@@ -63,7 +64,7 @@ def run_page(
         phases=[p for p in PHASES if any(r.seconds.get(p, 0.0) > 0 for r in records)],
         total=sum(r.seconds.get("total", 0.0) for r in records),
         startup=(meta.get("startup_seconds") or {}).get("to_first_step"),
-        curves=plots.curves(records, metrics),
+        curves=plots.curves(records, metrics, loss),
         steps=steps,
         pace="" if steps else plots.pace(records, unit),
         bars=plots.run_phases(records),

@@ -19,6 +19,7 @@ from rayexp.errors import UserError
 from rayexp.launch.driver import outline, run
 from rayexp.launch.evaluate import evaluate
 from rayexp.launch.export import export
+from rayexp.pages.run_page import write_run_page
 from rayexp.runs.integrity import examine
 from rayexp.runs.run import Run
 from rayexp.workloads import open_workload
@@ -90,6 +91,17 @@ def test_a_workload_is_not_called_by_a_model_that_it_does_not_have(mine: Path, t
     assert export(made, 1, tmp_path / "model.pt").about["architecture"] == "own_workload.py:Regression"
     with pytest.raises(UserError, match=r"generate needs .* this run is of own_workload.py:Regression$"):
         open_generator(made, 1)
+    write_run_page(tmp_path / "page.html", made)
+    assert "nats" not in (tmp_path / "page.html").read_text()
+
+
+def test_a_loss_of_ones_own_may_be_large(mine: Path) -> None:
+    """Prices, say; of a cross-entropy the screen would say that training diverges."""
+    text = (mine / "own_workload.py").read_text()
+    (mine / "own_workload.py").write_text(text.replace("y = np.sin", "y = 1000 + np.sin"))
+    made = run(load(mine / "own_workload.yaml", [*NUMBERS, "epochs=1", "lr=1e-9"]), argv=[])
+    assert made.records()[0].val_loss > 1e5
+    assert not made.meta().get("warnings")
 
 
 def test_a_damaged_file_of_code_is_not_collected(mine: Path, tmp_path: Path) -> None:

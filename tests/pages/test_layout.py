@@ -3,6 +3,7 @@ dark."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 
@@ -188,6 +189,15 @@ def test_a_heat_map_names_classes_and_does_not_count_those_that_occur(monkeypatc
         assert written == {i: f"class {i}" for i in written}
         assert 0 in written
         assert min(classes, 8) <= len(written) <= (16 if width == plots.NARROW else 48)
+
+
+def test_losses_below_zero_are_seen(makes, monkeypatch):
+    """As of a density."""
+    records = [dataclasses.replace(r, val_loss=-3.0) for r in makes.random_images(20, 4, 1).records()]
+    lines = [{"epoch": 1, "loss": [-5.0] * records[0].step, "lr": [0.1] * records[0].step}]
+    left, *_ = axes_of(monkeypatch, plots.WIDE, 3, lambda: plots.step_curves(records, lines, "samples", "loss"))
+    assert left.get_ylim()[0] < -5 < left.get_ylim()[1] < 0
+    assert left.get_ylabel() == "loss"
 
 
 def test_an_epoch_that_is_not_finite_is_marked(makes, arrays, monkeypatch):
