@@ -12,9 +12,9 @@ MATTERS = 0.05  # a smaller share of the initial values left in running statisti
 
 
 def absurd_loss(
-    epoch: int, val_loss: float, momenta: Iterable[float | None], steps: int, most: float = ABSURD
+    epoch: int, val_loss: float, momenta: Iterable[float | None], steps: int, cross_entropy: bool = True
 ) -> str | None:
-    """A line on a validation loss that is not finite or above `most`, with the likely reason; None for any other.
+    """A line on a validation loss that is not finite or above ABSURD, with the likely reason; None for any other.
 
     (A training loss that is not finite ends the run by itself.)
 
@@ -23,9 +23,9 @@ def absurd_loss(
         val_loss: mean over the validation data.
         momenta: of the model's batch norms with running statistics; None: of one that averages over steps.
         steps: optimizer steps done since the beginning of the run.
-        most: a loss that can be; infinity where it is no cross-entropy and may have any size.
+        cross_entropy: whether the loss is one; any other may have any size.
     """
-    if math.isfinite(val_loss) and val_loss <= most:
+    if math.isfinite(val_loss) and val_loss <= (ABSURD if cross_entropy else math.inf):
         return None
     line = f"val_loss of epoch {epoch} is {figure(val_loss, '.3g')}"
     if (left := initial_share(momenta, steps)) >= MATTERS:

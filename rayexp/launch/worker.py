@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import os
 import socket
 import sys
@@ -21,7 +20,7 @@ from rayexp.display import counted
 from rayexp.engine import checkpoint, link, runtime
 from rayexp.engine.checkpoint import FIELDS, TENSORS
 from rayexp.engine.contract import operation_of
-from rayexp.engine.diagnosis import ABSURD, absurd_loss
+from rayexp.engine.diagnosis import absurd_loss
 from rayexp.engine.fingerprint import differences, fingerprint
 from rayexp.engine.group import WorkerGroup
 from rayexp.engine.runtime import Runtime
@@ -358,8 +357,8 @@ class _Worker:
         self._plot()
         self.saver.epoch(record, copied, event.predictions, self.steps.end(record.epoch))
         momenta = [momentum for _, momentum in self.trainer.layout.momentum]
-        most = math.inf if self.workload.kind == "samples" else ABSURD
-        if absurd := absurd_loss(record.epoch, record.val_loss, momenta, record.step, most):
+        known = self.workload.kind != "samples"
+        if absurd := absurd_loss(record.epoch, record.val_loss, momenta, record.step, known):
             self._warn_while_training(absurd)
         if record.epoch == 1 and not self.job.trace and "tensorboard" in self.config.tracking:
             # After the first epoch: drawing must not disturb the first steps' times.
