@@ -182,7 +182,8 @@ bool look(const c10::OperatorHandle& operation, const std::vector<IValue>& given
     original->second.callBoxed(operation, c10::DispatchKeySet(DispatchKey::CUDA), &stack);
   } catch (const std::exception& error) {
     // Any other is of a library of NVIDIA's, which has no device here.
-    if (std::strstr(error.what(), "deterministic")) refused = std::current_exception();
+    for (const char* alert : {"does not have a deterministic implementation", "is not deterministic because"})
+      if (std::strstr(error.what(), alert)) refused = std::current_exception();
   }
   bool waits = emulator_look(before.first, before.second).second;
   if (refused) std::rethrow_exception(refused);
