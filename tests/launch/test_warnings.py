@@ -124,7 +124,7 @@ def short_of_memory(monkeypatch: pytest.MonkeyPatch, replica: int, step: int) ->
 def test_lanes_that_the_memory_does_not_hold_are_said(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch, static: None, step: int
 ) -> None:
-    config = tiny(epochs=1, scaling={"use_gpu": False, "lanes": 4}, cpu_kernels=False)
+    config = tiny(epochs=1, shards=4, scaling={"use_gpu": False, "lanes": 4}, cpu_kernels=False)
     whole = run(config, argv=[])
     assert (whole.meta()["lanes"], whole.meta()["capture"], whole.meta()["warnings"]) == (4, "graph", [])
     short_of_memory(monkeypatch, 1, step)
