@@ -47,6 +47,9 @@ class CaptureWatch:
     """Watches a capture. That runs a step's Python once and computes nothing, so Python's state is after the block as
     it was before.
 
+    Attributes:
+        before: Python's state.
+
     Args:
         parts, device: see `PythonState`.
         follow: whether to note what operations are given (not while a compiler traces them).
@@ -57,28 +60,28 @@ class CaptureWatch:
         self._reads = Reads() if follow else None
         self._found: list[str] = []
         self._gone: set[int] = set()  # by id: tensors in whose place others are, unread
-        self._before: PythonState | None = None
+        self.before: PythonState | None = None
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> CaptureWatch:
-        self._before = PythonState(self._parts, self._device)
-        if iterators := self._before.iterators:
+        self.before = PythonState(self._parts, self._device)
+        if iterators := self.before.iterators:
             raise RuntimeError(f"{iterators[0]} is an iterator, which a graph does not move on")
         if self._reads is not None:
             self._stack.enter_context(self._reads)
         return self
 
     def __exit__(self, *exc: Any) -> None:
-        assert self._before is not None
+        assert self.before is not None
         self._stack.close()
         if exc[0] is None:
             now = PythonState(self._parts, self._device)
-            self._found = list(now.changed(self._before))
-            for name, tensor in now.replaced(self._before):
+            self._found = list(now.changed(self.before))
+            for name, tensor in now.replaced(self.before):
                 if self._reads is None or self._reads.has(tensor):
                     self._found.append(f"a step reads {name} and puts another tensor there")
                 self._gone.add(id(tensor))
-        self._before.restore()
+        self.before.restore()
 
     def refuse(self) -> None:
         """Raise RuntimeError where a graph would not do what this Python does."""
@@ -88,7 +91,7 @@ class CaptureWatch:
     def read(self) -> list[Tensor]:
         """What the captured work may read and somebody holds. A graph looks for it in its place, so it must stay there
         though its holder may take another."""
-        held = [value for value in (self._before.values.values() if self._before else ()) if isinstance(value, Tensor)]
+        held = [value for value in (self.before.values.values() if self.before else ()) if isinstance(value, Tensor)]
         found = {id(tensor): tensor for tensor in held if id(tensor) not in self._gone}
         found |= {id(tensor): tensor for tensor in (self._reads.alive() if self._reads else ())}
         return [tensor.detach() if has_history(tensor) else tensor for tensor in found.values()]

@@ -19,6 +19,7 @@ from rayexp.config.references import place
 from rayexp.engine.capture_watch import CaptureWatch
 from rayexp.engine.inputs import StepInputs
 from rayexp.engine.passes import Held, Passes
+from rayexp.engine.python_state import PythonState
 from rayexp.errors import UserError
 
 MARGIN = 1.15
@@ -64,6 +65,7 @@ class Programs:
         self._capturing = self.runtime.static and self.config.capture is not False
         self._first_graph: Any = None
         self._kept: list[list[Tensor]] = []  # for each graph, what it reads
+        self._stands_for: PythonState | None = None  # what Python held when the first graph was captured
         self._needs: dict[int, int] = {}  # bytes that a replica's passes take for a while, by its number
 
     def __iter__(self) -> Iterator[Program]:
@@ -111,6 +113,18 @@ class Programs:
                 seconds[half] += time.perf_counter() - start
         (getattr(program, half) or work)()
 
+    def check(self) -> None:
+        """Give graphs up where Python no longer holds what it held when the first was captured: an epoch's last batch
+        may have changed that, where it is shorter, or an evaluation. (To be asked when an epoch begins.)
+
+        Raises:
+            UserError: capture is true, and it does not.
+        """
+        if self._first_graph is not None and self._stands_for is not None:
+            for changed in PythonState(self._parts(), self.runtime.device).differs(self._stands_for):
+                self._give_up(f"{changed}, which a graph does not see")
+                break
+
     def make_room(self) -> bool:
         """Go on with half of the replicas, or with the last one without graphs, since memory is short; False: neither
         is left. The graphs so far are given up, with their memory.
@@ -135,14 +149,18 @@ class Programs:
         self._rest()
         passes = self.passes
         drawing = passes.generators.values() if draws and passes.replicas[0].draws_numbers else ()
-        parts = {**passes.models(), "workload": passes.workload, "optimizer": self._rule}
-        watch = CaptureWatch(parts, self.runtime.device, follow=not passes.compiled)
+        watch = CaptureWatch(self._parts(), self.runtime.device, follow=not passes.compiled)
         with watch:
             graph = self.runtime.graph(work, drawing, self._first_graph)
         watch.refuse()
         self._kept.append(watch.read())
-        self._first_graph = self._first_graph or graph
+        if self._first_graph is None:
+            self._first_graph, self._stands_for = graph, watch.before
         return graph
+
+    def _parts(self) -> dict[str, object]:
+        """Whose Python graphs stand for, by what a message calls it."""
+        return {**self.passes.models(), "workload": self.passes.workload, "optimizer": self._rule}
 
     def _check_memory(self) -> None:
         """Raise OutOfMemoryError where the replicas do not fit into a graph side by side.

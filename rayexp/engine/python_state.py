@@ -53,6 +53,7 @@ class PythonState:
         for name, part in parts.items():
             found.look(name, part)
         self.values, self.iterators, self._undo = found.values, found.iterators, found.undo
+        self._growing = found.growing
 
     def restore(self) -> None:
         """Bring back what was there, as far as it can be changed."""
@@ -65,10 +66,15 @@ class PythonState:
         for whose in self._draws.moved(since._draws):
             yield f"a step draws from {whose} global generator on the host"
         for name in dict.fromkeys([*since.values, *self.values]):
-            before, now = since.values.get(name, _MISSING), self.values.get(name, _MISSING)
-            both = isinstance(before, Tensor) and isinstance(now, Tensor)
-            if not both and before is not now and not (type(before) is type(now) and before == now):
+            if _differs(since.values.get(name, _MISSING), self.values.get(name, _MISSING)):
                 yield f"a step changes {name}"
+
+    def differs(self, since: PythonState) -> Iterator[str]:
+        """What is another one than it was, in words; apart from tensors, from draws, and from what has come to be known
+        under a new name, such as a cache's entry for another shape."""
+        for name, before in since.values.items():
+            if name not in self._growing and _differs(before, self.values.get(name, _MISSING)):
+                yield f"something changes {name}"
 
     def replaced(self, since: PythonState) -> Iterator[tuple[str, Tensor]]:
         """The tensors in whose place others are, and where that is."""
@@ -88,12 +94,14 @@ class _Found:
 
     Attributes:
         values, iterators: see `PythonState`.
+        growing: names of the sizes of dictionaries.
         undo: brings back what was there, as far as it can be changed.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.values: dict[str, Any] = {}
         self.iterators: list[str] = []
+        self.growing: set[str] = set()
         self.undo: list[Callable[[], object]] = []
         self._device = device
         self._seen: set[int] = set()
@@ -209,6 +217,7 @@ class _Found:
         if len(value) > MOST:
             return
         if isinstance(value, dict):
+            self.growing.add(f"len({name})")
             for key in [key for key, each in value.items() if has_history(each)]:
                 value[key] = value[key].detach()
             before = dict(value)
@@ -233,6 +242,12 @@ def _is_users(kind: type | FunctionType) -> bool:
     file = getattr(sys.modules.get(kind.__module__), "__file__", None) or ""
     library = kind.__module__.partition(".")[0] in _OF_LIBRARIES or "site-packages" in file
     return kind is SimpleNamespace or not library
+
+
+def _differs(before: Any, now: Any) -> bool:
+    """Whether a value is another one; of two tensors never."""
+    both = isinstance(before, Tensor) and isinstance(now, Tensor)
+    return not both and before is not now and not (type(before) is type(now) and before == now)
 
 
 def _is_dunder(name: str) -> bool:

@@ -131,7 +131,7 @@ class Stepper:
         made = 0.0  # seconds of the passes that made batches; in a static step they are part of its work
         with watched(self.passes, program.inputs) if first else contextlib.nullcontext(), self.passes.fixed_weights():
             if self.runtime.static:
-                self._static(program, marks)
+                self._static(program, step == 0, marks)
             else:
                 made = self._overlapped(program, touched, marks)
         marks.append(self.runtime.mark())
@@ -222,8 +222,10 @@ class Stepper:
 
     # ------------------------------------------------------------------ streams: captured, the exchange in between
 
-    def _static(self, program: Program, marks: list[Any]) -> None:
+    def _static(self, program: Program, epoch_begins: bool, marks: list[Any]) -> None:
         """Compute and add up over all workers."""
+        if epoch_begins:
+            self.programs.check()
         states = self.passes.states() if program.runs < 2 else {}
         while True:
             try:

@@ -301,7 +301,21 @@ def test_an_iterator_is_not_moved_by_a_capture(trained: Callable[..., Any], kind
     assert found == expected
 
 
-@pytest.mark.parametrize(("kind", "replicas"), [*itertools.product([Mask, Cached, Kept], [1, 2]), (AsBuffer, 1)])
+class BySize(Net):
+    """A shorter batch gets an entry of its own."""
+
+    def prepare(self) -> None:
+        self.masks: dict[int, Tensor] = {}
+
+    def middle(self, x: Tensor) -> Tensor:
+        if len(x) not in self.masks:
+            self.masks[len(x)] = torch.linspace(0.5, 1.5, len(x), device=x.device)[:, None]
+        return x * self.masks[len(x)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "replicas"), [*itertools.product([Mask, BySize, Cached, Kept], [1, 2]), (AsBuffer, 1)]
+)
 def test_what_a_model_keeps_may_be_kept_beside_graphs(
     trained: Callable[..., Any], kind: type[Net], replicas: int
 ) -> None:
@@ -312,6 +326,42 @@ def test_what_a_model_keeps_may_be_kept_beside_graphs(
         assert found == expected
     one.stepper.programs._forget_graphs()
     assert one.stepper.programs._kept == []
+
+
+class Remembers(Net):
+    """The first shorter batch changes what becomes of all later ones."""
+
+    def prepare(self) -> None:
+        self.shorter = False
+
+    def middle(self, x: Tensor) -> Tensor:
+        self.shorter = self.shorter or len(x) < 8
+        return x * 2 if self.shorter else x
+
+
+class OfEvaluations(Net):
+    """An evaluation changes what becomes of the next epoch."""
+
+    done = 0
+
+    def prepare(self) -> None:
+        OfEvaluations.done = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            OfEvaluations.done += 1
+        return super().forward(x * (1 + OfEvaluations.done) if self.training else x)
+
+
+@pytest.mark.parametrize(("kind", "name"), [(Remembers, "model.shorter"), (OfEvaluations, "OfEvaluations.done")])
+def test_what_changes_beside_graphs_ends_them(trained: Callable[..., Any], kind: type[Net], name: str) -> None:
+    """In time: the steps before have been right."""
+    expected, _ = trained(kind, capture=False, reduction="ddp")
+    found, one = trained(kind, reduction="ddp")
+    assert one.stepper.capture == f"eager: something changes {name}, which a graph does not see"
+    assert found == expected
+    with pytest.raises(UserError, match="capture: true, and this step cannot be captured"):
+        trained(kind, capture=True, reduction="ddp")
 
 
 class CountsAndAsks(Counter):
