@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -12,18 +12,26 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from rayexp.engine.counters import Counter, followed
 from rayexp.engine.python_state import PythonState, has_history
 
 
 class Reads(TorchFunctionMode):
-    """Notes which tensors operations are given while the block runs, of those that were not made meanwhile."""
+    """Notes which tensors operations are given while the block runs, of those that were not made meanwhile.
+
+    Attributes:
+        operations: which ones these were, and the numbers and words that they were given.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self._read: dict[int, weakref.ref[Tensor]] = {}
         self._made: set[int] = set()  # addresses of memory
+        self.operations: list[tuple[str, str]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        plain = [leaf for leaf in tree_leaves((args, kwargs)) if type(leaf) in (int, float, bool, str)]
+        self.operations.append((getattr(func, "__name__", str(func)), repr(plain)))
         made = func(*args, **(kwargs or {}))
         # What makes no tensor asks for a shape or a device, which reads nothing: for a value it could not ask.
         if results := _addresses(made):
@@ -49,6 +57,7 @@ class CaptureWatch:
 
     Attributes:
         before: Python's state.
+        counted: numbers that have changed, and may be a counter's.
 
     Args:
         parts, device: see `PythonState`.
@@ -59,6 +68,7 @@ class CaptureWatch:
         self._parts, self._device = parts, device
         self._reads = Reads() if follow else None
         self._found: list[str] = []
+        self.counted: list[Counter] = []
         self._gone: set[int] = set()  # by id: tensors in whose place others are, unread
         self.before: PythonState | None = None
         self._stack = contextlib.ExitStack()
@@ -76,7 +86,7 @@ class CaptureWatch:
         self._stack.close()
         if exc[0] is None:
             now = PythonState(self._parts, self._device)
-            self._found = list(now.changed(self.before))
+            self._found, self.counted = list(now.changed(self.before)), now.counted(self.before)
             for name, tensor in now.replaced(self.before):
                 if self._reads is None or self._reads.has(tensor):
                     self._found.append(f"a step reads {name} and puts another tensor there")
@@ -87,6 +97,38 @@ class CaptureWatch:
         """Raise RuntimeError where a graph would not do what this Python does."""
         if self._found:
             raise RuntimeError(f"{self._found[0]}, which a graph does not repeat")
+
+    def counters(self, known: Collection[Counter], new: bool, again: Callable[[], object]) -> list[Counter]:
+        """The counters that this Python adds to and nobody asks for, with what it adds.
+
+        Args:
+            known: those of earlier captures, which must not be asked for here either.
+            new: whether there may be others.
+            again: another capture of the same.
+
+        Raises:
+            RuntimeError: as `refuse`; a changed number that is asked for is no counter.
+        """
+        names = {counter.name for counter in self.counted}
+        if len(names) < len(self._found) or self._reads is None or not (new or names <= {c.name for c in known}):
+            self.refuse()
+        asked = [*self.counted, *(counter for counter in known if counter.name not in names)]
+        if not asked or self.before is None:
+            return []
+        reads = Reads()
+
+        def work() -> None:
+            with reads:
+                again()
+
+        try:
+            found = followed(asked, work, self.before.restore)
+        except RuntimeError:
+            self.refuse()
+            raise
+        if self._reads is None or reads.operations != self._reads.operations:
+            raise RuntimeError(f"a step asks what {asked[0].name} is")
+        return found
 
     def read(self) -> list[Tensor]:
         """What the captured work may read and somebody holds. A graph looks for it in its place, so it must stay there

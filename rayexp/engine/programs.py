@@ -7,8 +7,9 @@ with fewer replicas; where a step cannot be captured, it and all later ones run 
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from rayexp.config.references import place
 from rayexp.engine.capture_watch import CaptureWatch
+from rayexp.engine.counters import Counter
 from rayexp.engine.inputs import StepInputs
 from rayexp.engine.passes import Held, Passes
 from rayexp.engine.python_state import PythonState
@@ -66,6 +68,7 @@ class Programs:
         self._first_graph: Any = None
         self._kept: list[list[Tensor]] = []  # for each graph, what it reads
         self._stands_for: PythonState | None = None  # what Python held when the first graph was captured
+        self._counters: dict[str, Counter] = {}  # of what is captured
         self._needs: dict[int, int] = {}  # bytes that a replica's passes take for a while, by its number
 
     def __iter__(self) -> Iterator[Program]:
@@ -99,7 +102,7 @@ class Programs:
         if self._capturing and program.runs and getattr(program, half) is None:
             start = time.perf_counter()
             try:
-                setattr(program, half, self._captured(work, draws=half == "compute"))
+                setattr(program, half, self._captured(program, half, work))
                 self.capture = "graph"
             except RuntimeError as error:
                 self.passes.renew_generators()
@@ -121,7 +124,9 @@ class Programs:
             UserError: capture is true, and it does not.
         """
         if self._first_graph is not None and self._stands_for is not None:
-            for changed in PythonState(self._parts(), self.runtime.device).differs(self._stands_for):
+            for changed in PythonState(self._parts(), self.runtime.device).differs(
+                self._stands_for, without=self._counters
+            ):
                 self._give_up(f"{changed}, which a graph does not see")
                 break
 
@@ -143,20 +148,27 @@ class Programs:
         torch.cuda.empty_cache()
         return True
 
-    def _captured(self, work: Callable[[], None], draws: bool) -> Callable[[], object]:
+    def _captured(self, program: Program, half: str, work: Callable[[], None]) -> Callable[[], object]:
         if self._first_graph is None:
             self._check_memory()
         self._rest()
         passes = self.passes
-        drawing = passes.generators.values() if draws and passes.replicas[0].draws_numbers else ()
+        drawing = passes.generators.values() if half == "compute" and passes.replicas[0].draws_numbers else ()
         watch = CaptureWatch(self._parts(), self.runtime.device, follow=not passes.compiled)
         with watch:
             graph = self.runtime.graph(work, drawing, self._first_graph)
-        watch.refuse()
+        first, held = self._first_graph is None, program.held
+
+        def again() -> None:
+            self.runtime.graph(work, drawing, self._first_graph or graph)
+            program.held = held  # where the graph that stays has its sum
+
+        counters = watch.counters(self._counters.values(), first, again)
+        self._counters |= {counter.name: counter for counter in counters}
         self._kept.append(watch.read())
         if self._first_graph is None:
             self._first_graph, self._stands_for = graph, watch.before
-        return graph
+        return functools.partial(_replay, graph, counters) if counters else graph
 
     def _parts(self) -> dict[str, object]:
         """Whose Python graphs stand for, by what a message calls it."""
@@ -181,6 +193,14 @@ class Programs:
 
     def _forget_graphs(self) -> None:
         self._first_graph = None
+        self._counters.clear()
         self._kept.clear()
         for program in self:
             program.compute = program.update = None
+
+
+def _replay(graph: Callable[[], object], counters: Sequence[Counter]) -> None:
+    """A graph, and what the Python that it stands for counts."""
+    graph()
+    for counter in counters:
+        counter.advance()

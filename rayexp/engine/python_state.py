@@ -15,7 +15,7 @@ import random
 import sys
 from array import array as Numbers
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from types import FunctionType, MemberDescriptorType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch import Generator, Tensor, nn
 
 from rayexp.engine.batch_norm import BATCH_NORMS
 from rayexp.engine.contract.draws import GlobalStates
+from rayexp.engine.counters import Counter
 
 MOST = 1000
 """Elements of an array, or of a collection, at most: larger ones are data."""
@@ -41,6 +42,7 @@ class PythonState:
     Attributes:
         values: by dotted name: a number or a text, a tensor, or the state of a generator.
         iterators: names of iterators, which cannot be brought back to where they were.
+        places: for some of the values, the dictionary that holds it, and its key there.
 
     Args:
         parts: the objects, by what a message calls them.
@@ -53,7 +55,7 @@ class PythonState:
         for name, part in parts.items():
             found.look(name, part)
         self.values, self.iterators, self._undo = found.values, found.iterators, found.undo
-        self._growing = found.growing
+        self._growing, self.places = found.growing, found.places
 
     def restore(self) -> None:
         """Bring back what was there, as far as it can be changed."""
@@ -69,11 +71,20 @@ class PythonState:
             if _differs(since.values.get(name, _MISSING), self.values.get(name, _MISSING)):
                 yield f"a step changes {name}"
 
-    def differs(self, since: PythonState) -> Iterator[str]:
+    def counted(self, since: PythonState) -> list[Counter]:
+        """The numbers that are other ones than they were, of those that may be a counter's."""
+        pairs = {name: (since.values.get(name), self.values.get(name)) for name in since.places}
+        return [
+            Counter(name, *since.places[name])
+            for name, (before, now) in pairs.items()
+            if _differs(before, now) and type(before) is type(now) and type(now) in (int, float)
+        ]
+
+    def differs(self, since: PythonState, without: Container[str] = ()) -> Iterator[str]:
         """What is another one than it was, in words; apart from tensors, from draws, and from what has come to be known
         under a new name, such as a cache's entry for another shape."""
         for name, before in since.values.items():
-            if name not in self._growing and _differs(before, self.values.get(name, _MISSING)):
+            if name not in self._growing and name not in without and _differs(before, self.values.get(name, _MISSING)):
                 yield f"something changes {name}"
 
     def replaced(self, since: PythonState) -> Iterator[tuple[str, Tensor]]:
@@ -93,7 +104,7 @@ class _Found:
     engine's.
 
     Attributes:
-        values, iterators: see `PythonState`.
+        values, iterators, places: see `PythonState`.
         growing: names of the sizes of dictionaries.
         undo: brings back what was there, as far as it can be changed.
     """
@@ -102,6 +113,7 @@ class _Found:
         self.values: dict[str, Any] = {}
         self.iterators: list[str] = []
         self.growing: set[str] = set()
+        self.places: dict[str, tuple[dict[Any, Any], Any]] = {}
         self.undo: list[Callable[[], object]] = []
         self._device = device
         self._seen: set[int] = set()
@@ -149,6 +161,7 @@ class _Found:
         before = {key: each for key, each in held.items() if key not in without}
         self.undo.append(lambda: _put_back(held, before, without))
         for key, each in before.items():
+            self.places[f"{name}.{key}"] = held, key
             self.look(f"{name}.{key}", each)
 
     def _slots(self, name: str, value: Any) -> None:
@@ -223,6 +236,7 @@ class _Found:
             before = dict(value)
             self.undo.append(lambda: _put_back(value, before, frozenset()))
             for key, each in before.items():
+                self.places[f"{name}[{key!r}]"] = value, key
                 self.look(f"{name}[{key!r}]", each)
         elif isinstance(value, list | deque):
             for i in [i for i, each in enumerate(value) if has_history(each)]:

@@ -26,7 +26,7 @@ from rayexp.config import ExperimentConfig, parse
 from rayexp.engine import gpu, passes, programs, runtime
 from rayexp.engine.gradients import ReplicaModel
 from rayexp.engine.group import WorkerGroup
-from rayexp.engine.programs import Programs
+from rayexp.engine.programs import Program, Programs
 from rayexp.engine.runtime import Runtime
 from rayexp.engine.settings import Settings
 from rayexp.engine.step import ControlFlags
@@ -132,7 +132,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
     """Looks at the captures of static steps on a CPU."""
     under_way = [False]
 
-    def captured(_: Programs, work: Callable[[], None], draws: bool) -> Callable[[], object]:
+    def captured(_: Programs, program: Program, half: str, work: Callable[[], None]) -> Callable[[], object]:
         def watch() -> None:
             under_way[0] = True
             try:

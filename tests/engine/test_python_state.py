@@ -8,6 +8,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable
 from fractions import Fraction
+from queue import SimpleQueue
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -161,3 +162,33 @@ def test_nothing_that_a_graph_reads_holds_a_backward_pass() -> None:
         part.kept.sum(), part.listed[0].sum(), part.named["a"].sum(), weight.sum()
     assert all(tensor.grad_fn is None for tensor in (part.kept, part.listed[0], part.named["a"], *watch.read()))
     assert len(watch.read()) == 4  # and not what the sums were made of
+
+
+def test_a_counter_is_one_from_the_first_capture_on() -> None:
+    """What has been captured before may have asked for it."""
+    part = SimpleNamespace(calls=3)
+    kept: SimpleQueue[int] = SimpleQueue()
+
+    def counts() -> None:
+        part.calls += 2
+        part.calls -= 1
+
+    def keeps() -> None:
+        kept.put(part.calls)
+        counts()
+
+    def watched(work: Callable[[], None]) -> CaptureWatch:
+        with CaptureWatch({"part": part}, CPU) as watch:
+            work()
+        return watch
+
+    (found,) = watched(counts).counters([], True, counts)
+    assert (found.name, found.steps, part.calls) == ("part.calls", (2, -1), 3)
+    found.advance()
+    assert part.calls == 4
+    assert [one.steps for one in watched(counts).counters([found], False, counts)] == [(2, -1)]
+    assert [one.steps for one in watched(lambda: None).counters([found], False, lambda: None)] == [()]
+    for known, new, work in (([], False, counts), ([], True, keeps)):
+        with pytest.raises(RuntimeError, match=r"^a step changes part.calls, which a graph does not repeat$"):
+            watched(work).counters(known, new, work)
+    assert part.calls == 4

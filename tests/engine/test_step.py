@@ -14,7 +14,7 @@ from rayexp.config import ExperimentConfig
 from rayexp.engine import checkpoint, trainer
 from rayexp.engine.gradients import ReplicaModel
 from rayexp.engine.passes import Passes
-from rayexp.engine.programs import Programs
+from rayexp.engine.programs import Program, Programs
 from rayexp.engine.runtime import Runtime
 from rayexp.engine.step import ControlFlags, Stepper, StepResult
 from rayexp.engine.trainer import EpochDone, StepDone, Trainer
@@ -163,14 +163,13 @@ def fail(monkeypatch: pytest.MonkeyPatch, error: Exception, half: str = "compute
     true = Programs._captured
     failed: list[Programs] = []
 
-    def captured(programs: Programs, work: Callable[[], None], draws: bool) -> Any:
-        program = next(p for p in programs if p.runs and p.update is None)
-        if (program.compute is None) is (half == "compute") and len(failed) < times:
+    def captured(programs: Programs, program: Program, of: str, work: Callable[[], None]) -> Any:
+        if of == half and len(failed) < times:
             failed.append(programs)
             for generator in programs.passes.generators.values():
                 torch.rand(1, generator=generator)
             raise error
-        return true(programs, work, draws)
+        return true(programs, program, of, work)
 
     monkeypatch.setattr(Programs, "_captured", captured)
     return failed
