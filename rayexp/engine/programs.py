@@ -124,7 +124,7 @@ class Programs:
             UserError: capture is true, and it does not.
         """
         if self._first_graph is not None and self._stands_for is not None:
-            for changed in PythonState(self._parts(), self.runtime.device).differs(
+            for changed in PythonState(self._trained(), self.runtime.device).differs(
                 self._stands_for, without=self._counters
             ):
                 self._give_up(f"{changed}, which a graph does not see")
@@ -167,12 +167,17 @@ class Programs:
         self._counters |= {counter.name: counter for counter in counters}
         self._kept.append(watch.read())
         if self._first_graph is None:
-            self._first_graph, self._stands_for = graph, watch.before
+            self._first_graph = graph
+            self._stands_for = PythonState(self._trained(), self.runtime.device)
         return functools.partial(_replay, graph, counters) if counters else graph
 
     def _parts(self) -> dict[str, object]:
         """Whose Python graphs stand for, by what a message calls it."""
-        return {**self.passes.models(), "workload": self.passes.workload, "optimizer": self._rule}
+        return {**self._trained(), "workload": self.passes.workload}
+
+    def _trained(self) -> dict[str, object]:
+        """The same without the workload, whose `feed` may change what it holds from epoch to epoch."""
+        return {**self.passes.models(), "optimizer": self._rule}
 
     def _check_memory(self) -> None:
         """Raise OutOfMemoryError where the replicas do not fit into a graph side by side.
