@@ -223,8 +223,8 @@ class Unwatched(contextlib.nullcontext[None]):
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__()
 
-    def refuse(self) -> None:
-        pass
+    def counters(self, *args: object) -> list[Any]:
+        return []
 
     def read(self) -> list[Tensor]:
         return []
