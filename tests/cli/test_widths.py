@@ -66,7 +66,7 @@ def test_one_worker_is_one_worker(made: list[Run], tmp_path: Path, capsys: pytes
     for run in made[:2]:
         runs.runs_command(run.id, runs=tmp_path / "runs")
         said += [line for line in capsys.readouterr().out.splitlines() if line.startswith("where")]
-    assert said == ["where     in one process, cpu, 2 lanes", "where     1 worker, cpu, 2 lanes"]
+    assert said == ["where     in one process, cpu, 2 replicas", "where     1 worker, cpu, 2 replicas"]
 
 
 def test_verify(terminal: Terminal, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
