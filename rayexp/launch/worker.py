@@ -316,7 +316,7 @@ class _Worker:
         """Put into run.json how a GPU runs the steps, and warn where it does so slowly without having been told to."""
         lanes, capture = len(stepper.passes.replicas), stepper.capture
         if lanes != self.lanes:
-            what = f"the GPU's memory holds {lanes} of {counted(self.runtime.side_by_side, 'lane')} side by side"
+            what = f"the GPU's memory holds {lanes} of {counted(self.runtime.side_by_side, 'replica')} side by side"
             self.lanes = lanes
             self.writer.note({"lanes": lanes})
             self._warn_while_training(f"scaling.lanes: {what}; steps take longer than with all of them")

@@ -130,7 +130,7 @@ def test_lanes_that_the_memory_does_not_hold_are_said(
     short_of_memory(monkeypatch, 1, step)
     text = io.StringIO()
     made = run(config, argv=[], console=Console(file=text, width=300))
-    line = "scaling.lanes: the GPU's memory holds 1 of 4 lanes side by side; steps take longer than with all of them"
+    line = "scaling.lanes: the GPU's memory holds 1 of 4 replicas side by side; steps take longer than with all of them"
     assert shown(text) == made.meta()["warnings"] == [line]
     assert (made.meta()["lanes"], made.meta()["capture"]) == (1, "graph")
     assert line in (made.logs / "rank_0.log").read_text()
