@@ -56,10 +56,10 @@ class Programs:
     Args:
         passes: what computes the shards.
         rule: the user's own update rule, where there is one; a graph must not stand for its Python.
-        rest: waits until no other thread of this process uses the device, since a capture is about to begin.
+        rest: waits until no other thread of this process uses the device, since a capture is about to begin; None: there is none.
     """
 
-    def __init__(self, passes: Passes, rule: object, rest: Callable[[], None]) -> None:
+    def __init__(self, passes: Passes, rule: object, rest: Callable[[], None] | None) -> None:
         self.passes, self.config, self.runtime = passes, passes.config, passes.runtime
         self.capture = "eager: capture is false" if self.config.capture is False else ""
         self._rule, self._rest = rule, rest
@@ -151,7 +151,8 @@ class Programs:
     def _captured(self, program: Program, half: str, work: Callable[[], None]) -> Callable[[], object]:
         if self._first_graph is None:
             self._check_memory()
-        self._rest()
+        if self._rest is not None:
+            self._rest()
         passes = self.passes
         drawing = passes.generators.values() if half == "compute" and passes.replicas[0].draws_numbers else ()
         watch = CaptureWatch(self._parts(), self.runtime.device, follow=not passes.compiled)

@@ -98,10 +98,12 @@ class Stepper:
             self.exchange = Exchange(group, config.shards, size, runtime.device, without=without)
         self.plan = ExchangePlan(master.layout, self.exchange)
         self.late = int(runtime.static)
-        self.programs = Programs(self.passes, optimizer.rule, self._rest)
         self._feeder: Feeder | None = None
         if runtime.device.type == "cuda":
             self._feeder = Feeder(lambda at: workload.feed(*at, self.shards), self._following, runtime.device)
+        # No method of this object: in a circle with it the data's files would stay open.
+        rest = self._feeder.rest if self._feeder is not None else None
+        self.programs = Programs(self.passes, optimizer.rule, rest)
         self._watch_next = not self.passes.compiled  # hooks would have a compiled model compiled twice
 
     def launch(
@@ -179,10 +181,6 @@ class Stepper:
             return self._feeder.get((epoch, step))
         fed = self.workload.feed(epoch, step, self.shards)
         return {name: upload(array, self.runtime.device) for name, array in fed.items()}
-
-    def _rest(self) -> None:
-        if self._feeder is not None:
-            self._feeder.rest()
 
     def _following(self, at: tuple[int, int]) -> tuple[int, int] | None:
         epoch, step = at
