@@ -56,7 +56,8 @@ class Programs:
     Args:
         passes: what computes the shards.
         rule: the user's own update rule, where there is one; a graph must not stand for its Python.
-        rest: waits until no other thread of this process uses the device, since a capture is about to begin; None: there is none.
+        rest: waits until no other thread of this process uses the device, since a capture is about to begin; None where
+            there is no other.
     """
 
     def __init__(self, passes: Passes, rule: object, rest: Callable[[], None] | None) -> None:
