@@ -275,6 +275,7 @@ def test_a_planted_fault_is_found(
         if process.returncode == 1:
             break
     assert process.returncode == (1 if fault else 0), err
+    assert out, err
     verdict = json.loads(out)
     assert verdict["ok"] is (fault is None)
     if fault:
