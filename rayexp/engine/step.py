@@ -98,10 +98,11 @@ class Stepper:
             self.exchange = Exchange(group, config.shards, size, runtime.device, without=without)
         self.plan = ExchangePlan(master.layout, self.exchange)
         self.late = int(runtime.static)
+        # What these two are given is no method of this object: in a circle with it, the data's files stayed open.
         self._feeder: Feeder | None = None
         if runtime.device.type == "cuda":
-            self._feeder = Feeder(lambda at: workload.feed(*at, self.shards), self._following, runtime.device)
-        # No method of this object: in a circle with it the data's files would stay open.
+            shards, following = self.shards, functools.partial(_following, workload.steps(), config.epochs)
+            self._feeder = Feeder(lambda at: workload.feed(*at, shards), following, runtime.device)
         rest = self._feeder.rest if self._feeder is not None else None
         self.programs = Programs(self.passes, optimizer.rule, rest)
         self._watch_next = not self.passes.compiled  # hooks would have a compiled model compiled twice
@@ -181,12 +182,6 @@ class Stepper:
             return self._feeder.get((epoch, step))
         fed = self.workload.feed(epoch, step, self.shards)
         return {name: upload(array, self.runtime.device) for name, array in fed.items()}
-
-    def _following(self, at: tuple[int, int]) -> tuple[int, int] | None:
-        epoch, step = at
-        if step + 1 < self.workload.steps():
-            return epoch, step + 1
-        return (epoch + 1, 0) if epoch < self.config.epochs else None
 
     def _program(self, step: int, fed: Mapping[str, Tensor]) -> Program:
         """What runs batches of this shape."""
@@ -269,6 +264,14 @@ class Stepper:
         root, inputs = program.held[0][1].tensor, program.inputs
         self.optimizer.update(root, inputs.lr, inputs.done, self.runtime, touched)
         self.master.update_stats(root, self.config.shards, inputs.done)
+
+
+def _following(steps: int, epochs: int, at: tuple[int, int]) -> tuple[int, int] | None:
+    """The batch after one; None after the last."""
+    epoch, step = at
+    if step + 1 < steps:
+        return epoch, step + 1
+    return (epoch + 1, 0) if epoch < epochs else None
 
 
 def touched(workload: Workload, layout: ParameterLayout, runtime: Runtime, epoch: int, step: int) -> list[Touched]:

@@ -6,7 +6,9 @@ benchmarks/gpu.py tries the same at full size, with workers and beside its peers
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from rayexp.engine.contract.check import check
 from rayexp.engine.group import WorkerGroup
 from rayexp.engine.passes import Passes
 from rayexp.engine.runtime import Runtime
-from rayexp.engine.trainer import StepDone, Trainer
+from rayexp.engine.trainer import EpochDone, StepDone, Trainer
 from rayexp.errors import UserError
 from rayexp.workloads import open_workload
 from rayexp.workloads.image_classification.workload import ImageClassification
@@ -269,3 +271,17 @@ def test_a_step_for_which_memory_is_short_starts_again(
     one = opened("lstm")
     assert final(one) == expected
     assert len(one.stepper.passes.replicas) == 2
+
+
+def test_what_a_trainer_holds_goes_with_it(opened: Callable[..., Trainer]) -> None:
+    """Not when Python next looks for circles: a program that trains again needs the memory, and the files stay open."""
+    one = opened("resnet18 bf16", epochs=1)
+    assert [event for event in one.train() if isinstance(event, EpochDone)]
+    workload = weakref.ref(one.workload)
+    gc.collect()
+    gc.disable()
+    try:
+        del one
+        assert workload() is None
+    finally:
+        gc.enable()
