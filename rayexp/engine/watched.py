@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from rayexp.engine.contract import FirstStep, generators, module_of, moved, operation_of, refuse_drawing
+from rayexp.engine.contract import FirstStep, generators, module_of, moved, operation_of, refusal, refuse_drawing
 from rayexp.engine.inputs import StepInputs
 from rayexp.engine.passes import Passes
-from rayexp.errors import UserError
 
 
 @contextlib.contextmanager
@@ -43,10 +42,7 @@ def watched(passes: Passes, inputs: StepInputs) -> Iterator[None]:
         first.found()
         if (operation := operation_of(error)) is None:
             raise
-        raise UserError(
-            f"reduction: exact takes deterministic operations only, and {operation} in {module_of(module, again)} has "
-            f"no such kernel for {device.type}; allowed with this model: ddp"
-        ) from error
+        raise refusal(operation, device, module_of(module, again)) from error
     first.end()
     if passes.exact and moved(before, device):
         refuse_drawing(module, device, again)

@@ -19,7 +19,7 @@ from rayexp.config.references import provide
 from rayexp.display import counted
 from rayexp.engine import checkpoint, link, runtime
 from rayexp.engine.checkpoint import FIELDS, TENSORS
-from rayexp.engine.contract import operation_of
+from rayexp.engine.contract import operation_of, refusal
 from rayexp.engine.diagnosis import absurd_loss
 from rayexp.engine.fingerprint import differences, fingerprint
 from rayexp.engine.group import WorkerGroup
@@ -100,10 +100,7 @@ def work(
             ) from error
         if (operation := operation_of(error)) is None:
             raise
-        raise UserError(
-            f"reduction: exact takes deterministic operations only, and {operation} has no such kernel for "
-            f"{device.type}; allowed with this model: ddp"
-        ) from error
+        raise refusal(operation, device) from error
 
 
 class _Worker:

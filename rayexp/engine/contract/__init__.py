@@ -12,7 +12,7 @@ calls, draws what the modules see and give in a pass, and who draws from a globa
 
 from __future__ import annotations
 
-from rayexp.engine.contract.determinism import module_of, operation_of
+from rayexp.engine.contract.determinism import module_of, operation_of, refusal
 from rayexp.engine.contract.first_step import FirstStep, generators, moved, refuse_drawing
 
-__all__ = ["FirstStep", "generators", "module_of", "moved", "operation_of", "refuse_drawing"]
+__all__ = ["FirstStep", "generators", "module_of", "moved", "operation_of", "refusal", "refuse_drawing"]

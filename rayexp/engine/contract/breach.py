@@ -90,6 +90,11 @@ def named(name: str, module: nn.Module | None = None, kind: str = "") -> str:
     return f"{name or 'the model'} ({kind})" if kind else name or "the model"
 
 
+def module_in(where: str) -> str:
+    """The dotted name in what `named` gives: `middle.1`; empty for `the model`, and for `the loss`."""
+    return where.partition(" (")[0].removeprefix("the model").removeprefix("the loss")
+
+
 def once(breaches: Sequence[Breach]) -> tuple[Breach, ...]:
     """Without repetitions: of several about one module with the same way out, the first; and what is said of several
     modules in the same words once, with the others' names."""

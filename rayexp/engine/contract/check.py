@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from rayexp.config import ExperimentConfig
 from rayexp.config.components import GROUPS, entry_points, is_reference
 from rayexp.engine.contract import batches, evaluation, passes, structure
-from rayexp.engine.contract.breach import Breach, Contract, once
+from rayexp.engine.contract.breach import Breach, Contract, module_in, once
 from rayexp.engine.contract.determinism import operation_of
 from rayexp.engine.contract.draws import GlobalStates, undisturbed
 from rayexp.engine.contract.passes import FailedPassError
@@ -136,7 +136,7 @@ def _stir() -> None:
 def _failure(failed: FailedPassError, setting: Setting) -> Breach:
     error = failed.error
     where = failed.where or ("the loss" if failed.watch.ended else "a pass")
-    module = failed.where.partition(" (")[0].removeprefix("the model").removeprefix("the loss")
+    module = module_in(failed.where)
     if isinstance(error, UserError):
         part, _, rest = str(error).partition(": ")
         what, _, way = rest.partition("; allowed: ")

@@ -11,6 +11,7 @@ from torch import nn
 
 from rayexp.engine.contract.breach import named
 from rayexp.engine.contract.calls import tensors
+from rayexp.errors import UserError
 
 _TOLD = " does not have a deterministic implementation"
 
@@ -19,6 +20,15 @@ def operation_of(error: Exception) -> str | None:
     """The kernel that PyTorch has refused for being not deterministic; None: the error is another one."""
     operation, found, _ = str(error).partition(_TOLD)
     return operation if found else None
+
+
+def refusal(operation: str, device: torch.device, module: str = "") -> UserError:
+    """What is said of a kernel that `operation_of` has found; `module`: in which it is, where that is known."""
+    where = f"{operation} in {module}" if module else operation
+    return UserError(
+        f"reduction: exact takes deterministic operations only, and {where} has no such kernel for {device.type}; "
+        "allowed with this model: ddp"
+    )
 
 
 def module_of(model: nn.Module, run: Callable[[], object]) -> str:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from rayexp.engine.contract import calls
-from rayexp.engine.contract.breach import Breach
+from rayexp.engine.contract.breach import Breach, module_in
 from rayexp.engine.contract.calls import Calls
 from rayexp.engine.contract.draws import GlobalStates
 from rayexp.engine.contract.passes import FailedPassError
@@ -41,7 +41,7 @@ def evaluated(setting: Setting, half: Setting, states: GlobalStates) -> list[Bre
     for where, generators in first[0][1].drawing().items():
         if where in second[0][1].drawing():
             what = f"{where} draws from {' and '.join(generators)} global generator in evaluation"
-            module = where.partition(" (")[0].removeprefix("the model")
+            module = module_in(where)
             return [Breach("model", module, what, "random layers that are off in eval mode")]
     for stream in streams:
         (a, watch), (b, again) = first[stream], second[stream]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rayexp.engine.batch_norm import BATCH_NORMS
 from rayexp.engine.checkpoint import sha
-from rayexp.engine.contract.breach import Breach
+from rayexp.engine.contract.breach import Breach, named
 from rayexp.errors import UserError
 
 
@@ -116,7 +116,7 @@ def refuse_drawing(model: nn.Module, device: torch.device, run: Callable[[], obj
     def leave(name: str) -> Callable[..., None]:
         def look(module: nn.Module, inputs: Any, output: Any) -> None:
             if moved(begun.pop(), device) and not found:
-                found.append(f"{name or 'the model'} ({type(module).__name__})")
+                found.append(named(name, module))
 
         return look
 

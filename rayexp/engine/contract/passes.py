@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rayexp.engine.checkpoint import sha
 from rayexp.engine.contract import calls
-from rayexp.engine.contract.breach import Breach
+from rayexp.engine.contract.breach import Breach, module_in
 from rayexp.engine.contract.calls import Call, Calls
 from rayexp.engine.contract.determinism import module_of, operation_of
 from rayexp.engine.contract.draws import GlobalStates
@@ -130,7 +130,7 @@ def _draws(one: ShardPass, other: ShardPass) -> list[Breach]:
     found = []
     for where in one.drew:
         if generators := sorted(set(one.drew[where]) & set(other.drew.get(where, ()))):
-            module = where.partition(" (")[0].removeprefix("the model").removeprefix("the loss")
+            module = module_in(where)
             whose = " and ".join(generators)
             what = f"{where} draws from {whose} global generator, whose numbers depend on who computes a shard"
             found.append(Breach("model", module, what, "nn.Dropout and StochasticDepth, which draw per shard"))
