@@ -125,11 +125,9 @@ class Programs:
             UserError: capture is true, and it does not.
         """
         if self._first_graph is not None and self._stands_for is not None:
-            for changed in PythonState(self._trained(), self.runtime.device).differs(
-                self._stands_for, without=self._counters
-            ):
+            now = PythonState(self._trained(), self.runtime.device)
+            if changed := next(now.differs(self._stands_for, without=self._counters), None):
                 self._give_up(f"{changed}, which a graph does not see")
-                break
 
     def make_room(self) -> bool:
         """Go on with half of the replicas, or with the last one without graphs, since memory is short; False: neither
