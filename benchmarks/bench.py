@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import math
 import sys
 import time
@@ -16,6 +15,7 @@ import torch
 from table import Line, to_json
 
 from rayexp.config import ExperimentConfig, parse
+from rayexp.system.disk import write_json
 
 T = TypeVar("T")
 
@@ -73,9 +73,7 @@ class Bench:
             **to_json(self.lines, self.device),
         }
         if self.json is not None:
-            half = self.json.with_name(f"{self.json.name}.half")
-            half.write_text(json.dumps(found, indent=2) + "\n")
-            half.replace(self.json)
+            write_json(self.json, found)
         return found
 
     def attempt(self, what: str, work: Callable[[], T]) -> T | None:
