@@ -33,7 +33,8 @@ class Grids:
             "cpu-x1-ddp": 60.0, "cpu-x2-ddp": 100.0, "cpu-x4-ddp": 160.0,
         }  # fmt: skip
 
-    def plan(self, *, cpus=8, gpus=0, base=None, **grid):
+    def planned(self, *, cpus=8, gpus=0, base=None, **grid):
+        """A grid, the experiment of all its cells, and the cells."""
         experiment = parse({"name": "base", "epochs": 4, **(base or {})}, ExperimentConfig, "base")
         tree = {
             "base": "base.yaml",
@@ -45,8 +46,10 @@ class Grids:
             **grid,
         }  # fmt: skip
         config = parse(tree, CompareConfig, "grid")
-        cells = plan(config, experiment, [Node("here", cpus, gpus)])
-        return Comparison.create(config, experiment, cells, {"argv": ["test"], "environment": ENVIRONMENT})
+        return config, experiment, plan(config, experiment, [Node("here", cpus, gpus)])
+
+    def plan(self, **asked):
+        return Comparison.create(*self.planned(**asked), {"argv": ["test"], "environment": ENVIRONMENT})
 
     def fill(self, comparison, rates, *, sha="a", top1=None, spread=0.0, repeats=None, parts=None, epochs=2, **more):
         """A row for every cell in `rates` (samples per second by cell id) and every repeat."""

@@ -18,35 +18,22 @@ from rayexp.launch.placement import Node
 from rayexp.runs.run import Run
 from rayexp.system.disk import now
 
-LAPTOP = [Node("here", 2, 0)]
-CLUSTER = [Node("a", 16, 4), Node("b", 16, 4)]
+
+def laptop(*scaling, **more):
+    """What `grids` is asked to plan for two cores and no GPU."""
+    return {"cpus": 2, "scaling": list(scaling), "reduction": ["exact"], **more}
 
 
-def experiment(**tree):
-    return parse({"name": "base", **tree}, ExperimentConfig, "base")
+def workers(number, use_gpu=False, **more):
+    return {"num_workers": number, "use_gpu": use_gpu, **more}
 
 
-def grid_of(*scaling, **tree):
-    return parse({"base": "base.yaml", "scaling": list(scaling), **tree}, CompareConfig, "grid")
-
-
-def cpu(workers, **more):
-    return {"num_workers": workers, "use_gpu": False, **more}
-
-
-def gpu(workers, **more):
-    return {"num_workers": workers, "use_gpu": True, **more}
-
-
-def by_id(config, nodes=LAPTOP, **base):
-    return {cell.id: cell for cell in plan(config, experiment(**base), nodes)}
+SMALL = laptop(workers(0), workers(1), workers(1, use_gpu=True), repeats=2, baseline=False)
 
 
 @pytest.fixture
-def comparison(tmp_path):
-    config = grid_of(cpu(0), cpu(1), gpu(1), repeats=2, baseline=False, storage_path=str(tmp_path / "runs"))
-    cells = plan(config, experiment(), LAPTOP)
-    return Comparison.create(config, experiment(), cells, {"argv": ["x"], "environment": {}})
+def comparison(grids):
+    return grids.plan(**SMALL)
 
 
 def row(cell, repeat, status="done"):
@@ -76,17 +63,17 @@ def test_a_row_of_a_killed_driver_is_not_taken(comparison):
     assert comparison.rows() == []
 
 
-def test_the_saved_grid_reads_back_and_repeats(comparison):
+def test_the_saved_grid_reads_back_and_repeats(comparison, grids):
+    _, base, _ = grids.planned(**SMALL)
     again = load(comparison.root / "compare.yaml", kind=CompareConfig)
-    assert base_of(again, comparison.root) == experiment()
-    assert [c.id for c in plan(again, experiment(), LAPTOP)] == [c.id for c in comparison.cells()]
+    assert base_of(again, comparison.root) == base
+    assert [c.id for c in plan(again, base, [Node("here", 2, 0)])] == [c.id for c in comparison.cells()]
 
 
 @pytest.mark.parametrize(("mode", "batch"), [("strong", 256), ("weak", 128)])
-def test_a_plan_of_before_weak_and_strong_in_one_still_opens(tmp_path, mode, batch):
-    config = grid_of(cpu(2, cpus_per_worker=0.5), mode=mode, storage_path=str(tmp_path / "runs"))
-    base = experiment(batch_size=256 if mode == "strong" else 128)
-    made = Comparison.create(config, base, plan(config, base, LAPTOP), {"argv": [], "environment": {}})
+def test_a_plan_of_before_weak_and_strong_in_one_still_opens(grids, mode, batch):
+    base = {"batch_size": 256 if mode == "strong" else 128}
+    made = grids.plan(**laptop(workers(2, cpus_per_worker=0.5), mode=mode, base=base))
     now_planned = made.cells()
     meta = made.meta()
     for cell in meta["plan"]:
@@ -141,8 +128,9 @@ def test_a_dead_run_is_buried_and_kept(comparison):
     assert comparison.meta()["status"] == "done"
 
 
-def test_workers_find_their_cores_free():
-    cells = {cell.id: cell for cell in plan(grid_of(cpu(0), cpu(2), gpu(0)), experiment(), CLUSTER)}
+def test_workers_find_their_cores_free(grids):
+    asked = laptop(workers(0), workers(2), workers(0, use_gpu=True))
+    cells = {cell.id: cell for cell in grids.planned(**asked | {"cpus": 16, "gpus": 4})[2]}
     held = {name: grid.resources(cell, "node:1", 16) for name, cell in cells.items()}
     assert held["cpu-x2-exact"] == {"node:1": grid.SHARE}
     assert held["cpu-inprocess-exact"]["CPU"] == 16
@@ -163,18 +151,16 @@ def as_words(cell):
     return {name: getattr(cell, name) for name in cell.__dataclass_fields__}
 
 
-def test_wrong_data_stops_before_the_first_cell(tmp_path):
-    base = experiment(data={"name": "folder", "root": str(tmp_path / "none")})
-    config = grid_of(cpu(0), storage_path=str(tmp_path / "runs"))
+def test_wrong_data_stops_before_the_first_cell(tmp_path, grids):
+    planned = grids.planned(**laptop(workers(0), base={"data": {"name": "folder", "root": str(tmp_path / "none")}}))
     with pytest.raises(UserError, match="none"):
-        grid.start(config, base, plan(config, base, LAPTOP), argv=[])
+        grid.start(*planned, argv=[])
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_grid_without_any_cell_is_refused(tmp_path):
-    config = grid_of(gpu(8), storage_path=str(tmp_path / "runs"))
+def test_a_grid_without_any_cell_is_refused(tmp_path, grids):
     with pytest.raises(UserError, match="8 GPUs asked"):
-        grid.start(config, experiment(), plan(config, experiment(), LAPTOP), argv=[])
+        grid.start(*grids.planned(**laptop(workers(8, use_gpu=True))), argv=[])
     assert not (tmp_path / "runs").exists()
 
 

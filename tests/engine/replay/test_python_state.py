@@ -265,6 +265,16 @@ def trained(opened: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch) -> 
     return run
 
 
+def assert_eager(trained: Callable[..., Any], kind: type[Net], reason: str) -> None:
+    """A model's steps run as they stand, for this reason and with the right bits; where they must not, that is told."""
+    expected, _ = trained(kind, capture=False, reduction="ddp")
+    found, one = trained(kind, reduction="ddp")
+    assert one.stepper.capture == f"eager: {reason}"
+    assert found == expected
+    with pytest.raises(UserError, match="capture: true, and this step cannot be captured"):
+        trained(kind, capture=True, reduction="ddp")
+
+
 @pytest.mark.parametrize(
     ("kind", "why"),
     [
@@ -284,21 +294,13 @@ def trained(opened: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch) -> 
     ],
 )
 def test_what_a_graph_would_not_repeat_runs_eagerly(trained: Callable[..., Any], kind: type[Net], why: str) -> None:
-    expected, _ = trained(kind, capture=False, reduction="ddp")
-    found, one = trained(kind, reduction="ddp")
-    assert one.stepper.capture == f"eager: {why}, which a graph does not repeat"
-    assert found == expected
-    with pytest.raises(UserError, match="capture: true, and this step cannot be captured"):
-        trained(kind, capture=True, reduction="ddp")
+    assert_eager(trained, kind, f"{why}, which a graph does not repeat")
 
 
 @pytest.mark.parametrize(("kind", "name"), [(Endless, "model.factors"), (Generates, "factors of model.factor")])
 def test_an_iterator_is_not_moved_by_a_capture(trained: Callable[..., Any], kind: type[Net], name: str) -> None:
     """Nor could it be moved back."""
-    expected, _ = trained(kind, capture=False, reduction="ddp")
-    found, one = trained(kind, reduction="ddp")
-    assert one.stepper.capture == f"eager: {name} is an iterator, which a graph does not move on"
-    assert found == expected
+    assert_eager(trained, kind, f"{name} is an iterator, which a graph does not move on")
 
 
 class BySize(Net):
@@ -356,12 +358,7 @@ class OfEvaluations(Net):
 @pytest.mark.parametrize(("kind", "name"), [(Remembers, "model.shorter"), (OfEvaluations, "OfEvaluations.done")])
 def test_what_changes_beside_graphs_ends_them(trained: Callable[..., Any], kind: type[Net], name: str) -> None:
     """In time: the steps before have been right."""
-    expected, _ = trained(kind, capture=False, reduction="ddp")
-    found, one = trained(kind, reduction="ddp")
-    assert one.stepper.capture == f"eager: something changes {name}, which a graph does not see"
-    assert found == expected
-    with pytest.raises(UserError, match="capture: true, and this step cannot be captured"):
-        trained(kind, capture=True, reduction="ddp")
+    assert_eager(trained, kind, f"something changes {name}, which a graph does not see")
 
 
 class CountsAndAsks(Counter):
